@@ -1,0 +1,47 @@
+# Targets with a one-line description each: `make help`.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+RECIPE ?= records/track_cpu/2026-11-21_SmallBatchMuon/recipe.toml
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+
+.PHONY: help run test test-slow setup data train eval lint size bench
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: data ## the main job: train on the built-in corpus, pack, reload in a fresh process, score
+	$(PY) train_gpt.py --recipe $(RECIPE)
+	$(PY) -m eval --budget
+
+test: setup ## all fast tests (under 5 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not gpu"
+
+test-slow: setup ## the tests that take over 5 s each
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "slow and not gpu"
+
+setup: $(STAMP) ## make .venv with everything installed; instant when it is up to date
+
+$(STAMP): requirements.txt requirements/dev.txt constraints/cpu.txt dev/setup.sh
+	VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) sh dev/setup.sh
+	@touch $@
+
+data: setup ## collect the built-in corpus, train its tokenizer, write token shards
+	$(PY) -m data.builtin --out data/datasets/builtin_sp1024
+
+train: setup ## train RECIPE=... without the final reload
+	$(PY) train_gpt.py --recipe $(RECIPE)
+
+eval: setup ## reproduce the val_bpb of the newest complete run; fails when it differs
+	$(PY) -m eval
+
+lint: setup ## ruff: style, imports, formatting
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+size: setup ## lines, source bytes and packed bytes of every section
+	$(PY) -m dev.size --recipe $(RECIPE)
+
+bench: setup ## speed of training step, scoring, packing and loading, against yardsticks
+	$(PY) -m dev.bench

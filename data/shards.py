@@ -1,0 +1,136 @@
+"""Token shards in the contest's file format, their manifest, and files that are never half written.
+
+A shard is a header of 256 little-endian int32 (magic, version, token count, zeros) and then the
+tokens as little-endian uint16. Each document in it starts with the tokenizer's BOS id.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import UserError
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = HEADER_INTS * 4
+TOKEN_DTYPE = np.dtype("<u2")
+TRAIN_GLOB = "fineweb_train_*.bin"
+VAL_GLOB = "fineweb_val_*.bin"
+MANIFEST_NAME = "manifest.json"
+
+
+@contextmanager
+def atomic_file(path: str | Path):
+    """Yield a binary file that takes the name `path` only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes private files
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hash a file of any size in constant memory; returns lower-case hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shard(path: str | Path, tokens: np.ndarray) -> None:
+    """Write (N,) token ids below 65,536 as one shard, whole or not at all."""
+    tokens = np.asarray(tokens)
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > np.iinfo(TOKEN_DTYPE).max):
+        raise UserError(
+            f"{path}: token ids must be in [0, 65535] for a version 1 shard, "
+            f"found [{tokens.min()}, {tokens.max()}]. Use a tokenizer with at most 65,536 entries."
+        )
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
+    with atomic_file(path) as file:
+        file.write(header.tobytes())
+        file.write(tokens.astype(TOKEN_DTYPE, copy=False).tobytes())
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """Map a shard's tokens into memory: (N,) uint16, read-only. Header and file size are checked."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such shard. Make it with `make data` or data.download.")
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    again = "Delete it and make or download it again."
+    if header.size != HEADER_INTS:
+        raise UserError(
+            f"{path}: expected {HEADER_BYTES} header bytes, found {path.stat().st_size} in all. {again}"
+        )
+    magic, version, num_tokens = (int(value) for value in header[:3])
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UserError(
+            f"{path}: expected shard magic {SHARD_MAGIC} version {SHARD_VERSION}, "
+            f"found {magic} version {version}. This is not a token shard. {again}"
+        )
+    expected = HEADER_BYTES + num_tokens * TOKEN_DTYPE.itemsize
+    found = path.stat().st_size
+    if num_tokens < 0 or found != expected:
+        raise UserError(
+            f"{path}: expected {num_tokens:,} tokens = {expected:,} bytes, found {found:,}. {again}"
+        )
+    if num_tokens == 0:
+        return np.zeros(0, dtype=TOKEN_DTYPE)
+    return np.memmap(path, dtype=TOKEN_DTYPE, mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+
+
+def check_token_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
+    """Raise when an id does not fit the vocabulary (tokens of another tokenizer)."""
+    if tokens.size and int(tokens.max()) >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(
+            f"{where}: token id {int(tokens[at])} at position {at} is not below the vocabulary size "
+            f"{vocab_size}. The shard was made with another tokenizer; set VOCAB_SIZE or DATA_PATH to match."
+        )
+
+
+def find_shards(pattern: str | Path) -> list[Path]:
+    """List the shards of a glob pattern in name order; at least one. Byte sidecars are left out."""
+    files = sorted(Path(name) for name in glob.glob(str(pattern)) if "_bytes_" not in Path(name).name)
+    if not files:
+        raise UserError(
+            f"no shards match {pattern}. `make data` writes the built-in corpus, `python -m data.prepare` "
+            "your own text, `python -m data.download` the contest's."
+        )
+    return files
+
+
+def read_json(path: str | Path):
+    """Read a JSON file; raises a UserError where it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Make it again.") from error
+
+
+def read_manifest(folder: str | Path) -> dict | None:
+    """Read the manifest that lies beside a folder's shards; None where there is none."""
+    path = Path(folder) / MANIFEST_NAME
+    return read_json(path) if path.is_file() else None

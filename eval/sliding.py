@@ -1,0 +1,83 @@
+"""Chunked and sliding-window scoring: every target exactly once, in the window where it is newest.
+
+A stream of N + 1 tokens has N targets: target i is tokens[i + 1], predicted from tokens[: i + 1]. A scorer
+is a callable `logits(tokens (B, T), starts_doc (B, T), first) -> (B, T - first, V)`; it knows no files,
+no ranks and no model class.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+Logits = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def plan_windows(num_targets: int, context_len: int, stride: int = 0, keep_tail: bool = True) -> np.ndarray:
+    """Lay windows over the targets; returns (W, 3) int64 rows (start, end, first).
+
+    A window reads tokens[start:end] and scores targets [start + first, end); every target is scored in
+    exactly one. stride 0 cuts the stream into chunks of context_len. With a stride, each later window
+    scores the next `stride` targets with up to context_len tokens before their ends. Without keep_tail
+    the targets past the last multiple of context_len are dropped, as the contest's baseline does.
+    """
+    if not keep_tail:
+        num_targets = num_targets // context_len * context_len
+    if num_targets <= 0:
+        return np.zeros((0, 3), dtype=np.int64)
+    step = stride or context_len
+    ends = np.arange(min(context_len, num_targets), num_targets + step, step, dtype=np.int64)
+    ends = np.minimum(ends, num_targets)
+    ends = ends[: np.searchsorted(ends, num_targets) + 1]  # the first window that reaches the end is the last
+    scored_from = np.concatenate([[0], ends[:-1]])
+    starts = np.maximum(ends - context_len, 0) if stride else scored_from
+    return np.stack([starts, ends, scored_from - starts], axis=1)
+
+
+def plan_batches(windows: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Group windows of equal length and equal `first` into batches of at most batch_tokens tokens."""
+    batches = []
+    lengths = windows[:, 1] - windows[:, 0]
+    kinds = np.stack([lengths, windows[:, 2]], axis=1)
+    for length, first in np.unique(kinds, axis=0):
+        rows = np.flatnonzero((kinds[:, 0] == length) & (kinds[:, 1] == first))
+        size = max(1, batch_tokens // int(length))
+        batches += [rows[i : i + size] for i in range(0, len(rows), size)]
+    return sorted(batches, key=lambda rows: int(rows[0]))
+
+
+@torch.no_grad()
+def score_windows(
+    logits: Logits,
+    tokens: np.ndarray,
+    windows: np.ndarray,
+    *,
+    bos_id: int,
+    batch_tokens: int,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Score the windows of a token stream; returns the nats of each target, (N,) float32 on the CPU.
+
+    Batches are dealt round-robin to the ranks and their composition does not depend on world_size: a
+    target that another rank scores is 0 here, so a sum over ranks is exact and the same for any number.
+    progress(done, total) is called with batch counts.
+    """
+    num_targets = int(windows[-1, 1]) if len(windows) else 0
+    nats = torch.zeros(num_targets)
+    batches = plan_batches(windows, batch_tokens)
+    for index in range(rank, len(batches), world_size):
+        rows = windows[batches[index]]
+        length, first = int(rows[0, 1] - rows[0, 0]), int(rows[0, 2])
+        span = rows[:, :1] + np.arange(length + 1)  # (B, T + 1)
+        chunk = torch.from_numpy(tokens[span].astype(np.int64)).to(device)
+        inputs, targets = chunk[:, :-1], chunk[:, 1 + first :]
+        scores = logits(inputs, inputs == bos_id, first)  # (B, T - first, V)
+        losses = F.cross_entropy(scores.float().flatten(0, 1), targets.flatten(), reduction="none")
+        nats[torch.from_numpy(span[:, first:-1].ravel())] = losses.float().cpu()
+        if progress:
+            progress(index + 1, len(batches))
+    return nats

@@ -1,0 +1,55 @@
+"""Shared fixtures: tiny shards with a lossless tokenizer, a tiny configuration, a tiny model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures_model import TINY, TINY_VOCAB, make_documents
+
+from data.codecs import load_codec
+from data.prepare import Document, write_dataset
+from data.tokenizer import train_tokenizer
+from train_gpt import Config, Environment, Ranks, build_model, with_values
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A folder with a lossless tokenizer (tokenizer.model), training and validation shards, a manifest."""
+    folder = tmp_path_factory.mktemp("tiny")
+    texts = make_documents(120, seed=1)
+    train_tokenizer(texts, TINY_VOCAB, folder / "tokenizer.model")
+    train = [Document(text, f"train:{i}") for i, text in enumerate(texts)]
+    val = [Document(text, f"val:{i}") for i, text in enumerate(make_documents(8, seed=2))]
+    write_dataset(
+        folder, load_codec(folder / "tokenizer.model"), train, val, {"made_by": "tests"}, num_threads=1
+    )
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_data, tmp_path) -> Config:
+    """The smallest configuration that trains: 3 layers of 32 channels on the tiny data."""
+    paths = {
+        "data.data_path": str(tiny_data),
+        "data.tokenizer_path": str(tiny_data / "tokenizer.model"),
+        "run.out_dir": str(tmp_path / "runs"),
+        "run.run_id": "tiny",
+    }
+    return with_values(Config(), TINY | paths, "test")
+
+
+@pytest.fixture
+def alone() -> Ranks:
+    """One CPU process without a process group."""
+    return Ranks(Environment({}, 0, 0, 1), "cpu")
+
+
+@pytest.fixture
+def tiny_model(tiny_config, alone):
+    """A tiny model whose every weight is random, so that no branch is silent."""
+    model = build_model(tiny_config, alone.device)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator) * 0.3)
+    return model.eval()

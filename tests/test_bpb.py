@@ -1,0 +1,50 @@
+"""Bits per byte and the ledgers."""
+
+import math
+
+import numpy as np
+import pytest
+
+from eval.bpb import BpbMeter
+from eval.budget import BudgetError, check_bytes, format_ledger
+
+
+def test_a_uniform_byte_model_costs_exactly_eight_bits_a_byte():
+    """The definition, on the one model whose cost is known without a computation."""
+    meter = BpbMeter()
+    meter.add(np.full(1000, math.log(256.0)), np.ones(1000, dtype=np.int32))
+    assert meter.val_bpb == pytest.approx(8.0, abs=1e-12)
+    assert meter.val_loss == pytest.approx(math.log(256.0), abs=1e-12)
+
+
+def test_bits_per_byte_is_a_ratio_of_sums_not_a_mean_of_ratios():
+    """Batches of unlike size must weigh by their bytes."""
+    meter = BpbMeter()
+    meter.add(np.array([math.log(2.0)]), np.array([1]))
+    meter.add(np.array([math.log(2.0)] * 3), np.array([2, 3, 4]))
+    assert meter.val_bpb == pytest.approx(4 / 10)
+    assert (meter.num_tokens, meter.num_bytes) == (4, 10)
+
+
+def test_a_nan_is_named_with_its_position():
+    """A score with a NaN in it is no score."""
+    with pytest.raises(ValueError, match="target 2 is nan"):
+        BpbMeter().add(np.array([1.0, 1.0, np.nan]), np.ones(3))
+
+
+def test_bytes_over_the_limit_name_the_overshoot_and_the_heaviest_part():
+    """Whoever is over the limit wants to know by how much and because of what."""
+    with pytest.raises(BudgetError, match=r"1,001 bytes: 1 over the limit of 1,000") as caught:
+        check_bytes([("code", 1), ("weights: codes", 1000)], 1000)
+    assert str(caught.value).index("weights: codes") < str(caught.value).index("code     ")
+
+
+def test_bytes_at_the_limit_pass():
+    """The limit itself is legal."""
+    assert check_bytes([("code", 400), ("weights", 600)], 1000) == 1000
+
+
+def test_the_ledger_shows_total_limit_and_what_is_left():
+    """The three figures a reader looks for."""
+    text = format_ledger([("code", 400), ("weights", 500)], 1000, "bytes")
+    assert [line.split()[-2] for line in text.splitlines()] == ["400", "500", "900", "1,000", "100"]

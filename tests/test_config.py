@@ -1,0 +1,117 @@
+"""Config: precedence, suggestions, checks, round trips."""
+
+import dataclasses
+
+import pytest
+from fixtures_model import ROOT
+
+from data.errors import UserError
+from train_gpt import (
+    Config,
+    EvalConfig,
+    check_config,
+    config_fields,
+    config_hash,
+    config_value,
+    format_toml,
+    load_config,
+    read_recipe,
+    recipe_of,
+    with_values,
+)
+
+RECIPES = sorted(ROOT.glob("records/*/*/recipe.toml"))
+
+
+def test_later_sources_win(tmp_path):
+    """defaults < recipe < environment < command line."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[model]\nnum_layers = 3\nmodel_dim = 64\n[optim]\nmatrix_lr = 0.5\n")
+    environment = {"model.num_layers": "4", "optim.matrix_lr": "0.25"}
+    cfg = load_config(str(recipe), environment, ["optim.matrix_lr=0.125"])
+    assert (cfg.model.model_dim, cfg.model.num_layers, cfg.optim.matrix_lr) == (64, 4, 0.125)
+    assert cfg.model.num_heads == Config().model.num_heads
+
+
+@pytest.mark.parametrize(
+    "name, near", [("model.num_layer", "model.num_layers"), ("optim.matrixlr", "optim.matrix_lr")]
+)
+def test_an_unknown_field_names_the_nearest_known_one(name, near):
+    """A typo must not train the wrong model in silence."""
+    with pytest.raises(UserError, match=near):
+        with_values(Config(), {name: "1"}, "command line")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.num_kv_heads=3", "num_kv_heads=3 must divide num_heads"),
+        ("model.model_dim=60", "must be a multiple of num_heads"),
+        ("model.model_dim=56", "must be even"),
+        ("model.num_layers=two", "expected int, found 'two'"),
+        ("data.batch_tokens=1000", "must be a multiple of data.seq_len"),
+        ("data.micro_batches=3", "must be a multiple of micro_batches"),
+        ("quant.matrix_bits=9", r"must be in \[2, 8\]"),
+        ("quant.codec=rar", "must be one of zlib, lzma, zstd"),
+        ("eval.stride=2048", "must be in"),
+        ("data.vocab_size=70000", "65536"),
+        ("model.tie_embeddings=maybe", "expected bool"),
+        ("model.num_layers", "expected section.key=value"),
+    ],
+)
+def test_settings_that_cannot_work_name_field_value_and_constraint(override, message):
+    """One clear error at start, before data or model are touched."""
+    with pytest.raises(UserError, match=message):
+        load_config(None, {}, [override])
+
+
+def test_every_field_reaches_the_config_from_text():
+    """No field may be unreachable or change its type on the way."""
+    for name, item in config_fields().items():
+        changed = with_values(Config(), {name: str(item.default)}, "test")
+        assert config_value(changed, name) == item.default, name
+
+
+def test_environment_names_are_unique():
+    """Two fields under one name would overwrite each other."""
+    names = [item.metadata["env"] for item in config_fields().values() if item.metadata["env"]]
+    assert len(names) == len(set(names))
+
+
+def test_a_written_recipe_reads_back_equal(tmp_path):
+    """The run folder's recipe.toml must retrain the same run."""
+    cfg = with_values(Config(), {"model.mlp_mult": 2.5, "data.data_path": 'a "b" \\c', "run.seed": 7}, "test")
+    path = tmp_path / "recipe.toml"
+    path.write_text(format_toml(recipe_of(cfg, live=True)))
+    assert with_values(Config(), read_recipe(path), "test") == cfg
+
+
+def test_the_hash_ignores_seed_and_paths_and_sees_everything_else():
+    """Seeds of one record must share a hash; a changed learning rate must not."""
+    base = config_hash(Config())
+    for name, item in config_fields().items():
+        if isinstance(item.default, bool):
+            other = not item.default
+        else:
+            other = item.default + 1 if isinstance(item.default, (int, float)) else item.default + "x"
+        changed = config_hash(with_values(Config(), {name: other}, "test"))
+        assert (changed == base) == item.metadata["live"], name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_recipes_in_records_are_valid(path):
+    """A recipe that does not load is dead."""
+    check_config(load_config(str(path), {}, []))
+
+
+def test_the_naive_baseline_recipe_is_the_default_config():
+    """The contest's command without a recipe and the recipe folder must be one thing."""
+    path = ROOT / "records/track_10min_16mb/2026-03-17_NaiveBaseline/recipe.toml"
+    assert load_config(str(path), {}, []) == Config()
+
+
+def test_configs_are_frozen():
+    """A setting changed half way would make the logged recipe a lie."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().eval.stride = 3
+    assert EvalConfig() == Config().eval

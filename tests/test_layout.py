@@ -1,0 +1,225 @@
+"""The plan of the house, checked on syntax trees: imports, environment, lengths, characters."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("data", "dev", "eval", "tests")
+TRAINER = "train_gpt"
+LOWER_HALF = {
+    f"eval.{name}" for name in ("adaptive", "bpb", "budget", "ngram", "reference", "sliding", "stats")
+}
+WITHOUT_TORCH = {"eval.budget", "eval.stats"}
+FUNCTION_LINES = 60
+LONG_FUNCTION_LINES = 90
+ALLOWED_LONG = {("train_gpt.py", "train")}
+CODE_IN_DATA = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+@cache
+def sources() -> dict[str, Path]:
+    """Every first-party source file: path below the root -> file. Packed programs in records/ are none."""
+    files = [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): path for path in sorted(files)}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """The same files as syntax trees."""
+    return {label: ast.parse(path.read_text(encoding="utf-8"), label) for label, path in sources().items()}
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """The same files by dotted module name."""
+    return {
+        label.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): tree
+        for label, tree in trees().items()
+    }
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Yield the modules that a module imports, at its top or inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: expected an absolute import, found a relative one"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in modules() else node.module
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def first_party(name: str) -> set[str]:
+    return {found for found in imports(modules()[name]) if top(found) in (*PACKAGES, TRAINER)}
+
+
+def named(package: str) -> list[str]:
+    return [name for name in modules() if top(name) == package]
+
+
+def strays(names: list[str], allowed) -> list[str]:
+    """List the first-party imports of `names` that `allowed` refuses, as `importer -> imported`."""
+    return [
+        f"{name} -> {found}" for name in names for found in sorted(first_party(name)) if not allowed(found)
+    ]
+
+
+def closure(name: str) -> set[str]:
+    """A module and every first-party module that importing it may run."""
+    found, todo = set(), {name}
+    while todo:
+        found |= todo
+        todo = {inner for outer in todo for inner in first_party(outer) & set(modules())} - found
+    return found
+
+
+def is_lower(name: str) -> bool:
+    return name in LOWER_HALF or name == "eval"
+
+
+# Who imports whom
+
+
+def test_lower_half_of_eval_imports_only_data_and_itself():
+    lower = [name for name in named("eval") if is_lower(name)]
+    assert lower
+    assert strays(lower, lambda found: top(found) == "data" or is_lower(found)) == []
+
+
+def test_ledger_and_statistics_run_without_torch():
+    """The folder audit uses them where no torch is installed."""
+    for name in sorted(WITHOUT_TORCH & set(modules())):
+        users = [inner for inner in closure(name) if "torch" in map(top, imports(modules()[inner]))]
+        assert users == [], f"{name} reaches torch through these"
+
+
+def test_data_imports_neither_torch_nor_the_trainer_nor_eval_nor_dev():
+    assert strays(named("data"), lambda found: top(found) == "data") == []
+    assert [name for name in named("data") if "torch" in map(top, imports(modules()[name]))] == []
+
+
+def test_trainer_imports_only_what_ships():
+    """Everything it imports is bundled into the counted program."""
+    ships = ("data.shards", "data.errors", "data.codecs")
+
+    def allowed(found: str) -> bool:
+        return is_lower(found) or found in ships or found.startswith("data.codecs.")
+
+    assert strays(named(TRAINER), allowed) == []
+
+
+def test_only_commands_and_tests_import_the_trainer():
+    """Under torchrun the trainer is `__main__`; an import from below would run it a second time."""
+    above = ("dev", "tests", "eval")
+    users = [name for name in modules() if TRAINER in map(top, first_party(name))]
+    assert [name for name in users if top(name) not in above or is_lower(name)] == []
+
+
+def test_nothing_imports_the_tests():
+    assert [
+        name for name in modules() if top(name) != "tests" and "tests" in map(top, first_party(name))
+    ] == []
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    edges = {name: first_party(name) & set(modules()) for name in modules()}
+    while leaves := [name for name, found in edges.items() if not found & set(edges)]:
+        for name in leaves:
+            del edges[name]
+    assert edges == {}, "these modules import each other or a module that does"
+
+
+def test_eval_package_is_empty_and_tokenizers_is_no_package():
+    """An __init__.py in tokenizers/ would hide the PyPI package of that name."""
+    assert (ROOT / "eval" / "__init__.py").read_text() == ""
+    assert not (ROOT / "tokenizers" / "__init__.py").exists()
+    assert not (ROOT / "tokenizers.py").exists()
+
+
+# Who reads the environment
+
+
+def environment_readers(name: str) -> set[str]:
+    """Name the functions of a module that read os.environ; `<module>` for reads outside functions."""
+    readers = set()
+    for node, owner in walk_with_owner(modules()[name], "<module>"):
+        dotted = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if dotted in ("os.environ", "os.environb", "os.getenv"):
+            readers.add(owner)
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            readers |= {owner for alias in node.names if alias.name in ("environ", "environb", "getenv")}
+    return readers
+
+
+def walk_with_owner(node: ast.AST, owner: str) -> Iterator[tuple[ast.AST, str]]:
+    """Yield each node and the outermost function around it; assignments to os.environ[...] are left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Subscript) and not isinstance(child.ctx, ast.Load):
+            continue
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        inner = child.name if is_function and owner == "<module>" else owner
+        yield child, inner
+        yield from walk_with_owner(child, inner)
+
+
+def test_one_function_of_the_trainer_reads_the_environment():
+    readers = environment_readers(TRAINER)
+    assert len(readers) == 1
+    assert readers != {"<module>"}
+
+
+def test_other_modules_read_the_environment_in_one_function_at_most():
+    """And the scorers never: a score may not depend on a variable that nobody logged."""
+    owners = {name: environment_readers(name) for name in modules() if top(name) not in ("tests", TRAINER)}
+    assert {
+        name: readers for name, readers in owners.items() if len(readers) > 1 or "<module>" in readers
+    } == {}
+    assert [name for name, readers in owners.items() if readers and is_lower(name)] == []
+
+
+# How things are written
+
+
+def test_functions_fit_on_a_screen():
+    too_long = []
+    for label, tree in trees().items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            lines = node.end_lineno - node.lineno + 1
+            limit = LONG_FUNCTION_LINES if (label, node.name) in ALLOWED_LONG else FUNCTION_LINES
+            if lines > limit:
+                too_long.append(f"{label}:{node.lineno} {node.name}: {lines} lines, at most {limit}")
+    assert too_long == []
+
+
+@pytest.mark.parametrize("label", sources())
+def test_source_is_ascii(label):
+    text = sources()[label].read_bytes()
+    assert [i for i, line in enumerate(text.split(b"\n"), start=1) if not line.isascii()] == []
+
+
+def test_no_file_format_runs_code_when_it_is_read():
+    """An artifact or a checkpoint comes from strangers: it is data, never a pickle."""
+    found = []
+    for name, tree in modules().items():
+        found += [f"{name} imports {module}" for module in imports(tree) if top(module) in CODE_IN_DATA]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+                found.append(f"{name}:{node.lineno} uses torch.load")
+            if (
+                isinstance(node, ast.keyword)
+                and node.arg == "allow_pickle"
+                and ast.unparse(node.value) != "False"
+            ):
+                found.append(f"{name}:{node.lineno} allows pickles")
+    assert found == []

@@ -1,0 +1,169 @@
+"""The model: parameter counts, causality, isolation of documents, layer plan, init."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from train_gpt import (
+    GPT,
+    Batch,
+    Config,
+    ModelConfig,
+    Step,
+    attention,
+    layer_plan,
+    match_rules,
+    mean_loss,
+    rope_tables,
+    rotate,
+    with_values,
+)
+
+
+def count(values: dict) -> int:
+    """Count the parameters of a config without allocating any."""
+    cfg = with_values(Config(), values, "test")
+    with torch.device("meta"):
+        return sum(param.numel() for param in GPT(cfg.model, cfg.data.vocab_size).parameters())
+
+
+@pytest.mark.parametrize("num_layers, expected", [(9, 17_059_912), (10, 18_897_488)])
+def test_the_naive_baseline_has_the_contest_parameter_count(num_layers, expected):
+    """The contest's log prints model_params; ours must be the same model."""
+    assert count({"model.num_layers": num_layers}) == expected
+
+
+def test_an_untied_head_adds_vocabulary_times_width():
+    """TIE_EMBEDDINGS=0 is a different model, not a flag nobody reads."""
+    assert count({"model.tie_embeddings": False}) - count({}) == 1024 * 512
+
+
+def test_layer_plan_joins_the_halves_innermost_first():
+    """The plan as a literal list: first-half outputs return in reverse order."""
+    expected = [
+        Step(0, True, None), Step(1, True, None),
+        Step(2, False, 0), Step(3, False, 1), Step(4, False, None),
+    ]  # fmt: skip
+    assert layer_plan(ModelConfig(num_layers=5)) == expected
+    assert layer_plan(ModelConfig(num_layers=2, unet_skips=False)) == [
+        Step(0, False, None),
+        Step(1, False, None),
+    ]
+
+
+@pytest.mark.parametrize("position", [0, 7, 14])
+def test_future_tokens_never_move_earlier_logits(tiny_model, position):
+    """A score is legal only if the prediction at t depends on tokens[: t + 1] and nothing later."""
+    tokens = torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, position + 1 :] = 3
+    before, after = (tiny_model(text, text == 1) for text in (tokens, changed))
+    assert torch.equal(before[:, : position + 1], after[:, : position + 1])
+    assert not torch.equal(before[:, position + 1 :], after[:, position + 1 :])
+
+
+def test_first_only_leaves_out_rows(tiny_model):
+    """Scorers ask for the tail of a window; its logits must not change."""
+    tokens = torch.randint(0, 300, (2, 16))
+    torch.testing.assert_close(tiny_model(tokens, tokens == 1, 5), tiny_model(tokens, tokens == 1)[:, 5:])
+
+
+def test_smear_gate_is_the_identity_at_init_and_never_crosses_a_document_start(tiny_config):
+    """Zero strength is no change; a non-zero one must not leak the previous document into a BOS."""
+    cfg = with_values(tiny_config, {"model.smear_gate": True}, "test").model
+    model = GPT(cfg, 300)
+    x = torch.randn(1, 8, cfg.model_dim)
+    starts = torch.zeros(1, 8, dtype=torch.bool)
+    starts[0, 4] = True
+    assert torch.equal(model.smear(x, starts), x)
+    torch.nn.init.ones_(model.smear.strength)
+    smeared = model.smear(x, starts)
+    assert torch.equal(smeared[:, [0, 4]], x[:, [0, 4]])
+    assert not torch.equal(smeared[:, 5], x[:, 5])
+
+
+def test_attention_equals_the_textbook_formula():
+    """Fast kernel against softmax(q k^T / sqrt(K)) v with repeated kv heads, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 9, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
+    repeated_k, repeated_v = (x.repeat_interleave(2, dim=2) for x in (k, v))
+    scores = torch.einsum("bihk,bjhk->bhij", q, repeated_k) / math.sqrt(8)
+    scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
+    expected = torch.einsum("bhij,bjhk->bihk", scores.softmax(-1), repeated_v)
+    torch.testing.assert_close(attention(q, k, v), expected)
+
+
+def test_rope_keeps_lengths_and_depends_on_distance_only():
+    """The two properties that make it a relative position encoding."""
+    x, y = torch.randn(2, 1, 1, 8, dtype=torch.float64).unbind(0)
+    rope = rope_tables(40, 8, 10_000.0, x)
+    turned_x, turned_y = (rotate(a.expand(1, 40, 1, 8), rope)[0, :, 0] for a in (x, y))
+    torch.testing.assert_close(turned_x.norm(dim=-1), x.norm().expand(40))
+    products = turned_x @ turned_y.T
+    torch.testing.assert_close(products[5, 2], products[35, 32], atol=1e-6, rtol=1e-6)
+
+
+def test_initial_loss_is_the_log_of_the_vocabulary(tiny_config):
+    """Zero output projections and a small embedding: the first prediction is uniform."""
+    torch.manual_seed(0)
+    model = GPT(tiny_config.model, 300)
+    tokens = torch.randint(0, 300, (4, 16))
+    loss = mean_loss(model, Batch(tokens, torch.randint(0, 300, (4, 16)), tokens == 1))
+    assert abs(loss.item() - math.log(300)) < 0.05
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model.leaky_slope", 0.5),
+        ("model.unet_skips", False),
+        ("model.smear_gate", True),
+        ("model.rope_base", 100.0),
+        ("model.logit_softcap", 3.0),
+        ("model.q_gain_init", 3.0),
+        ("model.tie_embeddings", False),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_model_switch_is_alive(tiny_config, name, value, compiled):
+    """A switch that changes nothing is a defect; under torch.compile too."""
+
+    def logits(cfg):
+        torch.manual_seed(0)
+        model = GPT(cfg.model, 300)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.copy_(param + 0.2 * torch.sin(torch.arange(param.numel()).view(param.shape).float()))
+        tokens = (torch.arange(32) * 7 % 300).view(2, 16)
+        forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        return forward(tokens, tokens == 1)
+
+    with torch.no_grad():
+        assert not torch.allclose(
+            logits(tiny_config), logits(with_values(tiny_config, {name: value}, "test")), atol=1e-4
+        )
+
+
+def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
+    """A parameter that no optimizer owns would stay at its initial value in silence."""
+    cfg = ModelConfig(smear_gate=True)
+    with torch.device("meta"):
+        names = [name for name, _ in GPT(cfg, 64).named_parameters()]
+    assert set(match_rules(cfg, names)) == set(names)
+    with pytest.raises(ValueError, match="stray has no row"):
+        match_rules(cfg, [*names, "stray"])
+    with pytest.raises(ValueError, match="matches no parameter"):
+        match_rules(cfg, [name for name in names if "smear" not in name])
+
+
+def test_loss_is_taken_from_float32_logits(tiny_config):
+    """bfloat16 logits summed in bfloat16 would lose the third digit of the loss."""
+    model = SimpleNamespace()
+    logits = torch.randn(2, 16, 300).bfloat16()
+    model = lambda tokens, starts_doc: logits  # noqa: E731
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    loss = mean_loss(model, Batch(tokens, tokens, tokens == 1))
+    assert torch.equal(loss, F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()))

@@ -1,0 +1,572 @@
+"""The packer: one namespace, nothing lost, nothing unused, bytes that survive being source."""
+
+import ast
+import builtins
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import UserError
+from dev import pack as packer
+from dev import size
+from dev.pack import PackingError, bound_names, bundle, embed_recipe, escape, minify, pack, unwrap, wrap
+
+ENTRY = Path(__file__).resolve().parent.parent / "train_gpt.py"
+RULE = "# " + "-" * 106
+PROGRAM = {
+    "data/__init__.py": "",
+    "data/base.py": '''
+"""The bottom module."""
+import json
+from dataclasses import dataclass
+
+LIMIT = 7
+UNUSED_LIMIT = LIMIT + 1
+
+
+@dataclass
+class Shape:
+    """A size."""
+
+    width: int = LIMIT
+
+
+def describe(shape):
+    """Say it."""
+    return json.dumps({"width": shape.width})
+
+
+def unused(shape):
+    return also_unused(shape)
+
+
+def also_unused(shape):
+    return unused(shape)
+
+
+def tool_only():
+    return describe(Shape())
+
+
+if __name__ == "__main__":
+    tool_only()
+''',
+    "data/codecs/__init__.py": """
+from data.base import describe
+
+
+def load(shape):
+    return describe(shape)
+""",
+    "eval/__init__.py": "",
+    "eval/score.py": """
+import json
+import os.path
+
+from data.base import LIMIT
+
+
+def score(values):
+    from data.base import Shape
+
+    return min(sum(values), Shape(LIMIT).width)
+
+
+def nothing():
+    from data.base import LIMIT
+""",
+    "train_gpt.py": f'''"""Train.
+
+    Two lines of help.
+"""
+import inspect
+import sys
+import traceback
+from dataclasses import dataclass, field
+
+from data.base import Shape
+from eval.score import nothing, score
+
+{RULE}
+# 1 config
+{RULE}
+
+PACKED_RECIPE: dict | None = None
+
+
+@dataclass
+class Config:
+    num_layers: int = field(default=3, metadata={{"env": "NUM_LAYERS"}})
+
+
+{RULE}
+# 2 main
+{RULE}
+# Everything else.
+
+
+def fail(amount_of_numbers):
+    """Divide by zero."""
+    return amount_of_numbers / 0
+
+
+def main():
+    from data.codecs import load
+
+    nothing()
+    try:
+        fail(3)
+    except ZeroDivisionError:
+        traceback.print_exc(file=sys.stdout)
+    print("name", __name__)
+    print("file", __file__)
+    print("score", score([1, 2, 3]))
+    print("shape", load(Shape(4)))
+    print("recipe", PACKED_RECIPE)
+    layers = Config.__dataclass_fields__["num_layers"]
+    print("fields", layers.type, layers.metadata)
+    print("source", inspect.getsource(fail).splitlines()[0])
+
+
+if __name__ == "__main__":
+    main()
+''',
+}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Write the little program above and return its folder."""
+    for name, text in PROGRAM.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.removeprefix("\n"))
+    return tmp_path
+
+
+def change(project: Path, name: str, old: str, new: str) -> None:
+    """Replace text in a file of the project."""
+    text = (project / name).read_text()
+    assert old in text
+    (project / name).write_text(text.replace(old, new))
+
+
+def bundle_of(project: Path) -> str:
+    return bundle(project / "train_gpt.py", project)
+
+
+def definitions(source: str) -> list[str]:
+    return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+
+
+def run(path: Path, *arguments: str) -> str:
+    """Run a program from an empty folder, so that no first-party module can be imported."""
+    empty = path.parent / "empty"
+    empty.mkdir(exist_ok=True)
+    command = [sys.executable, "-P", str(path), *arguments]
+    result = subprocess.run(command, cwd=empty, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# Bundling
+
+
+def test_modules_come_before_their_users_and_imports_come_first(project):
+    source = bundle_of(project)
+    assert definitions(source) == ["Shape", "describe", "score", "nothing", "load", "Config", "fail", "main"]
+    kinds = [isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source).body[1:]]
+    assert kinds == sorted(kinds, reverse=True), "third-party imports stand at the top, after the docstring"
+
+
+def test_bundle_holds_no_first_party_import_and_each_library_once(project):
+    imports = [
+        node
+        for node in ast.walk(ast.parse(bundle_of(project)))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = [ast.unparse(node) for node in imports]
+    assert sorted(names) == [
+        "from dataclasses import dataclass, field",
+        "import inspect",
+        "import json",
+        "import sys",
+        "import traceback",
+    ]
+
+
+def test_function_that_only_imported_gets_a_body(project):
+    nothing = next(
+        node for node in ast.parse(bundle_of(project)).body if getattr(node, "name", "") == "nothing"
+    )
+    assert ast.unparse(nothing.body) == "pass"
+
+
+def test_what_nothing_uses_is_dropped_even_when_it_uses_itself(project):
+    source = bundle_of(project)
+    for name in ("unused", "also_unused", "UNUSED_LIMIT", "tool_only"):
+        assert name not in source
+
+
+def test_registered_definitions_are_kept(project):
+    """A decorator may have put the function into a table: dropping it would empty the table."""
+    code = (
+        "TABLE = []\n\n\ndef register(f):\n    TABLE.append(f)\n\n\n@register\ndef lonely(x):\n    return x\n"
+    )
+    change(project, "data/base.py", "LIMIT = 7\n", f"LIMIT = 7\n{code}")
+    assert {"register", "lonely"} <= set(definitions(bundle_of(project)))
+
+
+def test_a_name_in_a_string_counts_as_used(project):
+    change(project, "train_gpt.py", "    nothing()\n", '    nothing()\n    globals()["unused"]\n')
+    assert "unused" in definitions(bundle_of(project))
+
+
+def test_only_the_entry_keeps_its_main_guard_and_it_comes_last(project):
+    source = bundle_of(project)
+    assert source.count("__name__ == '__main__'") == 1
+    assert isinstance(ast.parse(source).body[-1], ast.If)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def describe(shape):\n    return shape\n",
+        "class describe:\n    pass\n",
+        "describe = 3\n",
+        "from json import loads as describe\n",
+        "try:\n    import json as describe\nexcept ImportError:\n    describe = None\n",
+        "for describe in range(3):\n    pass\n",
+    ],
+)
+def test_one_name_for_two_things_is_refused_and_both_places_are_named(project, code):
+    change(project, "train_gpt.py", "def main", f"{code}\n\ndef main")
+    with pytest.raises(PackingError, match=r"describe.*two.*data/base\.py.*train_gpt\.py, line \d+.*Rename"):
+        bundle_of(project)
+
+
+def test_equal_guarded_imports_are_one_thing(project):
+    guard = "try:\n    import triton\nexcept ImportError:\n    triton = None\n\n"
+    change(project, "data/base.py", "LIMIT = 7", f"{guard}LIMIT = 7")
+    change(project, "train_gpt.py", "def main", f"{guard}\ndef main")
+    assert bundle_of(project).count("import triton") == 1
+
+
+def test_a_definition_may_not_hide_a_builtin_of_another_module(project):
+    change(project, "train_gpt.py", "def main", "def min(values):\n    return values[0]\n\n\ndef main")
+    with pytest.raises(PackingError, match=r"builtin's name.*min in train_gpt\.py, used in eval/score\.py"):
+        bundle_of(project)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import data.base", "expected `from module import name`"),
+        ("from data.base import describe as say", "expected `from module import name`"),
+        ("from data.base import *", "expected `from module import name`"),
+        ("from .data import base", "expected `from module import name`"),
+        ("from data import base", "expected base at the top level of data/__init__.py"),
+        ("from data.base import missing", "expected missing at the top level of data/base.py"),
+        ("from data.missing import name", "expected such a module below"),
+        ("from train_gpt import main", "in a circle: train_gpt.py -> eval/score.py -> train_gpt.py"),
+    ],
+)
+def test_imports_that_cannot_be_merged_are_refused(project, line, message):
+    change(project, "eval/score.py", "import json\n", f"{line}\nimport json\n")
+    with pytest.raises(PackingError, match=message.replace("(", r"\(")):
+        bundle_of(project)
+
+
+def test_lazy_import_of_a_name_that_is_bound_again_is_refused(project):
+    """Without its import statement the name would be an unset local."""
+    change(project, "train_gpt.py", "    nothing()\n", "    load = load\n")
+    with pytest.raises(PackingError, match="binds the name again"):
+        bundle_of(project)
+
+
+def test_optional_library_of_a_lazy_module_is_refused_at_its_top(project):
+    """The readable program runs without the library, so the packed one must."""
+    change(project, "data/codecs/__init__.py", "from data.base", "import rare\nfrom data.base")
+    with pytest.raises(
+        PackingError, match=r"data/codecs/__init__.py:1: expected rare to be imported in the function"
+    ):
+        bundle_of(project)
+    change(project, "data/codecs/__init__.py", "import rare\n", "")
+    change(project, "data/codecs/__init__.py", "    return", "    import rare\n    return")
+    assert "import rare" in bundle_of(project)
+
+
+def test_future_annotations_hold_for_all_modules_or_none(project):
+    """Hoisted, the import changes the field types that dataclasses report in every module."""
+    future = "from __future__ import annotations\n"
+    change(project, "data/base.py", "import json\n", f"{future}import json\n")
+    with pytest.raises(PackingError, match=r"data/base\.py, not in train_gpt\.py"):
+        bundle_of(project)
+    change(project, "train_gpt.py", "import inspect\n", f"{future}import inspect\n")
+    source = bundle_of(project)
+    assert source.count(future) == 1
+    assert ast.unparse(ast.parse(source).body[1]) == future.strip()
+
+
+# Recipe
+
+
+def test_recipe_is_embedded_as_a_literal():
+    recipe = {"model": {"num_layers": 9, "tied": True, "name": 'q"\\\n'}, "lr": [1e-3, -2.5, float("inf")]}
+    body = ast.parse(embed_recipe("import os\nPACKED_RECIPE: dict | None = None\nx = 1\n", recipe)).body
+    assert ast.literal_eval(body[1].value) == recipe
+    assert [type(node) for node in body] == [ast.Import, ast.AnnAssign, ast.Assign]
+
+
+@pytest.mark.parametrize(
+    ("text", "recipe", "message"),
+    [
+        ("x = 1\n", {}, "expected the line `PACKED_RECIPE"),
+        ("PACKED_RECIPE = None\n", {"run": {"day": st}}, r"recipe\.run\.day: expected a string"),
+        ("PACKED_RECIPE = None\n", {"lr": float("nan")}, r"recipe\.lr: expected"),
+    ],
+)
+def test_recipe_that_cannot_be_embedded_is_refused(text, recipe, message):
+    with pytest.raises(PackingError, match=message):
+        embed_recipe(text, recipe)
+
+
+# Minifying
+
+
+def test_minify_keeps_what_programs_look_up_by_name(project):
+    source = minify(bundle_of(project))
+    for text in (
+        "num_layers:int=field(default=3,metadata={'env':'NUM_LAYERS'})",
+        "width:int=LIMIT",
+        "def main(",
+    ):
+        assert text in source
+    for text in ("Say it", "Divide by zero", "Two lines of help"):
+        assert text not in source
+
+
+def test_argument_annotations_ship_only_where_something_reads_them():
+    plain = "def double(amount: int) -> int:\n    return amount * 2\n"
+    assert ": int" not in minify(plain).replace(":int", ": int")
+    for decorator in ("torch.library.custom_op('golf::op', mutates_args=())", "triton.jit"):
+        text = minify(
+            f"{plain}\n\n@{decorator}\ndef kernel(x: int, size: tl.constexpr) -> int:\n    return x\n"
+        )
+        assert "size:tl.constexpr" in text
+        assert "amount:int)->int" in text
+
+
+def test_local_names_of_triton_kernels_stay():
+    """A constexpr that is renamed by an assignment stops being a constexpr."""
+    body = "    offsets = tl.arange(0, BLOCK_SIZE) + BLOCK_SIZE\n" * 9
+    text = minify(f"@triton.jit\ndef kernel(BLOCK_SIZE: tl.constexpr):\n{body}    return offsets\n")
+    assert "tl.arange(0,BLOCK_SIZE)" in text
+
+
+def test_docstring_that_the_program_reads_keeps_its_first_line():
+    text = '"""Train.\n\nMore."""\nprint(__doc__)\n\n\ndef f():\n    """Gone."""\n    return 1\n'
+    assert minify(text).startswith("'Train.'\n")
+    assert "Gone" not in minify(text)
+
+
+# The wrapper
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.binary(max_size=200) | st.text('"\\\r\n\0 07a', max_size=40).map(str.encode))
+def test_escaped_bytes_read_back_as_themselves(data):
+    literal = b"#coding:L1\nx=" + escape(data) + b"\n"
+    names = {}
+    exec(compile(literal, "literal", "exec"), names)
+    assert names["x"].encode("latin-1") == data
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=100))
+def test_git_line_endings_do_not_change_the_bytes(data):
+    """A checkout with autocrlf writes CR LF; Python reads that as LF."""
+    literal = (b"#coding:L1\nx=" + escape(data) + b"\n").replace(b"\n", b"\r\n")
+    names = {}
+    exec(compile(literal, "literal", "exec"), names)
+    assert names["x"].encode("latin-1") == data
+
+
+@pytest.mark.parametrize("method", packer.METHODS)
+def test_wrapped_program_runs_as_main_and_shows_its_source(project, method):
+    """Triton and torch.compile read source lines by inspect; people read them in tracebacks."""
+    (project / "recipe.toml").write_text("[model]\nnum_layers = 4\n")
+    out = project / "packed.py"
+    pack(project / "recipe.toml", out, project / "train_gpt.py", method)
+    printed = run(out)
+    assert "name __main__\n" in printed
+    assert f"file {out}\n" in printed
+    assert "score 6\n" in printed
+    assert 'shape {"width": 4}\n' in printed
+    assert "recipe {'model': {'num_layers': 4}}\n" in printed
+    assert "fields <class 'int'> {'env': 'NUM_LAYERS'}\n" in printed
+    assert "source def fail(amount_of_numbers):" in printed
+    assert "in fail\n    def fail(amount_of_numbers):return amount_of_numbers/0\n" in printed
+
+
+def test_packed_and_readable_programs_print_the_same(project):
+    out = project / "train_packed.py"
+    pack(None, out, project / "train_gpt.py")
+    readable = subprocess.run(
+        [sys.executable, "train_gpt.py"], cwd=project, capture_output=True, text=True, check=True
+    ).stdout
+    kept = [
+        line
+        for line in readable.splitlines()
+        if line.startswith(("name", "score", "shape", "recipe", "fields"))
+    ]
+    assert len(kept) == 5
+    assert set(kept) <= set(run(out).splitlines())
+
+
+def test_two_packed_programs_in_one_process_keep_their_own_lines(project):
+    names = {}
+    for i in range(2):
+        packed = wrap(f"def f():\n    return 'program {i}'\n", "lzma")
+        exec(compile(packed, "stub", "exec"), names.setdefault(i, {"__name__": f"program_{i}"}))
+    assert [inspect.getsource(names[i]["f"]).count(f"program {i}") for i in range(2)] == [1, 1]
+
+
+def test_torch_compiles_functions_of_a_packed_program(tmp_path):
+    """Dynamo skips files by name; a skipped packed program would train uncompiled without a word."""
+    source = (
+        "import torch\nfrom torch._dynamo.testing import CompileCounter\ncounter = CompileCounter()\n"
+        "@torch.compile(backend=counter, fullgraph=True)\ndef double(x):\n    return helper(x) * 2\n"
+        "def helper(x):\n    return torch.relu(x)\n"
+        "print(double(torch.ones(3)).sum().item(), counter.frame_count)\n"
+    )
+    (tmp_path / "packed.py").write_bytes(wrap(minify(source), "lzma"))
+    assert run(tmp_path / "packed.py") == "6.0 1\n"
+
+
+@pytest.mark.parametrize("method", packer.METHODS)
+def test_unwrap_reads_the_source_without_running_it(method):
+    source = "raise SystemExit('ran')\n# \u00e9 \\ \" \0\n".replace("\0", "\\0")
+    assert unwrap(wrap(source, method)) == source
+
+
+def test_unknown_wrapper_is_refused():
+    with pytest.raises(PackingError, match="expected one of brotli, lzma, none, found zip"):
+        wrap("x = 1\n", "zip")
+
+
+# The whole step
+
+
+def test_packing_twice_gives_the_same_bytes(project):
+    """The code size of a record can be checked by packing its source again."""
+    outs = [project / "a" / "packed.py", project / "b" / "packed.py"]
+    for seed, out in zip(("1", "2"), outs, strict=True):
+        subprocess.run(
+            [sys.executable, "-m", "dev.pack", "--entry", str(project / "train_gpt.py"), "--out", str(out)],
+            cwd=ENTRY.parent,
+            env={"PYTHONHASHSEED": seed, "PATH": ""},
+            check=True,
+            capture_output=True,
+        )
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_without_brotli_lzma_packs_and_the_report_says_so(project, monkeypatch):
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    report = pack(None, project / "packed.py", project / "train_gpt.py")
+    assert report.steps_left_out == ["brotli: not installed, lzma instead"]
+    assert "score 6\n" in run(project / "packed.py")
+
+
+def test_without_the_minifier_the_program_is_valid_and_the_report_says_so(project, monkeypatch):
+    monkeypatch.setitem(sys.modules, "python_minifier", None)
+    report = pack(None, project / "packed.py", project / "train_gpt.py")
+    assert report.steps_left_out == ["minify: python_minifier is not installed"]
+    assert report.minified_bytes == report.source_bytes
+    assert "score 6\n" in run(project / "packed.py")
+
+
+def test_json_report_is_one_object_and_agrees_with_the_file(project, capsys):
+    out = project / "packed.py"
+    packer.main(["--entry", str(project / "train_gpt.py"), "--out", str(out), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert list(report) == ["out", "source_bytes", "minified_bytes", "packed_bytes", "steps_left_out"]
+    assert report["packed_bytes"] == out.stat().st_size
+    assert report["minified_bytes"] == len(unwrap(out.read_bytes()).encode())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--entry", "missing.py"], "no such program"), (["--recipe", "missing.toml"], "no such recipe")],
+)
+def test_missing_files_are_user_errors(project, arguments, message, monkeypatch):
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError, match=message):
+        packer.main(["--entry", "train_gpt.py", "--out", "packed.py", *arguments])
+    assert not Path("packed.py").exists()
+
+
+def test_size_table_covers_every_section_and_module(project, capsys):
+    size.main(["--entry", str(project / "train_gpt.py"), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    parts = {part["name"]: part for part in report["parts"]}
+    assert list(parts) == [
+        "0 docstring",
+        "1 config",
+        "2 main",
+        "data/base.py",
+        "data/codecs/__init__.py",
+        "eval/score.py",
+        "third-party imports",
+    ]
+    assert report["packed_bytes"] == pack(None, project / "packed.py", project / "train_gpt.py").packed_bytes
+    files = [
+        project / name
+        for name in ("train_gpt.py", "data/base.py", "data/codecs/__init__.py", "eval/score.py")
+    ]
+    assert report["source_bytes"] == sum(path.stat().st_size for path in files)
+    assert parts["2 main"]["packed_bytes"] > parts["1 config"]["packed_bytes"] > 0
+
+
+# The real program
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Pack the real train_gpt.py once."""
+    if not ENTRY.is_file():
+        pytest.skip(f"{ENTRY.name} does not exist")
+    return pack(None, tmp_path_factory.mktemp("real") / "train_gpt.py")
+
+
+def test_real_program_packs_below_two_fifths_of_its_minified_source(real):
+    assert real.packed_bytes == Path(real.out).stat().st_size
+    assert real.packed_bytes < 0.4 * real.minified_bytes
+
+
+def test_real_program_compiles_and_misses_no_name(real):
+    """What dropping and merging could break: a name that is read and bound nowhere."""
+    tree = ast.parse(unwrap(Path(real.out).read_bytes()))
+    bound = {"__file__", "__name__", *dir(builtins)}
+    read = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt):
+            bound |= {name for name, _ in bound_names(node)}
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.comprehension):
+            bound |= {name for name, _ in bound_names(node.target)}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            read.add(node.id)
+    assert read - bound == set()
+
+
+def test_real_program_shows_its_help_alone_in_an_empty_folder(real):
+    assert "--recipe" in run(Path(real.out), "--help")

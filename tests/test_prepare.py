@@ -1,0 +1,394 @@
+"""From text files to shards: every format, every bad input, and folders that are whole or unfinished."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from fixtures_data import small_texts, train_small_tokenizer
+
+from data.codecs import load_codec
+from data.errors import UserError, run_command
+from data.prepare import Document, main, read_documents, write_dataset
+from data.shards import find_shards, read_manifest, read_shard, sha256_file, write_shard
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = small_texts(70, seed=1)
+
+
+@pytest.fixture(scope="module")
+def lossless_model(tmp_path_factory):
+    """The path of a lossless tokenizer, trained once."""
+    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def lossless_codec(lossless_model):
+    """The same, loaded."""
+    return load_codec(lossless_model)
+
+
+def json_lines(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def documents(texts: list[str], name: str = "memory") -> list[Document]:
+    return [Document(text, f"{name}:{number}") for number, text in enumerate(texts, start=1)]
+
+
+def texts_of(out: Path, split: str, codec) -> list[str]:
+    """Read a split back: documents start at BOS, shards continue each other."""
+    ids = np.concatenate([read_shard(path) for path in find_shards(out / f"fineweb_{split}_*.bin")])
+    assert ids[0] == codec.bos_id
+    return [
+        codec.decode(part[1:]).decode() for part in np.split(ids, np.flatnonzero(ids == codec.bos_id))[1:]
+    ]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A .jsonl file of 70 documents."""
+    path = tmp_path / "source.jsonl"
+    path.write_bytes(json_lines(TEXTS))
+    return path
+
+
+@pytest.fixture
+def prepare(lossless_model, tmp_path):
+    """Run the command in this process; returns the output folder."""
+    out = tmp_path / "out"
+
+    def run(*arguments) -> Path:
+        paths = ["--tokenizer", str(lossless_model), "--out", str(out)]
+        main([*paths, "--num-threads", "1", *map(str, arguments)])
+        return out
+
+    return run
+
+
+# ---- What is written --------------------------------------------------------------------------------
+
+
+def test_documents_come_back_from_the_shards_and_every_byte_is_counted(prepare, source, lossless_codec):
+    """A score is bits per byte of exactly this text."""
+    out = prepare("--input", source, "--val-docs", 7)
+    manifest = read_manifest(out)
+    assert texts_of(out, "val", lossless_codec) == TEXTS[:7]
+    assert texts_of(out, "train", lossless_codec) == TEXTS[7:]
+    for split, texts in (("val", TEXTS[:7]), ("train", TEXTS[7:])):
+        num_bytes = sum(len(text.encode()) for text in texts)
+        assert manifest[split]["raw_bytes"] == manifest[split]["token_bytes"] == num_bytes
+    assert manifest["val"]["expected_token_bytes"] == manifest["val"]["token_bytes"]
+    assert (manifest["val"]["documents"], manifest["train"]["documents"]) == ([0, 7], [7, 70])
+    assert (manifest["format"], manifest["split"]) == (1, "first_documents")
+
+
+def test_the_manifest_describes_files_and_tokenizer(prepare, source, lossless_codec):
+    """Others check a dataset by its manifest alone."""
+    out = prepare("--input", source, "--shard-tokens", 1000)
+    manifest = read_manifest(out)
+    assert manifest["tokenizer"] == {
+        "kind": "sentencepiece",
+        "file": "small.model",
+        "sha256": lossless_codec.digest,
+        "vocab_size": 400,
+        "bos_id": 1,
+        "lossless": True,
+    }
+    for split in ("train", "val"):
+        shards = manifest[split]["shards"]
+        assert [shard["file"] for shard in shards] == [
+            p.name for p in find_shards(out / f"fineweb_{split}_*.bin")
+        ]
+        assert sum(shard["tokens"] for shard in shards) == manifest[split]["tokens"]
+        for shard in shards:
+            path = out / shard["file"]
+            assert (shard["bytes"], shard["sha256"]) == (path.stat().st_size, sha256_file(path))
+            assert shard["tokens"] == read_shard(path).size
+    assert manifest["sources"]["input"] == [{"file": source.name, "bytes": source.stat().st_size}]
+
+
+def test_shards_are_full_but_for_the_last_and_length_changes_no_token(prepare, source, lossless_codec):
+    """Documents may cross shards, as in the contest's; a loader reads them as one stream."""
+    out = prepare("--input", source, "--shard-tokens", 1000)
+    sizes = [read_shard(path).size for path in find_shards(out / "fineweb_train_*.bin")]
+    assert len(sizes) > 2 and set(sizes[:-1]) == {1000} and 0 < sizes[-1] <= 1000
+    assert texts_of(out, "train", lossless_codec) == TEXTS[50:]
+
+
+def test_batches_change_no_token(prepare, source, lossless_codec, monkeypatch):
+    """Text streams through in batches; where they end must not show."""
+    monkeypatch.setattr("data.prepare.BATCH_BYTES", 700)
+    assert texts_of(prepare("--input", source), "train", lossless_codec) == TEXTS[50:]
+
+
+def test_validation_is_fifty_documents_or_one_percent(prepare, tmp_path):
+    """Small corpora need documents enough to measure on; large ones need no more than a percent."""
+    for num_texts, num_val in ((51, 50), (5200, 52)):
+        path = tmp_path / "many.jsonl"
+        path.write_bytes(json_lines([f"text {i}" for i in range(num_texts)]))
+        assert read_manifest(prepare("--input", path))["val"]["documents"] == [0, num_val]
+
+
+def test_a_separate_validation_input_counts_from_zero_and_is_all_used(
+    prepare, source, tmp_path, lossless_codec
+):
+    """Each range counts in its own input; the manifest says which kind of split it is."""
+    val = tmp_path / "val.txt"
+    val.write_text("held out\n")
+    manifest = read_manifest(out := prepare("--input", source, "--val-input", val))
+    assert texts_of(out, "val", lossless_codec) == ["held out\n"]
+    assert (manifest["val"]["documents"], manifest["train"]["documents"]) == ([0, 1], [0, 70])
+    assert manifest["split"] == "separate_input"
+
+
+def test_a_normalising_codec_keeps_both_byte_counts(tmp_path, lossless_codec):
+    """The contest's own models lose bytes; both numbers are needed to compare scores."""
+
+    class Lossy:
+        """Counts one byte a token."""
+
+        lossless = False
+
+        def __getattr__(self, name):
+            return getattr(lossless_codec, name)
+
+        def token_bytes(self, ids):
+            return (np.asarray(ids) != 1).astype(np.int32)
+
+    manifest = write_dataset(tmp_path, Lossy(), documents(["abc"]), documents(["xyzxyz"]), {}, num_threads=1)
+    assert manifest["val"]["raw_bytes"] == 6
+    assert manifest["val"]["token_bytes"] == manifest["val"]["tokens"] - 1
+
+
+def test_a_lossless_codec_that_miscounts_is_stopped(tmp_path, lossless_codec, monkeypatch):
+    """A wrong byte count is a wrong score; the document is named."""
+    monkeypatch.setattr(
+        type(lossless_codec), "token_bytes", lambda self, ids: np.ones(len(ids), dtype=np.int32)
+    )
+    with pytest.raises(RuntimeError, match="memory:1: the lossless codec counts"):
+        write_dataset(tmp_path, lossless_codec, documents(["a"]), documents(["b b"]), {}, num_threads=1)
+    assert read_manifest(tmp_path) is None
+
+
+# ---- What is read -----------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, texts: list, column: str = "text") -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({column: texts, "id": list(range(len(texts)))}), path)
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    """One corpus, five ways to hand it in; each document knows its file and line."""
+    lines = json_lines(TEXTS)
+    (tmp_path / "a.jsonl").write_bytes(lines.replace(b"\n", b"\r\n", 3) + b"\n\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines[:500]) + zstandard.compress(lines[500:]))
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        assert list(read_documents([tmp_path / name])) == documents(TEXTS, str(tmp_path / name))
+    (tmp_path / "a.txt").write_bytes(TEXTS[0].encode())
+    assert list(read_documents([tmp_path / "a.txt"])) == [Document(TEXTS[0], str(tmp_path / "a.txt"))]
+
+
+def test_parquet_without_pyarrow_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
+    """pyarrow is large and only needed here."""
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        list(read_documents([tmp_path / "a.parquet"]))
+
+
+def test_zstd_files_with_a_long_window_are_read(tmp_path):
+    """`zstd --long=31` asks for a window that the decoder refuses by default."""
+    path = tmp_path / "long.jsonl.zst"
+    parameters = zstandard.ZstdCompressionParameters(
+        window_log=28, strategy=zstandard.STRATEGY_FAST, hash_log=10
+    )
+    file = io.BytesIO()
+    with zstandard.ZstdCompressor(compression_params=parameters).stream_writer(file, closefd=False) as writer:
+        writer.write(json_lines(["text"]))  # of unknown size: the frame keeps the long window
+    path.write_bytes(file.getvalue())
+    assert [document.text for document in read_documents([path])] == ["text"]
+
+
+BAD_FILES = [
+    ("bad.txt", b"good\nline\n\xff", r"bad\.txt:3: not UTF-8"),
+    ("bad.txt", b"", r"bad\.txt: expected documents, found none"),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.jsonl:2: not UTF-8"),
+    ("bad.jsonl", b'{"text": "a"}\n\n{"text": "a"\n', r"bad\.jsonl:3: not JSON"),
+    ("bad.jsonl", b"\xef\xbb\xbf{}\n", r"bad\.jsonl:1: not JSON"),
+    ("bad.jsonl", b'{"body": "a"}\n', r"bad\.jsonl:1: expected .* \"text\", found keys \['body'\]"),
+    ("bad.jsonl", b'{"text": 7}\n', r"bad\.jsonl:1: expected .* \"text\""),
+    ("bad.jsonl", b'["text"]\n', r"bad\.jsonl:1: expected .* found list"),
+    ("bad.jsonl", b'{"text": "\\ud800"}\n', r"bad\.jsonl:1: .* surrogate"),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": ""}\n', r"bad\.jsonl:2: .* empty document"),
+    ("bad.jsonl", b"\n\n", r"bad\.jsonl: expected documents, found none"),
+    ("bad.jsonl.gz", b"plain text", r"bad\.jsonl\.gz: not a whole gzip file"),
+    ("bad.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-9], r"bad\.jsonl\.gz: not a whole gzip file"),
+    ("bad.jsonl.zst", b"plain text", r"bad\.jsonl\.zst: not a zstd file"),
+    ("bad.jsonl.zst", zstandard.compress(json_lines(TEXTS))[:-1], r"bad\.jsonl\.zst: .* cut off"),
+    ("bad.parquet", b"plain text", r"bad\.parquet: not a parquet file"),
+    ("bad.csv", b"a,b\n", r"bad\.csv: unknown suffix '.csv'\. Expected one of \.txt, \.jsonl"),
+    ("bad.json", b"{}", r"bad\.json: unknown suffix"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_bad_input_is_an_error_that_names_file_and_line(prepare, source, tmp_path, name, content, message):
+    """In a corpus of gigabytes nobody finds a bad line by hand. Nothing that looks finished is left."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare("--input", source, tmp_path / name)
+    assert read_manifest(tmp_path / "out") is None
+
+
+def test_bad_parquet_cells_are_errors_that_name_file_and_row(tmp_path):
+    """A column of numbers, a missing column and an absent value are the usual mistakes."""
+    path = tmp_path / "bad.parquet"
+    for texts, column, message in (
+        (["a"], "body", r"bad\.parquet: expected a column \"text\", found \['body', 'id'\]"),
+        (["a", None], "text", r"bad\.parquet:2: expected a string"),
+        ([1, 2], "text", r"bad\.parquet:1: expected a string"),
+    ):
+        write_parquet(path, texts, column)
+        with pytest.raises(UserError, match=message):
+            list(read_documents([path]))
+
+
+def test_a_missing_input_is_an_error_before_any_work(prepare, source, tmp_path):
+    """A typing mistake in the last of many files shows at once, not after an hour."""
+    with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
+        prepare("--input", source, tmp_path / "absent.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_validation_that_takes_every_document_is_an_error(prepare, source):
+    """A dataset without training tokens would fail far from its cause."""
+    with pytest.raises(UserError, match="at least one document for train"):
+        prepare("--input", source, "--val-docs", 70)
+
+
+@pytest.mark.parametrize("option", ["--val-docs", "--shard-tokens", "--num-threads"])
+def test_counts_below_one_are_errors(prepare, source, option):
+    """Zero would mean "default" to one reader and "none" to another."""
+    with pytest.raises(UserError, match=option):
+        prepare("--input", source, option, 0)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_validation_document_in_training_is_an_error_that_names_both_places(
+    prepare, source, tmp_path, separate
+):
+    """A model scores well on text that it has seen; such a score is worth nothing."""
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(json_lines(["new", TEXTS[4]]))
+    with pytest.raises(UserError, match=r"training document is also in validation") as error:
+        if separate:
+            prepare("--input", source, "--val-input", other)
+        else:
+            prepare("--input", source, other, "--val-docs", 5)
+    assert "source.jsonl:5" in str(error.value) and "other.jsonl:2" in str(error.value)
+
+
+# ---- Folders ----------------------------------------------------------------------------------------
+
+
+def test_a_shorter_dataset_leaves_no_shard_of_a_longer_one(prepare, source, tmp_path):
+    """A loader takes every shard in the folder; a stale one would be trained on, or scored."""
+    out = prepare("--input", source, "--shard-tokens", 100)
+    (out / "fineweb_val_bytes_000000.bin").touch()  # a stale byte sidecar
+    prepare("--input", source)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "fineweb_train_000000.bin",
+        "fineweb_val_000000.bin",
+        "manifest.json",
+    ]
+
+
+def test_a_run_that_fails_leaves_no_manifest_and_the_next_one_succeeds(prepare, source, tmp_path):
+    """New shards beside an old manifest would pass for a dataset that never existed."""
+    out = prepare("--input", source)
+    (tmp_path / "bad.jsonl").write_bytes(b"bad\n")
+    with pytest.raises(UserError, match="not JSON"):
+        prepare("--input", source, tmp_path / "bad.jsonl", "--val-docs", 50)
+    assert read_manifest(out) is None
+    prepare("--input", source)
+    assert read_manifest(out)["train"]["documents"] == [50, 70]
+
+
+def test_shards_of_another_tokenizer_are_not_replaced(prepare, source, tmp_path):
+    """Token ids of two tokenizers in one folder are noise; an old dataset may still be in use."""
+    out = prepare("--input", source)
+    manifest = out / "manifest.json"
+    changed = json.loads(manifest.read_text())
+    changed["tokenizer"]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(changed))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match=r"another tokenizer .*Choose another --out folder"):
+        prepare("--input", source)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_shards_that_this_command_did_not_write_are_not_replaced(prepare, source, tmp_path):
+    """A downloaded dataset has no manifest beside its shards, and takes hours to fetch again."""
+    write_shard(tmp_path / "out" / "fineweb_train_000000.bin", np.arange(10))
+    with pytest.raises(UserError, match="did not write"):
+        prepare("--input", source)
+    assert read_shard(tmp_path / "out" / "fineweb_train_000000.bin").size == 10
+
+
+# ---- The process ------------------------------------------------------------------------------------
+
+
+def test_the_command_closes_with_a_table(prepare, source, capsys):
+    """What was written is seen without opening the manifest."""
+    prepare("--input", source, "--val-docs", 7)
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split() == ["split", "documents", "bytes", "tokens", "bytes/token", "shards"]
+    assert [line.split()[:2] for line in table[2:]] == [["train", "63"], ["val", "7"]]
+
+
+def test_a_user_error_ends_the_process_with_one_message_and_status_1(source, tmp_path):
+    """No traceback: the message is for the reader of the command, not of the code."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "data.prepare",
+            "--input",
+            source,
+            "--tokenizer",
+            "no.model",
+            "--out",
+            tmp_path,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: no.model: no such tokenizer file")
+    assert result.stdout == "" and "Traceback" not in result.stderr
+
+
+def test_an_interrupt_ends_the_process_with_status_130():
+    """Shells and schedulers tell an interrupt from a failure by it."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(interrupted)
+    assert exit_info.value.code == 130

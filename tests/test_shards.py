@@ -1,0 +1,132 @@
+"""The shard format: what is written is read back, what is damaged is refused, nothing is half written."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from data.errors import UserError
+from data.shards import (
+    HEADER_BYTES,
+    atomic_file,
+    check_token_ids,
+    find_shards,
+    read_manifest,
+    read_shard,
+    write_json,
+    write_shard,
+)
+
+SAME_FOLDER = settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """A good shard of 100 tokens."""
+    path = tmp_path / "fineweb_val_000000.bin"
+    write_shard(path, np.arange(100))
+    return path
+
+
+@SAME_FOLDER
+@given(tokens=hnp.arrays(np.uint16, st.integers(0, 300)))
+def test_tokens_come_back_exactly_and_the_header_is_the_contests(tmp_path, tokens):
+    """The contest's own loader reads these files: magic, version, count, then little-endian uint16."""
+    path = tmp_path / "shard.bin"
+    write_shard(path, tokens)
+    raw = path.read_bytes()
+    assert struct.unpack("<256i", raw[:HEADER_BYTES]) == (20240520, 1, tokens.size, *[0] * 253)
+    assert raw[HEADER_BYTES:] == b"".join(struct.pack("<H", token) for token in tokens)
+    assert np.array_equal(read_shard(path), tokens)
+
+
+@SAME_FOLDER
+@given(num_bytes=st.integers(0, HEADER_BYTES + 199))
+def test_every_truncation_is_refused(tmp_path, num_bytes):
+    """A full disk or a broken transfer cuts anywhere."""
+    path = tmp_path / "shard.bin"
+    write_shard(path, np.arange(100))
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(UserError, match="again"):
+        read_shard(path)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, 1, "not a token shard"),
+        (1, 2, "version 2"),
+        (2, 99, "expected 99 tokens"),
+        (2, -1, "expected -1 tokens"),
+    ],
+)
+def test_a_wrong_header_is_refused(shard, index, value, message):
+    """Files of other formats and versions differ in these three numbers."""
+    raw = bytearray(shard.read_bytes())
+    raw[4 * index : 4 * index + 4] = struct.pack("<i", value)
+    shard.write_bytes(raw)
+    with pytest.raises(UserError, match=message):
+        read_shard(shard)
+
+
+def test_a_missing_shard_is_an_error_that_says_how_to_make_one(tmp_path):
+    """The first thing that a new user runs into."""
+    with pytest.raises(UserError, match="make data"):
+        read_shard(tmp_path / "absent.bin")
+
+
+@pytest.mark.parametrize("tokens", [[-1], [0, 65536]])
+def test_ids_that_do_not_fit_are_refused_not_wrapped(tmp_path, tokens):
+    """A cast to uint16 would wrap them to other tokens."""
+    with pytest.raises(UserError, match="65535"):
+        write_shard(tmp_path / "shard.bin", np.array(tokens))
+    assert not any(tmp_path.iterdir())
+
+
+def test_ids_of_another_vocabulary_are_located():
+    """The usual mistake is a shard of sp8192 with a model of 1024 entries."""
+    check_token_ids(np.array([0, 1023]), 1024, "shard")
+    check_token_ids(np.array([], dtype=np.uint16), 1024, "shard")
+    with pytest.raises(UserError, match="token id 1024 at position 1"):
+        check_token_ids(np.array([0, 1024]), 1024, "shard")
+
+
+def test_shards_are_listed_in_order_without_byte_sidecars(tmp_path):
+    """Order decides which tokens a run sees; a sidecar holds counts, not tokens."""
+    for name in ("fineweb_val_000001.bin", "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"):
+        (tmp_path / name).touch()
+    found = [path.name for path in find_shards(tmp_path / "fineweb_val_*.bin")]
+    assert found == ["fineweb_val_000000.bin", "fineweb_val_000001.bin"]
+
+
+def test_no_shards_is_an_error_that_names_the_three_ways_to_make_some(tmp_path):
+    """An empty list would fail far from its cause."""
+    with pytest.raises(UserError, match=r"make data.*data\.prepare.*data\.download"):
+        find_shards(tmp_path / "fineweb_val_*.bin")
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
+    """A killed run must not destroy the dataset that was there."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), atomic_file(path) as file:
+        file.write(b"half")
+        raise RuntimeError("the disk is full")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_manifest_is_read_back_and_a_damaged_one_is_refused(tmp_path):
+    """A folder without a manifest is fine: the contest's shards have none beside them."""
+    assert read_manifest(tmp_path) is None
+    write_json(tmp_path / "manifest.json", {"format": 1, "text": "caf\u00e9"})
+    assert read_manifest(tmp_path) == {"format": 1, "text": "caf\u00e9"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1})[:-2])
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_manifest(tmp_path)

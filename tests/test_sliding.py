@@ -1,0 +1,103 @@
+"""Window plans and scoring against the slow reference."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval.reference import score_reference, visible_start
+from eval.sliding import plan_batches, plan_windows, score_windows
+
+BOS = 1
+
+
+def bigram_logits(vocab_size=11, seed=0):
+    """A scorer without weights: a random table of next-token logits."""
+    table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed))
+    return lambda tokens, starts_doc, first: table[tokens[:, first:]]
+
+
+@given(st.integers(1, 400), st.integers(1, 64), st.integers(0, 64), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_every_target_is_scored_exactly_once(num_targets, context_len, stride, keep_tail):
+    """The rule that makes a sum of nats a score (contest rule C4), tail included."""
+    stride = min(stride, context_len)
+    windows = plan_windows(num_targets, context_len, stride, keep_tail)
+    kept = num_targets if keep_tail else num_targets // context_len * context_len
+    times = np.zeros(num_targets, dtype=int)
+    for start, end, first in windows:
+        assert 0 <= start <= start + first < end <= kept
+        assert end - start <= context_len
+        times[start + first : end] += 1
+    assert (times[:kept] == 1).all() and (times[kept:] == 0).all()
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 40))
+@settings(max_examples=100, deadline=None)
+def test_windows_begin_where_the_definition_says(num_targets, context_len, stride):
+    """The vectorised plan against a loop written straight from the definition."""
+    stride = min(stride, context_len)
+    for start, end, first in plan_windows(num_targets, context_len, stride):
+        for target in range(start + first, end):
+            assert start == visible_start(target, num_targets, context_len, stride)
+
+
+@pytest.mark.parametrize("stride", [0, 1, 5, 16])
+@pytest.mark.parametrize("batch_tokens", [16, 100])
+def test_scores_of_a_model_equal_the_float64_reference(tiny_model, stride, batch_tokens):
+    """Batching, windowing and `first` must not change a single target's cost."""
+    tokens = np.random.default_rng(0).integers(0, 300, 83).astype(np.uint16)
+    tokens[[0, 30]] = BOS
+    windows = plan_windows(82, 16, stride)
+    nats = score_windows(tiny_model, tokens, windows, bos_id=BOS, batch_tokens=batch_tokens)
+    expected = score_reference(tiny_model, tokens, 16, stride, BOS)
+    np.testing.assert_allclose(nats.numpy(), expected, atol=2e-5)
+
+
+def test_a_uniform_scorer_costs_log_vocabulary_a_token():
+    """The one score that is known exactly."""
+    tokens = np.random.default_rng(0).integers(0, 64, 200).astype(np.uint16)
+    nats = score_windows(
+        lambda tokens, starts_doc, first: torch.zeros(*tokens[:, first:].shape, 64),
+        tokens, plan_windows(199, 32, 8), bos_id=BOS, batch_tokens=64,
+    )  # fmt: skip
+    assert torch.equal(nats, torch.full((199,), float(np.log(64.0))))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_add_up_to_one_rank_bitwise(world_size):
+    """Each rank leaves zeros where others score, so the sum is exact for any number of ranks."""
+    tokens = np.random.default_rng(0).integers(0, 11, 157).astype(np.uint16)
+    windows = plan_windows(156, 16, 4)
+    shared = {"bos_id": BOS, "batch_tokens": 48}
+    alone = score_windows(bigram_logits(), tokens, windows, **shared)
+    parts = [
+        score_windows(bigram_logits(), tokens, windows, rank=rank, world_size=world_size, **shared)
+        for rank in range(world_size)
+    ]
+    assert torch.equal(sum(parts), alone)
+
+
+def test_batches_hold_windows_of_one_shape_only():
+    """A batch is one call of fixed shape; no window may be padded or cut."""
+    windows = plan_windows(1000, 64, 16)
+    batches = plan_batches(windows, 256)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(windows)))
+    for rows in batches:
+        assert len({(int(end - start), int(first)) for start, end, first in windows[rows]}) == 1
+        assert len(rows) * (windows[rows[0], 1] - windows[rows[0], 0]) <= 256 or len(rows) == 1
+
+
+@pytest.mark.parametrize("position", [1, 15, 16, 40, 81])
+def test_future_tokens_never_move_earlier_scores(tiny_model, position):
+    """A score is legal only if it depends on earlier tokens alone (contest rule C1)."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 300, 83).astype(np.uint16)
+    changed = tokens.copy()
+    changed[position + 1 :] = rng.integers(2, 300, len(tokens) - position - 1)
+    windows = plan_windows(82, 16, 4)
+    before, after = (
+        score_windows(tiny_model, text, windows, bos_id=BOS, batch_tokens=64) for text in (tokens, changed)
+    )
+    assert torch.equal(before[:position], after[:position])

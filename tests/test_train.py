@@ -1,0 +1,309 @@
+"""The main job end to end on tiny data: lines, artifact, fresh process, packed program, ranks, bad input."""
+
+import copy
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fixtures_model import ROOT, TINY, as_overrides, run_python
+
+import train_gpt
+from data.errors import UserError
+from data.shards import HEADER_BYTES, read_json, write_shard
+from eval.budget import BudgetError
+from train_gpt import Environment, Log, ShardStream, Training, load_artifact, next_batch, warm_up, with_values
+
+ALONE = Environment({}, 0, 0, 1)
+
+
+def losses(folder) -> list[float]:
+    """Read the training losses of a run folder."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [event["train_loss"] for event in events if event["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_data, tmp_path_factory):
+    """One whole run through the command line: (overrides, run folder, process result)."""
+    out = tmp_path_factory.mktemp("runs")
+    values = TINY | {
+        "data.data_path": str(tiny_data), "data.tokenizer_path": str(tiny_data / "tokenizer.model"),
+        "run.out_dir": str(out), "run.run_id": "whole", "average.ema_decay": 0.9, "eval.mode": "sliding",
+        "eval.keep_tail": True, "quant.matrix_bits": 6, "quant.codec": "zstd", "quant.scale_floor": False,
+    }  # fmt: skip
+    overrides = as_overrides(with_values(train_gpt.Config(), values, "test"))
+    result = run_python("train_gpt.py", *overrides)
+    assert result.returncode == 0, result.stderr
+    return overrides, out / "whole", result
+
+
+def test_the_log_has_the_lines_that_contest_tools_parse(finished_run):
+    """Patterns of contest_rules: every tool that reads the contest's logs must read ours."""
+    _, folder, result = finished_run
+    for pattern in (
+        r"^model_params:\d+$",
+        r"^seed:1337$",
+        r"^train_loader:dataset:\S+ train_shards:1$",
+        r"^val_loader:shards pattern=\S+ tokens:\d+$",
+        r"^warmup_step:1/1$",
+        r"^projected: \d+\.\d+ s a step, 6 steps in \d+ s$",
+        r"^step:6/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$",
+        r"^step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$",
+        r"^peak memory allocated: \d+ MiB",
+        r"^Serialized model: \d+ bytes$",
+        r"^Code size: \d+ bytes$",
+        r"^Serialized model int6\+zstd: \d+ bytes",
+        r"^Total submission size int6\+zstd: \d+ bytes$",
+        r"^final_int6_zstd_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms$",
+        r"^final_int6_zstd_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
+    ):
+        assert re.search(pattern, result.stdout, re.M), pattern
+        assert re.search(pattern, (folder / "train.log").read_text(), re.M), pattern
+
+
+def test_the_run_folder_is_whole_and_its_ledger_true(finished_run):
+    """Log, metrics, recipe, packed source, artifact, result; bytes in the ledger are bytes on disk."""
+    _, folder, _ = finished_run
+    assert {path.name for path in folder.iterdir()} == {
+        "train.log", "metrics.jsonl", "recipe.toml", "train_gpt.py", "artifact.bin", "result.json",
+    }  # fmt: skip
+    result = read_json(folder / "result.json")
+    sizes = dict(result["ledger"])
+    assert sizes.pop("code (packed train_gpt.py)") == (folder / "train_gpt.py").stat().st_size
+    assert sum(sizes.values()) == (folder / "artifact.bin").stat().st_size
+    assert len(losses(folder)) == result["steps"] == 6
+
+
+def test_a_fresh_process_reproduces_the_score(finished_run):
+    """The score comes from bytes: another process with only the artifact prints the same number."""
+    _, folder, _ = finished_run
+    result = run_python("-m", "eval", folder, "--json")
+    assert result.returncode == 0, result.stderr
+    score = json.loads(result.stdout)
+    assert {
+        "val_loss",
+        "val_bpb",
+        "num_tokens",
+        "num_bytes",
+        "vocab_size",
+        "bos_id",
+        "mode",
+        "seconds",
+    } <= set(score)
+    assert abs(score["val_bpb"] - read_json(folder / "result.json")["score"]["val_bpb"]) < 1e-6
+
+
+def test_a_run_whose_artifact_was_swapped_does_not_pass_eval(finished_run, tmp_path, alone, tiny_config):
+    """make eval exits non-zero when the number differs from the recorded one."""
+    _, folder, _ = finished_run
+    forged = tmp_path / "forged"
+    shutil.copytree(folder, forged)
+    result = read_json(forged / "result.json")
+    result["score"]["val_bpb"] += 1e-4
+    (forged / "result.json").write_text(json.dumps(result))
+    process = run_python("-m", "eval", forged)
+    assert process.returncode == 1 and "not reproduced" in process.stderr
+
+
+def test_the_packed_program_trains_and_scores_like_the_source_bit_for_bit(finished_run, tmp_path):
+    """What is weighed must be what runs: same losses, same artifact bytes, same score."""
+    overrides, folder, _ = finished_run
+    program = tmp_path / "elsewhere" / "train_gpt.py"
+    program.parent.mkdir()
+    shutil.copy(folder / "train_gpt.py", program)
+    free = [text for text in overrides if text.startswith(("run.", "data.data_path", "data.tokenizer_path"))]
+    packed = run_python(program, *free, "run.run_id=packed", cwd=program.parent)
+    assert packed.returncode == 0, packed.stderr
+    twin = folder.parent / "packed"
+    assert losses(twin) == losses(folder)
+    assert (twin / "artifact.bin").read_bytes() == (folder / "artifact.bin").read_bytes()
+    assert (twin / "train_gpt.py").read_bytes() == (folder / "train_gpt.py").read_bytes()
+    first, second = (read_json(path / "result.json")["score"] for path in (folder, twin))
+    assert first["val_bpb"] == second["val_bpb"]
+
+
+def test_the_artifact_holds_the_averaged_weights(finished_run, alone):
+    """EMA must be what is exported: without it the same run writes other bytes."""
+    overrides, folder, _ = finished_run
+    result = run_python("train_gpt.py", *overrides, "average.ema_decay=0", "run.run_id=raw")
+    assert result.returncode == 0, result.stderr
+    raw = folder.parent / "raw"
+    assert losses(raw) == losses(folder)
+    assert (raw / "artifact.bin").read_bytes() != (folder / "artifact.bin").read_bytes()
+
+
+def test_two_ranks_train_like_one(finished_run):
+    """The same global batch for any number of ranks; float32 throughout, Newton-Schulz included."""
+    overrides, folder, _ = finished_run
+    twenty = ["run.iterations=20", "optim.grad_clip_norm=1.0"]
+    one = run_python("train_gpt.py", *overrides, *twenty, "run.run_id=one")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
+    two = run_python(
+        *launcher, *overrides, *twenty, "run.run_id=two", env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert one.returncode == two.returncode == 0, two.stderr
+    ones, twos = (losses(folder.parent / name) for name in ("one", "two"))
+    assert len(ones) == len(twos) == 20
+    np.testing.assert_allclose(ones, twos, atol=1e-4)
+    a, b = (read_json(folder.parent / name / "result.json")["score"]["val_bpb"] for name in ("one", "two"))
+    assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_any_number_of_ranks_reads_the_same_global_batch(tiny_config):
+    """Union of the ranks' rows equals the rows of one rank, in order."""
+    stream = ShardStream(train_gpt.Path(tiny_config.data.data_path) / train_gpt.TRAIN_GLOB, 300)
+
+    def rows(world_size):
+        stream.load_state_dict({"shard": 0, "position": 0})
+        batches = []
+        for _ in range(4 // world_size):
+            start = stream.state_dict()
+            for rank in range(world_size):
+                stream.load_state_dict(start)
+                ranks = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+                batches.append(next_batch(stream, tiny_config.data, 1, ranks))
+        return torch.cat([batch.tokens for batch in batches]), torch.cat([batch.targets for batch in batches])
+
+    for world_size in (2, 4):
+        for ours, expected in zip(rows(world_size), rows(1), strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_the_stream_goes_round_over_all_shards_in_order(tmp_path):
+    """Every token once an epoch, then from the start again."""
+    for i, tokens in enumerate((np.arange(5), np.arange(5, 7), np.arange(7, 12))):
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", tokens)
+    stream = ShardStream(tmp_path / "fineweb_train_*.bin", 100)
+    taken = np.concatenate([stream.take(count) for count in (3, 8, 1, 13)])
+    assert taken.tolist() == (list(range(12)) * 3)[:25]
+
+
+def test_warm_up_leaves_no_trace(tiny_config, alone, tmp_path):
+    """Compile steps before the clock must not train: weights, optimizer, stream and average are restored."""
+    cfg = with_values(tiny_config, {"average.ema_decay": 0.9, "run.warmup_steps": 2}, "test")
+    training = Training(cfg, alone, bos_id=1)
+    before = copy.deepcopy(training.state_dict())
+    warm_up(training, Log(tmp_path, True))
+    after = training.state_dict()
+    assert after["stream"] == before["stream"]
+    for name, tensor in before["model"].items():
+        assert torch.equal(tensor, after["model"][name])
+    for old, new in zip(before["ema"]["averages"], after["ema"]["averages"], strict=True):
+        assert torch.equal(old, new)
+    assert all(not buffer.any() for buffer in after["optimizers"]["momentum"])
+    assert not after["optimizers"]["adamw"]["state"]
+
+
+def test_the_clock_stops_a_step_within_one_micro_batch(tiny_config, alone, tmp_path, monkeypatch):
+    """A slow machine must not overrun the cap by a whole accumulated step."""
+    now = itertools.count(0.0, 1e-6)
+    spent = [0.0]
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: spent[0] + next(now))
+    cfg = with_values(tiny_config, {"run.max_wallclock_seconds": 10.0, "run.val_loss_every": -1}, "test")
+    training = Training(cfg, alone, bos_id=1)
+    mean_loss = training.loss
+
+    def slow_loss(model, batch):
+        spent[0] += 3.0
+        return mean_loss(model, batch)
+
+    training.loss = slow_loss
+    facts = train_gpt.train(training, Log(tmp_path, True), validate=None)
+    assert facts["steps"] == 0
+    assert 10_000.0 <= facts["train_ms"] <= 13_000.0
+
+
+def break_shard(folder, name, change):
+    """Copy the tiny data and damage one shard."""
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    path.write_bytes(bytes(change(data)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda data: data[:-2], "expected .* tokens"),
+        (lambda data: data[:100], "header bytes"),
+        (lambda data: b"\0" + data[1:], "expected shard magic"),
+        (lambda data: data[:HEADER_BYTES] + b"\xff\xff" + data[HEADER_BYTES + 2 :], "token id 65535"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fineweb_train_000000.bin", "fineweb_val_000000.bin"])
+def test_a_damaged_shard_is_named(tiny_config, tmp_path, change, message, name):
+    """Truncated, foreign or wrongly tokenized data must stop the run before it trains on noise."""
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_config.data.data_path, folder)
+    break_shard(folder, name, change)
+    with pytest.raises(UserError, match=message) as caught:
+        train_gpt.run(with_values(tiny_config, {"data.data_path": str(folder)}, "test"), ALONE)
+    assert name in str(caught.value) or "fineweb_val_*.bin" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"data.data_path": "nowhere"}, "no shards match"),
+        ({"data.tokenizer_path": "nowhere.model"}, "no such tokenizer"),
+        ({"data.vocab_size": 512}, "300 entries"),
+        ({"eval.context_len": 60_000, "data.seq_len": 16}, "expected at least one window"),
+        ({"optim.matrix_lr": math.inf, "run.iterations": 3}, "finite"),
+    ],
+)
+def test_bad_input_says_what_was_expected(tiny_config, values, message):
+    """Missing data, a tokenizer that disagrees, too little text, a diverging run."""
+    with pytest.raises(ValueError, match=message):
+        train_gpt.run(with_values(tiny_config, values, "test"), ALONE)
+
+
+def test_over_budget_fails_and_loses_nothing(tiny_config):
+    """The artifact and its score stay; the exit says no."""
+    cfg = with_values(tiny_config, {"quant.limit_bytes": 1000}, "test")
+    with pytest.raises(BudgetError, match="over the limit of 1,000"):
+        train_gpt.run(cfg, ALONE)
+    folder = train_gpt.Path(cfg.run.out_dir) / "tiny"
+    assert read_json(folder / "result.json")["score"]["val_bpb"] > 0
+    assert (folder / "artifact.bin").is_file()
+
+
+def test_a_failed_run_leaves_no_result_of_an_older_one(tiny_config):
+    """A run folder with a result is complete; a re-run under the same name must not inherit it."""
+    train_gpt.run(tiny_config, ALONE)
+    folder = train_gpt.Path(tiny_config.run.out_dir) / "tiny"
+    assert (folder / "result.json").is_file()
+    with pytest.raises(UserError):
+        train_gpt.run(with_values(tiny_config, {"optim.matrix_lr": math.inf}, "test"), ALONE)
+    assert not (folder / "result.json").exists() and not (folder / "artifact.bin").exists()
+
+
+def test_errors_are_one_message_and_a_status(tmp_path):
+    """No traceback for what a user can break."""
+    result = run_python("train_gpt.py", "model.num_layer=3")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: command line: unknown field") and "Traceback" not in result.stderr
+    result = run_python("train_gpt.py", "--recipee", "x")
+    assert result.returncode == 2 and "--recipee" in result.stderr
+
+
+def test_a_world_size_that_does_not_divide_the_micro_batches_is_refused(tiny_config):
+    """Otherwise ranks would see another global batch."""
+    with pytest.raises(UserError, match="must be a multiple of the world size 3"):
+        train_gpt.run(tiny_config, Environment({}, 0, 0, 3))
+
+
+def test_loading_needs_only_the_artifact(finished_run, alone):
+    """Settings come from the file: defaults of another shape must not leak in."""
+    _, folder, _ = finished_run
+    model, cfg, _ = load_artifact(folder / "artifact.bin", train_gpt.Config(), alone.device)
+    assert (cfg.model.num_layers, cfg.eval.mode, cfg.data.seq_len) == (3, "sliding", 16)
+    assert cfg.run == train_gpt.Config().run
+    assert sys.modules["train_gpt"].__file__ == str(ROOT / "train_gpt.py")
+    assert sum(param.numel() for param in model.parameters()) > 10_000
