@@ -1,0 +1,200 @@
+"""Speed of the main parts, each against a yardstick measured in the same run (`make bench`).
+
+    python -m dev.bench                 all parts, a table
+    python -m dev.bench --only step     one of: step, scoring, packing, loader
+    python -m dev.bench --json          one JSON object
+
+Ratios travel between machines, seconds do not: compare the last column. Figures are medians.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.errors import run_command
+from data.shards import write_shard
+from dev.pack import pack
+from eval.sliding import plan_windows, score_windows
+from train_gpt import (
+    Batch,
+    Config,
+    Environment,
+    Optimizers,
+    Ranks,
+    ShardStream,
+    build_model,
+    load_config,
+    mean_loss,
+    next_batch,
+    resolve_compile,
+    with_values,
+)
+
+SHAPE = {"model.num_layers": 6, "model.model_dim": 128, "model.num_heads": 4, "model.num_kv_heads": 2}
+RECIPE = "records/track_cpu/2026-11-21_SmallBatchMuon/recipe.toml"
+
+
+class Measurement(NamedTuple):
+    """One row: what ran, how fast, and the yardstick beside it in the same unit."""
+
+    part: str
+    value: float
+    unit: str
+    yardstick: str
+    yardstick_value: float
+
+    @property
+    def ratio(self) -> float:
+        return self.value / self.yardstick_value
+
+
+def seconds_of(action: Callable[[], object], repeats: int) -> float:
+    """Return the median seconds of `action` after one unmeasured call."""
+    action()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def random_batch(cfg: Config, rows: int, device: torch.device) -> Batch:
+    """Make a batch of random tokens, (rows, seq_len)."""
+    tokens = torch.randint(2, cfg.data.vocab_size, (rows, cfg.data.seq_len + 1), device=device)
+    return Batch(tokens[:, :-1], tokens[:, 1:], tokens[:, :-1] == 1)
+
+
+def matmul_seconds(cfg: Config, num_tokens: int, device: torch.device) -> float:
+    """Time the bare matrix products of a training step: each weight three times over the tokens.
+
+    The yardstick of a step: what is left when attention, norms, loss and optimizer cost nothing.
+    """
+    model = build_model(cfg, device)
+    weights = [param.detach().to(model.compute_dtype) for param in model.parameters() if param.ndim == 2]
+    inputs = {dim: torch.randn(num_tokens, dim, device=device, dtype=model.compute_dtype)
+              for dim in {weight.shape[1] for weight in weights}}  # fmt: skip
+    return seconds_of(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights for _ in range(3)], 5)
+
+
+def bench_step(ranks: Ranks) -> list[Measurement]:
+    """Training step at the contest's small shape: tokens/s against the bare matrix products."""
+    cfg = with_values(Config(), SHAPE | {"data.seq_len": 512, "data.batch_tokens": 16_384}, "bench")
+    micro_rows = cfg.data.batch_tokens // cfg.data.micro_batches // cfg.data.seq_len
+    rows = []
+    bare = cfg.data.batch_tokens / (
+        cfg.data.micro_batches * matmul_seconds(cfg, micro_rows * cfg.data.seq_len, ranks.device)
+    )
+    for compiled in (False, True) if resolve_compile("auto", ranks.device) else (False,):
+        model = build_model(cfg, ranks.device)
+        optimizers = Optimizers(model, cfg, ranks)
+        loss = torch.compile(mean_loss, dynamic=False, fullgraph=True) if compiled else mean_loss
+
+        def step(model=model, optimizers=optimizers, loss=loss):
+            for _ in range(cfg.data.micro_batches):
+                loss(model, random_batch(cfg, micro_rows, ranks.device)).backward()
+            optimizers.step(1.0, 0.95)
+
+        speed = cfg.data.batch_tokens / seconds_of(step, 5)
+        name = "step 6x128 T512, compiled" if compiled else "step 6x128 T512, eager"
+        rows.append(Measurement(name, speed, "tokens/s", "bare matrix products", bare))
+    return rows
+
+
+def bench_scoring(ranks: Ranks) -> list[Measurement]:
+    """Sliding-window scoring at stride 64: scored tokens/s against a loop over single windows."""
+    cfg = with_values(Config(), SHAPE | {"data.seq_len": 512}, "bench")
+    model = build_model(cfg, ranks.device).eval()
+    tokens = np.random.default_rng(0).integers(2, 1024, 512 + 64 * 64 + 1).astype(np.uint16)
+    windows = plan_windows(len(tokens) - 1, 512, 64)
+
+    def batched():
+        score_windows(model, tokens, windows, bos_id=1, batch_tokens=8192, device=ranks.device)
+
+    @torch.no_grad()
+    def plain_loop():
+        for start, end, first in windows:
+            chunk = torch.from_numpy(tokens[start : end + 1].astype(np.int64)).to(ranks.device)[None]
+            logits = model(chunk[:, :-1], chunk[:, :-1] == 1)
+            F.cross_entropy(logits.float()[0], chunk[0, 1:], reduction="none")[first:]
+
+    scored = len(tokens) - 1
+    return [
+        Measurement(
+            "scoring, stride 64 of 512", scored / seconds_of(batched, 3), "tokens/s",
+            "loop over windows", scored / seconds_of(plain_loop, 3),
+        )
+    ]  # fmt: skip
+
+
+def bench_packing(ranks: Ranks) -> list[Measurement]:
+    """Packing the source, against reading and compiling it."""
+    source = Path("train_gpt.py").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        packing = seconds_of(lambda: pack(Path(RECIPE), Path(folder) / "train_gpt.py"), 1)
+    compiling = seconds_of(lambda: compile(source, "train_gpt.py", "exec"), 5)
+    return [Measurement("packing the source", 1 / packing, "1/s", "compiling it", 1 / compiling)]
+
+
+def bench_loader(ranks: Ranks) -> list[Measurement]:
+    """Reading micro-batches from a shard, against a plain copy of its tokens."""
+    tokens = np.random.default_rng(0).integers(2, 1024, 4_000_000).astype(np.uint16)
+    cfg = with_values(Config(), {"data.seq_len": 1024, "data.batch_tokens": 524_288}, "bench").data
+    with tempfile.TemporaryDirectory() as folder:
+        write_shard(Path(folder) / "fineweb_train_000000.bin", tokens)
+        stream = ShardStream(Path(folder) / "fineweb_train_*.bin", 1024)
+        speed = (
+            cfg.batch_tokens / cfg.micro_batches / seconds_of(lambda: next_batch(stream, cfg, 1, ranks), 20)
+        )
+    copying = tokens.size / seconds_of(lambda: torch.from_numpy(tokens.astype(np.int64)), 5)
+    return [Measurement("loader", speed, "tokens/s", "cast and copy", copying)]
+
+
+PARTS: dict[str, Callable[[Ranks], list[Measurement]]] = {
+    "step": bench_step,
+    "scoring": bench_scoring,
+    "packing": bench_packing,
+    "loader": bench_loader,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dev.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=PARTS, help="measure one part")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args(argv)
+    load_config(RECIPE, {}, [])  # a bench of a broken checkout says so before it takes minutes
+    ranks = Ranks(Environment({}, 0, 0, 1), "auto")
+    rows = []
+    for name in [args.only] if args.only else PARTS:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        rows += PARTS[name](ranks)
+    if args.json:
+        print(json.dumps({row.part: row._asdict() | {"ratio": row.ratio} for row in rows}))
+        return
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, device {ranks.device.type}, {threads} threads; medians")
+    print(f"{'part':<28}{'value':>14} {'unit':<9}{'yardstick':>14}  {'(what)':<24}{'ratio':>8}")
+    for row in rows:
+        print(
+            f"{row.part:<28}{row.value:>14,.1f} {row.unit:<9}{row.yardstick_value:>14,.1f}  "
+            f"{row.yardstick:<24}{row.ratio:>8.2f}"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)
