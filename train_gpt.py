@@ -18,28 +18,22 @@ Shapes: B batch, T time, D model, H query heads, G kv heads, K head dim, F mlp h
 # 1 imports and constants
 # ----------------------------------------------------------------------------------------------------------
 
-import argparse
 import copy
 import dataclasses
-import difflib
 import fnmatch
-import hashlib
-import importlib.util
+import itertools
 import json
-import lzma
 import math
 import os
 import resource
 import shutil
-import struct
 import subprocess
 import sys
 import sysconfig
 import time
-import tomllib
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.codecs import load_codec
-from data.errors import UserError, run_command
+from data.errors import CommandParser, UserError, run_command
 from data.shards import (
     TRAIN_GLOB,
     VAL_GLOB,
@@ -63,137 +57,166 @@ from data.shards import (
     write_json,
 )
 from eval.bpb import BpbMeter
-from eval.budget import LIMIT_BYTES, check_bytes, format_ledger
-from eval.sliding import plan_windows, score_windows
+from eval.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
+from eval.sliding import ProgressLines, ScoreOptions, plan_windows, score_windows
+from formats.artifact import (
+    STREAM_CODECS,
+    ArtifactError,
+    Stream,
+    decompress,
+    pack_artifact,
+    require_codec,
+    unpack_artifact,
+)
+from formats.recipe import (
+    check_ranges,
+    config_fields,
+    config_hash,
+    config_value,
+    describe_fields,
+    environment_values,
+    flatten_recipe,
+    format_toml,
+    option,
+    parse_overrides,
+    read_recipe,
+    recipe_of,
+    with_values,
+)
 
 PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed program here
 
 # ----------------------------------------------------------------------------------------------------------
 # 2 config
 # ----------------------------------------------------------------------------------------------------------
-# Frozen dataclasses, one a section. The defaults are the contest's naive baseline. A field carries the
-# contest's environment name, one line of help, and whether it stays free in a packed program ("live").
-
-
-def option(default, env: str = "", text: str = "", live: bool = False):
-    """Declare a config field."""
-    return field(default=default, metadata={"env": env, "help": text, "live": live})
+# Frozen dataclasses, one a section; the defaults are the contest's naive baseline. A field carries its
+# environment name in the contest, a line of help, its range, and whether it stays free in a packed program.
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    run_id: str = option("", "RUN_ID", "name of the run folder; empty: date and time", live=True)
+    """Where, how long and how loud; never part of the recipe's hash."""
+
+    run_id: str = option("", "RUN_ID", "name of the run folder; empty: time and seed", live=True)
     out_dir: str = option("runs", "", "where run folders go", live=True)
     seed: int = option(1337, "SEED", "seed of the initial weights", live=True)
-    device: str = option("auto", "", "auto | cpu | cuda", live=True)
-    compile: str = option("auto", "", "torch.compile: auto | on | off", live=True)
-    iterations: int = option(20_000, "ITERATIONS", "most optimizer steps", live=True)
-    max_wallclock_seconds: float = option(
-        600.0, "MAX_WALLCLOCK_SECONDS", "training clock; 0: no limit", live=True
+    device: str = option("auto", "", "where to compute", live=True, choices=("auto", "cpu", "cuda"))
+    compile: str = option("auto", "", "torch.compile", live=True, choices=("auto", "on", "off"))
+    iterations: int = option(20_000, "ITERATIONS", "most optimizer steps", live=True, low=0)
+    max_wallclock_seconds: float = option(600.0, "MAX_WALLCLOCK_SECONDS", "0: no limit", live=True, low=0)
+    warmup_steps: int = option(20, "WARMUP_STEPS", "before the clock; state is restored", live=True, low=0)
+    val_loss_every: int = option(1000, "VAL_LOSS_EVERY", "steps; 0: at the end, -1: never", live=True, low=-1)
+    train_log_every: int = option(
+        200, "TRAIN_LOG_EVERY", "log the loss every so many steps", live=True, low=0
     )
-    warmup_steps: int = option(
-        20, "WARMUP_STEPS", "steps before the clock starts; state is restored", live=True
-    )
-    val_loss_every: int = option(
-        1000, "VAL_LOSS_EVERY", "validate every so many steps; 0: only at the end, -1: never", live=True
-    )
-    train_log_every: int = option(200, "TRAIN_LOG_EVERY", "log the loss every so many steps", live=True)
     val_batch_tokens: int = option(
-        524_288, "VAL_BATCH_SIZE", "tokens per scoring batch, all ranks", live=True
+        524_288, "VAL_BATCH_SIZE", "scoring batch; data.micro_batches share it", live=True, low=1
     )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    data_path: str = option(
-        "./data/datasets/fineweb10B_sp1024", "DATA_PATH", "folder of the token shards", live=True
-    )
+    """Shards, tokenizer and the shape of a step."""
+
+    data_path: str = option("./data/datasets/fineweb10B_sp1024", "DATA_PATH", "token shards", live=True)
     tokenizer_path: str = option(
         "./data/tokenizers/fineweb_1024_bpe.model", "TOKENIZER_PATH", "tokenizer file", live=True
     )
-    vocab_size: int = option(1024, "VOCAB_SIZE", "entries of the tokenizer")
-    seq_len: int = option(1024, "TRAIN_SEQ_LEN", "tokens a training row")
-    batch_tokens: int = option(524_288, "TRAIN_BATCH_TOKENS", "tokens a step, all ranks together")
-    micro_batches: int = option(8, "", "micro-batches a step, all ranks together; the world size divides it")
+    vocab_size: int = option(1024, "VOCAB_SIZE", "entries of the tokenizer", low=2, high=65_536)
+    seq_len: int = option(1024, "TRAIN_SEQ_LEN", "tokens a training row", low=2)
+    batch_tokens: int = option(524_288, "TRAIN_BATCH_TOKENS", "tokens a step, all ranks together", low=1)
+    micro_batches: int = option(8, "", "a step's micro-batches; the world size divides them", low=1)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    num_layers: int = option(9, "NUM_LAYERS", "transformer blocks")
-    model_dim: int = option(512, "MODEL_DIM", "width of the residual stream")
-    num_heads: int = option(8, "NUM_HEADS", "query heads")
-    num_kv_heads: int = option(4, "NUM_KV_HEADS", "key and value heads; divides num_heads")
-    mlp_mult: float = option(2.0, "MLP_MULT", "mlp hidden size as a multiple of model_dim")
-    leaky_slope: float = option(
-        0.0, "LEAKY_SLOPE", "mlp activation max(x, slope * x)^2; 0 is ReLU^2", live=False
-    )
+    """The architecture."""
+
+    num_layers: int = option(9, "NUM_LAYERS", "transformer blocks", low=1)
+    model_dim: int = option(512, "MODEL_DIM", "width of the residual stream", low=1)
+    num_heads: int = option(8, "NUM_HEADS", "query heads", low=1)
+    num_kv_heads: int = option(4, "NUM_KV_HEADS", "key and value heads; divides num_heads", low=1)
+    mlp_mult: float = option(2.0, "MLP_MULT", "mlp hidden size / model_dim", low=0)
+    leaky_slope: float = option(0.0, "LEAKY_SLOPE", "mlp activation max(x, slope * x)^2; 0 is ReLU^2")
     tie_embeddings: bool = option(True, "TIE_EMBEDDINGS", "output head = token embedding")
-    embed_init_std: float = option(
-        0.005, "TIED_EMBED_INIT_STD", "standard deviation of the initial tied embedding"
-    )
-    rope_base: float = option(10_000.0, "ROPE_BASE", "RoPE base")
+    embed_init_std: float = option(0.005, "TIED_EMBED_INIT_STD", "of the initial tied embedding", low=0)
+    rope_base: float = option(10_000.0, "ROPE_BASE", "RoPE base", low=1)
     q_gain_init: float = option(1.5, "QK_GAIN_INIT", "initial gain of the normalised queries")
     unet_skips: bool = option(True, "", "add first-half outputs to second-half inputs, last to first")
     smear_gate: bool = option(False, "SMEAR_GATE", "add a gated copy of the previous token's embedding")
-    logit_softcap: float = option(30.0, "LOGIT_SOFTCAP", "logits are cap * tanh(logits / cap)")
-    compute_dtype: str = option("auto", "", "auto | float32 | bfloat16: activations and matrix products")
+    logit_softcap: float = option(30.0, "LOGIT_SOFTCAP", "logits are cap * tanh(logits / cap)", low=1e-3)
+    compute_dtype: str = option(
+        "auto", "", "of activations and matrix products", choices=("auto", "float32", "bfloat16")
+    )
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    matrix_lr: float = option(0.04, "MATRIX_LR", "Muon learning rate of the block matrices")
-    embed_lr: float = option(0.6, "EMBED_LR", "AdamW learning rate of an untied embedding")
-    tied_embed_lr: float = option(0.05, "TIED_EMBED_LR", "AdamW learning rate of a tied embedding")
-    head_lr: float = option(0.008, "HEAD_LR", "AdamW learning rate of an untied head")
-    scalar_lr: float = option(0.04, "SCALAR_LR", "AdamW learning rate of gains, scales and gates")
-    matrix_weight_decay: float = option(0.0, "MUON_WD", "decoupled weight decay of the block matrices")
-    embed_weight_decay: float = option(0.0, "EMBED_WD", "decoupled weight decay of embedding and head")
-    scalar_weight_decay: float = option(0.0, "ADAM_WD", "decoupled weight decay of gains, scales and gates")
-    muon_momentum: float = option(0.95, "MUON_MOMENTUM", "Muon momentum after its warm-up")
-    muon_momentum_warmup_start: float = option(0.85, "MUON_MOMENTUM_WARMUP_START", "Muon momentum at step 0")
-    muon_momentum_warmup_steps: int = option(500, "MUON_MOMENTUM_WARMUP_STEPS", "length of that warm-up")
-    num_ns_steps: int = option(5, "MUON_BACKEND_STEPS", "Newton-Schulz iterations")
-    beta1: float = option(0.9, "BETA1", "AdamW beta1")
-    beta2: float = option(0.95, "BETA2", "AdamW beta2")
-    adam_eps: float = option(1e-8, "ADAM_EPS", "AdamW epsilon")
-    grad_clip_norm: float = option(0.0, "GRAD_CLIP_NORM", "clip the reduced gradient's global norm; 0: off")
+    """Learning rates and decays by group (see PARAM_RULES), Muon and AdamW."""
+
+    matrix_lr: float = option(0.04, "MATRIX_LR", "Muon learning rate of the block matrices", low=0)
+    embed_lr: float = option(0.6, "EMBED_LR", "AdamW learning rate of an untied embedding", low=0)
+    tied_embed_lr: float = option(0.05, "TIED_EMBED_LR", "AdamW learning rate of a tied embedding", low=0)
+    head_lr: float = option(0.008, "HEAD_LR", "AdamW learning rate of an untied head", low=0)
+    scalar_lr: float = option(0.04, "SCALAR_LR", "AdamW learning rate of gains, scales and gates", low=0)
+    matrix_weight_decay: float = option(0.0, "MUON_WD", "decoupled decay of the block matrices", low=0)
+    embed_weight_decay: float = option(0.0, "EMBED_WD", "decoupled decay of embedding and head", low=0)
+    scalar_weight_decay: float = option(0.0, "ADAM_WD", "decoupled decay of gains, scales, gates", low=0)
+    muon_momentum: float = option(0.95, "MUON_MOMENTUM", "Muon momentum after its warm-up", low=0, high=1)
+    muon_momentum_warmup_start: float = option(0.85, "MUON_MOMENTUM_WARMUP_START", "at step 0", low=0, high=1)
+    muon_momentum_warmup_steps: int = option(500, "MUON_MOMENTUM_WARMUP_STEPS", "of the warm-up", low=0)
+    num_ns_steps: int = option(5, "MUON_BACKEND_STEPS", "Newton-Schulz iterations", low=1)
+    beta1: float = option(0.9, "BETA1", "AdamW beta1", low=0, high=1)
+    beta2: float = option(0.95, "BETA2", "AdamW beta2", low=0, high=1)
+    adam_eps: float = option(1e-8, "ADAM_EPS", "AdamW epsilon", low=0)
+    grad_clip_norm: float = option(0.0, "GRAD_CLIP_NORM", "of the reduced gradient, global; 0: off", low=0)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    warmdown_iters: int = option(1200, "WARMDOWN_ITERS", "linear decay over the last so many steps' time")
-    warmdown_frac: float = option(0.0, "WARMDOWN_FRAC", "decay over this last fraction instead, when > 0")
-    min_lr_frac: float = option(0.0, "MIN_LR", "floor of the decay")
+    """Learning rate over the run."""
+
+    warmdown_iters: int = option(1200, "WARMDOWN_ITERS", "linear decay over so many steps' time", low=0)
+    warmdown_frac: float = option(0.0, "WARMDOWN_FRAC", "decay over this fraction instead", low=0, high=1)
+    min_lr_frac: float = option(0.0, "MIN_LR", "floor of the decay", low=0, high=1)
 
 
 @dataclass(frozen=True)
 class AverageConfig:
-    ema_decay: float = option(0.0, "EMA_DECAY", "exponential moving average of all weights; 0: off")
+    """Weight averaging."""
+
+    ema_decay: float = option(0.0, "EMA_DECAY", "exponential moving average; 0: off", low=0, high=0.999999)
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    matrix_bits: int = option(8, "", "bits of the block matrices, 2 to 8, one scale a row")
-    embed_bits: int = option(8, "", "bits of the embedding and head rows")
-    clip_quantile: float = option(
-        0.9999984, "", "quantile of a row's magnitudes that maps to the largest code"
-    )
-    scale_floor: bool = option(True, "", "scales are at least 1 / largest code, as in the contest's baseline")
-    codec: str = option("zlib", "", "compressor of the artifact's streams: zlib | lzma | zstd")
-    limit_bytes: int = option(LIMIT_BYTES, "", "most bytes of code + artifact")
+    """How weights are stored and how many bytes they may take."""
+
+    matrix_bits: int = option(8, "", "of the block matrices' codes, one scale a row", low=2, high=8)
+    embed_bits: int = option(8, "", "of the embedding's and head's codes", low=2, high=8)
+    clip_quantile: float = option(0.9999984, "", "of a row's magnitudes: the largest code", low=0, high=1)
+    float16_numel: int = option(65_536, "", "matrices of at most so many elements stay float16", low=0)
+    scale_floor: bool = option(True, "", "scales are at least 1 / largest code (contest's baseline)")
+    codec: str = option("zlib", "", "compressor of the artifact's streams", choices=tuple(STREAM_CODECS))
+    limit_bytes: int = option(LIMIT_BYTES, "", "most bytes of code + artifact", low=0)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    mode: str = option("chunked", "", "chunked | sliding")
-    context_len: int = option(0, "", "tokens a window may see; 0: data.seq_len")
-    stride: int = option(64, "EVAL_STRIDE", "targets a sliding window scores")
+    """How the artifact is scored and how long that may take."""
+
+    mode: str = option("chunked", "", "windows of the scorer", choices=("chunked", "sliding"))
+    context_len: int = option(0, "", "tokens a window may see; 0: data.seq_len", low=0)
+    stride: int = option(64, "EVAL_STRIDE", "targets a sliding window scores", low=1)
     keep_tail: bool = option(False, "", "score the targets past the last whole window too")
-    limit_seconds: float = option(600.0, "", "scoring time budget")
+    limit_seconds: float = option(600.0, "", "scoring time budget", low=0)
+    limit_text_bytes: int = option(0, "", "the budget is for so many bytes, in proportion; 0: any", low=0)
 
 
 @dataclass(frozen=True)
 class Config:
+    """All sections."""
+
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -204,196 +227,76 @@ class Config:
     eval: EvalConfig = EvalConfig()
 
 
+# Live fields that say where somebody keeps things: they stay out of what is packed and weighed.
+PLACE_FIELDS = ("run.run_id", "run.out_dir", "data.data_path", "data.tokenizer_path")
+
+
 class Environment(NamedTuple):
     """What is read from the process environment: config overrides and the rank layout of torchrun."""
 
     overrides: dict[str, str]  # "section.key" -> text
-    rank: int
-    local_rank: int
-    world_size: int
-
-
-def config_fields() -> dict[str, dataclasses.Field]:
-    """Map "section.key" to its dataclass field, in order."""
-    return {
-        f"{section.name}.{item.name}": item
-        for section in dataclasses.fields(Config)
-        for item in dataclasses.fields(section.type)
-    }
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
 
 
 def read_environment() -> Environment:
     """Read the environment: the one place that does."""
-    overrides = {
-        name: os.environ[item.metadata["env"]]
-        for name, item in config_fields().items()
-        if item.metadata["env"] and item.metadata["env"] in os.environ
-    }
-    layout = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    return Environment(overrides, *layout)
-
-
-def parse_value(name: str, text, kind: type):
-    """Convert text or a TOML value to a field's type; raise when it does not fit."""
-    try:
-        if kind is bool:
-            return {"1": True, "true": True, "0": False, "false": False}[str(text).lower()]
-        if kind is int and not isinstance(text, int):
-            return int(str(text).replace("_", ""))
-        if (kind is str) != isinstance(text, str) and not isinstance(text, (str, int, float)):
-            raise ValueError
-        return kind(text)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{name}: expected {kind.__name__}, found {text!r}.") from error
-
-
-def with_values(cfg: Config, values: dict, source: str) -> Config:
-    """Return cfg with {"section.key": value} applied; an unknown name is an error with a suggestion."""
-    known = config_fields()
-    for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]}?" if near else " `--help` lists all fields."
-            raise UserError(f"{source}: unknown field {name!r}.{hint}")
-        section, key = name.split(".")
-        changed = dataclasses.replace(
-            getattr(cfg, section), **{key: parse_value(name, value, known[name].type)}
-        )
-        cfg = dataclasses.replace(cfg, **{section: changed})
-    return cfg
-
-
-def flatten_recipe(recipe: dict, source: str) -> dict:
-    """Turn {section: {key: value}} into {"section.key": value}."""
-    stray = [key for key, value in recipe.items() if not isinstance(value, dict)]
-    if stray:
-        raise UserError(
-            f"{source}: {stray[0]!r} stands outside a section; expected [section] and key = value."
-        )
-    return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
-
-
-def read_recipe(path: str | Path) -> dict:
-    """Read a recipe.toml as {"section.key": value}."""
-    try:
-        recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such recipe. Recipes are records/*/*/recipe.toml.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}.") from error
-    return flatten_recipe(recipe, str(path))
-
-
-def live_config(recipe_path: Path | None, environment: dict[str, str]) -> Config:
-    """Return the defaults with only the live fields (paths, device) of a recipe and of the environment."""
-    values = (read_recipe(recipe_path) if recipe_path else {}) | environment
-    fields = config_fields()
-    live = {name: value for name, value in values.items() if name in fields and fields[name].metadata["live"]}
-    return with_values(Config(), live, str(recipe_path or "environment"))
+    layout = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
+    numbers = {key: int(os.environ[env]) for key, env in layout.items() if env in os.environ}
+    return Environment(environment_values(Config, os.environ), **numbers)
 
 
 def load_config(recipe_path: str | None, environment: dict[str, str], overrides: list[str]) -> Config:
     """Resolve a config: defaults < recipe < environment < "section.key=value" overrides; then check it."""
-    cfg = with_values(Config(), flatten_recipe(PACKED_RECIPE or {}, "packed recipe"), "packed recipe")
+    packed = with_values(Config(), flatten_recipe(PACKED_RECIPE or {}, "packed recipe"), "packed recipe")
+    cfg = packed
     if recipe_path:
         cfg = with_values(cfg, read_recipe(recipe_path), recipe_path)
     cfg = with_values(cfg, environment, "environment")
-    pairs = [text.partition("=") for text in overrides]
-    bad = [text for text, equals, _ in pairs if not equals]
-    if bad:
-        raise UserError(f"command line: expected section.key=value, found {bad[0]!r}.")
-    cfg = with_values(cfg, {name: value for name, _, value in pairs}, "command line")
+    cfg = with_values(cfg, parse_overrides(overrides), "command line")
+    if PACKED_RECIPE is not None and recipe_of(cfg) != recipe_of(packed):
+        changed = [
+            name for name in config_fields(Config) if config_value(cfg, name) != config_value(packed, name)
+        ]
+        fixed = [name for name in changed if not config_fields(Config)[name].metadata["live"]]
+        raise UserError(f"{fixed[0]} is fixed in this packed program. Change the recipe and pack it again.")
     check_config(cfg)
     return cfg
 
 
 def check_config(cfg: Config) -> None:
     """Raise naming field, value and constraint when settings cannot work together."""
-    model, data, quant = cfg.model, cfg.data, cfg.quant
-    head_dim = model.model_dim // max(model.num_heads, 1)
-    micro_tokens = data.batch_tokens // max(data.micro_batches, 1)
-    multiple = f"/ micro_batches={data.micro_batches} must be a multiple of data.seq_len={data.seq_len}"
-    choices = {
-        "run.device": ("auto", "cpu", "cuda"),
-        "run.compile": ("auto", "on", "off"),
-        "model.compute_dtype": ("auto", "float32", "bfloat16"),
-        "quant.codec": ("zlib", "lzma", "zstd"),
-        "eval.mode": ("chunked", "sliding"),
-    }
+    check_ranges(cfg)
+    model, data, run = cfg.model, cfg.data, cfg.run
+    head_dim = model.model_dim // model.num_heads
+    micro_tokens = data.batch_tokens // data.micro_batches
+    whole = micro_tokens * data.micro_batches == data.batch_tokens
+    rows = f"/ micro_batches={data.micro_batches} must be a multiple of data.seq_len={data.seq_len}"
+    context_len = cfg.eval.context_len or data.seq_len
+    stride_fits = cfg.eval.mode == "chunked" or cfg.eval.stride <= context_len
+    smear_fits = not model.smear_gate or model.model_dim >= 12
     rules = [
-        ("model.num_layers", model.num_layers >= 1, "must be at least 1"),
-        ("model.num_heads", model.num_heads >= 1, "must be at least 1"),
-        (
-            "model.model_dim",
-            model.model_dim % max(model.num_heads, 1) == 0,
-            "must be a multiple of num_heads",
-        ),
+        ("model.model_dim", model.model_dim % model.num_heads == 0, "must be a multiple of num_heads"),
         ("model.model_dim", head_dim % 2 == 0, f"gives head_dim {head_dim}, which must be even for RoPE"),
-        ("model.num_kv_heads", model.num_kv_heads >= 1, "must be at least 1"),
-        ("model.num_kv_heads", model.num_heads % max(model.num_kv_heads, 1) == 0, "must divide num_heads"),
+        ("model.model_dim", smear_fits, "must be at least 12 for model.smear_gate"),
+        ("model.num_kv_heads", model.num_heads % model.num_kv_heads == 0, "must divide num_heads"),
         ("model.mlp_mult", model.mlp_mult * model.model_dim >= 1, "gives an empty mlp"),
-        ("model.logit_softcap", model.logit_softcap > 0, "must be positive"),
-        ("data.vocab_size", 2 <= data.vocab_size <= 65_536, "must be in [2, 65536]: shards are uint16"),
-        ("data.seq_len", data.seq_len >= 2, "must be at least 2"),
-        ("data.micro_batches", data.micro_batches >= 1, "must be at least 1"),
-        (
-            "data.batch_tokens",
-            micro_tokens * data.micro_batches == data.batch_tokens,
-            "must be a multiple of micro_batches",
-        ),
-        ("data.batch_tokens", micro_tokens >= 1 and micro_tokens % max(data.seq_len, 1) == 0, multiple),
-        ("quant.matrix_bits", 2 <= quant.matrix_bits <= 8, "must be in [2, 8]"),
-        ("quant.embed_bits", 2 <= quant.embed_bits <= 8, "must be in [2, 8]"),
-        ("quant.clip_quantile", 0 < quant.clip_quantile <= 1, "must be in (0, 1]"),
-        (
-            "eval.stride",
-            1 <= cfg.eval.stride <= (cfg.eval.context_len or data.seq_len),
-            "must be in [1, context]",
-        ),
-        ("schedule.warmdown_frac", 0 <= cfg.schedule.warmdown_frac <= 1, "must be in [0, 1]"),
-        ("average.ema_decay", 0 <= cfg.average.ema_decay < 1, "must be in [0, 1)"),
-        ("optim.num_ns_steps", cfg.optim.num_ns_steps >= 1, "must be at least 1"),
-        ("run.max_wallclock_seconds", cfg.run.max_wallclock_seconds >= 0, "must not be negative"),
+        ("data.batch_tokens", whole, f"must be a multiple of data.micro_batches={data.micro_batches}"),
+        ("data.batch_tokens", micro_tokens >= 1 and micro_tokens % data.seq_len == 0, rows),
+        ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
+        ("run.iterations", run.iterations > 0 or run.max_wallclock_seconds > 0, "needs a step or a clock"),
     ]
-    for name, allowed in choices.items():
-        value = config_value(cfg, name)
-        rules.append((name, value in allowed, f"must be one of {', '.join(allowed)}"))
     for name, holds, constraint in rules:
         if not holds:
             raise UserError(f"{name}={config_value(cfg, name)} {constraint}.")
 
 
-def config_value(cfg: Config, name: str):
-    """Read a field by its "section.key" name."""
-    section, key = name.split(".")
-    return getattr(getattr(cfg, section), key)
-
-
-def recipe_of(cfg: Config, live: bool = False) -> dict[str, dict]:
-    """Return {section: {key: value}} of every field that a recipe fixes, or with live all fields."""
-    recipe: dict[str, dict] = {}
-    for name, item in config_fields().items():
-        if live or not item.metadata["live"]:
-            section, key = name.split(".")
-            recipe.setdefault(section, {})[key] = config_value(cfg, name)
-    return recipe
-
-
-def config_hash(cfg: Config) -> str:
-    """Hash what a recipe fixes: equal for all seeds, machines and paths of one configuration."""
-    return hashlib.sha256(json.dumps(recipe_of(cfg), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def format_toml(recipe: dict[str, dict]) -> str:
-    """Write {section: {key: value}} as TOML."""
-    sections = []
-    for section, keys in recipe.items():
-        rows = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
-        sections.append("\n".join([f"[{section}]", *rows]))
-    return "\n\n".join(sections) + "\n"
+def only_live(cfg: Config) -> Config:
+    """Return the defaults with the live fields (paths, clock, device) of cfg."""
+    fields = config_fields(Config)
+    live = {name: config_value(cfg, name) for name, item in fields.items() if item.metadata["live"]}
+    return with_values(Config(), live, "live fields")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -413,17 +316,22 @@ class Ranks:
                 "run.device=cuda: expected a CUDA device, found none. Use run.device=auto or cpu."
             )
         use_cuda = device != "cpu" and torch.cuda.is_available()
+        if use_cuda and environment.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"expected a GPU for each process, found {torch.cuda.device_count()} for local rank "
+                f"{environment.local_rank}. Lower --nproc_per_node."
+            )
         self.device = torch.device("cuda", environment.local_rank) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = True
         if self.world_size > 1:
-            dist.init_process_group(
-                "nccl" if use_cuda else "gloo", device_id=self.device if use_cuda else None
-            )
+            # Ranks wait for rank 0 while it quantizes and compresses: longer than the default ten minutes.
+            settings = {"backend": "nccl" if use_cuda else "gloo", "timeout": timedelta(hours=1)}
+            dist.init_process_group(**settings, device_id=self.device if use_cuda else None)
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and lines."""
         return self.rank == 0
 
     def agree(self, value: float) -> float:
@@ -446,7 +354,8 @@ class Ranks:
         """Average tensors over all ranks in place, as one message."""
         if self.world_size > 1 and tensors:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
-            dist.all_reduce(flat, op=dist.ReduceOp.AVG)
+            dist.all_reduce(flat)
+            flat *= 1 / self.world_size
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
                 tensor.copy_(part.view_as(tensor))
 
@@ -455,18 +364,19 @@ class Ranks:
         if self.world_size == 1:
             return stack
         share = stack.new_empty(stack.shape[0] // self.world_size, *stack.shape[1:])
-        dist.reduce_scatter_tensor(share, stack, op=dist.ReduceOp.AVG)
-        return share
+        dist.reduce_scatter_tensor(share, stack)
+        return share.mul_(1 / self.world_size)
 
     def gather(self, share: Tensor) -> Tensor:
         """Concatenate every rank's (n, ...) share into (world * n, ...)."""
         if self.world_size == 1:
             return share
         stack = share.new_empty(share.shape[0] * self.world_size, *share.shape[1:])
-        dist.all_gather_into_tensor(stack, share)
+        dist.all_gather_into_tensor(stack, share.contiguous())  # NCCL refuses transposed views
         return stack
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -476,6 +386,7 @@ class Ranks:
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
+        """Leave the process group, all ranks together."""
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early takes its connections from the others
             dist.destroy_process_group()
@@ -485,6 +396,11 @@ class Ranks:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) >> 20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+    def reserved_memory_mib(self) -> int:
+        """Most device memory held by the allocator; on a CPU the process's peak."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.max_memory_reserved(self.device) >> 20 if on_gpu else self.peak_memory_mib()
 
 
 class Clock:
@@ -496,15 +412,19 @@ class Clock:
         self.started = 0.0
 
     def start(self) -> None:
+        """Let the time run."""
         self.ranks.synchronize()
         self.started = time.perf_counter()
 
     def read_ms(self) -> float:
+        """Return rank 0's training time so far, after what the device has been given is done."""
+        self.ranks.synchronize()
         return self.ranks.agree(self.total_ms + 1000.0 * (time.perf_counter() - self.started))
 
-    def stop(self) -> None:
-        self.ranks.synchronize()
+    def stop(self) -> float:
+        """Stop the time and return it."""
         self.total_ms = self.read_ms()
+        return self.total_ms
 
 
 class Log:
@@ -515,8 +435,8 @@ class Log:
         self.is_main = is_main
 
     def line(self, text: str, console: bool = True) -> None:
-        """Write a line to train.log and, unless told otherwise, to standard output."""
-        if self.is_main:
+        """Write a line to train.log and, unless told otherwise, to standard output; nothing if empty."""
+        if self.is_main and text:
             if console:
                 print(text, flush=True)
             with open(self.folder / "train.log", "a", encoding="utf-8") as file:
@@ -556,12 +476,11 @@ class ShardStream:
                 self.shard = (self.shard + 1) % len(self.files)
                 self.tokens, self.position = read_shard(self.files[self.shard]), 0
             part = self.tokens[self.position : self.position + count]
+            check_token_ids(part, self.vocab_size, self.files[self.shard])
             self.position += part.size
             count -= part.size
             parts.append(part)
-        tokens = np.concatenate(parts)
-        check_token_ids(tokens, self.vocab_size, self.files[self.shard])
-        return tokens
+        return np.concatenate(parts)
 
     def state_dict(self) -> dict:
         return {"shard": self.shard, "position": self.position}
@@ -588,10 +507,15 @@ def next_batch(stream: ShardStream, cfg: DataConfig, bos_id: int, ranks: Ranks) 
 
 
 class ValidationText(NamedTuple):
+    """The validation tokens and what they stand for."""
+
     tokens: np.ndarray  # (N + 1,) uint16
     target_bytes: np.ndarray  # (N,) original UTF-8 bytes of each target
     bos_id: int
     pattern: str
+    tokenizer_kind: str
+    tokenizer_sha256: str
+    raw_bytes: int | None  # of the text itself, where a manifest states it
 
 
 def load_validation(cfg: DataConfig, pattern: str = "", tokenizer_sha256: str = "") -> ValidationText:
@@ -609,20 +533,24 @@ def load_validation(cfg: DataConfig, pattern: str = "", tokenizer_sha256: str = 
             f"{cfg.tokenizer_path}: expected the tokenizer with sha256 {made_with[:16]}, "
             f"found {codec.digest[:16]}. Set TOKENIZER_PATH to it or make the data again."
         )
-    tokens = np.concatenate([read_shard(path) for path in files])
-    check_token_ids(tokens, cfg.vocab_size, pattern)
+    shards = [read_shard(path) for path in files]
+    for path, shard in zip(files, shards):
+        check_token_ids(shard, cfg.vocab_size, path)
+    tokens = np.concatenate(shards)
     if tokens.size < 2:
         raise UserError(
             f"{pattern}: expected 2 or more validation tokens, found {tokens.size}. Make the data again."
         )
     token_bytes = codec.token_bytes(tokens)
-    expected = manifest.get("val", {}).get("expected_token_bytes", int(token_bytes.sum()))
-    if expected != int(token_bytes.sum()):
+    stated = manifest.get("val", {})
+    is_whole = [path.name for path in files] == [shard["file"] for shard in stated.get("shards", [])]
+    if is_whole and stated["expected_token_bytes"] != token_bytes.sum():
         raise UserError(
-            f"{pattern}: the manifest expects {expected:,} bytes, the tokens have {token_bytes.sum():,}. "
-            "A bits-per-byte figure from them would be wrong; make the data again."
+            f"{pattern}: the manifest expects {stated['expected_token_bytes']:,} bytes, the tokens have "
+            f"{token_bytes.sum():,}. A bits-per-byte figure from them would be wrong; make the data again."
         )
-    return ValidationText(tokens, token_bytes[1:], codec.bos_id, pattern)
+    raw_bytes = stated["raw_bytes"] if is_whole else None
+    return ValidationText(tokens, token_bytes[1:], codec.bos_id, pattern, codec.kind, codec.digest, raw_bytes)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -818,9 +746,9 @@ def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
     """Choose the compute dtype: auto is bfloat16 where the device multiplies it natively."""
     if requested != "auto":
         return getattr(torch, requested)
-    native = device.type == "cuda" or any(
-        torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16")
-    )
+    cpu_info = Path("/proc/cpuinfo")  # torch names these capabilities differently from version to version
+    flags = cpu_info.read_text().split() if cpu_info.is_file() else []
+    native = device.type == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
     return torch.bfloat16 if native else torch.float32
 
 
@@ -848,6 +776,8 @@ def build_model(cfg: Config, device: torch.device) -> GPT:
 
 
 class Rule(NamedTuple):
+    """How parameters of one kind are updated and stored; all masters are float32."""
+
     pattern: str  # of the parameter's name; the first match wins
     optimizer: str  # muon | adamw
     lr: str  # field of OptimConfig
@@ -905,12 +835,14 @@ def newton_schulz(stack: Tensor, num_steps: int) -> Tensor:
 class Stack:
     """Equal-shaped matrices that Muon updates together; each rank owns an equal, padded share."""
 
-    def __init__(self, params: list[nn.Parameter], ranks: Ranks):
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, ranks: Ranks):
         self.params = params
+        self.lr = lr
+        self.weight_decay = weight_decay
         self.ranks = ranks
         self.share_size = math.ceil(len(params) / ranks.world_size)
         self.momentum_buffer = torch.zeros(self.share_size, *params[0].shape, device=params[0].device)
-        self.grad = self.momentum_buffer  # this rank's share of the averaged gradient, set by reduce
+        self.grad: Tensor | None = None  # this rank's share of the averaged gradient, set by reduce
 
     def reduce(self) -> None:
         """Average the gradients over ranks and keep this rank's share."""
@@ -936,24 +868,25 @@ class Optimizers:
         self.ranks = ranks
         self.dtype = model.compute_dtype
         named = dict(model.named_parameters())
-        groups: dict[Rule, list[nn.Parameter]] = {}
-        shapes: dict[tuple, list[nn.Parameter]] = {}
+        groups: dict[tuple, list[nn.Parameter]] = {}
         for name, rule in match_rules(cfg.model, list(named)).items():
-            if rule.optimizer == "muon":
-                shapes.setdefault((rule.lr, rule.weight_decay, named[name].shape), []).append(named[name])
-            else:
-                groups.setdefault(rule, []).append(named[name])
+            rates = getattr(cfg.optim, rule.lr), getattr(cfg.optim, rule.weight_decay)
+            shape = named[name].shape if rule.optimizer == "muon" else None  # None: AdamW, shapes may differ
+            groups.setdefault((shape, *rates), []).append(named[name])
         self.adamw = torch.optim.AdamW(
             [
-                {"params": params, "lr": getattr(cfg.optim, rule.lr), "base_lr": getattr(cfg.optim, rule.lr),
-                 "weight_decay": getattr(cfg.optim, rule.weight_decay)}
-                for rule, params in groups.items()
+                {"params": params, "lr": lr, "base_lr": lr, "weight_decay": decay}
+                for (shape, lr, decay), params in groups.items()
+                if shape is None
             ],
-            betas=(cfg.optim.beta1, cfg.optim.beta2), eps=cfg.optim.adam_eps, fused=True,
-        )  # fmt: skip
+            betas=(cfg.optim.beta1, cfg.optim.beta2),
+            eps=cfg.optim.adam_eps,
+            fused=True,
+        )
         self.stacks = [
-            (Stack(params, ranks), getattr(cfg.optim, lr), getattr(cfg.optim, decay))
-            for (lr, decay, _), params in shapes.items()
+            Stack(params, lr, decay, ranks)
+            for (shape, lr, decay), params in groups.items()
+            if shape is not None
         ]
 
     @torch.no_grad()
@@ -961,22 +894,22 @@ class Optimizers:
         """Average gradients over ranks, clip their global norm, update every weight, drop the gradients."""
         adam_grads = [param.grad for group in self.adamw.param_groups for param in group["params"]]
         self.ranks.average(adam_grads)
-        for stack, _, _ in self.stacks:
+        for stack in self.stacks:
             stack.reduce()
         if self.cfg.grad_clip_norm > 0:
             self.clip(adam_grads)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_mul
         self.adamw.step()
-        for stack, base_lr, weight_decay in self.stacks:
+        for stack in self.stacks:
             update = stack.update(momentum, self.cfg.num_ns_steps, self.dtype).to(stack.params[0].dtype)
-            torch._foreach_mul_(stack.params, 1.0 - base_lr * lr_mul * weight_decay)
-            torch._foreach_add_(stack.params, list(update.unbind()), alpha=-base_lr * lr_mul)
+            torch._foreach_mul_(stack.params, 1.0 - stack.lr * lr_mul * stack.weight_decay)
+            torch._foreach_add_(stack.params, list(update.unbind()), alpha=-stack.lr * lr_mul)
         self.zero_grad()
 
     def clip(self, adam_grads: list[Tensor]) -> None:
         """Scale all gradients so that their global norm over all ranks is at most the limit."""
-        shares = [stack.grad for stack, _, _ in self.stacks]
+        shares = [stack.grad for stack in self.stacks]
         total = self.ranks.sum(sum(share.double().square().sum() for share in shares)) if shares else 0.0
         total = total + sum(grad.double().square().sum() for grad in adam_grads)
         scale = (self.cfg.grad_clip_norm / (total.sqrt() + 1e-6)).clamp(max=1.0).float()
@@ -984,19 +917,19 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
-        for stack, _, _ in self.stacks:
+        for stack in self.stacks:
             for param in stack.params:
                 param.grad = None
 
     def state_dict(self) -> dict:
         return {
             "adamw": self.adamw.state_dict(),
-            "momentum": [stack.momentum_buffer for stack, _, _ in self.stacks],
+            "momentum": [stack.momentum_buffer for stack in self.stacks],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
-        for (stack, _, _), buffer in zip(self.stacks, state["momentum"]):
+        for stack, buffer in zip(self.stacks, state["momentum"]):
             stack.momentum_buffer.copy_(buffer)
 
 
@@ -1094,63 +1027,16 @@ def dequantize_rows(quantized: Quantized) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------
 # 10 artifact
 # ----------------------------------------------------------------------------------------------------------
-# One file: magic, version, lengths, header (zlib JSON: recipe, tokenizer sha256, tensor table, stream
-# table), compressed streams, sha256 of all before it. Every length is checked before anything is allocated.
+# formats/artifact.py owns the file; here is what goes into it: the recipe, the tokenizer's sha256, a table of
+# tensors in parameter order, and their codes, scales and floats as three streams.
 
-ARTIFACT_MAGIC = b"PGOLF\n"
-ARTIFACT_VERSION = 1
-ARTIFACT_PREFIX = struct.Struct("<6sHII")  # magic, version, header bytes stored, header bytes raw
-CHECKSUM_BYTES = 16
-MAX_HEADER_BYTES = 1 << 24
-MAX_RAW_BYTES = 1 << 32
-LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 # Raw streams, in file order, and the numpy dtype of their elements.
-STREAM_DTYPES = {"codes": np.dtype("i1"), "scales": np.dtype("<f2"), "floats": np.dtype("<f4")}
-
-
-class ArtifactError(UserError):
-    """An artifact that is not whole, not ours, or contradicts itself."""
-
-
-def require_codec(codec: str) -> None:
-    """Raise before any work is done when the artifact's compressor is not installed."""
-    if codec == "zstd" and importlib.util.find_spec("zstandard") is None:
-        raise UserError(
-            "quant.codec=zstd: the package zstandard is missing. Install it or set quant.codec=lzma."
-        )
-
-
-def compress(raw: bytes, codec: str) -> bytes:
-    """Compress one stream as small as its codec can."""
-    if codec == "zlib":
-        return zlib.compress(raw, level=9)
-    if codec == "lzma":
-        return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    import zstandard
-
-    return zstandard.ZstdCompressor(level=22, write_content_size=False).compress(raw)
-
-
-def decompress(stored: bytes, codec: str, raw_bytes: int) -> bytes:
-    """Decompress one stream to exactly raw_bytes bytes; never allocates more than one byte beyond them."""
-    try:
-        if codec == "zlib":
-            raw = zlib.decompressobj().decompress(stored, raw_bytes + 1)
-        elif codec == "lzma":
-            raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(
-                stored, raw_bytes + 1
-            )
-        else:
-            import zstandard
-
-            raw = zstandard.ZstdDecompressor().stream_reader(stored).read(raw_bytes + 1)
-    except Exception as error:  # each library has its own exception for damaged input
-        raise ArtifactError(f"artifact: a {codec} stream is damaged ({error}).") from error
-    if len(raw) != raw_bytes:
-        raise ArtifactError(
-            f"artifact: a {codec} stream holds {len(raw)} bytes or more, expected {raw_bytes}."
-        )
-    return raw
+STREAM_DTYPES = {
+    "codes": np.dtype("i1"),
+    "scales": np.dtype("<f2"),
+    "halves": np.dtype("<f2"),
+    "floats": np.dtype("<f4"),
+}
 
 
 class TensorRow(NamedTuple):
@@ -1158,99 +1044,100 @@ class TensorRow(NamedTuple):
 
     name: str
     shape: list[int]
-    storage: str  # rows (codes and scales) | float32
+    storage: str  # rows (codes and scales) | float16 | float32
+
+
+# The parts of a tensor by storage: (stream, shape of its elements in it).
+STORAGE_PARTS: dict[str, Callable[[list[int]], list[tuple[str, list[int]]]]] = {
+    "rows": lambda shape: [("codes", shape), ("scales", shape[:1])],
+    "float16": lambda shape: [("halves", shape)],
+    "float32": lambda shape: [("floats", shape)],
+}
+
+
+def tensor_table(cfg: Config) -> list[TensorRow]:
+    """List the tensors that a recipe's model has, without making them."""
+    with torch.device("meta"):
+        named = list(GPT(cfg.model, cfg.data.vocab_size).named_parameters())
+    rules = match_rules(cfg.model, [name for name, _ in named])
+    rows = []
+    for name, param in named:
+        quantized = "float16" if param.numel() <= cfg.quant.float16_numel else "rows"
+        storage = "float32" if rules[name].storage == "float32" else quantized
+        rows.append(TensorRow(name, list(param.shape), storage))
+    return rows
 
 
 def write_artifact(model: GPT, cfg: Config, tokenizer_sha256: str, path: Path) -> list[tuple[str, int]]:
     """Quantize and write a model; returns the ledger [(part, bytes)] whose sum is the file's size."""
-    rules = match_rules(cfg.model, [name for name, _ in model.named_parameters()])
-    table: list[TensorRow] = []
-    raw: dict[str, list[bytes]] = {name: [] for name in STREAM_DTYPES}
-    for name, param in model.named_parameters():
-        storage = rules[name].storage
-        if storage == "float32":
-            raw["floats"].append(param.detach().float().cpu().numpy().tobytes())
+    table = tensor_table(cfg)
+    rules = match_rules(cfg.model, [row.name for row in table])
+    params = dict(model.named_parameters())
+    raw: dict[str, list[np.ndarray]] = {name: [] for name in STREAM_DTYPES}
+    for row in table:
+        weight = params[row.name].detach().float().cpu()
+        if not torch.isfinite(weight).all():
+            raise UserError(f"{row.name} is not finite: the run diverged. Lower the learning rates.")
+        if row.storage == "float32":
+            raw["floats"].append(weight.numpy())
+        elif row.storage == "float16":
+            raw["halves"].append(weight.half().numpy())
         else:
-            quantized = quantize_rows(param.cpu(), getattr(cfg.quant, f"{storage}_bits"), cfg.quant)
-            raw["codes"].append(quantized.codes.numpy().tobytes())
-            raw["scales"].append(quantized.scales.numpy().tobytes())
-        table.append(TensorRow(name, list(param.shape), "float32" if storage == "float32" else "rows"))
-    joined = {name: b"".join(parts) for name, parts in raw.items()}
-    stored = {name: compress(data, cfg.quant.codec) for name, data in joined.items()}
-    header = {
-        "recipe": recipe_of(cfg),
-        "tokenizer_sha256": tokenizer_sha256,
-        "tensors": table,
-        "streams": [[name, len(stored[name]), len(joined[name])] for name in STREAM_DTYPES],
-    }
-    header_raw = json.dumps(header, separators=(",", ":")).encode()
-    header_stored = zlib.compress(header_raw, 9)
-    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header_stored), len(header_raw))
-    body = prefix + header_stored + b"".join(stored.values())
-    with atomic_file(path) as file:
-        file.write(body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES])
-    container = len(prefix) + len(header_stored) + CHECKSUM_BYTES
-    return [
-        ("container and recipe", container),
-        *((f"weights: {name}", len(data)) for name, data in stored.items()),
-    ]
-
-
-def read_header(blob: bytes, path: Path) -> tuple[dict, int]:
-    """Check an artifact's frame; returns its header and the offset of the first stream."""
-    again = "Copy it again or retrain."
-    smallest = ARTIFACT_PREFIX.size + CHECKSUM_BYTES
-    if len(blob) < smallest:
-        raise ArtifactError(f"{path}: an artifact has at least {smallest} bytes, found {len(blob)}. {again}")
-    magic, version, stored_bytes, raw_bytes = ARTIFACT_PREFIX.unpack_from(blob)
-    if magic != ARTIFACT_MAGIC or version != ARTIFACT_VERSION:
-        raise ArtifactError(
-            f"{path}: expected magic {ARTIFACT_MAGIC!r} version {ARTIFACT_VERSION}, found {magic!r} {version}"
-        )
-    if hashlib.sha256(blob[:-CHECKSUM_BYTES]).digest()[:CHECKSUM_BYTES] != blob[-CHECKSUM_BYTES:]:
-        raise ArtifactError(f"{path}: the checksum does not match; the file is truncated or damaged. {again}")
-    end = ARTIFACT_PREFIX.size + stored_bytes
-    if end > len(blob) - CHECKSUM_BYTES or raw_bytes > MAX_HEADER_BYTES:
-        raise ArtifactError(f"{path}: the header's length {stored_bytes} does not fit the file. {again}")
-    text = decompress(blob[ARTIFACT_PREFIX.size : end], "zlib", raw_bytes)
-    try:
-        header = json.loads(text)
-        lengths = [(str(name), int(stored), int(raw)) for name, stored, raw in header["streams"]]
-        header["tensors"] = [
-            TensorRow(str(n), [int(d) for d in s], str(kind)) for n, s, kind in header["tensors"]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: the header cannot be read ({error!r}). {again}") from error
-    fits = sum(stored for _, stored, _ in lengths) == len(blob) - CHECKSUM_BYTES - end
-    sane = all(stored >= 0 and 0 <= raw <= MAX_RAW_BYTES for _, stored, raw in lengths)
-    if [name for name, _, _ in lengths] != list(STREAM_DTYPES) or not fits or not sane:
-        raise ArtifactError(f"{path}: the stream table {lengths} does not fit the file. {again}")
-    return header, end
-
-
-def read_streams(blob: bytes, header: dict, offset: int, codec: str) -> dict[str, np.ndarray]:
-    """Decompress the streams after checking their lengths against the tensor table."""
-    rows, floats = (
-        [row.shape for row in header["tensors"] if row.storage == storage] for storage in ("rows", "float32")
-    )
-    counts = {
-        "codes": sum(math.prod(shape) for shape in rows),
-        "scales": sum(shape[0] for shape in rows),
-        "floats": sum(math.prod(shape) for shape in floats),
-    }
-    streams = {}
-    for name, stored_bytes, raw_bytes in header["streams"]:
-        dtype = STREAM_DTYPES[name]
-        needed = counts[name] * dtype.itemsize
-        if needed != raw_bytes:
-            raise ArtifactError(
-                f"artifact: stream {name} has {raw_bytes} bytes, the tensor table needs {needed}."
+            quantized = quantize_rows(
+                weight, getattr(cfg.quant, f"{rules[row.name].storage}_bits"), cfg.quant
             )
-        streams[name] = np.frombuffer(
-            decompress(blob[offset : offset + stored_bytes], codec, raw_bytes), dtype
-        )
-        offset += stored_bytes
-    return streams
+            raw["codes"].append(quantized.codes.numpy())
+            raw["scales"].append(quantized.scales.numpy())
+    header = {"recipe": recipe_of(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": table}
+    streams = {name: b"".join(part.tobytes() for part in parts) for name, parts in raw.items()}
+    blob, ledger = pack_artifact(header, streams, cfg.quant.codec)
+    with atomic_file(path) as file:
+        file.write(blob)
+    return ledger
+
+
+def read_recipe_of(header: dict, live: Config, path: Path) -> Config:
+    """Merge the recipe in an artifact's header with the live fields of `live`."""
+    recipe = flatten_recipe(header["recipe"], str(path))
+    stray = [
+        name
+        for name in recipe
+        if name in config_fields(Config) and config_fields(Config)[name].metadata["live"]
+    ]
+    if stray:
+        raise ArtifactError(f"{path}: {stray[0]} is not an artifact's to set. The file is not one of ours.")
+    cfg = with_values(only_live(live), recipe, str(path))
+    check_config(cfg)
+    if cfg.model.num_layers > len(header["tensors"]):
+        raise ArtifactError(f"{path}: expected tensors for {cfg.model.num_layers} layers, found too few.")
+    return cfg
+
+
+def read_tensors(streams: dict[str, Stream], table: list[TensorRow], codec: str) -> dict[str, Tensor]:
+    """Check the streams' lengths against the table, decompress them, cut and dequantize the tensors."""
+    parts = [(row, stream, shape) for row in table for stream, shape in STORAGE_PARTS[row.storage](row.shape)]
+    counts = dict.fromkeys(STREAM_DTYPES, 0)
+    for _, stream, shape in parts:
+        counts[stream] += math.prod(shape)
+    needed = {name: counts[name] * dtype.itemsize for name, dtype in STREAM_DTYPES.items()}
+    found = {name: stream.raw_bytes for name, stream in streams.items()}
+    if found != needed:
+        raise ArtifactError(f"artifact: expected streams of {needed} bytes, found {found}.")
+    values = {
+        name: np.frombuffer(decompress(streams[name], codec), dtype) for name, dtype in STREAM_DTYPES.items()
+    }
+    pieces: dict[str, dict[str, Tensor]] = {row.name: {} for row in table}
+    for row, stream, shape in parts:
+        piece, values[stream] = np.split(values[stream], [math.prod(shape)])
+        pieces[row.name][stream] = torch.from_numpy(piece.copy()).view(shape)
+    return {name: restore_tensor(**piece) for name, piece in pieces.items()}
+
+
+def restore_tensor(codes=None, scales=None, halves=None, floats=None) -> Tensor:
+    """Return the float32 weights of one tensor from the pieces that its storage keeps."""
+    if codes is not None:
+        return dequantize_rows(Quantized(codes, scales))
+    return (halves if halves is not None else floats).float()
 
 
 def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple[GPT, Config, dict]:
@@ -1262,43 +1149,14 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such artifact. Train one with `make run` or train_gpt.py.")
-    blob = path.read_bytes()
-    header, offset = read_header(blob, path)
-    cfg = with_values(live, flatten_recipe(header["recipe"], str(path)), str(path))
-    check_config(cfg)
-    with torch.device("meta"):
-        expected = {
-            name: list(param.shape) for name, param in GPT(cfg.model, cfg.data.vocab_size).named_parameters()
-        }
-    if {row.name: row.shape for row in header["tensors"]} != expected or len(header["tensors"]) != len(
-        expected
-    ):
+    header, streams = unpack_artifact(path.read_bytes(), path)
+    cfg = read_recipe_of(header, live, path)
+    table = tensor_table(cfg)
+    if header["tensors"] != [list(row) for row in table]:
         raise ArtifactError(f"{path}: the tensor table is not that of the recipe in it.")
-    streams = read_streams(blob, header, offset, cfg.quant.codec)
-    model = build_model(cfg, torch.device("cpu"))
-    model.load_state_dict(unpack_tensors(header["tensors"], streams))
-    model.compute_dtype = resolve_dtype(cfg.model.compute_dtype, device)
+    model = GPT(cfg.model, cfg.data.vocab_size, resolve_dtype(cfg.model.compute_dtype, device))
+    model.load_state_dict(read_tensors(streams, table, cfg.quant.codec))
     return model.to(device), cfg, header
-
-
-def unpack_tensors(table: list[TensorRow], streams: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """Cut the streams into tensors in table order and dequantize them."""
-    positions = dict.fromkeys(streams, 0)
-
-    def cut(stream: str, shape: list[int]) -> Tensor:
-        start = positions[stream]
-        positions[stream] = start + math.prod(shape)
-        return torch.from_numpy(streams[stream][start : positions[stream]].copy()).view(shape)
-
-    tensors = {}
-    for row in table:
-        if row.storage == "rows":
-            tensors[row.name] = dequantize_rows(
-                Quantized(cut("codes", row.shape), cut("scales", row.shape[:1]))
-            )
-        else:
-            tensors[row.name] = cut("floats", row.shape)
-    return tensors
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1332,17 +1190,9 @@ def score_model(model: Callable, cfg: Config, text: ValidationText, ranks: Ranks
             f"{len(text.tokens):,}. Make the validation set larger or eval.context_len smaller."
         )
     started = time.perf_counter()
-    nats = score_windows(
-        model,
-        text.tokens,
-        windows,
-        bos_id=text.bos_id,
-        batch_tokens=cfg.run.val_batch_tokens // cfg.data.micro_batches,
-        device=ranks.device,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        progress=progress,
-    )
+    batch_tokens = cfg.run.val_batch_tokens // cfg.data.micro_batches
+    options = ScoreOptions(text.bos_id, batch_tokens, ranks.device, ranks.rank, ranks.world_size)
+    nats = score_windows(model, text.tokens, windows, options, progress)
     nats = ranks.sum(nats).numpy()
     meter = BpbMeter()
     meter.add(nats, text.target_bytes[: len(nats)])
@@ -1365,31 +1215,34 @@ class Training:
         if resolve_compile(cfg.run.compile, ranks.device):
             self.loss = torch.compile(mean_loss, dynamic=False, fullgraph=True)
 
-    def state_dict(self) -> dict:
+    def parts(self) -> dict:
+        """Name the parts whose state survives a step."""
         parts = {"model": self.model, "optimizers": self.optimizers, "stream": self.stream}
-        if self.ema:
-            parts["ema"] = self.ema
-        return {name: part.state_dict() for name, part in parts.items()}
+        return parts | {"ema": self.ema} if self.ema else parts
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts().items()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.stream.load_state_dict(state["stream"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+
+    def micro_step(self) -> Tensor:
+        """Add one micro-batch's share of the gradient; returns its share of the loss."""
+        micro_steps = self.cfg.data.micro_batches // self.ranks.world_size
+        batch = next_batch(self.stream, self.cfg.data, self.bos_id, self.ranks)
+        loss = self.loss(self.model, batch) / micro_steps
+        loss.backward()
+        return loss.detach()
 
     def accumulate(self, out_of_time: Callable[[], bool]) -> float | None:
         """Add up a step's gradients; returns the mean loss over ranks, or None when time ran out in it."""
-        micro_steps = self.cfg.data.micro_batches // self.ranks.world_size
         total = torch.zeros((), device=self.ranks.device)
-        for micro_step in range(micro_steps):
-            if micro_step > 0 and out_of_time():
+        for step in range(self.cfg.data.micro_batches // self.ranks.world_size):
+            if step > 0 and out_of_time():
                 self.optimizers.zero_grad()
                 return None
-            batch = next_batch(self.stream, self.cfg.data, self.bos_id, self.ranks)
-            loss = self.loss(self.model, batch) / micro_steps
-            loss.backward()
-            total += loss.detach()
+            total += self.micro_step()
         return float(self.ranks.sum(total).item()) / self.ranks.world_size
 
     def update(self, step: int, elapsed_ms: float) -> None:
@@ -1405,57 +1258,55 @@ def warm_up(training: Training, log: Log) -> None:
     """Compile and time real steps before the clock starts, then restore all state; prints a projection."""
     cfg, ranks = training.cfg, training.ranks
     initial = copy.deepcopy(training.state_dict())
-    marks: list[float] = []
-
-    def mark() -> bool:
-        ranks.synchronize()
-        marks.append(time.perf_counter())
-        return False
-
-    for step in range(cfg.run.warmup_steps):
-        marks.clear()
-        mark()
-        training.accumulate(mark)
-        mark()
+    for step in range(max(cfg.run.warmup_steps, 1)):
+        training.accumulate(lambda: False)
         training.update(step, 0.0)
-        mark()
-        log.line(f"warmup_step:{step + 1}/{cfg.run.warmup_steps}")
+        if step < cfg.run.warmup_steps:
+            log.line(f"warmup_step:{step + 1}/{cfg.run.warmup_steps}")
+    clock = Clock(ranks)
+    clock.start()
+    training.micro_step()
+    micro_ms = clock.read_ms()
+    training.update(0, 0.0)
+    update_ms = clock.stop() - micro_ms
     training.load_state_dict(initial)
-    if marks:
-        # The last micro-batch runs compiled code even when the first step compiled it.
-        micro, update = marks[-2] - marks[-3], marks[-1] - marks[-2]
-        step_seconds = ranks.agree(micro * (len(marks) - 2) + update)
-        limit = cfg.run.max_wallclock_seconds or math.inf
-        total = min(limit, cfg.run.iterations * step_seconds)
-        log.line(f"projected: {step_seconds:.3f} s a step, {total / step_seconds:.0f} steps in {total:.0f} s")
+    step_seconds = (micro_ms * (cfg.data.micro_batches // ranks.world_size) + update_ms) / 1000
+    seconds = min(cfg.run.max_wallclock_seconds or math.inf, cfg.run.iterations * step_seconds)
+    log.line(
+        f"projected_step_seconds:{step_seconds:.3f} steps:{seconds / step_seconds:.0f} seconds:{seconds:.0f}"
+    )
 
 
 def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
-    """Run the training loop under the clock; returns steps, milliseconds and tokens per second."""
-    cfg, ranks, run = training.cfg, training.ranks, training.cfg.run
+    """Run the training loop under the clock, then apply the average; returns steps, time and speed."""
+    cfg, run = training.cfg, training.cfg.run
     limit_ms = 1000.0 * run.max_wallclock_seconds if run.max_wallclock_seconds > 0 else math.inf
-    clock = Clock(ranks)
+    clock = Clock(training.ranks)
     clock.start()
     step, elapsed_ms, stopped = 0, 0.0, False
     while True:
         done = stopped or step == run.iterations
         on_schedule = run.val_loss_every > 0 and step % run.val_loss_every == 0
+        if done:
+            elapsed_ms = clock.stop()
+            if training.ema:
+                training.ema.apply()
         if on_schedule or (done and run.val_loss_every >= 0):
-            clock.stop()
+            elapsed_ms = clock.stop() if not done else elapsed_ms
             score = validate()
             log.line(
                 f"step:{step}/{run.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
-                f"train_time:{clock.total_ms:.0f}ms step_avg:{clock.total_ms / max(step, 1):.2f}ms"
+                f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / max(step, 1):.2f}ms"
             )
             log.event(
-                kind="val", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb, train_ms=clock.total_ms
+                kind="val", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb, train_ms=elapsed_ms
             )
             clock.start()
         if done:
             break
         train_loss = training.accumulate(lambda: clock.read_ms() >= limit_ms)
         if train_loss is None:
-            elapsed_ms, stopped = clock.read_ms(), True
+            stopped = True
             continue
         if not math.isfinite(train_loss):
             raise UserError(
@@ -1483,204 +1334,197 @@ def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def weigh_code(folder: Path, log: Log) -> int:
-    """Write the run's packed source as folder/train_gpt.py and return its size in bytes.
+def weigh_code(folder: Path) -> tuple[int, str]:
+    """Write the run's packed source as folder/train_gpt.py; returns its bytes and a note on steps left out.
 
     From a checkout dev/pack.py packs this file with the run's recipe; a packed program copies itself.
     """
     target = folder / "train_gpt.py"
     here = Path(__file__).resolve()
     if PACKED_RECIPE is not None:
+        program = here.read_bytes()
         with atomic_file(target) as file:
-            file.write(here.read_bytes())
-        return target.stat().st_size
-    command = [
-        sys.executable,
-        "-m",
-        "dev.pack",
-        "--recipe",
-        str(folder.resolve() / "recipe.toml"),
-        "--out",
-        str(target.resolve()),
-        "--json",
-    ]
+            file.write(program)
+        return len(program), ""
+    command = [sys.executable, "-m", "dev.pack", "--recipe", f"{folder.resolve()}/recipe.toml"]
+    command += ["--out", str(target.resolve()), "--json"]
     result = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise UserError(
-            f"packing the source failed; run `{' '.join(command[1:])}` to see why:\n{result.stderr.strip()}"
-        )
+        raise UserError(f"packing the source failed: `{' '.join(command[1:])}` says\n{result.stderr.strip()}")
     left_out = json.loads(result.stdout)["steps_left_out"]
-    if left_out:
-        log.line(f"code_packing: left out {', '.join(left_out)}; the size is that of the file as written")
-    return target.stat().st_size
+    note = f"code_packing: left out {', '.join(left_out)}; the size is that of the file as written"
+    return target.stat().st_size, note if left_out else ""
 
 
 def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -> None:
     """Log what runs, in the contest's lines where it has them."""
-    ranks, optim, run = training.ranks, cfg.optim, cfg.run
-    log.line(f"Running Python {sys.version}", console=False)
-    log.line(f"Running PyTorch {torch.__version__}", console=False)
-    log.line(f"config_hash:{config_hash(cfg)}")
-    log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.data.tokenizer_path}")
+    ranks, optim, run, model = training.ranks, cfg.optim, cfg.run, training.model
+    tied = cfg.model.tie_embeddings
+    seen = len(text.target_bytes) // cfg.data.seq_len * cfg.data.seq_len  # as the contest counts them
     name = Path(cfg.data.data_path).resolve().name
-    log.line(f"train_loader:dataset:{name} train_shards:{len(training.stream.files)}")
-    log.line(f"val_loader:shards pattern={text.pattern} tokens:{len(text.tokens) - 1}")
-    log.line(f"model_params:{sum(param.numel() for param in training.model.parameters())}")
-    log.line(f"world_size:{ranks.world_size} grad_accum_steps:{cfg.data.micro_batches // ranks.world_size}")
-    compiled = "on" if training.loss is not mean_loss else "off"
+    dtype = str(model.compute_dtype).removeprefix("torch.")
+    log.line(f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}", console=False)
     log.line(
-        f"device:{ranks.device.type} compute_dtype:{str(training.model.compute_dtype)[6:]} compile:{compiled}"
-    )
-    log.line(f"attention_mode:gqa num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}")
-    token_lr = optim.tied_embed_lr if cfg.model.tie_embeddings else optim.embed_lr
-    head_lr = 0.0 if cfg.model.tie_embeddings else optim.head_lr
-    log.line(
-        f"tie_embeddings:{cfg.model.tie_embeddings} embed_lr:{token_lr} head_lr:{head_lr} "
-        f"matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}"
-    )
-    log.line(
+        f"config_hash:{config_hash(cfg)}\n"
+        f"val_bpb:enabled tokenizer_kind={text.tokenizer_kind} tokenizer_path={cfg.data.tokenizer_path}\n"
+        f"train_loader:dataset:{name} train_shards:{len(training.stream.files)}\n"
+        f"val_loader:shards pattern={text.pattern} tokens:{seen}\n"
+        f"val_bytes:{text.target_bytes.sum()} raw_bytes:{text.raw_bytes or 'unknown, no manifest'}\n"
+        f"model_params:{sum(param.numel() for param in model.parameters())}\n"
+        f"world_size:{ranks.world_size} grad_accum_steps:{cfg.data.micro_batches // ranks.world_size}\n"
+        f"device:{ranks.device.type} compute_dtype:{dtype} compile:{training.loss is not mean_loss}\n"
+        f"attention_mode:gqa num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}\n"
+        f"tie_embeddings:{tied} embed_lr:{optim.tied_embed_lr if tied else optim.embed_lr} "
+        f"head_lr:{0.0 if tied else optim.head_lr} matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}\n"
         f"train_batch_tokens:{cfg.data.batch_tokens} train_seq_len:{cfg.data.seq_len} "
         f"iterations:{run.iterations} warmup_steps:{run.warmup_steps} "
-        f"max_wallclock_seconds:{run.max_wallclock_seconds:.3f}"
+        f"max_wallclock_seconds:{run.max_wallclock_seconds:.3f}\n"
+        f"seed:{run.seed}"
     )
-    log.line(f"seed:{run.seed}")
 
 
-def export(training: Training, tokenizer_sha256: str, folder: Path, log: Log) -> list[tuple[str, int]]:
-    """Write artifact and packed source; returns the byte ledger and logs it in the contest's lines."""
-    cfg = training.cfg
-    artifact = folder / "artifact.bin"
-    parts = write_artifact(training.model, cfg, tokenizer_sha256, artifact)
-    code_bytes = weigh_code(folder, log)
-    float_bytes = sum(4 * param.numel() for param in training.model.parameters())
-    model_bytes = artifact.stat().st_size
+def log_sizes(cfg: Config, model: GPT, ledger: list[tuple[str, int]], log: Log) -> None:
+    """Log code, model and total sizes in the contest's lines; the first total is of float32 weights."""
+    float_bytes = sum(4 * param.numel() for param in model.parameters())
+    (_, code_bytes), *parts = ledger
+    model_bytes = sum(size for _, size in parts)
     label = f"int{cfg.quant.matrix_bits}+{cfg.quant.codec}"
-    log.line(f"Serialized model: {float_bytes} bytes")
-    log.line(f"Code size: {code_bytes} bytes")
-    log.line(f"Total submission size: {float_bytes + code_bytes} bytes")
     log.line(
-        f"Serialized model {label}: {model_bytes} bytes (payload_ratio:{float_bytes / model_bytes:.2f}x)"
+        f"Serialized model: {float_bytes} bytes\n"
+        f"Code size: {code_bytes} bytes\n"
+        f"Total submission size: {float_bytes + code_bytes} bytes\n"
+        f"Serialized model {label}: {model_bytes} bytes (payload_ratio:{float_bytes / model_bytes:.2f}x)\n"
+        f"Total submission size {label}: {model_bytes + code_bytes} bytes"
     )
-    log.line(f"Total submission size {label}: {model_bytes + code_bytes} bytes")
-    return [("code (packed train_gpt.py)", code_bytes), *parts]
 
 
-def show_progress(write: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Return a progress callback that writes a line at each tenth of the batches, with the time left."""
-    started = time.perf_counter()
+def log_score(cfg: Config, score: Score, log: Log) -> None:
+    """Log the artifact's score in the contest's final lines; a sliding score also under its own name."""
+    label = f"final_int{cfg.quant.matrix_bits}_{cfg.quant.codec}"
+    exact = f"val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
+    log.line(
+        f"eval_mode:{score.mode} context_len:{score.context_len} stride:{score.stride} tail:{score.tail} "
+        f"tokens:{score.num_tokens} bytes:{score.num_bytes}"
+    )
+    if score.mode == "sliding":
+        log.line(f"{label}_sliding_window_exact {exact} stride:{score.stride}")
+    rounded = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}"
+    log.line(f"{label}_roundtrip {rounded} eval_time:{1000 * score.seconds:.0f}ms")
+    log.line(f"{label}_roundtrip_exact {exact}")
 
-    def progress(done: int, total: int) -> None:
-        if total >= 20 and done * 10 // total > (done - 1) * 10 // total and done < total:
-            left = (time.perf_counter() - started) * (total - done) / done
-            write(f"scoring: {100 * done // total}% seconds_left:{left:.0f}")
 
-    return progress
+def prepare_folder(folder: Path, cfg: Config) -> None:
+    """Make the run folder and write its recipe; an older run of the same name gives way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train.log", "metrics.jsonl", "result.json", "artifact.bin"):
+        (folder / name).unlink(missing_ok=True)
+    recipe = recipe_of(cfg, live=True)
+    for section, key in (name.split(".") for name in PLACE_FIELDS):
+        recipe[section].pop(key)
+    with atomic_file(folder / "recipe.toml") as file:
+        file.write(format_toml(recipe).encode())
+
+
+def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
+    """Print the ledgers and write result.json; raise when the submission is over a limit."""
+    score, ledger = result["score"], result["ledger"]
+    log.line("bytes of the submission\n" + format_ledger(ledger, cfg.quant.limit_bytes, "bytes"))
+    log.line("seconds by phase\n" + format_ledger(list(result["seconds"].items()), None, "s"))
+    result["artifact_sha256"] = sha256_file(folder / "artifact.bin")
+    result |= {"config_hash": config_hash(cfg), "seed": cfg.run.seed, "places": place_values(cfg)}
+    write_json(folder / "result.json", result)
+    log.line(f"run_folder:{folder}")
+    check_bytes(ledger, cfg.quant.limit_bytes)
+    check_seconds("scoring", score["seconds"], scoring_limit(cfg.eval, score["num_bytes"]))
+
+
+def place_values(cfg: Config) -> dict[str, str]:
+    """Return {"section.key": value} of the fields that a run folder's recipe leaves out."""
+    return {name: config_value(cfg, name) for name in PLACE_FIELDS}
+
+
+def scoring_limit(cfg: EvalConfig, num_bytes: int) -> float:
+    """Return the seconds that scoring so many bytes of text may take."""
+    return cfg.limit_seconds * (num_bytes / cfg.limit_text_bytes if cfg.limit_text_bytes else 1.0)
 
 
 def run(cfg: Config, environment: Environment) -> None:
     """Do the main job: train, average, quantize, pack, reload, score, report."""
-    started = time.perf_counter()
+    marks = [("", time.perf_counter())]
+
+    def phase(name: str) -> None:
+        marks.append((name, time.perf_counter()))
+
     require_codec(cfg.quant.codec)
     if cfg.data.micro_batches % environment.world_size:
         raise UserError(
             f"data.micro_batches={cfg.data.micro_batches} must be a multiple of the world size "
             f"{environment.world_size}, so that every number of ranks sees the same batch."
         )
+    text = load_validation(cfg.data)
     ranks = Ranks(environment, cfg.run.device)
     started_at = time.localtime(ranks.agree(time.time()))  # rank 0's, so that all ranks name one folder
-    folder = Path(cfg.run.out_dir) / (cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at))
+    run_id = cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at) + f"_seed{cfg.run.seed}"
+    folder = Path(cfg.run.out_dir) / run_id
+    training = Training(cfg, ranks, text.bos_id)
     log = Log(folder, ranks.is_main)
+    code_bytes, packing_note = 0, ""
     if ranks.is_main:
         prepare_folder(folder, cfg)
-    text = load_validation(cfg.data)
-    training = Training(cfg, ranks, text.bos_id)
+        code_bytes, packing_note = weigh_code(folder)
     log_setup(cfg, training, text, log)
-    for name, value in environment.overrides.items():
-        log.line(f"environment_override: {name}={value}", console=False)
+    for line in [
+        packing_note,
+        *(f"environment_override:{key}={value}" for key, value in environment.overrides.items()),
+    ]:
+        log.line(line, console=False)
     warm_up(training, log)
-    setup_seconds = time.perf_counter() - started
+    phase("set-up and warm-up")
 
-    plain = dataclasses.replace(cfg, eval=EvalConfig(context_len=cfg.data.seq_len, stride=cfg.data.seq_len))
+    plain = dataclasses.replace(cfg, eval=EvalConfig(context_len=cfg.data.seq_len))
     facts = train(training, log, lambda: score_model(training.model, plain, text, ranks))
-    log.line(f"peak memory allocated: {ranks.peak_memory_mib()} MiB")
-
-    export_started = time.perf_counter()
-    if training.ema:
-        training.ema.apply()
-    ledger = export(training, sha256_file(cfg.data.tokenizer_path), folder, log) if ranks.is_main else []
-    ranks.barrier()
-    export_seconds = time.perf_counter() - export_started
-    model, packed_cfg, header = load_artifact(folder / "artifact.bin", cfg, ranks.device)
-    text = load_validation(packed_cfg.data, text.pattern, header["tokenizer_sha256"])
-    score = score_model(model, packed_cfg, text, ranks, show_progress(log.line))
-    label = f"final_int{cfg.quant.matrix_bits}_{cfg.quant.codec}_roundtrip"
     log.line(
-        f"eval_mode:{score.mode} context_len:{score.context_len} stride:{score.stride} tail:{score.tail} "
-        f"tokens:{score.num_tokens} bytes:{score.num_bytes}"
+        f"peak memory allocated: {ranks.peak_memory_mib()} MiB reserved: {ranks.reserved_memory_mib()} MiB"
     )
-    values = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}"
-    log.line(f"{label} {values} eval_time:{1000 * score.seconds:.0f}ms")
-    log.line(f"{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+    phase("training and validation")
+
+    artifact = folder / "artifact.bin"
+    ledger = [("code (packed train_gpt.py)", code_bytes)]
     if ranks.is_main:
-        seconds = {
-            "set-up and warm-up": setup_seconds,
-            "training": facts["train_ms"] / 1000,
-            "quantize and pack": export_seconds,
-            "scoring": score.seconds,
-        }
-        finish(folder, cfg, {**facts, "score": score._asdict(), "ledger": ledger, "seconds": seconds}, log)
+        ledger += write_artifact(training.model, cfg, text.tokenizer_sha256, artifact)
+        log_sizes(cfg, training.model, ledger, log)
+    ranks.barrier()
+    phase("quantize and write")
+    model, packed_cfg, header = load_artifact(artifact, cfg, ranks.device)
+    text = load_validation(packed_cfg.data, text.pattern, header["tokenizer_sha256"])
+    phase("reload")
+    score = score_model(model, packed_cfg, text, ranks, ProgressLines(log.line))
+    phase("scoring")
+    log_score(cfg, score, log)
     ranks.close()
-
-
-def prepare_folder(folder: Path, cfg: Config) -> None:
-    """Make the run folder and write the resolved recipe; an older run of the same name gives way."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("train.log", "metrics.jsonl", "result.json", "artifact.bin", "train_gpt.py"):
-        (folder / name).unlink(missing_ok=True)
-    with atomic_file(folder / "recipe.toml") as file:
-        file.write(format_toml(recipe_of(cfg, live=True)).encode())
-
-
-def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
-    """Print the ledgers and write result.json; raise when the submission is over its byte limit."""
-    log.line("bytes of the submission")
-    log.line(format_ledger(result["ledger"], cfg.quant.limit_bytes, "bytes"))
-    log.line("seconds by phase")
-    log.line("\n".join(f"  {name:<28} {value:>14,.1f} s" for name, value in result["seconds"].items()))
-    result["artifact_sha256"] = sha256_file(folder / "artifact.bin")
-    result["config_hash"] = config_hash(cfg)
-    result["seed"] = cfg.run.seed
-    write_json(folder / "result.json", result)
-    log.line(f"run_folder:{folder}")
-    check_bytes(result["ledger"], cfg.quant.limit_bytes)
-    if result["score"]["seconds"] > cfg.eval.limit_seconds:
-        raise UserError(
-            f"scoring took {result['score']['seconds']:.0f} s, the budget is {cfg.eval.limit_seconds:.0f} s. "
-            "Raise eval.stride or use eval.mode=chunked."
-        )
-
-
-def describe_fields() -> str:
-    """List every config field with its default, environment name and meaning, for --help."""
-    rows = []
-    for name, item in config_fields().items():
-        env = f" [{item.metadata['env']}]" if item.metadata["env"] else ""
-        rows.append(f"  {name} = {item.default!r}{env}: {item.metadata['help']}")
-    return "fields (default, [environment name], meaning):\n" + "\n".join(rows)
+    if ranks.is_main:
+        seconds = {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
+        finish(folder, cfg, {**facts, "score": score._asdict(), "ledger": ledger, "seconds": seconds}, log)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    """Parse the command line, resolve the config, run."""
+    parser = CommandParser(
         prog="train_gpt.py",
         description="Train, quantize, pack and score a model as one recipe says.",
-        epilog=describe_fields(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=describe_fields(Config),
     )
     parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
     args = parser.parse_args(argv)
     environment = read_environment()
-    run(load_config(args.recipe, environment.overrides, args.overrides), environment)
+    try:
+        run(load_config(args.recipe, environment.overrides, args.overrides), environment)
+    except UserError:
+        if environment.rank == 0:
+            raise
+        time.sleep(2.0)  # rank 0 has the same error: let it speak, once, before torchrun ends all ranks
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The one exception for what a user, a file or a limit can break, and how commands show it."""
 
+import argparse
+import difflib
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -23,3 +26,18 @@ def run_command(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130  # 128 + SIGINT, as shells report it
     sys.exit(status)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that takes options by their whole names and suggests the nearest known one."""
+
+    def __init__(self, **settings):
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 after usage, message and suggestion."""
+        known = [option for action in self._actions for option in action.option_strings]
+        words = [word.split("=")[0] for word in message.split() if word.startswith("-")]
+        near = [match for word in words for match in difflib.get_close_matches(word, known, n=1)]
+        super().error(f"{message}. Did you mean {near[0]}?" if near else message)

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from data.errors import run_command
 from data.shards import write_shard
 from dev.pack import pack
-from eval.sliding import plan_windows, score_windows
+from eval.sliding import ScoreOptions, plan_windows, score_windows
+from formats.recipe import with_values
 from train_gpt import (
     Batch,
     Config,
@@ -37,7 +38,6 @@ from train_gpt import (
     mean_loss,
     next_batch,
     resolve_compile,
-    with_values,
 )
 
 SHAPE = {"model.num_layers": 6, "model.model_dim": 128, "model.num_heads": 4, "model.num_kv_heads": 2}
@@ -121,7 +121,7 @@ def bench_scoring(ranks: Ranks) -> list[Measurement]:
     windows = plan_windows(len(tokens) - 1, 512, 64)
 
     def batched():
-        score_windows(model, tokens, windows, bos_id=1, batch_tokens=8192, device=ranks.device)
+        score_windows(model, tokens, windows, ScoreOptions(1, 8192, ranks.device))
 
     @torch.no_grad()
     def plain_loop():
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
     load_config(RECIPE, {}, [])  # a bench of a broken checkout says so before it takes minutes
-    ranks = Ranks(Environment({}, 0, 0, 1), "auto")
+    ranks = Ranks(Environment({}), "auto")
     rows = []
     for name in [args.only] if args.only else PARTS:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)

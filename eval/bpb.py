@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from data.errors import UserError
+
 
 class BpbMeter:
     """Add up the cost of scored targets.
@@ -25,8 +27,9 @@ class BpbMeter:
             )
         if not np.isfinite(nats).all():
             at = int(np.flatnonzero(~np.isfinite(nats))[0])
-            raise ValueError(
-                f"the cost of target {at} is {nats[at]}: the model's logits are not finite there"
+            raise UserError(
+                f"expected finite costs, found {nats[at]} for target {at}: the model's logits are not finite "
+                "there. It diverged; lower the learning rates and train again."
             )
         self.nats += float(nats.sum(dtype=np.float64))
         self.num_tokens += nats.size

@@ -5,7 +5,9 @@ is a callable `logits(tokens (B, T), starts_doc (B, T), first) -> (B, T - first,
 no ranks and no model class.
 """
 
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,17 +49,38 @@ def plan_batches(windows: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     return sorted(batches, key=lambda rows: int(rows[0]))
 
 
+class ScoreOptions(NamedTuple):
+    """How windows are batched and which of the batches this process scores."""
+
+    bos_id: int
+    batch_tokens: int
+    device: torch.device | str = "cpu"
+    rank: int = 0
+    world_size: int = 1
+
+
+class ProgressLines:
+    """Write a line at each tenth of the batches, with the time left."""
+
+    def __init__(self, write: Callable[[str], None]):
+        self.write = write
+        self.started = time.perf_counter()
+        self.tenths = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenths = done * 10 // total
+        if tenths > self.tenths and done < total >= 20:
+            left = (time.perf_counter() - self.started) * (total - done) / done
+            self.write(f"scoring: {10 * tenths}% seconds_left:{left:.0f}")
+        self.tenths = tenths
+
+
 @torch.no_grad()
 def score_windows(
     logits: Logits,
     tokens: np.ndarray,
     windows: np.ndarray,
-    *,
-    bos_id: int,
-    batch_tokens: int,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
+    options: ScoreOptions,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Score the windows of a token stream; returns the nats of each target, (N,) float32 on the CPU.
@@ -68,14 +91,14 @@ def score_windows(
     """
     num_targets = int(windows[-1, 1]) if len(windows) else 0
     nats = torch.zeros(num_targets)
-    batches = plan_batches(windows, batch_tokens)
-    for index in range(rank, len(batches), world_size):
+    batches = plan_batches(windows, options.batch_tokens)
+    for index in range(options.rank, len(batches), options.world_size):
         rows = windows[batches[index]]
         length, first = int(rows[0, 1] - rows[0, 0]), int(rows[0, 2])
         span = rows[:, :1] + np.arange(length + 1)  # (B, T + 1)
-        chunk = torch.from_numpy(tokens[span].astype(np.int64)).to(device)
+        chunk = torch.from_numpy(tokens[span].astype(np.int64)).to(options.device)
         inputs, targets = chunk[:, :-1], chunk[:, 1 + first :]
-        scores = logits(inputs, inputs == bos_id, first)  # (B, T - first, V)
+        scores = logits(inputs, inputs == options.bos_id, first)  # (B, T - first, V)
         losses = F.cross_entropy(scores.float().flatten(0, 1), targets.flatten(), reduction="none")
         nats[torch.from_numpy(span[:, first:-1].ravel())] = losses.float().cpu()
         if progress:

@@ -9,7 +9,8 @@ from fixtures_model import TINY, TINY_VOCAB, make_documents
 from data.codecs import load_codec
 from data.prepare import Document, write_dataset
 from data.tokenizer import train_tokenizer
-from train_gpt import Config, Environment, Ranks, build_model, with_values
+from formats.recipe import with_values
+from train_gpt import Config, Environment, Ranks, build_model
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +42,7 @@ def tiny_config(tiny_data, tmp_path) -> Config:
 @pytest.fixture
 def alone() -> Ranks:
     """One CPU process without a process group."""
-    return Ranks(Environment({}, 0, 0, 1), "cpu")
+    return Ranks(Environment({}), "cpu")
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from train_gpt import Config, config_fields, config_value
+from formats.recipe import config_fields, config_value
+from train_gpt import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_VOCAB = 300
@@ -28,6 +29,7 @@ TINY = {
     "model.compute_dtype": "float32",
     "schedule.warmdown_iters": 3,
     "eval.stride": 8,
+    "quant.float16_numel": 0,
 }
 
 
@@ -42,7 +44,7 @@ def as_overrides(cfg: Config) -> list[str]:
     """Write the fields of cfg that differ from the defaults as command-line overrides."""
     return [
         f"{name}={config_value(cfg, name)}"
-        for name, item in config_fields().items()
+        for name, item in config_fields(Config).items()
         if config_value(cfg, name) != item.default
     ]
 

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from data.errors import UserError
 from eval.bpb import BpbMeter
-from eval.budget import BudgetError, check_bytes, format_ledger
+from eval.budget import BudgetError, check_bytes, check_seconds, format_ledger
 
 
 def test_a_uniform_byte_model_costs_exactly_eight_bits_a_byte():
@@ -28,7 +29,7 @@ def test_bits_per_byte_is_a_ratio_of_sums_not_a_mean_of_ratios():
 
 def test_a_nan_is_named_with_its_position():
     """A score with a NaN in it is no score."""
-    with pytest.raises(ValueError, match="target 2 is nan"):
+    with pytest.raises(UserError, match="found nan for target 2"):
         BpbMeter().add(np.array([1.0, 1.0, np.nan]), np.ones(3))
 
 
@@ -42,6 +43,13 @@ def test_bytes_over_the_limit_name_the_overshoot_and_the_heaviest_part():
 def test_bytes_at_the_limit_pass():
     """The limit itself is legal."""
     assert check_bytes([("code", 400), ("weights", 600)], 1000) == 1000
+
+
+def test_seconds_over_the_limit_say_by_how_much():
+    """And name a knob; at the limit is within it."""
+    check_seconds("scoring", 600.0, 600.0)
+    with pytest.raises(BudgetError, match=r"scoring took 601.5 s: 1.5 over .* eval.stride"):
+        check_seconds("scoring", 601.5, 600.0)
 
 
 def test_the_ledger_shows_total_limit_and_what_is_left():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from formats.recipe import with_values
 from train_gpt import (
     GPT,
     Batch,
@@ -19,7 +20,6 @@ from train_gpt import (
     mean_loss,
     rope_tables,
     rotate,
-    with_values,
 )
 
 

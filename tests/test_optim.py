@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from formats.recipe import with_values
 from train_gpt import (
     Config,
     Ema,
@@ -15,7 +16,6 @@ from train_gpt import (
     learning_rate_mul,
     muon_momentum,
     newton_schulz,
-    with_values,
 )
 
 
@@ -37,26 +37,30 @@ def test_newton_schulz_brings_all_singular_values_near_one(shape):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_muon_equals_torch_muon_on_one_rank(tiny_config, alone, weight_decay):
-    """torch.optim.Muon as the oracle, fed so that its momentum convention matches (one step)."""
-    cfg = with_values(
-        tiny_config,
-        {"optim.matrix_lr": 0.02, "optim.matrix_weight_decay": weight_decay, "optim.muon_momentum": 0.9},
-        "test",
-    )
-    model = build_model(cfg, alone.device)
+def test_muon_takes_the_same_steps_as_torch_muon(tiny_config, alone, weight_decay):
+    """torch.optim.Muon as the oracle over five steps with changing gradients.
+
+    Its momentum buffer is an average, (1 - m) times our sum at every step, and its Nesterov direction
+    (1 - m) g + m buffer is (1 - m) times ours: orthogonalization drops the factor.
+    """
+    values = {"optim.matrix_lr": 0.02, "optim.matrix_weight_decay": weight_decay, "optim.num_ns_steps": 5}
+    model = build_model(with_values(tiny_config, values, "test"), alone.device)
     weight = model.blocks[1].mlp.up.weight
-    twin = torch.nn.Parameter(weight.detach().clone())
-    set_gradients(model, seed=3)
-    # torch's buffer is an average, ours a sum: after one step from zero they differ by (1 - m), which
-    # makes torch's Nesterov direction g (1 - m^2) and ours g (1 + m): parallel, so the updates agree.
-    twin.grad = weight.grad.clone()
-    Optimizers(model, cfg, alone).step(1.0, 0.9)
+    start = weight.detach().clone()
+    twin = torch.nn.Parameter(start.clone())
     oracle = torch.optim.Muon(
         [twin], lr=0.02, weight_decay=weight_decay, momentum=0.9, ns_steps=5, adjust_lr_fn="original"
     )
-    oracle.step()
-    torch.testing.assert_close(weight, twin, atol=2e-3 * 0.02 * 10, rtol=0.05)
+    optimizers = Optimizers(model, with_values(tiny_config, values, "test"), alone)
+    for seed in range(5):
+        set_gradients(model, seed)
+        twin.grad = weight.grad.clone()
+        optimizers.step(1.0, 0.9)
+        oracle.step()
+    moved, expected = (weight.detach() - start).flatten(), (twin.detach() - start).flatten()
+    assert moved.norm() > 0.5 * 0.02
+    # The oracle iterates in bfloat16, so single elements differ by about a hundredth of a step.
+    assert (moved - expected).norm() < 0.02 * expected.norm()
 
 
 def test_global_norm_is_clipped_once_over_all_parameters(tiny_config, alone):
@@ -68,9 +72,7 @@ def test_global_norm_is_clipped_once_over_all_parameters(tiny_config, alone):
     before = model.blocks[0].attn.q.weight.grad.clone()
     optimizers = Optimizers(model, cfg, alone)
     optimizers.step(1.0, 0.0)
-    stack = next(
-        stack for stack, _, _ in optimizers.stacks if stack.params[0] is model.blocks[0].attn.q.weight
-    )
+    stack = next(stack for stack in optimizers.stacks if stack.params[0] is model.blocks[0].attn.q.weight)
     torch.testing.assert_close(stack.momentum_buffer[0], before * (0.5 / total), rtol=1e-4, atol=1e-7)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.reference import score_reference, visible_start
-from eval.sliding import plan_batches, plan_windows, score_windows
+from eval.sliding import ScoreOptions, plan_batches, plan_windows, score_windows
 
 BOS = 1
 
@@ -50,7 +50,7 @@ def test_scores_of_a_model_equal_the_float64_reference(tiny_model, stride, batch
     tokens = np.random.default_rng(0).integers(0, 300, 83).astype(np.uint16)
     tokens[[0, 30]] = BOS
     windows = plan_windows(82, 16, stride)
-    nats = score_windows(tiny_model, tokens, windows, bos_id=BOS, batch_tokens=batch_tokens)
+    nats = score_windows(tiny_model, tokens, windows, ScoreOptions(BOS, batch_tokens))
     expected = score_reference(tiny_model, tokens, 16, stride, BOS)
     np.testing.assert_allclose(nats.numpy(), expected, atol=2e-5)
 
@@ -60,8 +60,10 @@ def test_a_uniform_scorer_costs_log_vocabulary_a_token():
     tokens = np.random.default_rng(0).integers(0, 64, 200).astype(np.uint16)
     nats = score_windows(
         lambda tokens, starts_doc, first: torch.zeros(*tokens[:, first:].shape, 64),
-        tokens, plan_windows(199, 32, 8), bos_id=BOS, batch_tokens=64,
-    )  # fmt: skip
+        tokens,
+        plan_windows(199, 32, 8),
+        ScoreOptions(BOS, 64),
+    )
     assert torch.equal(nats, torch.full((199,), float(np.log(64.0))))
 
 
@@ -70,10 +72,10 @@ def test_ranks_add_up_to_one_rank_bitwise(world_size):
     """Each rank leaves zeros where others score, so the sum is exact for any number of ranks."""
     tokens = np.random.default_rng(0).integers(0, 11, 157).astype(np.uint16)
     windows = plan_windows(156, 16, 4)
-    shared = {"bos_id": BOS, "batch_tokens": 48}
-    alone = score_windows(bigram_logits(), tokens, windows, **shared)
+    options = ScoreOptions(BOS, 48)
+    alone = score_windows(bigram_logits(), tokens, windows, options)
     parts = [
-        score_windows(bigram_logits(), tokens, windows, rank=rank, world_size=world_size, **shared)
+        score_windows(bigram_logits(), tokens, windows, options._replace(rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     assert torch.equal(sum(parts), alone)
@@ -98,6 +100,6 @@ def test_future_tokens_never_move_earlier_scores(tiny_model, position):
     changed[position + 1 :] = rng.integers(2, 300, len(tokens) - position - 1)
     windows = plan_windows(82, 16, 4)
     before, after = (
-        score_windows(tiny_model, text, windows, bos_id=BOS, batch_tokens=64) for text in (tokens, changed)
+        score_windows(tiny_model, text, windows, ScoreOptions(BOS, 64)) for text in (tokens, changed)
     )
     assert torch.equal(before[:position], after[:position])
