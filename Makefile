@@ -3,9 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+GPU ?= cu130
 RECIPE ?= records/track_cpu/2026-11-21_SmallBatchMuon/recipe.toml
+RUN_ID ?= cpu_$(shell date +%Y%m%d_%H%M%S)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
+TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .PHONY: help run test test-slow setup data train eval lint size bench
 
@@ -13,25 +16,25 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: data ## the main job: train on the built-in corpus, pack, reload in a fresh process, score
-	$(PY) train_gpt.py --recipe $(RECIPE)
-	$(PY) -m eval --budget
+	RUN_ID=$(RUN_ID) $(PY) train_gpt.py --recipe $(RECIPE)
+	$(PY) -m eval runs/$(RUN_ID) --budget
 
 test: setup ## all fast tests (under 5 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not gpu"
+	$(TESTS) -m "not slow and not gpu"
 
 test-slow: setup ## the tests that take over 5 s each
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "slow and not gpu"
+	$(TESTS) -m "slow and not gpu"
 
 setup: $(STAMP) ## make .venv with everything installed; instant when it is up to date
 
-$(STAMP): requirements.txt requirements/dev.txt constraints/cpu.txt dev/setup.sh
-	VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) sh dev/setup.sh
+$(STAMP): requirements.txt requirements/dev.txt constraints/cpu.txt constraints/$(GPU).txt dev/setup.sh
+	VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) GPU=$(GPU) sh dev/setup.sh
 	@touch $@
 
 data: setup ## collect the built-in corpus, train its tokenizer, write token shards
 	$(PY) -m data.builtin --out data/datasets/builtin_sp1024
 
-train: setup ## train RECIPE=... without the final reload
+train: setup ## train RECIPE=... without the reload in a fresh process
 	$(PY) train_gpt.py --recipe $(RECIPE)
 
 eval: setup ## reproduce the val_bpb of the newest complete run; fails when it differs

@@ -142,8 +142,27 @@ class ModelConfig:
     embed_init_std: float = option(0.005, "TIED_EMBED_INIT_STD", "of the initial tied embedding", low=0)
     rope_base: float = option(10_000.0, "ROPE_BASE", "RoPE base", low=1)
     q_gain_init: float = option(1.5, "QK_GAIN_INIT", "initial gain of the normalised queries")
+    rope_dims: int = option(0, "ROPE_DIMS", "rotated dimensions of a head; 0: all", low=0)
+    rope_ref_len: int = option(0, "", "NTK-scale the RoPE base for longer rows; 0: never", low=0)
+    init: str = option("default", "", "of the matrices", choices=("default", "orthogonal"))
     unet_skips: bool = option(True, "", "add first-half outputs to second-half inputs, last to first")
-    smear_gate: bool = option(False, "SMEAR_GATE", "add a gated copy of the previous token's embedding")
+    skip_gates: bool = option(False, "SKIP_GATES_ENABLED", "blend skips in by a sigmoid gate a channel")
+    ln_scale: bool = option(False, "LN_SCALE", "scale normed inputs of block l by 1 / sqrt(l + 1)")
+    xsa_last: int = option(0, "XSA_LAST_N", "exclusive self-attention in the last so many layers", low=0)
+    attn_gate: str = option("none", "", "gate of heads' outputs", choices=("none", "out", "sparse", "dense"))
+    smear: str = option("none", "", "mix in the previous token", choices=("none", "gated", "channel"))
+    bigram_buckets: int = option(0, "BIGRAM_VOCAB_SIZE", "rows of the hashed bigram table; 0: none", low=0)
+    bigram_dim: int = option(128, "BIGRAM_DIM", "width of the hashed bigram table", low=1)
+    bigram_proj_scale: float = option(1.0, "", "factor of the bigram projection's initial weights", low=0)
+    value_embed_layers: tuple = option((), "VE_LAYERS", "layers whose values get a token embedding")
+    value_embed_dim: int = option(128, "VE_DIM", "width of the value embedding", low=1)
+    recur_layers: tuple = option((), "", "first and last layer of the recurrent segment; empty: none")
+    recur_passes: int = option(1, "", "runs of that segment when recurrence is fully on", low=1)
+    recur_skips: str = option(
+        "all_visits", "", "visits that skips join", choices=("all_visits", "first_pass")
+    )
+    parallel: str = option("none", "", "attention and mlp side by side", choices=("none", "gptj", "two_lane"))
+    parallel_start: int = option(0, "PARALLEL_START_LAYER", "first layer that is parallel", low=0)
     logit_softcap: float = option(30.0, "LOGIT_SOFTCAP", "logits are cap * tanh(logits / cap)", low=1e-3)
     compute_dtype: str = option(
         "auto", "", "of activations and matrix products", choices=("auto", "float32", "bfloat16")
@@ -165,6 +184,7 @@ class OptimConfig:
     muon_momentum: float = option(0.95, "MUON_MOMENTUM", "Muon momentum after its warm-up", low=0, high=1)
     muon_momentum_warmup_start: float = option(0.85, "MUON_MOMENTUM_WARMUP_START", "at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = option(500, "MUON_MOMENTUM_WARMUP_STEPS", "of the warm-up", low=0)
+    bigram_proj: str = option("muon", "", "optimizer of the bigram projection", choices=("muon", "adamw"))
     num_ns_steps: int = option(5, "MUON_BACKEND_STEPS", "Newton-Schulz iterations", low=1)
     beta1: float = option(0.9, "BETA1", "AdamW beta1", low=0, high=1)
     beta2: float = option(0.95, "BETA2", "AdamW beta2", low=0, high=1)
@@ -179,6 +199,7 @@ class ScheduleConfig:
     warmdown_iters: int = option(1200, "WARMDOWN_ITERS", "linear decay over so many steps' time", low=0)
     warmdown_frac: float = option(0.0, "WARMDOWN_FRAC", "decay over this fraction instead", low=0, high=1)
     min_lr_frac: float = option(0.0, "MIN_LR", "floor of the decay", low=0, high=1)
+    recur_start_fracs: tuple = option((), "", "progress at which each further pass is switched on")
 
 
 @dataclass(frozen=True)
@@ -275,11 +296,24 @@ def check_config(cfg: Config) -> None:
     rows = f"/ micro_batches={data.micro_batches} must be a multiple of data.seq_len={data.seq_len}"
     context_len = cfg.eval.context_len or data.seq_len
     stride_fits = cfg.eval.mode == "chunked" or cfg.eval.stride <= context_len
-    smear_fits = not model.smear_gate or model.model_dim >= 12
+    smear_fits = model.smear != "gated" or model.model_dim >= 12
+    segment = model.recur_layers or (0, 0)
+    segment_fits = len(segment) == 2 and 0 <= segment[0] <= segment[-1] < model.num_layers
+    fracs = cfg.schedule.recur_start_fracs
+    fracs_fit = len(fracs) in (0, model.recur_passes - 1) and list(fracs) == sorted(fracs)
+    value_layers_fit = all(0 <= layer < model.num_layers for layer in model.value_embed_layers)
+    rotated = model.rope_dims or head_dim
     rules = [
         ("model.model_dim", model.model_dim % model.num_heads == 0, "must be a multiple of num_heads"),
         ("model.model_dim", head_dim % 2 == 0, f"gives head_dim {head_dim}, which must be even for RoPE"),
-        ("model.model_dim", smear_fits, "must be at least 12 for model.smear_gate"),
+        ("model.model_dim", smear_fits, "must be at least 12 for model.smear"),
+        ("model.rope_dims", rotated % 2 == 0 and rotated <= head_dim, f"must be even and at most {head_dim}"),
+        ("model.xsa_last", model.xsa_last <= model.num_layers, "must be at most num_layers"),
+        ("model.bigram_buckets", model.bigram_buckets != 1, "must be 0 or at least 2"),
+        ("model.value_embed_layers", value_layers_fit, f"must lie in [0, {model.num_layers})"),
+        ("model.recur_layers", segment_fits, f"must be a first and a last layer below {model.num_layers}"),
+        ("model.recur_passes", model.recur_passes == 1 or model.recur_layers, "needs model.recur_layers"),
+        ("schedule.recur_start_fracs", fracs_fit, "must have recur_passes - 1 rising entries, or none"),
         ("model.num_kv_heads", model.num_heads % model.num_kv_heads == 0, "must divide num_heads"),
         ("model.mlp_mult", model.mlp_mult * model.model_dim >= 1, "gives an empty mlp"),
         ("data.batch_tokens", whole, f"must be a multiple of data.micro_batches={data.micro_batches}"),
@@ -557,7 +591,7 @@ def load_validation(cfg: DataConfig, pattern: str = "", tokenizer_sha256: str = 
 # 5 model
 # ----------------------------------------------------------------------------------------------------------
 # Weights are float32 masters; CastLinear casts them to the activations' dtype at the product. Training,
-# validation and scoring call the same GPT.forward.
+# validation and scoring call the same GPT.forward; layer_plan says as data which block runs when and how.
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -575,19 +609,36 @@ class CastLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def rope_tables(seq_len: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position * base^(-2i / head_dim), each (T, 1, K / 2), in the dtype of `like`."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
+def rope_base_at(cfg: ModelConfig, seq_len: int) -> float:
+    """Return the RoPE base for rows of seq_len tokens: NTK-scaled beyond rope_ref_len.
+
+    base * (T / T_ref)^(d / (d - 2)) for d rotated dimensions; below or without a reference, the base.
+    """
+    dims = rope_dims(cfg)
+    if not cfg.rope_ref_len or seq_len <= cfg.rope_ref_len:
+        return cfg.rope_base
+    return cfg.rope_base * (seq_len / cfg.rope_ref_len) ** (dims / (dims - 2))
+
+
+def rope_dims(cfg: ModelConfig) -> int:
+    """Return how many of a head's dimensions are rotated."""
+    return cfg.rope_dims or cfg.model_dim // cfg.num_heads
+
+
+def rope_tables(seq_len: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of position * base^(-2i / dims), each (T, 1, dims / 2), in the dtype of `like`."""
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=like.device) / dims
     positions = torch.arange(seq_len, dtype=torch.float32, device=like.device)
     angles = torch.outer(positions, 1.0 / base**exponents)[:, None, :]
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply RoPE to (B, T, H, K); pairs are (i, i + K / 2)."""
+    """Apply RoPE to the first d dimensions of (B, T, H, K), those of the tables; pairs are (i, i + d / 2)."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    half = cos.size(-1)
+    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -597,10 +648,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
+def subtract_self_value(y: Tensor, v: Tensor) -> Tensor:
+    """Take out of each head's output its part along the position's own value (XSA, arXiv 2603.09078).
+
+    y <- y - (y . v^) v^ with v^ = v / |v|, for y (B, T, H, K) and v (B, T, G, K); G divides H.
+    """
+    direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
+    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H / G, K)
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+
+
+class AttnGate(nn.Module):
+    """Scale each head's output by a gate that reads the block's normed input.
+
+    out: 2 sigmoid(W x[:12]), sparse: sigmoid(W x[:12] / 2), dense: sigmoid(W x). W starts at zero except in
+    the dense form (N(0, 0.005^2)): the first is the identity then, the others halve.
+    """
+
+    WIDTH = 12
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.kind = cfg.attn_gate
+        self.gate = CastLinear(cfg.model_dim if self.kind == "dense" else self.WIDTH, cfg.num_heads)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # (B, T, D), (B, T, H, K)
+        scale, slope = {"out": (2.0, 1.0), "sparse": (1.0, 0.5), "dense": (1.0, 1.0)}[self.kind]
+        score = self.gate(x[..., : self.gate.in_features].contiguous())  # (B, T, H)
+        return y * (scale * torch.sigmoid(slope * score)).unsqueeze(-1)
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention with RMS-normalised queries and keys and a learned gain a query head."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.head_dim = cfg.model_dim // cfg.num_heads
         kv_dim = cfg.num_kv_heads * self.head_dim
@@ -609,11 +690,21 @@ class SelfAttention(nn.Module):
         self.v = CastLinear(cfg.model_dim, kv_dim)
         self.out = CastLinear(cfg.model_dim, cfg.model_dim)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.q_gain_init))
+        self.xsa = layer >= cfg.num_layers - cfg.xsa_last
+        self.attn_gate = AttnGate(cfg) if cfg.attn_gate != "none" else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], extra_value: Tensor | None) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if extra_value is not None:
+            v = v + extra_value  # (B, T, G * K)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         q = rotate(rms_norm(q), rope) * self.q_gain.to(x.dtype)[:, None]  # (B, T, H, K)
-        return self.out(attention(q, rotate(rms_norm(k), rope), v).flatten(2))
+        y = attention(q, rotate(rms_norm(k), rope), v)
+        if self.xsa:
+            y = subtract_self_value(y, v)
+        if self.attn_gate is not None:
+            y = self.attn_gate(x, y)
+        return self.out(y.flatten(2))
 
 
 class MLP(nn.Module):
@@ -630,22 +721,114 @@ class MLP(nn.Module):
         return self.down(F.leaky_relu(self.up(x), self.slope).square())
 
 
-class Block(nn.Module):
-    """Mix in the embedding, then add attention and mlp, each with a learned scale a channel."""
+class Lanes(NamedTuple):
+    """The residual stream: one lane, or one for attention and one for the mlp."""
 
-    def __init__(self, cfg: ModelConfig):
+    attn: Tensor  # (B, T, D)
+    mlp: Tensor | None = None
+
+
+class Block(nn.Module):
+    """Mix in the embedding, then add attention and mlp, each with a learned scale a channel.
+
+    A parallel block feeds both from one norm; a two-lane block lets each read its own lane and write to
+    both with learned weights (lane' = keep * lane + post . (attention, mlp)).
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.attn = SelfAttention(cfg)
+        self.attn = SelfAttention(cfg, layer)
         self.mlp = MLP(cfg)
+        self.norm_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
         self.resid_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.embed_mix = nn.Parameter(torch.zeros(cfg.model_dim))
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        if cfg.parallel == "two_lane":
+            self.lane_keep = nn.Parameter(torch.full((2,), 1.1))
+            self.lane_post = nn.Parameter(torch.ones(2, 2))  # (from attention | mlp, to attn | mlp lane)
 
-    def forward(self, x: Tensor, embedded: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = self.resid_scale.to(x.dtype) * x + self.embed_mix.to(x.dtype) * embedded  # (B, T, D)
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), rope)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+    def norm(self, x: Tensor) -> Tensor:
+        """Normalise what attention and mlp read."""
+        return rms_norm(x) * self.norm_scale
+
+    def forward(self, lanes: Lanes, embedded: Tensor, rope, extra_value: Tensor | None, kind: str) -> Lanes:
+        x = lanes.attn
+        mixed = self.resid_scale.to(x.dtype) * x + self.embed_mix.to(x.dtype) * embedded  # (B, T, D)
+        normed = self.norm(mixed)
+        attended = self.attn_scale.to(x.dtype) * self.attn(normed, rope, extra_value)
+        mlp_scale = self.mlp_scale.to(x.dtype)
+        if kind == "serial":
+            x = mixed + attended
+            return Lanes(x + mlp_scale * self.mlp(self.norm(x)))
+        if kind == "gptj":
+            return Lanes(mixed + attended + mlp_scale * self.mlp(normed))
+        mlp_lane = x if lanes.mlp is None else lanes.mlp
+        fed = mlp_scale * self.mlp(self.norm(mlp_lane))
+        keep, post = self.lane_keep.to(x.dtype), self.lane_post.to(x.dtype)
+        return Lanes(
+            keep[0] * x + post[0, 0] * attended + post[1, 0] * fed,
+            keep[1] * mlp_lane + post[0, 1] * attended + post[1, 1] * fed,
+        )
+
+
+class BigramHash(nn.Module):
+    """Add a hashed embedding of the last two tokens (contest pull request 162).
+
+    bucket = (36313 t_i xor 27191 t_(i-1)) mod (num_buckets - 1); the first of a row or document takes the
+    last bucket. The table starts at zero: the module is the identity.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.table = nn.Embedding(cfg.bigram_buckets, cfg.bigram_dim)
+        self.proj = CastLinear(cfg.bigram_dim, cfg.model_dim)
+        self.strength = nn.Parameter(torch.tensor(0.05))
+
+    def buckets(self, tokens: Tensor, starts_doc: Tensor) -> Tensor:
+        """Hash (B, T) tokens to (B, T) bucket numbers; no bigram crosses a document's start."""
+        last = self.table.num_embeddings - 1
+        hashed = torch.bitwise_xor(36313 * tokens[:, 1:], 27191 * tokens[:, :-1]) % last
+        return F.pad(hashed, (1, 0), value=last).masked_fill(starts_doc, last)
+
+    def forward(self, tokens: Tensor, starts_doc: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = self.table(self.buckets(tokens, starts_doc)).to(dtype)  # (B, T, bigram_dim)
+        return self.strength.to(dtype) * self.proj(rows)
+
+
+class ValueEmbed(nn.Module):
+    """Add a token embedding of its own to the values of chosen layers (contest pull request 374)."""
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int):
+        super().__init__()
+        kv_dim = cfg.num_kv_heads * cfg.model_dim // cfg.num_heads
+        self.layers = cfg.value_embed_layers
+        self.table = nn.Embedding(vocab_size, cfg.value_embed_dim)
+        self.proj = CastLinear(cfg.value_embed_dim, kv_dim)
+        self.strength = nn.Parameter(torch.tensor(0.1))
+        self.layer_scales = nn.Parameter(torch.ones(len(self.layers)))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Return {layer: (B, T, G * K)}, what to add to each chosen layer's values."""
+        values = self.strength.to(dtype) * self.proj(self.table(tokens).to(dtype))
+        return {layer: self.layer_scales[i].to(dtype) * values for i, layer in enumerate(self.layers)}
+
+
+class ChannelSmear(nn.Module):
+    """Blend each channel with the previous position's: x <- (1 - g) x_t + g x_(t-1), g = sigmoid(gamma).
+
+    gamma starts at zero: an even mix. The first of a row, and with document starts masked the first of
+    a document, blends with zeros.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(cfg.model_dim))
+
+    def forward(self, x: Tensor, starts_doc: Tensor) -> Tensor:  # (B, T, D), (B, T) bool
+        gate = torch.sigmoid(self.gamma).to(x.dtype)
+        before = F.pad(x, (0, 0, 1, -1)).masked_fill(starts_doc.unsqueeze(-1), 0.0)
+        return x + gate * (before - x)
 
 
 class SmearGate(nn.Module):
@@ -669,23 +852,45 @@ class Step(NamedTuple):
     """One visit of a block in the forward pass."""
 
     layer: int
-    push: bool  # keep the output for a later skip
-    pop: int | None  # row of skip_weights that scales the newest kept output, added before the block
+    push: bool = False  # keep the output for a later skip
+    pop: int | None = None  # row of skip_weights that scales the newest kept output, added before the block
+    kind: str = "serial"  # serial | gptj | two_lane
+
+
+def visit_order(cfg: ModelConfig, passes: int) -> list[int]:
+    """List the layers in the order of their visits: recur_layers = (first, last) run `passes` times."""
+    layers = list(range(cfg.num_layers))
+    if not cfg.recur_layers:
+        return layers
+    first, last = cfg.recur_layers
+    return layers[:first] + layers[first : last + 1] * passes + layers[last + 1 :]
 
 
 def num_skips(cfg: ModelConfig) -> int:
-    """Count the U-Net skips: one for each block of the first half."""
-    return cfg.num_layers // 2 if cfg.unet_skips else 0
+    """Count the U-Net skips of the longest plan: one for each visit of its first half."""
+    visits = cfg.num_layers if cfg.recur_skips == "first_pass" else len(visit_order(cfg, cfg.recur_passes))
+    return visits // 2 if cfg.unet_skips else 0
 
 
-def layer_plan(cfg: ModelConfig) -> list[Step]:
-    """List the block visits of a forward pass in order: U-Net skips join the halves, innermost first."""
-    half = cfg.num_layers // 2
-    pops = range(half, half + num_skips(cfg))
-    return [
-        Step(layer, push=layer < num_skips(cfg), pop=layer - half if layer in pops else None)
-        for layer in range(cfg.num_layers)
-    ]
+def layer_plan(cfg: ModelConfig, passes: int = 1) -> list[Step]:
+    """List the block visits of a forward pass in order: U-Net skips join the halves, innermost first.
+
+    With recur_skips "all_visits" the halves are those of the visits; with "first_pass" those of the
+    layers, and later passes of the recurrent segment take no part.
+    """
+    order = visit_order(cfg, passes)
+    if cfg.recur_skips == "all_visits":
+        ranks = list(range(len(order)))
+    else:
+        ranks = [layer if layer not in order[:i] else None for i, layer in enumerate(order)]
+    half = (cfg.num_layers if cfg.recur_skips == "first_pass" else len(order)) // 2
+    plan = []
+    for layer, rank in zip(order, ranks):
+        joins = cfg.unet_skips and rank is not None
+        pop = rank - half if joins and half <= rank < 2 * half else None
+        kind = cfg.parallel if cfg.parallel != "none" and layer >= cfg.parallel_start else "serial"
+        plan.append(Step(layer, bool(joins and rank < half), pop, kind))
+    return plan
 
 
 class GPT(nn.Module):
@@ -695,50 +900,91 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.compute_dtype = compute_dtype
-        self.plan = layer_plan(cfg)
         self.embed = nn.Embedding(vocab_size, cfg.model_dim)
-        self.smear = SmearGate() if cfg.smear_gate else None
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
-        self.skip_weights = (
-            nn.Parameter(torch.ones(num_skips(cfg), cfg.model_dim)) if num_skips(cfg) else None
-        )
+        self.bigram = BigramHash(cfg) if cfg.bigram_buckets else None
+        self.value_embed = ValueEmbed(cfg, vocab_size) if cfg.value_embed_layers else None
+        self.smear = {"none": None, "gated": SmearGate, "channel": lambda: ChannelSmear(cfg)}[cfg.smear]
+        self.smear = self.smear and self.smear()
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
+        if num_skips(cfg):
+            self.skip_weights = nn.Parameter(torch.ones(num_skips(cfg), cfg.model_dim))
+        if num_skips(cfg) and cfg.skip_gates:
+            self.skip_gates = nn.Parameter(torch.zeros(num_skips(cfg), cfg.model_dim))
         self.head = None if cfg.tie_embeddings else CastLinear(cfg.model_dim, vocab_size)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Zero what writes into the residual stream or the logits; the rest keeps torch's defaults."""
+        """Zero what writes into the residual stream or the logits; the rest as cfg.init says."""
+        cfg = self.cfg
+        if cfg.init == "orthogonal":
+            for module in self.modules():
+                if isinstance(module, nn.Linear) and min(module.weight.shape) >= 64:
+                    nn.init.orthogonal_(module.weight)
         if self.head is None:
-            nn.init.normal_(self.embed.weight, std=self.cfg.embed_init_std)
+            nn.init.normal_(self.embed.weight, std=cfg.embed_init_std)
         else:
             self.head.weight.zero_()
         for block in self.blocks:
             block.attn.out.weight.zero_()
             block.mlp.down.weight.zero_()
+            if block.attn.attn_gate is not None:
+                dense = cfg.attn_gate == "dense"
+                nn.init.normal_(block.attn.attn_gate.gate.weight, std=0.005 if dense else 0.0)
+        if self.bigram is not None:
+            self.bigram.table.weight.zero_()
+            self.bigram.proj.weight.mul_(cfg.bigram_proj_scale)
+        if self.value_embed is not None:
+            nn.init.normal_(self.value_embed.table.weight, std=0.01)
 
-    def forward(self, tokens: Tensor, starts_doc: Tensor, first: int = 0) -> Tensor:
-        """Predict the token after each of (B, T) tokens, for positions from `first` on."""
-        x = self.embed(tokens).to(self.compute_dtype)  # (B, T, D)
-        if self.smear is not None:
+    def embed_tokens(self, tokens: Tensor, starts_doc: Tensor) -> Tensor:
+        """Embed (B, T) tokens with their neighbours: what enters the first block, (B, T, D)."""
+        x = self.embed(tokens).to(self.compute_dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, starts_doc, x.dtype)
+        if self.smear is not None and self.cfg.smear == "gated":
             x = self.smear(x, starts_doc)
-        x = embedded = rms_norm(x)
-        rope = rope_tables(tokens.size(1), self.cfg.model_dim // self.cfg.num_heads, self.cfg.rope_base, x)
-        kept: list[Tensor] = []
-        for step in self.plan:
+        x = rms_norm(x)
+        if self.smear is not None and self.cfg.smear == "channel":
+            x = self.smear(x, starts_doc)
+        return x
+
+    def join_skip(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
+        """Add a kept output with its weights, or blend it in with its sigmoid gate."""
+        skip = self.skip_weights[row].to(x.dtype) * kept
+        if self.cfg.skip_gates:
+            return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
+        return x + skip
+
+    def forward(
+        self, tokens: Tensor, starts_doc: Tensor, first: int = 0, passes: int | None = None
+    ) -> Tensor:
+        """Predict the token after each of (B, T) tokens, for positions from `first` on.
+
+        passes is how often the recurrent segment runs; None: cfg.recur_passes, as in scoring.
+        """
+        cfg = self.cfg
+        x = embedded = self.embed_tokens(tokens, starts_doc)
+        rope = rope_tables(tokens.size(1), rope_dims(cfg), rope_base_at(cfg, tokens.size(1)), x)
+        extra_values = self.value_embed(tokens, x.dtype) if self.value_embed is not None else {}
+        lanes, kept = Lanes(x), []
+        for step in layer_plan(cfg, cfg.recur_passes if passes is None else passes):
             if step.pop is not None:
-                x = x + self.skip_weights[step.pop].to(x.dtype) * kept.pop()
-            x = self.blocks[step.layer](x, embedded, rope)
+                lanes = lanes._replace(attn=self.join_skip(lanes.attn, kept.pop(), step.pop))
+            block = self.blocks[step.layer]
+            lanes = block(lanes, embedded, rope, extra_values.get(step.layer), step.kind)
             if step.push:
-                kept.append(x)
+                kept.append(lanes.attn)
+        x = lanes.attn if lanes.mlp is None else (lanes.attn + lanes.mlp) / 2
         x = rms_norm(x[:, first:])
         weight = self.embed.weight if self.head is None else self.head.weight
         logits = F.linear(x, weight.to(x.dtype))  # (B, T - first, V)
-        return self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap)
+        return cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)
 
 
-def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+def mean_loss(model: nn.Module, batch: Batch, passes: int | None = None) -> Tensor:
     """Mean cross-entropy of a batch in nats, from float32 logits."""
-    logits = model(batch.tokens, batch.starts_doc)
+    logits = model(batch.tokens, batch.starts_doc, 0, passes)
     return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
 
 
@@ -783,24 +1029,46 @@ class Rule(NamedTuple):
     lr: str  # field of OptimConfig
     weight_decay: str  # field of OptimConfig
     storage: str  # matrix | embed (quantized, bits from QuantConfig) | float32
-    present: Callable[[ModelConfig], bool] = lambda cfg: True
+    present: Callable[[Config], bool] = lambda cfg: True
+
+
+# Shorthands for the rows below: what scalars, embeddings, small projections and matrices take.
+SCALAR = ("adamw", "scalar_lr", "scalar_weight_decay", "float32")
+TIED = ("adamw", "tied_embed_lr", "embed_weight_decay", "embed")
+UNTIED = ("adamw", "embed_lr", "embed_weight_decay", "embed")
+PROJ = ("adamw", "scalar_lr", "scalar_weight_decay", "matrix")
+MATRIX = ("muon", "matrix_lr", "matrix_weight_decay", "matrix")
+
+
+def has_bigram(cfg: Config, optimizer: str = "") -> bool:
+    """Whether there is a bigram table, and its projection is the named optimizer's."""
+    return cfg.model.bigram_buckets > 0 and optimizer in ("", cfg.optim.bigram_proj)
 
 
 PARAM_RULES = (
-    Rule("embed.weight", "adamw", "tied_embed_lr", "embed_weight_decay", "embed", lambda m: m.tie_embeddings),
-    Rule("embed.weight", "adamw", "embed_lr", "embed_weight_decay", "embed", lambda m: not m.tie_embeddings),
-    Rule("head.weight", "adamw", "head_lr", "embed_weight_decay", "embed", lambda m: not m.tie_embeddings),
-    Rule("blocks.*.attn.[qkvo]*.weight", "muon", "matrix_lr", "matrix_weight_decay", "matrix"),
-    Rule("blocks.*.mlp.*.weight", "muon", "matrix_lr", "matrix_weight_decay", "matrix"),
-    Rule("blocks.*.attn.q_gain", "adamw", "scalar_lr", "scalar_weight_decay", "float32"),
-    Rule("blocks.*_scale", "adamw", "scalar_lr", "scalar_weight_decay", "float32"),
-    Rule("blocks.*.embed_mix", "adamw", "scalar_lr", "scalar_weight_decay", "float32"),
-    Rule("smear.*", "adamw", "scalar_lr", "scalar_weight_decay", "float32", lambda m: m.smear_gate),
-    Rule("skip_weights", "adamw", "scalar_lr", "scalar_weight_decay", "float32", lambda m: num_skips(m) > 0),
-)  # fmt: skip
+    Rule("embed.weight", *TIED, lambda cfg: cfg.model.tie_embeddings),
+    Rule("embed.weight", *UNTIED, lambda cfg: not cfg.model.tie_embeddings),
+    Rule("head.weight", "adamw", "head_lr", *UNTIED[2:], lambda cfg: not cfg.model.tie_embeddings),
+    Rule("blocks.*.attn.[qkvo]*.weight", *MATRIX),
+    Rule("blocks.*.mlp.*.weight", *MATRIX),
+    Rule("blocks.*.attn.q_gain", *SCALAR),
+    Rule("blocks.*.attn.attn_gate.*", *SCALAR, lambda cfg: cfg.model.attn_gate != "none"),
+    Rule("blocks.*_scale", *SCALAR),
+    Rule("blocks.*.embed_mix", *SCALAR),
+    Rule("blocks.*.lane_*", *SCALAR, lambda cfg: cfg.model.parallel == "two_lane"),
+    Rule("smear.*", *SCALAR, lambda cfg: cfg.model.smear != "none"),
+    Rule("bigram.table.weight", *TIED, has_bigram),
+    Rule("bigram.proj.weight", *MATRIX, lambda cfg: has_bigram(cfg, "muon")),
+    Rule("bigram.proj.weight", *PROJ, lambda cfg: has_bigram(cfg, "adamw")),
+    Rule("bigram.strength", *SCALAR, has_bigram),
+    Rule("value_embed.table.weight", *TIED, lambda cfg: bool(cfg.model.value_embed_layers)),
+    Rule("value_embed.proj.weight", *PROJ, lambda cfg: bool(cfg.model.value_embed_layers)),
+    Rule("value_embed.*", *SCALAR, lambda cfg: bool(cfg.model.value_embed_layers)),
+    Rule("skip_*", *SCALAR, lambda cfg: num_skips(cfg.model) > 0),
+)
 
 
-def match_rules(cfg: ModelConfig, names: list[str]) -> dict[str, Rule]:
+def match_rules(cfg: Config, names: list[str]) -> dict[str, Rule]:
     """Give every parameter name its rule; a name or a present rule left over is an error."""
     rules = [rule for rule in PARAM_RULES if rule.present(cfg)]
     matched = {}
@@ -869,7 +1137,7 @@ class Optimizers:
         self.dtype = model.compute_dtype
         named = dict(model.named_parameters())
         groups: dict[tuple, list[nn.Parameter]] = {}
-        for name, rule in match_rules(cfg.model, list(named)).items():
+        for name, rule in match_rules(cfg, list(named)).items():
             rates = getattr(cfg.optim, rule.lr), getattr(cfg.optim, rule.weight_decay)
             shape = named[name].shape if rule.optimizer == "muon" else None  # None: AdamW, shapes may differ
             groups.setdefault((shape, *rates), []).append(named[name])
@@ -892,7 +1160,10 @@ class Optimizers:
     @torch.no_grad()
     def step(self, lr_mul: float, momentum: float) -> None:
         """Average gradients over ranks, clip their global norm, update every weight, drop the gradients."""
-        adam_grads = [param.grad for group in self.adamw.param_groups for param in group["params"]]
+        params = [param for group in self.adamw.param_groups for param in group["params"]]
+        adam_grads = [
+            param.grad for param in params if param.grad is not None
+        ]  # unused rows of a plan have none
         self.ranks.average(adam_grads)
         for stack in self.stacks:
             stack.reduce()
@@ -955,6 +1226,18 @@ def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
         warmdown = schedule.warmdown_frac * total
     left = max(total - done, 0.0)
     return max(left / warmdown, schedule.min_lr_frac) if left < warmdown else 1.0
+
+
+def run_progress(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Return the fraction of the run that is over: of the clock, or without one of the steps."""
+    seconds = cfg.run.max_wallclock_seconds
+    return elapsed_ms / (1000.0 * seconds) if seconds > 0 else step / max(cfg.run.iterations, 1)
+
+
+def recur_passes_at(cfg: Config, progress: float) -> int:
+    """Return how often the recurrent segment runs: one pass more at each of recur_start_fracs."""
+    fracs = cfg.schedule.recur_start_fracs
+    return 1 + sum(frac <= progress for frac in fracs) if fracs else cfg.model.recur_passes
 
 
 def muon_momentum(cfg: OptimConfig, step: int) -> float:
@@ -1059,7 +1342,7 @@ def tensor_table(cfg: Config) -> list[TensorRow]:
     """List the tensors that a recipe's model has, without making them."""
     with torch.device("meta"):
         named = list(GPT(cfg.model, cfg.data.vocab_size).named_parameters())
-    rules = match_rules(cfg.model, [name for name, _ in named])
+    rules = match_rules(cfg, [name for name, _ in named])
     rows = []
     for name, param in named:
         quantized = "float16" if param.numel() <= cfg.quant.float16_numel else "rows"
@@ -1071,7 +1354,7 @@ def tensor_table(cfg: Config) -> list[TensorRow]:
 def write_artifact(model: GPT, cfg: Config, tokenizer_sha256: str, path: Path) -> list[tuple[str, int]]:
     """Quantize and write a model; returns the ledger [(part, bytes)] whose sum is the file's size."""
     table = tensor_table(cfg)
-    rules = match_rules(cfg.model, [row.name for row in table])
+    rules = match_rules(cfg, [row.name for row in table])
     params = dict(model.named_parameters())
     raw: dict[str, list[np.ndarray]] = {name: [] for name in STREAM_DTYPES}
     for row in table:
@@ -1227,22 +1510,22 @@ class Training:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
 
-    def micro_step(self) -> Tensor:
+    def micro_step(self, passes: int) -> Tensor:
         """Add one micro-batch's share of the gradient; returns its share of the loss."""
         micro_steps = self.cfg.data.micro_batches // self.ranks.world_size
         batch = next_batch(self.stream, self.cfg.data, self.bos_id, self.ranks)
-        loss = self.loss(self.model, batch) / micro_steps
+        loss = self.loss(self.model, batch, passes) / micro_steps
         loss.backward()
         return loss.detach()
 
-    def accumulate(self, out_of_time: Callable[[], bool]) -> float | None:
+    def accumulate(self, passes: int, out_of_time: Callable[[], bool]) -> float | None:
         """Add up a step's gradients; returns the mean loss over ranks, or None when time ran out in it."""
         total = torch.zeros((), device=self.ranks.device)
         for step in range(self.cfg.data.micro_batches // self.ranks.world_size):
             if step > 0 and out_of_time():
                 self.optimizers.zero_grad()
                 return None
-            total += self.micro_step()
+            total += self.micro_step(passes)
         return float(self.ranks.sum(total).item()) / self.ranks.world_size
 
     def update(self, step: int, elapsed_ms: float) -> None:
@@ -1258,14 +1541,16 @@ def warm_up(training: Training, log: Log) -> None:
     """Compile and time real steps before the clock starts, then restore all state; prints a projection."""
     cfg, ranks = training.cfg, training.ranks
     initial = copy.deepcopy(training.state_dict())
-    for step in range(max(cfg.run.warmup_steps, 1)):
-        training.accumulate(lambda: False)
-        training.update(step, 0.0)
-        if step < cfg.run.warmup_steps:
-            log.line(f"warmup_step:{step + 1}/{cfg.run.warmup_steps}")
+    stages = sorted({recur_passes_at(cfg, progress) for progress in (0.0, *cfg.schedule.recur_start_fracs)})
+    for passes in stages:  # each number of passes is a graph of its own
+        for step in range(max(cfg.run.warmup_steps, 1)):
+            training.accumulate(passes, lambda: False)
+            training.update(step, 0.0)
+            if step < cfg.run.warmup_steps:
+                log.line(f"warmup_step:{step + 1}/{cfg.run.warmup_steps}")
     clock = Clock(ranks)
     clock.start()
-    training.micro_step()
+    training.micro_step(stages[-1])
     micro_ms = clock.read_ms()
     training.update(0, 0.0)
     update_ms = clock.stop() - micro_ms
@@ -1283,7 +1568,7 @@ def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
     limit_ms = 1000.0 * run.max_wallclock_seconds if run.max_wallclock_seconds > 0 else math.inf
     clock = Clock(training.ranks)
     clock.start()
-    step, elapsed_ms, stopped = 0, 0.0, False
+    step, elapsed_ms, stopped, passes_before = 0, 0.0, False, 1
     while True:
         done = stopped or step == run.iterations
         on_schedule = run.val_loss_every > 0 and step % run.val_loss_every == 0
@@ -1304,7 +1589,11 @@ def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
             clock.start()
         if done:
             break
-        train_loss = training.accumulate(lambda: clock.read_ms() >= limit_ms)
+        passes = recur_passes_at(cfg, run_progress(cfg, step, elapsed_ms))
+        if passes != passes_before:
+            log.line(f"recurrence: passes:{passes} step:{step} train_time:{elapsed_ms:.0f}ms")
+            passes_before = passes
+        train_loss = training.accumulate(passes, lambda: clock.read_ms() >= limit_ms)
         if train_loss is None:
             stopped = True
             continue
@@ -1507,6 +1796,66 @@ def run(cfg: Config, environment: Environment) -> None:
         finish(folder, cfg, {**facts, "score": score._asdict(), "ledger": ledger, "seconds": seconds}, log)
 
 
+def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
+    """Say what a config means without data, training or memory: counts, plan, costs, schedule."""
+    with torch.device("meta"):
+        named = dict(GPT(cfg.model, cfg.data.vocab_size).named_parameters())
+    rules = match_rules(cfg, list(named))
+    by_rule: dict[str, int] = {}
+    for name, rule in rules.items():
+        by_rule[rule.pattern] = by_rule.get(rule.pattern, 0) + named[name].numel()
+    plan = layer_plan(cfg.model, cfg.model.recur_passes)
+    rows = []
+    for step, elapsed in zip(steps, elapsed_ms):
+        factor = learning_rate_mul(cfg, step, elapsed)
+        rows.append(
+            {
+                "step": step,
+                "lr": getattr(cfg.optim, next(iter(rules.values())).lr) * factor,
+                "lr_mul": factor,
+                "momentum": muon_momentum(cfg.optim, step),
+                "seq_len": cfg.data.seq_len,
+                "batch_tokens": cfg.data.batch_tokens,
+                "recur_passes": recur_passes_at(cfg, run_progress(cfg, step, elapsed)),
+                "qat": False,
+            }
+        )
+    return {
+        "config": recipe_of(cfg, live=True),
+        "config_hash": config_hash(cfg),
+        "num_params": sum(param.numel() for param in named.values()),
+        "params_by_rule": by_rule,
+        "layer_plan": [step._asdict() for step in layer_plan(cfg.model, 1)],
+        "layer_plan_recurring": [step._asdict() for step in plan],
+        "flops_per_token": flops_per_token(cfg, named, [step.layer for step in plan]),
+        "estimated_artifact_bytes": estimate_artifact_bytes(cfg, named, rules),
+        "schedule": rows,
+    }
+
+
+def flops_per_token(cfg: Config, named: dict[str, Tensor], visits: list[int]) -> int:
+    """Count forward and backward operations a token: 6 a weight and visit, 6 T D a visit for attention."""
+    total = 6 * cfg.data.vocab_size * cfg.model.model_dim + 6 * cfg.data.seq_len * cfg.model.model_dim * len(
+        visits
+    )
+    for name, param in named.items():
+        if name.startswith("blocks.") and param.ndim == 2:
+            total += 6 * param.numel() * visits.count(int(name.split(".")[1]))
+    return total
+
+
+def estimate_artifact_bytes(cfg: Config, named: dict[str, Tensor], rules: dict[str, Rule]) -> int:
+    """Estimate the stored bytes before entropy coding: codes at their bits, scales, floats."""
+    total = 0
+    for row in tensor_table(cfg):
+        numel = named[row.name].numel()
+        if row.storage == "rows":
+            total += numel * getattr(cfg.quant, f"{rules[row.name].storage}_bits") // 8 + 2 * row.shape[0]
+        else:
+            total += numel * {"float16": 2, "float32": 4}[row.storage]
+    return total
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, resolve the config, run."""
     parser = CommandParser(
@@ -1516,8 +1865,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
+    parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule as JSON")
+    parser.add_argument("--steps", default="0", metavar="N,N,...", help="with --describe: steps to tabulate")
+    parser.add_argument("--elapsed-ms", default="", metavar="MS,...", help="with --describe: their times")
     args = parser.parse_args(argv)
     environment = read_environment()
+    if args.describe:
+        steps = [int(step) for step in args.steps.split(",")]
+        elapsed = [float(ms) for ms in args.elapsed_ms.split(",")] if args.elapsed_ms else [0.0] * len(steps)
+        if len(elapsed) != len(steps):
+            raise UserError(f"--elapsed-ms: expected {len(steps)} times, one a step, found {len(elapsed)}.")
+        print(
+            json.dumps(
+                describe(load_config(args.recipe, environment.overrides, args.overrides), steps, elapsed)
+            )
+        )
+        return
     try:
         run(load_config(args.recipe, environment.overrides, args.overrides), environment)
     except UserError:

@@ -47,6 +47,9 @@ def parse_value(value, kind: type):
         if str(value).lower() not in words:
             raise ValueError
         return words[str(value).lower()]
+    if kind is tuple:
+        items = [item for item in value.split(",") if item] if isinstance(value, str) else value
+        return tuple(parse_number(item) for item in items)
     if kind is int and isinstance(value, str):
         return int(value.replace("_", ""))
     if isinstance(value, (dict, list)) or (kind is int and value != int(value)):
@@ -55,6 +58,14 @@ def parse_value(value, kind: type):
     if kind is float and not math.isfinite(converted):
         raise ValueError
     return converted
+
+
+def parse_number(value) -> int | float:
+    """Convert text or a number to an int where it is one, else to a finite float."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return int(number) if number.is_integer() else number
 
 
 def with_values(config, values: dict, source: str):

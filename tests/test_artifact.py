@@ -86,7 +86,7 @@ def test_a_stream_of_another_length_is_refused(codec):
 @pytest.fixture
 def artifact(tiny_config, alone, tmp_path):
     """A written artifact with its ledger and the model it came from."""
-    values = {"quant.codec": "lzma", "model.smear_gate": True, "quant.float16_numel": 1024}
+    values = {"quant.codec": "lzma", "model.smear": "gated", "quant.float16_numel": 1024}
     cfg = with_values(tiny_config, values, "test")
     model = build_model(cfg, alone.device)
     path = tmp_path / "artifact.bin"

@@ -73,7 +73,7 @@ def test_first_only_leaves_out_rows(tiny_model):
 
 def test_smear_gate_is_the_identity_at_init_and_never_crosses_a_document_start(tiny_config):
     """Zero strength is no change; a non-zero one must not leak the previous document into a BOS."""
-    cfg = with_values(tiny_config, {"model.smear_gate": True}, "test").model
+    cfg = with_values(tiny_config, {"model.smear": "gated"}, "test").model
     model = GPT(cfg, 300)
     x = torch.randn(1, 8, cfg.model_dim)
     starts = torch.zeros(1, 8, dtype=torch.bool)
@@ -120,7 +120,7 @@ def test_initial_loss_is_the_log_of_the_vocabulary(tiny_config):
     [
         ("model.leaky_slope", 0.5),
         ("model.unet_skips", False),
-        ("model.smear_gate", True),
+        ("model.smear", "gated"),
         ("model.rope_base", 100.0),
         ("model.logit_softcap", 3.0),
         ("model.q_gain_init", 3.0),
@@ -149,9 +149,9 @@ def test_every_model_switch_is_alive(tiny_config, name, value, compiled):
 
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
     """A parameter that no optimizer owns would stay at its initial value in silence."""
-    cfg = ModelConfig(smear_gate=True)
+    cfg = with_values(Config(), {"model.smear": "gated"}, "test")
     with torch.device("meta"):
-        names = [name for name, _ in GPT(cfg, 64).named_parameters()]
+        names = [name for name, _ in GPT(cfg.model, 64).named_parameters()]
     assert set(match_rules(cfg, names)) == set(names)
     with pytest.raises(ValueError, match="stray has no row"):
         match_rules(cfg, [*names, "stray"])
@@ -163,7 +163,7 @@ def test_loss_is_taken_from_float32_logits(tiny_config):
     """bfloat16 logits summed in bfloat16 would lose the third digit of the loss."""
     model = SimpleNamespace()
     logits = torch.randn(2, 16, 300).bfloat16()
-    model = lambda tokens, starts_doc: logits  # noqa: E731
+    model = lambda tokens, starts_doc, first, passes: logits  # noqa: E731
     tokens = torch.zeros(2, 16, dtype=torch.long)
     loss = mean_loss(model, Batch(tokens, tokens, tokens == 1))
     assert torch.equal(loss, F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()))

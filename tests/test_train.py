@@ -223,9 +223,9 @@ def test_the_clock_stops_a_step_within_one_micro_batch(tiny_config, alone, tmp_p
     training = Training(cfg, alone, bos_id=1)
     mean_loss = training.loss
 
-    def slow_loss(model, batch):
+    def slow_loss(model, batch, passes):
         spent[0] += 3.0
-        return mean_loss(model, batch)
+        return mean_loss(model, batch, passes)
 
     training.loss = slow_loss
     facts = train_gpt.train(training, Log(tmp_path, True), validate=None)

@@ -1,0 +1,48 @@
+"""`--describe`: one JSON object that says what a recipe means, without data or memory."""
+
+import json
+
+import pytest
+from fixtures_model import ROOT, run_python
+
+B = ROOT / "records/reference_systems/B_bese288/recipe.toml"
+C = ROOT / "records/reference_systems/C_pr281/recipe.toml"
+
+
+def describe(*args) -> dict:
+    result = run_python("train_gpt.py", "--describe", *args)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    return json.loads(result.stdout)
+
+
+@pytest.mark.reference("B10")
+@pytest.mark.reference("B11")
+def test_schedule_rows_follow_the_published_log_of_system_b():
+    """Learning-rate factor by elapsed time, momentum by step; overrides apply."""
+    steps, times = "2500,2600,5000", "205038,255143,548881"
+    found = describe("--recipe", B, "--steps", steps, "--elapsed-ms", times, "data.vocab_size=300")
+    assert [row["lr_mul"] for row in found["schedule"]] == pytest.approx([0.9631, 0.7028, 0.0931], abs=5e-5)
+    assert [row["recur_passes"] for row in found["schedule"]] == [1, 3, 3]
+    assert found["num_params"] == 26_522_716 + 12 * (512 + 128)
+    assert len(found["layer_plan"]) == 11 and len(found["layer_plan_recurring"]) == 17
+    momentum = describe("--recipe", B, "--steps", "0,375,750,1500")["schedule"]
+    assert [row["momentum"] for row in momentum] == pytest.approx([0.92, 0.9375, 0.955, 0.99])
+
+
+@pytest.mark.reference("C5")
+def test_schedule_rows_follow_the_published_log_of_system_c():
+    """Warmdown of 3,000 steps at the average pace."""
+    found = describe(
+        "--recipe", C, "--steps", "7000,7500,8000,9000", "--elapsed-ms", "459392,492293,525214,591423"
+    )
+    multipliers = [row["lr_mul"] for row in found["schedule"]]
+    assert multipliers == pytest.approx([0.7142, 0.5470, 0.3797, 0.0435], abs=5e-5)
+    assert sum(found["params_by_rule"].values()) == found["num_params"] == 26_829_913
+    assert found["estimated_artifact_bytes"] > 0
+
+
+def test_times_must_match_steps():
+    """A silent zip would drop rows."""
+    result = run_python("train_gpt.py", "--describe", "--steps", "1,2", "--elapsed-ms", "5")
+    assert result.returncode == 1 and "expected 2 times" in result.stderr
