@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures_data import train_small_tokenizer
 from fixtures_model import TINY, TINY_VOCAB, make_documents
 
 from data.codecs import load_codec
@@ -11,6 +12,18 @@ from data.prepare import Document, write_dataset
 from data.tokenizer import train_tokenizer
 from formats.recipe import with_values
 from train_gpt import Config, Environment, Ranks, build_model
+
+
+@pytest.fixture(scope="session")
+def lossless_model(tmp_path_factory):
+    """The path of a lossless tokenizer, trained once."""
+    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def lossless_codec(lossless_model):
+    """The same, loaded."""
+    return load_codec(lossless_model)
 
 
 @pytest.fixture(scope="session")

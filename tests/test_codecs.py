@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from fixtures_data import small_texts, train_small_tokenizer
+from fixtures_data import small_texts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -23,18 +23,6 @@ HOSTILE_ALPHABET = (
 )
 TEXTS = st.text() | st.text(alphabet=HOSTILE_ALPHABET)
 PROPERTY = settings(deadline=None, max_examples=200)
-
-
-@pytest.fixture(scope="module")
-def lossless_model(tmp_path_factory):
-    """The path of a lossless tokenizer, trained once."""
-    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def lossless_codec(lossless_model):
-    """The same, loaded."""
-    return load_codec(lossless_model)
 
 
 @pytest.fixture(scope="module")

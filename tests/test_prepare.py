@@ -11,27 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from fixtures_data import small_texts, train_small_tokenizer
+from fixtures_data import small_texts
 
-from data.codecs import load_codec
 from data.errors import UserError, run_command
 from data.prepare import Document, main, read_documents, write_dataset
 from data.shards import find_shards, read_manifest, read_shard, sha256_file, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = small_texts(70, seed=1)
-
-
-@pytest.fixture(scope="module")
-def lossless_model(tmp_path_factory):
-    """The path of a lossless tokenizer, trained once."""
-    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def lossless_codec(lossless_model):
-    """The same, loaded."""
-    return load_codec(lossless_model)
 
 
 def json_lines(texts: list[str]) -> bytes:
