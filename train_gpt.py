@@ -903,8 +903,8 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(vocab_size, cfg.model_dim)
         self.bigram = BigramHash(cfg) if cfg.bigram_buckets else None
         self.value_embed = ValueEmbed(cfg, vocab_size) if cfg.value_embed_layers else None
-        self.smear = {"none": None, "gated": SmearGate, "channel": lambda: ChannelSmear(cfg)}[cfg.smear]
-        self.smear = self.smear and self.smear()
+        smears = {"none": lambda: None, "gated": SmearGate, "channel": lambda: ChannelSmear(cfg)}
+        self.smear = smears[cfg.smear]()
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         if num_skips(cfg):
             self.skip_weights = nn.Parameter(torch.ones(num_skips(cfg), cfg.model_dim))
@@ -942,10 +942,10 @@ class GPT(nn.Module):
         x = self.embed(tokens).to(self.compute_dtype)
         if self.bigram is not None:
             x = x + self.bigram(tokens, starts_doc, x.dtype)
-        if self.smear is not None and self.cfg.smear == "gated":
+        if self.cfg.smear == "gated":
             x = self.smear(x, starts_doc)
         x = rms_norm(x)
-        if self.smear is not None and self.cfg.smear == "channel":
+        if self.cfg.smear == "channel":
             x = self.smear(x, starts_doc)
         return x
 
@@ -1161,9 +1161,7 @@ class Optimizers:
     def step(self, lr_mul: float, momentum: float) -> None:
         """Average gradients over ranks, clip their global norm, update every weight, drop the gradients."""
         params = [param for group in self.adamw.param_groups for param in group["params"]]
-        adam_grads = [
-            param.grad for param in params if param.grad is not None
-        ]  # unused rows of a plan have none
+        adam_grads = [param.grad for param in params if param.grad is not None]  # a plan may leave some out
         self.ranks.average(adam_grads)
         for stack in self.stacks:
             stack.reduce()
@@ -1311,7 +1309,7 @@ def dequantize_rows(quantized: Quantized) -> Tensor:
 # 10 artifact
 # ----------------------------------------------------------------------------------------------------------
 # formats/artifact.py owns the file; here is what goes into it: the recipe, the tokenizer's sha256, a table of
-# tensors in parameter order, and their codes, scales and floats as three streams.
+# tensors in parameter order, and their codes, scales, halves and floats as a stream each.
 
 # Raw streams, in file order, and the numpy dtype of their elements.
 STREAM_DTYPES = {

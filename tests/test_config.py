@@ -103,7 +103,9 @@ def test_the_hash_ignores_seed_and_paths_and_sees_everything_else():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_recipes_in_records_are_valid(path):
     """A recipe that does not load is dead."""
-    check_config(load_config(str(path), {}, []))
+    cfg = load_config(str(path), {}, [])
+    check_config(cfg)
+    assert cfg == with_values(Config(), read_recipe(path), "test")
 
 
 def test_the_naive_baseline_recipe_is_the_default_config():
