@@ -42,9 +42,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data.codecs import load_codec
 from data.errors import CommandParser, UserError, run_command
+from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import (
     TRAIN_GLOB,
     VAL_GLOB,
@@ -83,8 +85,45 @@ from formats.recipe import (
     recipe_of,
     with_values,
 )
+from formats.state import map_leaves, read_state, write_state
+from kernels.attention import BACKENDS, AttentionMask, Reach, attend, mask_of, resolve_attention
+from kernels.context import ContextRule, attend_compressed
 
 PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed program here
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+
+# Arithmetic of activations and products; masters are float32, or float64 with it.
+DTYPES = ("float32", "bfloat16", "float64")
+
+# Where positions enter: what turns the embeddings, what turns queries and keys. "head" turns rope_dims of
+# each head, "width" all of model_dim as one head, "interleaved" is a published form that is no rotation.
+POSITIONS = {
+    "heads": (None, "head"),
+    "embed_heads": ("width", "head"),
+    "bwetaf06": ("width", "width"),
+    "bwetaf051": ("interleaved", None),
+    "none": (None, None),
+}
+
+# Initial output projections: their factor in a model of so many layers.
+OUT_INITS = {
+    "zero": lambda num_layers: 0.0,
+    "plain": lambda num_layers: 1.0,
+    "depth": lambda num_layers: (2 * num_layers) ** -0.5,
+}
+
+# Newton-Schulz coefficients (a, b, c) by iteration; the last row repeats.
+NS_TABLES = {
+    "classic": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": (  # minimax for five iterations, arXiv 2505.16932
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+}
 
 # ----------------------------------------------------------------------------------------------------------
 # 2 config
@@ -102,6 +141,7 @@ class RunConfig:
     seed: int = option(1337, "SEED", "seed of the initial weights", live=True)
     device: str = option("auto", "", "where to compute", live=True, choices=("auto", "cpu", "cuda"))
     compile: str = option("auto", "", "torch.compile", live=True, choices=("auto", "on", "off"))
+    attention: str = option("auto", "", "attention backend", live=True, choices=("auto", *BACKENDS))
     iterations: int = option(20_000, "ITERATIONS", "most optimizer steps", live=True, low=0)
     max_wallclock_seconds: float = option(600.0, "MAX_WALLCLOCK_SECONDS", "0: no limit", live=True, low=0)
     warmup_steps: int = option(20, "WARMUP_STEPS", "before the clock; state is restored", live=True, low=0)
@@ -109,6 +149,7 @@ class RunConfig:
     train_log_every: int = option(
         200, "TRAIN_LOG_EVERY", "log the loss every so many steps", live=True, low=0
     )
+    save_every: int = option(0, "", "steps between checkpoints for --resume; 0: none", live=True, low=0)
     val_batch_tokens: int = option(
         524_288, "VAL_BATCH_SIZE", "scoring batch; data.micro_batches share it", live=True, low=1
     )
@@ -122,7 +163,8 @@ class DataConfig:
     tokenizer_path: str = option(
         "./data/tokenizers/fineweb_1024_bpe.model", "TOKENIZER_PATH", "tokenizer file", live=True
     )
-    vocab_size: int = option(1024, "VOCAB_SIZE", "entries of the tokenizer", low=2, high=65_536)
+    vocab_size: int = option(1024, "VOCAB_SIZE", "entries of the tokenizer", low=2)
+    loader: str = option("sequential", "", "order of the training tokens", choices=tuple(LOADERS))
     seq_len: int = option(1024, "TRAIN_SEQ_LEN", "tokens a training row", low=2)
     batch_tokens: int = option(524_288, "TRAIN_BATCH_TOKENS", "tokens a step, all ranks together", low=1)
     micro_batches: int = option(8, "", "a step's micro-batches; the world size divides them", low=1)
@@ -137,14 +179,38 @@ class ModelConfig:
     num_heads: int = option(8, "NUM_HEADS", "query heads", low=1)
     num_kv_heads: int = option(4, "NUM_KV_HEADS", "key and value heads; divides num_heads", low=1)
     mlp_mult: float = option(2.0, "MLP_MULT", "mlp hidden size / model_dim", low=0)
-    leaky_slope: float = option(0.0, "LEAKY_SLOPE", "mlp activation max(x, slope * x)^2; 0 is ReLU^2")
+    mlp: str = option("square", "", "activation of the mlp", choices=("square", "swiglu", "gelu"))
+    leaky_slope: float = option(0.0, "LEAKY_SLOPE", "square is max(x, slope * x)^2; 0: ReLU^2")
+    biases: str = option("none", "", "which Linears have a bias", choices=("none", "outputs", "all"))
+    norm: str = option("rms", "", "of block inputs and output", choices=("rms", "rms_gain", "layer"))
+    norm_eps: float = option(0.0, "", "of these norms; 0: the dtype's", low=0)
+    final_norm: bool = option(True, "", "normalise what the head reads")
+    embed_norm: bool = option(True, "", "RMS-normalise the embedding")
+    qk_norm: bool = option(True, "", "RMS-normalise queries and keys, with a gain a query head")
+    channel_scales: bool = option(True, "", "scales a channel on stream, embedding, attention and mlp")
+    value_residual: bool = option(False, "", "blend the first layer's values into all others")
+    dropout: float = option(0.0, "", "of attention's output, in training", low=0, high=0.99)
+    attn_window: int = option(0, "", "tokens back that window_layers see", low=0)
+    window_layers: tuple = option((), "", "layers with windowed attention")
+    attn_in_document: bool = option(False, "", "attention stays in the token's document")
+    context_ratio: int = option(0, "", "tokens a chunk of compressed context; 0: full attention", low=0)
+    context_ratio_min: int = option(2, "", "tokens a mean of the nearest compressed chunk", low=1)
+    context_keep: int = option(2, "", "chunks at either end that stay exact", low=1)
     tie_embeddings: bool = option(True, "TIE_EMBEDDINGS", "output head = token embedding")
+    embed_dim: int = option(0, "", "width of a factorised embedding; 0: model_dim", low=0)
     embed_init_std: float = option(0.005, "TIED_EMBED_INIT_STD", "of the initial tied embedding", low=0)
+    untied_embed_init_std: float = option(1.0, "", "of the initial untied embedding", low=0)
+    embed_proj_init_std: float = option(0.02, "", "of a factorised embedding's projection", low=0)
+    positions: str = option("heads", "", "where RoPE turns", choices=tuple(POSITIONS))
     rope_base: float = option(10_000.0, "ROPE_BASE", "RoPE base", low=1)
     q_gain_init: float = option(1.5, "QK_GAIN_INIT", "initial gain of the normalised queries")
     rope_dims: int = option(0, "ROPE_DIMS", "rotated dimensions of a head; 0: all", low=0)
     rope_ref_len: int = option(0, "", "NTK-scale the RoPE base for longer rows; 0: never", low=0)
-    init: str = option("default", "", "of the matrices", choices=("default", "orthogonal"))
+    init: str = option("default", "", "of the matrices", choices=("default", "orthogonal", "normal"))
+    init_std: float = option(0.02, "", "of normal init", low=0)
+    out_init: str = option(
+        "zero", "", "of output projections; depth: / sqrt(2 num_layers)", choices=tuple(OUT_INITS)
+    )
     unet_skips: bool = option(True, "", "add first-half outputs to second-half inputs, last to first")
     skip_gates: bool = option(False, "SKIP_GATES_ENABLED", "blend skips in by a sigmoid gate a channel")
     ln_scale: bool = option(False, "LN_SCALE", "scale normed inputs of block l by 1 / sqrt(l + 1)")
@@ -163,16 +229,17 @@ class ModelConfig:
     )
     parallel: str = option("none", "", "attention and mlp side by side", choices=("none", "gptj", "two_lane"))
     parallel_start: int = option(0, "PARALLEL_START_LAYER", "first layer that is parallel", low=0)
-    logit_softcap: float = option(30.0, "LOGIT_SOFTCAP", "logits are cap * tanh(logits / cap)", low=1e-3)
-    compute_dtype: str = option(
-        "auto", "", "of activations and matrix products", choices=("auto", "float32", "bfloat16")
-    )
+    logit_softcap: float = option(30.0, "LOGIT_SOFTCAP", "cap * tanh(logits / cap); 0: none", low=0)
+    asymmetric_softcap: bool = option(False, "", "learned caps of positive and of negative logits")
+    checkpoint_every: int = option(0, "", "recompute every n-th visit in backward; 0: none", low=0)
+    compute_dtype: str = option("auto", "", "of activations and matrix products", choices=("auto", *DTYPES))
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Learning rates and decays by group (see PARAM_RULES), Muon and AdamW."""
 
+    matrix_optimizer: str = option("muon", "", "of the block matrices", choices=("muon", "adamw"))
     matrix_lr: float = option(0.04, "MATRIX_LR", "Muon learning rate of the block matrices", low=0)
     embed_lr: float = option(0.6, "EMBED_LR", "AdamW learning rate of an untied embedding", low=0)
     tied_embed_lr: float = option(0.05, "TIED_EMBED_LR", "AdamW learning rate of a tied embedding", low=0)
@@ -186,6 +253,11 @@ class OptimConfig:
     muon_momentum_warmup_steps: int = option(500, "MUON_MOMENTUM_WARMUP_STEPS", "of the warm-up", low=0)
     bigram_proj: str = option("muon", "", "optimizer of the bigram projection", choices=("muon", "adamw"))
     num_ns_steps: int = option(5, "MUON_BACKEND_STEPS", "Newton-Schulz iterations", low=1)
+    ns_table: str = option("classic", "", "coefficients of the iterations", choices=tuple(NS_TABLES))
+    row_norm: bool = option(False, "MUON_ROW_NORMALIZE", "normalise update rows before them (MuonEq-R)")
+    normuon_beta2: float = option(0.0, "", "of row scales after them (NorMuon); 0: off", low=0, high=1)
+    decay_taper_start: float = option(1.0, "", "progress where the matrices' decay starts to fall", high=1)
+    decay_taper_end: float = option(0.5, "", "its factor at the end", low=0, high=1)
     beta1: float = option(0.9, "BETA1", "AdamW beta1", low=0, high=1)
     beta2: float = option(0.95, "BETA2", "AdamW beta2", low=0, high=1)
     adam_eps: float = option(1e-8, "ADAM_EPS", "AdamW epsilon", low=0)
@@ -194,19 +266,27 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate over the run."""
+    """Learning rate, depth and shape of the steps over the run."""
 
+    shape: str = option("warmdown", "", "of the learning rate", choices=("warmdown", "cosine"))
+    lr_warmup_iters: int = option(0, "", "steps over which it rises from 0", low=0)
+    lr_hold_iters: int = option(1, "", "steps for which the cosine is held", low=1)
     warmdown_iters: int = option(1200, "WARMDOWN_ITERS", "linear decay over so many steps' time", low=0)
     warmdown_frac: float = option(0.0, "WARMDOWN_FRAC", "decay over this fraction instead", low=0, high=1)
     min_lr_frac: float = option(0.0, "MIN_LR", "floor of the decay", low=0, high=1)
     recur_start_fracs: tuple = option((), "", "progress at which each further pass is switched on")
+    stages: tuple = option(
+        (), "", "start:seq_len:batch_tokens:micro_batches:lr_mul:grad_clip_norm,...; start < 1 is progress"
+    )
 
 
 @dataclass(frozen=True)
 class AverageConfig:
-    """Weight averaging."""
+    """Weight averaging: one of the two, or none."""
 
     ema_decay: float = option(0.0, "EMA_DECAY", "exponential moving average; 0: off", low=0, high=0.999999)
+    swa_every: int = option(0, "SWA_EVERY", "steps between snapshots of a plain average; 0: off", low=0)
+    swa_below: float = option(0.5, "SWA_START_FRAC", "snapshots while the lr factor is below", low=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -252,6 +332,27 @@ class Config:
 PLACE_FIELDS = ("run.run_id", "run.out_dir", "data.data_path", "data.tokenizer_path")
 
 
+class Stage(NamedTuple):
+    """A row of the curriculum: shape and rates of the steps from `start` on."""
+
+    start: float  # a step, or below 1 a fraction of the run
+    seq_len: int
+    batch_tokens: int
+    micro_batches: int
+    lr_mul: float = 1.0
+    grad_clip_norm: float = 0.0
+
+
+def stages_of(cfg: Config) -> list[Stage]:
+    """List the curriculum; without one, the only stage is that of the data section."""
+    data = cfg.data
+    whole = Stage(0, data.seq_len, data.batch_tokens, data.micro_batches, 1.0, cfg.optim.grad_clip_norm)
+    bad = [row for row in cfg.schedule.stages if not isinstance(row, tuple) or len(row) != len(Stage._fields)]
+    if bad:
+        raise UserError(f"schedule.stages: expected rows of {', '.join(Stage._fields)}, found {bad[0]}.")
+    return [Stage(*row) for row in cfg.schedule.stages] or [whole]
+
+
 class Environment(NamedTuple):
     """What is read from the process environment: config overrides and the rank layout of torchrun."""
 
@@ -286,22 +387,39 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
     return cfg
 
 
+def layers_fit(cfg: Config, name: str) -> list[tuple]:
+    """Return the rule that the layers in a field exist."""
+    holds = all(0 <= layer < cfg.model.num_layers for layer in config_value(cfg, name))
+    return [(name, holds, f"must lie in [0, {cfg.model.num_layers})")]
+
+
+def stage_rules(cfg: Config, stage: Stage) -> list[tuple]:
+    """Return the rules that a step's tokens divide into rows and micro-batches."""
+    name = "schedule.stages" if cfg.schedule.stages else "data.batch_tokens"
+    parts = f"batch_tokens={stage.batch_tokens} / micro_batches={stage.micro_batches}"
+    micro_tokens, rest = divmod(stage.batch_tokens, stage.micro_batches)
+    whole = rest == 0 and micro_tokens >= 1 and micro_tokens % stage.seq_len == 0
+    return [(name, whole, f"with {parts} must be a multiple of data.seq_len={stage.seq_len}")]
+
+
 def check_config(cfg: Config) -> None:
     """Raise naming field, value and constraint when settings cannot work together."""
     check_ranges(cfg)
     model, data, run = cfg.model, cfg.data, cfg.run
     head_dim = model.model_dim // model.num_heads
-    micro_tokens = data.batch_tokens // data.micro_batches
-    whole = micro_tokens * data.micro_batches == data.batch_tokens
-    rows = f"/ micro_batches={data.micro_batches} must be a multiple of data.seq_len={data.seq_len}"
     context_len = cfg.eval.context_len or data.seq_len
     stride_fits = cfg.eval.mode == "chunked" or cfg.eval.stride <= context_len
     smear_fits = model.smear != "gated" or model.model_dim >= 12
+    windowed = (model.attn_window > 0) == bool(model.window_layers)
+    plain_attention = not (model.window_layers or model.attn_in_document)
+    context_fits = not model.context_ratio or 1 <= model.context_ratio_min <= model.context_ratio
     segment = model.recur_layers or (0, 0)
     segment_fits = len(segment) == 2 and 0 <= segment[0] <= segment[-1] < model.num_layers
     fracs = cfg.schedule.recur_start_fracs
     fracs_fit = len(fracs) in (0, model.recur_passes - 1) and list(fracs) == sorted(fracs)
-    value_layers_fit = all(0 <= layer < model.num_layers for layer in model.value_embed_layers)
+    starts = [stage.start for stage in stages_of(cfg)]
+    stages_fit = starts[0] == 0 and len({s < 1 for s in starts[1:]}) < 2 and starts == sorted(set(starts))
+    one_average = not (cfg.average.ema_decay > 0 and cfg.average.swa_every > 0)
     rotated = model.rope_dims or head_dim
     rules = [
         ("model.model_dim", model.model_dim % model.num_heads == 0, "must be a multiple of num_heads"),
@@ -310,14 +428,22 @@ def check_config(cfg: Config) -> None:
         ("model.rope_dims", rotated % 2 == 0 and rotated <= head_dim, f"must be even and at most {head_dim}"),
         ("model.xsa_last", model.xsa_last <= model.num_layers, "must be at most num_layers"),
         ("model.bigram_buckets", model.bigram_buckets != 1, "must be 0 or at least 2"),
-        ("model.value_embed_layers", value_layers_fit, f"must lie in [0, {model.num_layers})"),
+        *layers_fit(cfg, "model.value_embed_layers"),
+        *layers_fit(cfg, "model.window_layers"),
+        ("model.attn_window", windowed, "and model.window_layers go together"),
+        ("model.context_ratio", context_fits, "must be at least context_ratio_min"),
+        ("model.context_ratio", not model.context_ratio or plain_attention, "excludes windows and documents"),
+        ("model.asymmetric_softcap", model.logit_softcap > 0 or not model.asymmetric_softcap, "needs a cap"),
+        ("model.norm_eps", model.norm != "layer" or model.norm_eps > 0, "must be above 0 for layer norm"),
+        ("model.embed_dim", model.embed_dim <= model.model_dim, "must be at most model_dim"),
+        ("average.swa_every", one_average, "excludes average.ema_decay: one average is applied"),
+        ("schedule.stages", stages_fit, "must start at 0 and rise, by steps or by fractions of the run"),
         ("model.recur_layers", segment_fits, f"must be a first and a last layer below {model.num_layers}"),
         ("model.recur_passes", model.recur_passes == 1 or model.recur_layers, "needs model.recur_layers"),
         ("schedule.recur_start_fracs", fracs_fit, "must have recur_passes - 1 rising entries, or none"),
         ("model.num_kv_heads", model.num_heads % model.num_kv_heads == 0, "must divide num_heads"),
         ("model.mlp_mult", model.mlp_mult * model.model_dim >= 1, "gives an empty mlp"),
-        ("data.batch_tokens", whole, f"must be a multiple of data.micro_batches={data.micro_batches}"),
-        ("data.batch_tokens", micro_tokens >= 1 and micro_tokens % data.seq_len == 0, rows),
+        *(rule for stage in stages_of(cfg) for rule in stage_rules(cfg, stage)),
         ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
         ("run.iterations", run.iterations > 0 or run.max_wallclock_seconds > 0, "needs a step or a clock"),
     ]
@@ -338,6 +464,22 @@ def only_live(cfg: Config) -> Config:
 # ----------------------------------------------------------------------------------------------------------
 # All talk between processes goes through Ranks. There is one training clock, rank 0's, and every decision
 # that depends on time reads it, so ranks agree by construction.
+
+
+class Pending(NamedTuple):
+    """A tensor on its way between ranks."""
+
+    tensor: Tensor
+    work: dist.Work | None = None
+    scale: float = 1.0
+    source: Tensor | None = None  # kept alive while it is read
+
+    def wait(self) -> Tensor:
+        """Return the tensor when it is there."""
+        if self.work is None:
+            return self.tensor
+        self.work.wait()
+        return self.tensor if self.scale == 1.0 else self.tensor.mul_(self.scale)
 
 
 class Ranks:
@@ -393,21 +535,21 @@ class Ranks:
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
                 tensor.copy_(part.view_as(tensor))
 
-    def scatter_average(self, stack: Tensor) -> Tensor:
-        """Average a (world * n, ...) stack over ranks and keep this rank's (n, ...) share."""
+    def start_scatter_average(self, stack: Tensor) -> Pending:
+        """Begin to average a (world * n, ...) stack over ranks; this rank will get its (n, ...) share."""
         if self.world_size == 1:
-            return stack
+            return Pending(stack)
         share = stack.new_empty(stack.shape[0] // self.world_size, *stack.shape[1:])
-        dist.reduce_scatter_tensor(share, stack)
-        return share.mul_(1 / self.world_size)
+        work = dist.reduce_scatter_tensor(share, stack, async_op=True)
+        return Pending(share, work, 1 / self.world_size, stack)
 
-    def gather(self, share: Tensor) -> Tensor:
-        """Concatenate every rank's (n, ...) share into (world * n, ...)."""
+    def start_gather(self, share: Tensor) -> Pending:
+        """Begin to concatenate every rank's (n, ...) share into (world * n, ...)."""
         if self.world_size == 1:
-            return share
+            return Pending(share)
+        share = share.contiguous()  # NCCL refuses transposed views
         stack = share.new_empty(share.shape[0] * self.world_size, *share.shape[1:])
-        dist.all_gather_into_tensor(stack, share.contiguous())  # NCCL refuses transposed views
-        return stack
+        return Pending(stack, dist.all_gather_into_tensor(stack, share, async_op=True), source=share)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -440,9 +582,9 @@ class Ranks:
 class Clock:
     """The training clock in milliseconds: rank 0's, the same on every rank, stopped while validating."""
 
-    def __init__(self, ranks: Ranks):
+    def __init__(self, ranks: Ranks, total_ms: float = 0.0):
         self.ranks = ranks
-        self.total_ms = 0.0
+        self.total_ms = total_ms
         self.started = 0.0
 
     def start(self) -> None:
@@ -486,58 +628,29 @@ class Log:
 # ----------------------------------------------------------------------------------------------------------
 # 4 data
 # ----------------------------------------------------------------------------------------------------------
-# A step's tokens are consecutive spans of one stream, dealt to micro-batches and ranks in order, so any
-# number of ranks sees the same global batch.
-
-
-class ShardStream:
-    """Read the training shards in order, for ever."""
-
-    def __init__(self, pattern: str | Path, vocab_size: int):
-        self.files = find_shards(pattern)
-        self.vocab_size = vocab_size
-        self.shard = 0
-        self.position = 0
-        self.tokens = read_shard(self.files[0])
-        if sum(read_shard(path).size for path in self.files) == 0:
-            raise UserError(f"{pattern}: the training shards hold no tokens. Make the data again.")
-
-    def take(self, count: int) -> np.ndarray:
-        """Return the next `count` tokens, (count,) uint16, going round after the last shard."""
-        parts = []
-        while count > 0:
-            if self.position == self.tokens.size:
-                self.shard = (self.shard + 1) % len(self.files)
-                self.tokens, self.position = read_shard(self.files[self.shard]), 0
-            part = self.tokens[self.position : self.position + count]
-            check_token_ids(part, self.vocab_size, self.files[self.shard])
-            self.position += part.size
-            count -= part.size
-            parts.append(part)
-        return np.concatenate(parts)
-
-    def state_dict(self) -> dict:
-        return {"shard": self.shard, "position": self.position}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.shard, self.position = state["shard"], state["position"]
-        self.tokens = read_shard(self.files[self.shard])
+# data/loader.py deals a step's micro-batches to the ranks, so any number of them sees the same global batch.
 
 
 class Batch(NamedTuple):
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64: the next tokens
-    starts_doc: Tensor  # (B, T) bool: the token is a document's BOS
+    starts_doc: Tensor  # (B, T) bool: nothing before this token belongs to its text
 
 
-def next_batch(stream: ShardStream, cfg: DataConfig, bos_id: int, ranks: Ranks) -> Batch:
-    """Take the next micro-batch of every rank from the stream and keep this rank's."""
-    span = cfg.batch_tokens // cfg.micro_batches + 1  # one more: the last input's target
-    start = ranks.rank * span
-    local = stream.take(span * ranks.world_size)[start : start + span]
-    chunk = torch.from_numpy(local.astype(np.int64)).to(ranks.device, non_blocking=True)
-    tokens = chunk[:-1].view(-1, cfg.seq_len)
-    return Batch(tokens, chunk[1:].view(-1, cfg.seq_len), tokens == bos_id)
+def open_loader(cfg: Config, bos_id: int) -> TokenLoader:
+    """Open the training shards in the order that data.loader names; refuses data smaller than a step."""
+    settings = LoaderSettings(cfg.data.loader, cfg.data.vocab_size, bos_id, cfg.run.seed)
+    loader = make_loader(Path(cfg.data.data_path) / TRAIN_GLOB, settings)
+    for stage in stages_of(cfg):
+        loader.check_step(stage.seq_len, stage.batch_tokens)
+    return loader
+
+
+def next_batch(loader: TokenLoader, stage: Stage, ranks: Ranks) -> Batch:
+    """Take the next micro-batch of every rank and put this rank's on its device."""
+    num_tokens = stage.batch_tokens // stage.micro_batches
+    rows = loader.take(stage.seq_len, num_tokens, ranks.rank, ranks.world_size)
+    return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=True) for part in rows))
 
 
 class ValidationText(NamedTuple):
@@ -599,14 +712,32 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-class CastLinear(nn.Linear):
-    """A bias-free Linear whose float32 weight is cast to the input's dtype."""
+class Norm(nn.Module):
+    """Normalise the last dimension as cfg.norm says: rms has no weights, layer a bias too."""
 
-    def __init__(self, in_dim: int, out_dim: int):
-        super().__init__(in_dim, out_dim, bias=False)
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.kind, self.eps = cfg.norm, cfg.norm_eps or None
+        if self.kind != "rms":
+            self.gain = nn.Parameter(torch.ones(cfg.model_dim))
+        if self.kind == "layer":
+            self.bias = nn.Parameter(torch.zeros(cfg.model_dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        if self.kind == "layer":
+            return F.layer_norm(x, (x.size(-1),), self.gain.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        gain = self.gain.to(x.dtype) if self.kind == "rms_gain" else None
+        return F.rms_norm(x, (x.size(-1),), gain, self.eps)
+
+
+class CastLinear(nn.Linear):
+    """A Linear whose float32 weight and bias are cast to the input's dtype."""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = False):
+        super().__init__(in_dim, out_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def rope_base_at(cfg: ModelConfig, seq_len: int) -> float:
@@ -641,11 +772,20 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention over (B, T, H, K) queries and (B, T, G, K) keys and values; returns (B, T, H, K)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+def rotate_interleaved(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn pairs (i, i + K / 2) of (B, T, H, K) by the angles of pairs (2i, 2i + 1), as system A does."""
+    cos, sin = (table.repeat_interleave(2, dim=-1) for table in rope)
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Shared(NamedTuple):
+    """What all block visits of one forward pass read."""
+
+    embedded: Tensor  # (B, T, D)
+    rope: tuple[Tensor, Tensor] | None  # of queries and keys: cos and sin, (T, 1, d / 2)
+    masks: dict[int, AttentionMask]  # window -> what a query may see
+    extra_values: dict[int, Tensor]  # layer -> (B, T, G * K), added to its values
 
 
 def subtract_self_value(y: Tensor, v: Tensor) -> Tensor:
@@ -678,47 +818,82 @@ class AttnGate(nn.Module):
         return y * (scale * torch.sigmoid(slope * score)).unsqueeze(-1)
 
 
+def context_rule(cfg: ModelConfig) -> ContextRule:
+    """Return how attention compresses the context."""
+    return ContextRule(cfg.context_ratio, cfg.context_ratio_min, cfg.context_keep)
+
+
 class SelfAttention(nn.Module):
-    """Grouped-query attention with RMS-normalised queries and keys and a learned gain a query head."""
+    """Grouped-query attention; qk_norm RMS-normalises queries and keys and gives each query head a gain."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
+        self.cfg = cfg
+        self.layer = layer
         self.head_dim = cfg.model_dim // cfg.num_heads
         kv_dim = cfg.num_kv_heads * self.head_dim
-        self.q = CastLinear(cfg.model_dim, cfg.model_dim)
-        self.k = CastLinear(cfg.model_dim, kv_dim)
-        self.v = CastLinear(cfg.model_dim, kv_dim)
-        self.out = CastLinear(cfg.model_dim, cfg.model_dim)
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.q_gain_init))
+        self.q = CastLinear(cfg.model_dim, cfg.model_dim, cfg.biases == "all")
+        self.k = CastLinear(cfg.model_dim, kv_dim, cfg.biases == "all")
+        self.v = CastLinear(cfg.model_dim, kv_dim, cfg.biases == "all")
+        self.out = CastLinear(cfg.model_dim, cfg.model_dim, cfg.biases != "none")
+        if cfg.qk_norm:
+            self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.q_gain_init))
+        if cfg.value_residual and layer > 0:
+            self.value_mix = nn.Parameter(torch.zeros(()))
         self.xsa = layer >= cfg.num_layers - cfg.xsa_last
+        self.window = cfg.attn_window if layer in cfg.window_layers else 0
         self.attn_gate = AttnGate(cfg) if cfg.attn_gate != "none" else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], extra_value: Tensor | None) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        if extra_value is not None:
-            v = v + extra_value  # (B, T, G * K)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
-        q = rotate(rms_norm(q), rope) * self.q_gain.to(x.dtype)[:, None]  # (B, T, H, K)
-        y = attention(q, rotate(rms_norm(k), rope), v)
+    def queries_and_keys(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        """Project, normalise and rotate: (B, T, H, K) and (B, T, G, K)."""
+        q, k = self.q(x), self.k(x)
+        if POSITIONS[self.cfg.positions][1] == "width":  # one head as wide as the model
+            q, k = (rotate(part.unsqueeze(2), shared.rope).squeeze(2) for part in (q, k))
+        q, k = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
+        if self.cfg.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if POSITIONS[self.cfg.positions][1] == "head":
+            q, k = rotate(q, shared.rope), rotate(k, shared.rope)
+        return (q * self.q_gain.to(x.dtype)[:, None] if self.cfg.qk_norm else q), k
+
+    def forward(self, x: Tensor, shared: Shared, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the output (B, T, D) and the values (B, T, G, K)."""
+        q, k = self.queries_and_keys(x, shared)
+        v = self.v(x)
+        if self.layer in shared.extra_values:
+            v = v + shared.extra_values[self.layer]
+        v = v.unflatten(-1, (-1, self.head_dim))
+        if self.cfg.value_residual and self.layer > 0:
+            v = torch.lerp(v, first_value, self.value_mix.to(x.dtype))
+        if self.cfg.context_ratio:
+            y = attend_compressed(q, k, v, context_rule(self.cfg))
+        else:
+            y = attend(q, k, v, shared.masks[self.window])
         if self.xsa:
             y = subtract_self_value(y, v)
         if self.attn_gate is not None:
             y = self.attn_gate(x, y)
-        return self.out(y.flatten(2))
+        return self.out(y.flatten(2)), v
 
 
 class MLP(nn.Module):
-    """down(max(h, slope * h)^2) with h = up(x); slope 0 is ReLU^2, 0.5 the contest's LeakyReLU^2."""
+    """down(activation(up(x))); swiglu packs value and gate into up, in this order."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        hidden_dim = int(cfg.mlp_mult * cfg.model_dim)
-        self.slope = cfg.leaky_slope
-        self.up = CastLinear(cfg.model_dim, hidden_dim)
-        self.down = CastLinear(hidden_dim, cfg.model_dim)
+        hidden_dim = round(cfg.mlp_mult * cfg.model_dim)
+        self.kind, self.slope = cfg.mlp, cfg.leaky_slope
+        self.up = CastLinear(
+            cfg.model_dim, hidden_dim * (2 if cfg.mlp == "swiglu" else 1), cfg.biases == "all"
+        )
+        self.down = CastLinear(hidden_dim, cfg.model_dim, cfg.biases != "none")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x), self.slope).square())
+        h = self.up(x)  # (B, T, F), swiglu (B, T, 2F)
+        if self.kind == "swiglu":
+            value, gate = h.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.gelu(h) if self.kind == "gelu" else F.leaky_relu(h, self.slope).square())
 
 
 class Lanes(NamedTuple):
@@ -726,49 +901,66 @@ class Lanes(NamedTuple):
 
     attn: Tensor  # (B, T, D)
     mlp: Tensor | None = None
+    first_value: Tensor | None = None  # (B, T, G, K) of the first visit, for value_residual
 
 
 class Block(nn.Module):
-    """Mix in the embedding, then add attention and mlp, each with a learned scale a channel.
+    """Add attention and mlp to the residual stream, each from a normed input.
 
-    A parallel block feeds both from one norm; a two-lane block lets each read its own lane and write to
-    both with learned weights (lane' = keep * lane + post . (attention, mlp)).
+    With channel_scales the embedding is mixed in first and every term has a learned scale a channel. A
+    parallel block feeds both from one norm; a two-lane block lets each read its own lane and write to both
+    with learned weights (lane' = keep * lane + post . (attention, mlp)).
     """
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.attn = SelfAttention(cfg, layer)
-        self.mlp = MLP(cfg)
+        self.cfg = cfg
+        self.attn_norm, self.attn = Norm(cfg), SelfAttention(cfg, layer)
+        self.mlp_norm, self.mlp = Norm(cfg), MLP(cfg)
         self.norm_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
-        self.resid_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        self.embed_mix = nn.Parameter(torch.zeros(cfg.model_dim))
-        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        if cfg.channel_scales:
+            self.resid_scale = nn.Parameter(torch.ones(cfg.model_dim))
+            self.embed_mix = nn.Parameter(torch.zeros(cfg.model_dim))
+            self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
+            self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         if cfg.parallel == "two_lane":
             self.lane_keep = nn.Parameter(torch.full((2,), 1.1))
             self.lane_post = nn.Parameter(torch.ones(2, 2))  # (from attention | mlp, to attn | mlp lane)
 
-    def norm(self, x: Tensor) -> Tensor:
-        """Normalise what attention and mlp read."""
-        return rms_norm(x) * self.norm_scale
+    def mix(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """Mix the embedding into the stream."""
+        if not self.cfg.channel_scales:
+            return x
+        return self.resid_scale.to(x.dtype) * x + self.embed_mix.to(x.dtype) * embedded
 
-    def forward(self, lanes: Lanes, embedded: Tensor, rope, extra_value: Tensor | None, kind: str) -> Lanes:
+    def fed(self, normed: Tensor) -> Tensor:
+        """Return the scaled output of the mlp."""
+        y = self.mlp(normed)
+        return self.mlp_scale.to(y.dtype) * y if self.cfg.channel_scales else y
+
+    def forward(self, lanes: Lanes, shared: Shared, kind: str) -> Lanes:
         x = lanes.attn
-        mixed = self.resid_scale.to(x.dtype) * x + self.embed_mix.to(x.dtype) * embedded  # (B, T, D)
-        normed = self.norm(mixed)
-        attended = self.attn_scale.to(x.dtype) * self.attn(normed, rope, extra_value)
-        mlp_scale = self.mlp_scale.to(x.dtype)
+        mixed = self.mix(x, shared.embedded)  # (B, T, D)
+        normed = self.attn_norm(mixed) * self.norm_scale
+        attended, value = self.attn(normed, shared, lanes.first_value)
+        attended = F.dropout(attended, self.cfg.dropout, self.training)
+        if self.cfg.channel_scales:
+            attended = self.attn_scale.to(x.dtype) * attended
+        first_value = None
+        if self.cfg.value_residual:
+            first_value = value if lanes.first_value is None else lanes.first_value
         if kind == "serial":
             x = mixed + attended
-            return Lanes(x + mlp_scale * self.mlp(self.norm(x)))
+            return Lanes(x + self.fed(self.mlp_norm(x) * self.norm_scale), None, first_value)
         if kind == "gptj":
-            return Lanes(mixed + attended + mlp_scale * self.mlp(normed))
+            return Lanes(mixed + attended + self.fed(normed), None, first_value)
         mlp_lane = x if lanes.mlp is None else lanes.mlp
-        fed = mlp_scale * self.mlp(self.norm(mlp_lane))
+        fed = self.fed(self.mlp_norm(mlp_lane) * self.norm_scale)
         keep, post = self.lane_keep.to(x.dtype), self.lane_post.to(x.dtype)
         return Lanes(
             keep[0] * x + post[0, 0] * attended + post[1, 0] * fed,
             keep[1] * mlp_lane + post[0, 1] * attended + post[1, 1] * fed,
+            first_value,
         )
 
 
@@ -893,14 +1085,35 @@ def layer_plan(cfg: ModelConfig, passes: int = 1) -> list[Step]:
     return plan
 
 
-class GPT(nn.Module):
-    """A decoder-only transformer. forward returns softcapped logits, (B, T - first, V)."""
+class AsymmetricSoftcap(nn.Module):
+    """Cap positive and negative logits by learned caps: cap * tanh(z / cap) (contest pull request 1923)."""
 
-    def __init__(self, cfg: ModelConfig, vocab_size: int, compute_dtype: torch.dtype = torch.float32):
+    def __init__(self, cap: float):
+        super().__init__()
+        self.caps = nn.Parameter(torch.full((2,), cap))  # of positive, of negative logits
+
+    def forward(self, logits: Tensor) -> Tensor:
+        positive, negative = self.caps.to(logits.dtype)
+        cap = torch.where(logits > 0, positive, negative)
+        return cap * torch.tanh(logits / cap)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. forward returns the logits, (B, T - first, V), capped where cfg says so."""
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        vocab_size: int,
+        compute_dtype: torch.dtype = torch.float32,
+        attention: str = "sdpa",
+    ):
         super().__init__()
         self.cfg = cfg
         self.compute_dtype = compute_dtype
-        self.embed = nn.Embedding(vocab_size, cfg.model_dim)
+        self.attention = attention
+        self.embed = nn.Embedding(vocab_size, cfg.embed_dim or cfg.model_dim)
+        self.embed_proj = CastLinear(cfg.embed_dim, cfg.model_dim) if cfg.embed_dim else None
         self.bigram = BigramHash(cfg) if cfg.bigram_buckets else None
         self.value_embed = ValueEmbed(cfg, vocab_size) if cfg.value_embed_layers else None
         smears = {"none": lambda: None, "gated": SmearGate, "channel": lambda: ChannelSmear(cfg)}
@@ -910,24 +1123,34 @@ class GPT(nn.Module):
             self.skip_weights = nn.Parameter(torch.ones(num_skips(cfg), cfg.model_dim))
         if num_skips(cfg) and cfg.skip_gates:
             self.skip_gates = nn.Parameter(torch.zeros(num_skips(cfg), cfg.model_dim))
+        self.final_norm = Norm(cfg) if cfg.final_norm else nn.Identity()
         self.head = None if cfg.tie_embeddings else CastLinear(cfg.model_dim, vocab_size)
+        self.softcap = AsymmetricSoftcap(cfg.logit_softcap) if cfg.asymmetric_softcap else None
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Zero what writes into the residual stream or the logits; the rest as cfg.init says."""
+        """Draw matrices as cfg.init says, what writes into the stream or the logits as cfg.out_init says."""
         cfg = self.cfg
-        if cfg.init == "orthogonal":
-            for module in self.modules():
-                if isinstance(module, nn.Linear) and min(module.weight.shape) >= 64:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                if cfg.init == "orthogonal" and min(module.weight.shape) >= 64:
                     nn.init.orthogonal_(module.weight)
-        if self.head is None:
-            nn.init.normal_(self.embed.weight, std=cfg.embed_init_std)
-        else:
+                if cfg.init == "normal":
+                    nn.init.normal_(module.weight, std=cfg.init_std)
+                if module.bias is not None:
+                    module.bias.zero_()
+        nn.init.normal_(
+            self.embed.weight, std=cfg.embed_init_std if self.head is None else cfg.untied_embed_init_std
+        )
+        if self.embed_proj is not None:
+            nn.init.normal_(self.embed_proj.weight, std=cfg.embed_proj_init_std)
+        out_scale = OUT_INITS[cfg.out_init](cfg.num_layers)
+        if self.head is not None and cfg.out_init == "zero":
             self.head.weight.zero_()
         for block in self.blocks:
-            block.attn.out.weight.zero_()
-            block.mlp.down.weight.zero_()
+            block.attn.out.weight.mul_(out_scale)
+            block.mlp.down.weight.mul_(out_scale)
             if block.attn.attn_gate is not None:
                 dense = cfg.attn_gate == "dense"
                 nn.init.normal_(block.attn.attn_gate.gate.weight, std=0.005 if dense else 0.0)
@@ -939,15 +1162,37 @@ class GPT(nn.Module):
 
     def embed_tokens(self, tokens: Tensor, starts_doc: Tensor) -> Tensor:
         """Embed (B, T) tokens with their neighbours: what enters the first block, (B, T, D)."""
+        cfg = self.cfg
         x = self.embed(tokens).to(self.compute_dtype)
+        if self.embed_proj is not None:
+            x = self.embed_proj(x)
         if self.bigram is not None:
             x = x + self.bigram(tokens, starts_doc, x.dtype)
-        if self.cfg.smear == "gated":
+        if cfg.smear == "gated":
             x = self.smear(x, starts_doc)
-        x = rms_norm(x)
-        if self.cfg.smear == "channel":
+        if cfg.embed_norm:
+            x = rms_norm(x)
+        if cfg.smear == "channel":
             x = self.smear(x, starts_doc)
+        turn = POSITIONS[cfg.positions][0]
+        if turn is not None:
+            table = rope_tables(tokens.size(1), cfg.model_dim, cfg.rope_base, x)
+            turned = {"width": rotate, "interleaved": rotate_interleaved}[turn](x.unsqueeze(2), table)
+            x = turned.squeeze(2)
         return x
+
+    def share(self, tokens: Tensor, starts_doc: Tensor, embedded: Tensor) -> Shared:
+        """Compute once what every block visit reads."""
+        cfg, seq_len = self.cfg, tokens.size(1)
+        turned = POSITIONS[cfg.positions][1]
+        dims = {"head": rope_dims(cfg), "width": cfg.model_dim, None: 0}[turned]
+        rope = rope_tables(seq_len, dims, rope_base_at(cfg, seq_len), embedded) if turned else None
+        masks = {
+            window: mask_of(Reach(window, cfg.attn_in_document), starts_doc, self.attention, embedded.dtype)
+            for window in sorted({block.attn.window for block in self.blocks})
+        }
+        extra_values = self.value_embed(tokens, embedded.dtype) if self.value_embed is not None else {}
+        return Shared(embedded, rope, masks, extra_values)
 
     def join_skip(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
         """Add a kept output with its weights, or blend it in with its sigmoid gate."""
@@ -955,6 +1200,20 @@ class GPT(nn.Module):
         if self.cfg.skip_gates:
             return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
         return x + skip
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Turn the last hidden states, (B, T, D), into logits, (B, T, V)."""
+        x = self.final_norm(x)
+        if self.head is not None:
+            logits = self.head(x)
+        else:
+            if self.embed_proj is not None:
+                x = x @ self.embed_proj.weight.to(x.dtype)  # back to (B, T, embed_dim)
+            logits = F.linear(x, self.embed.weight.to(x.dtype))
+        if self.softcap is not None:
+            return self.softcap(logits)
+        cap = self.cfg.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(
         self, tokens: Tensor, starts_doc: Tensor, first: int = 0, passes: int | None = None
@@ -964,28 +1223,28 @@ class GPT(nn.Module):
         passes is how often the recurrent segment runs; None: cfg.recur_passes, as in scoring.
         """
         cfg = self.cfg
-        x = embedded = self.embed_tokens(tokens, starts_doc)
-        rope = rope_tables(tokens.size(1), rope_dims(cfg), rope_base_at(cfg, tokens.size(1)), x)
-        extra_values = self.value_embed(tokens, x.dtype) if self.value_embed is not None else {}
+        x = self.embed_tokens(tokens, starts_doc)
+        shared = self.share(tokens, starts_doc, x)
         lanes, kept = Lanes(x), []
-        for step in layer_plan(cfg, cfg.recur_passes if passes is None else passes):
+        for visit, step in enumerate(layer_plan(cfg, cfg.recur_passes if passes is None else passes)):
             if step.pop is not None:
                 lanes = lanes._replace(attn=self.join_skip(lanes.attn, kept.pop(), step.pop))
             block = self.blocks[step.layer]
-            lanes = block(lanes, embedded, rope, extra_values.get(step.layer), step.kind)
+            if self.training and cfg.checkpoint_every and visit % cfg.checkpoint_every == 0:
+                lanes = checkpoint(block, lanes, shared, step.kind, use_reentrant=False)
+            else:
+                lanes = block(lanes, shared, step.kind)
             if step.push:
                 kept.append(lanes.attn)
         x = lanes.attn if lanes.mlp is None else (lanes.attn + lanes.mlp) / 2
-        x = rms_norm(x[:, first:])
-        weight = self.embed.weight if self.head is None else self.head.weight
-        logits = F.linear(x, weight.to(x.dtype))  # (B, T - first, V)
-        return cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)
+        return self.predict(x[:, first:])
 
 
 def mean_loss(model: nn.Module, batch: Batch, passes: int | None = None) -> Tensor:
-    """Mean cross-entropy of a batch in nats, from float32 logits."""
+    """Mean cross-entropy of a batch in nats, from logits in float32 or the compute dtype if that is wider."""
     logits = model(batch.tokens, batch.starts_doc, 0, passes)
-    return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide).flatten(0, 1), batch.targets.flatten())
 
 
 def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
@@ -1011,7 +1270,22 @@ def resolve_compile(requested: str, device: torch.device) -> bool:
 def build_model(cfg: Config, device: torch.device) -> GPT:
     """Make a model on `device` with weights drawn on the CPU from run.seed, the same everywhere."""
     torch.manual_seed(cfg.run.seed)
-    return GPT(cfg.model, cfg.data.vocab_size, resolve_dtype(cfg.model.compute_dtype, device)).to(device)
+    return make_gpt(cfg, device).to(device)
+
+
+def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Choose the attention backend for a recipe's heads and masks."""
+    model = cfg.model
+    heads = (model.num_heads, model.num_kv_heads, model.model_dim // model.num_heads)
+    reach = Reach(model.attn_window, model.attn_in_document)
+    return resolve_attention(cfg.run.attention, device, dtype, heads, reach).backend
+
+
+def make_gpt(cfg: Config, device: torch.device) -> GPT:
+    """Make a model that computes on `device`, in that dtype and with that attention backend."""
+    dtype = resolve_dtype(cfg.model.compute_dtype, device)
+    model = GPT(cfg.model, cfg.data.vocab_size, dtype, resolve_backend(cfg, device, dtype))
+    return model.double() if dtype == torch.float64 else model
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1025,7 +1299,7 @@ class Rule(NamedTuple):
     """How parameters of one kind are updated and stored; all masters are float32."""
 
     pattern: str  # of the parameter's name; the first match wins
-    optimizer: str  # muon | adamw
+    optimizer: str  # matrix (optim.matrix_optimizer) | adamw
     lr: str  # field of OptimConfig
     weight_decay: str  # field of OptimConfig
     storage: str  # matrix | embed (quantized, bits from QuantConfig) | float32
@@ -1037,7 +1311,7 @@ SCALAR = ("adamw", "scalar_lr", "scalar_weight_decay", "float32")
 TIED = ("adamw", "tied_embed_lr", "embed_weight_decay", "embed")
 UNTIED = ("adamw", "embed_lr", "embed_weight_decay", "embed")
 PROJ = ("adamw", "scalar_lr", "scalar_weight_decay", "matrix")
-MATRIX = ("muon", "matrix_lr", "matrix_weight_decay", "matrix")
+MATRIX = ("matrix", "matrix_lr", "matrix_weight_decay", "matrix")
 
 
 def has_bigram(cfg: Config, optimizer: str = "") -> bool:
@@ -1045,16 +1319,25 @@ def has_bigram(cfg: Config, optimizer: str = "") -> bool:
     return cfg.model.bigram_buckets > 0 and optimizer in ("", cfg.optim.bigram_proj)
 
 
+def has_value_mix(cfg: Config) -> bool:
+    """Whether any layer blends in the first one's values."""
+    return cfg.model.value_residual and cfg.model.num_layers > 1
+
+
 PARAM_RULES = (
+    Rule("*.bias", *SCALAR, lambda cfg: cfg.model.biases != "none" or cfg.model.norm == "layer"),
+    Rule("*_norm.gain", *SCALAR, lambda cfg: cfg.model.norm != "rms"),
     Rule("embed.weight", *TIED, lambda cfg: cfg.model.tie_embeddings),
     Rule("embed.weight", *UNTIED, lambda cfg: not cfg.model.tie_embeddings),
     Rule("head.weight", "adamw", "head_lr", *UNTIED[2:], lambda cfg: not cfg.model.tie_embeddings),
+    Rule("embed_proj.weight", *PROJ, lambda cfg: cfg.model.embed_dim > 0),
     Rule("blocks.*.attn.[qkvo]*.weight", *MATRIX),
     Rule("blocks.*.mlp.*.weight", *MATRIX),
-    Rule("blocks.*.attn.q_gain", *SCALAR),
+    Rule("blocks.*.attn.q_gain", *SCALAR, lambda cfg: cfg.model.qk_norm),
+    Rule("blocks.*.attn.value_mix", *SCALAR, has_value_mix),
     Rule("blocks.*.attn.attn_gate.*", *SCALAR, lambda cfg: cfg.model.attn_gate != "none"),
-    Rule("blocks.*_scale", *SCALAR),
-    Rule("blocks.*.embed_mix", *SCALAR),
+    Rule("blocks.*_scale", *SCALAR, lambda cfg: cfg.model.channel_scales),
+    Rule("blocks.*.embed_mix", *SCALAR, lambda cfg: cfg.model.channel_scales),
     Rule("blocks.*.lane_*", *SCALAR, lambda cfg: cfg.model.parallel == "two_lane"),
     Rule("smear.*", *SCALAR, lambda cfg: cfg.model.smear != "none"),
     Rule("bigram.table.weight", *TIED, has_bigram),
@@ -1065,6 +1348,7 @@ PARAM_RULES = (
     Rule("value_embed.proj.weight", *PROJ, lambda cfg: bool(cfg.model.value_embed_layers)),
     Rule("value_embed.*", *SCALAR, lambda cfg: bool(cfg.model.value_embed_layers)),
     Rule("skip_*", *SCALAR, lambda cfg: num_skips(cfg.model) > 0),
+    Rule("softcap.caps", *SCALAR, lambda cfg: cfg.model.asymmetric_softcap),
 )
 
 
@@ -1085,19 +1369,32 @@ def match_rules(cfg: Config, names: list[str]) -> dict[str, Rule]:
     return matched
 
 
-def newton_schulz(stack: Tensor, num_steps: int) -> Tensor:
+def newton_schulz(stack: Tensor, num_steps: int, table: str = "classic") -> Tensor:
     """Push the singular values of every (r, c) matrix in (n, r, c) towards 1 (arXiv 2409.20325; Muon).
 
     X <- aX + (bA + cA^2)X with A = XX^T, from X / ||X||_F, in the stack's dtype.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     wide = stack.size(1) <= stack.size(2)
     x = stack if wide else stack.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(num_steps):
+    rows = NS_TABLES[table]
+    for step in range(num_steps):
+        a, b, c = rows[min(step, len(rows) - 1)]
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if wide else x.mT
+
+
+STACK_STATE = ("momentum", "row_squares")  # tensors of a Stack that survive a step
+
+
+class StepRates(NamedTuple):
+    """What the schedules say about one optimizer step."""
+
+    lr_mul: float  # factor of every learning rate
+    momentum: float  # Muon's
+    decay_mul: float = 1.0  # factor of the matrices' weight decay
+    grad_clip_norm: float = 0.0
 
 
 class Stack:
@@ -1108,24 +1405,69 @@ class Stack:
         self.lr = lr
         self.weight_decay = weight_decay
         self.ranks = ranks
-        self.share_size = math.ceil(len(params) / ranks.world_size)
-        self.momentum_buffer = torch.zeros(self.share_size, *params[0].shape, device=params[0].device)
-        self.grad: Tensor | None = None  # this rank's share of the averaged gradient, set by reduce
+        rows, cols = params[0].shape
+        self.size = math.ceil(len(params) / ranks.world_size)
+        self.momentum = params[0].new_zeros(self.size, rows, cols)
+        self.row_squares = params[0].new_zeros(self.size, rows, 1)  # NorMuon's running mean squares
+        self.num_updates = 0
+        self.grad: Tensor | None = None  # this rank's share of the averaged gradient
+        self.pending: Pending | None = None
 
-    def reduce(self) -> None:
-        """Average the gradients over ranks and keep this rank's share."""
-        grads = [param.grad for param in self.params]
-        padding = self.share_size * self.ranks.world_size - len(grads)
-        grads += [torch.zeros_like(grads[0])] * padding
-        self.grad = self.ranks.scatter_average(torch.stack(grads))
+    def padded(self, tensors: list[Tensor]) -> Tensor:
+        """Stack tensors, with zeros after them so that the ranks' shares are equal."""
+        zeros = [torch.zeros_like(tensors[0])] * (self.size * self.ranks.world_size - len(tensors))
+        return torch.stack([*tensors, *zeros])
 
-    def update(self, momentum: float, num_ns_steps: int, dtype: torch.dtype) -> Tensor:
-        """Return the orthogonalized Nesterov update of the whole stack, (n, r, c)."""
-        self.momentum_buffer.mul_(momentum).add_(self.grad)
-        nesterov = self.grad.add(self.momentum_buffer, alpha=momentum)
-        share = newton_schulz(nesterov.to(dtype), num_ns_steps)
+    def start_reduce(self) -> None:
+        """Begin to average the gradients over ranks."""
+        self.pending = self.ranks.start_scatter_average(self.padded([param.grad for param in self.params]))
+
+    def finish_reduce(self) -> Tensor:
+        """Return this rank's share of the averaged gradient, (n, r, c)."""
+        self.grad, self.pending = self.pending.wait(), None
+        return self.grad
+
+    def start_update(self, momentum: float, cfg: OptimConfig, dtype: torch.dtype) -> None:
+        """Orthogonalize this rank's share of the Nesterov direction and begin to hand it to all ranks."""
+        self.momentum.mul_(momentum).add_(self.grad)
+        direction = self.grad.add(self.momentum, alpha=momentum)
+        if cfg.row_norm:  # MuonEq-R, arXiv 2603.28254
+            direction /= direction.norm(dim=2, keepdim=True) + 1e-7
+        update = newton_schulz(direction.to(dtype), cfg.num_ns_steps, cfg.ns_table)
+        if cfg.normuon_beta2 > 0:
+            update = self.even_rows(update, cfg.normuon_beta2)
+        self.grad, self.pending = None, self.ranks.start_gather(update)
+
+    def even_rows(self, update: Tensor, beta2: float) -> Tensor:
+        """Divide rows by their running root mean squares, keeping the norm (NorMuon, arXiv 2510.05491)."""
+        self.num_updates += 1
+        self.row_squares.lerp_(update.square().mean(2, keepdim=True).to(self.row_squares.dtype), 1 - beta2)
+        scale = (self.row_squares / (1 - beta2**self.num_updates)).add(1e-10).rsqrt()
+        evened = update * scale.to(update.dtype)
+        norms = [x.norm(dim=(1, 2), keepdim=True) for x in (update, evened)]
+        return evened * (norms[0] / (norms[1] + 1e-7))
+
+    def finish_update(self, lr_mul: float, decay_mul: float) -> None:
+        """Take the step w <- w (1 - lr * decay) - lr * sqrt(max(1, r / c)) * update."""
         rows, cols = self.params[0].shape
-        return self.ranks.gather(share)[: len(self.params)] * max(1.0, rows / cols) ** 0.5
+        updates = self.pending.wait()[: len(self.params)] * max(1.0, rows / cols) ** 0.5
+        self.pending = None
+        lr = self.lr * lr_mul
+        torch._foreach_mul_(self.params, 1.0 - lr * decay_mul * self.weight_decay)
+        torch._foreach_add_(self.params, list(updates.to(self.params[0].dtype).unbind()), alpha=-lr)
+
+    def state_dict(self) -> dict:
+        """Collect the state of all ranks: it does not depend on how many there are."""
+        gathered = {name: self.ranks.start_gather(getattr(self, name)).wait() for name in STACK_STATE}
+        whole = {name: stack[: len(self.params)].clone() for name, stack in gathered.items()}
+        return whole | {"num_updates": self.num_updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        share = slice(self.ranks.rank * self.size, (self.ranks.rank + 1) * self.size)
+        for name in STACK_STATE:
+            whole = self.padded(list(state[name].unbind()))
+            getattr(self, name).copy_(whole[share])
+        self.num_updates = state["num_updates"]
 
 
 class Optimizers:
@@ -1139,7 +1481,8 @@ class Optimizers:
         groups: dict[tuple, list[nn.Parameter]] = {}
         for name, rule in match_rules(cfg, list(named)).items():
             rates = getattr(cfg.optim, rule.lr), getattr(cfg.optim, rule.weight_decay)
-            shape = named[name].shape if rule.optimizer == "muon" else None  # None: AdamW, shapes may differ
+            in_stack = rule.optimizer == "matrix" and cfg.optim.matrix_optimizer == "muon"
+            shape = named[name].shape if in_stack else None  # None: AdamW, shapes may differ
             groups.setdefault((shape, *rates), []).append(named[name])
         self.adamw = torch.optim.AdamW(
             [
@@ -1151,38 +1494,44 @@ class Optimizers:
             eps=cfg.optim.adam_eps,
             fused=True,
         )
-        self.stacks = [
+        stacks = [
             Stack(params, lr, decay, ranks)
             for (shape, lr, decay), params in groups.items()
             if shape is not None
         ]
+        self.stacks = sorted(stacks, key=lambda stack: -stack.momentum.numel())  # the longest way first
 
     @torch.no_grad()
-    def step(self, lr_mul: float, momentum: float) -> None:
-        """Average gradients over ranks, clip their global norm, update every weight, drop the gradients."""
+    def step(self, rates: StepRates) -> None:
+        """Average gradients over ranks, clip their global norm, update every weight, drop the gradients.
+
+        Averaging runs while AdamW works, and a stack travels while the next one is orthogonalized.
+        """
         params = [param for group in self.adamw.param_groups for param in group["params"]]
         adam_grads = [param.grad for param in params if param.grad is not None]  # a plan may leave some out
-        self.ranks.average(adam_grads)
         for stack in self.stacks:
-            stack.reduce()
-        if self.cfg.grad_clip_norm > 0:
-            self.clip(adam_grads)
+            stack.start_reduce()
+        self.ranks.average(adam_grads)
+        if rates.grad_clip_norm > 0:
+            shares = [stack.finish_reduce() for stack in self.stacks]
+            self.clip(adam_grads, shares, rates.grad_clip_norm)
         for group in self.adamw.param_groups:
-            group["lr"] = group["base_lr"] * lr_mul
+            group["lr"] = group["base_lr"] * rates.lr_mul
         self.adamw.step()
         for stack in self.stacks:
-            update = stack.update(momentum, self.cfg.num_ns_steps, self.dtype).to(stack.params[0].dtype)
-            torch._foreach_mul_(stack.params, 1.0 - stack.lr * lr_mul * stack.weight_decay)
-            torch._foreach_add_(stack.params, list(update.unbind()), alpha=-stack.lr * lr_mul)
+            if stack.pending is not None:
+                stack.finish_reduce()
+            stack.start_update(rates.momentum, self.cfg, self.dtype)
+        for stack in self.stacks:
+            stack.finish_update(rates.lr_mul, rates.decay_mul)
         self.zero_grad()
 
-    def clip(self, adam_grads: list[Tensor]) -> None:
+    def clip(self, adam_grads: list[Tensor], shares: list[Tensor], limit: float) -> None:
         """Scale all gradients so that their global norm over all ranks is at most the limit."""
-        shares = [stack.grad for stack in self.stacks]
         total = self.ranks.sum(sum(share.double().square().sum() for share in shares)) if shares else 0.0
         total = total + sum(grad.double().square().sum() for grad in adam_grads)
-        scale = (self.cfg.grad_clip_norm / (total.sqrt() + 1e-6)).clamp(max=1.0).float()
-        torch._foreach_mul_(adam_grads + shares, scale)
+        grads = adam_grads + shares
+        torch._foreach_mul_(grads, (limit / (total.sqrt() + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
@@ -1193,13 +1542,13 @@ class Optimizers:
     def state_dict(self) -> dict:
         return {
             "adamw": self.adamw.state_dict(),
-            "momentum": [stack.momentum_buffer for stack in self.stacks],
+            "stacks": [stack.state_dict() for stack in self.stacks],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
-        for stack, buffer in zip(self.stacks, state["momentum"]):
-            stack.momentum_buffer.copy_(buffer)
+        for stack, part in zip(self.stacks, state["stacks"]):
+            stack.load_state_dict(part)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1208,12 +1557,36 @@ class Optimizers:
 # Pure functions of the step and the one clock.
 
 
-def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
-    """Return the factor of every learning rate before step `step`: 1, then a linear warmdown.
+def stage_at(cfg: Config, step: int, progress: float) -> Stage:
+    """Return the last stage that has started."""
+    stages = stages_of(cfg)
+    return [stage for stage in stages if stage.start <= (progress if stage.start < 1 else step)][-1]
 
-    With a clock the warmdown fills the last warmdown_frac of it, or the time that warmdown_iters steps
-    take at the average pace so far (the contest's rule); without one it counts steps.
+
+def run_progress(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Return the fraction of the run that is over: of the clock, or without one of the steps."""
+    seconds = cfg.run.max_wallclock_seconds
+    return elapsed_ms / (1000.0 * seconds) if seconds > 0 else step / max(cfg.run.iterations, 1)
+
+
+def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Return the factor of every learning rate before step `step`, of warm-up, shape and stage.
+
+    Steps stand for time at the average pace so far where there is a clock (the contest's rule), for
+    themselves where there is none; so a run of N steps is N long either way.
     """
+    schedule = cfg.schedule
+    if step < schedule.lr_warmup_iters:
+        factor = step / schedule.lr_warmup_iters
+    elif schedule.shape == "warmdown":
+        factor = warmdown_mul(cfg, step, elapsed_ms)
+    else:
+        factor = cosine_mul(cfg, step, elapsed_ms)
+    return factor * stage_at(cfg, step, run_progress(cfg, step, elapsed_ms)).lr_mul
+
+
+def warmdown_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Return 1, then fall linearly over warmdown_frac of the run or the time that warmdown_iters take."""
     schedule, run = cfg.schedule, cfg.run
     if run.max_wallclock_seconds > 0:
         total, done = 1000.0 * run.max_wallclock_seconds, elapsed_ms
@@ -1226,10 +1599,35 @@ def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
     return max(left / warmdown, schedule.min_lr_frac) if left < warmdown else 1.0
 
 
-def run_progress(cfg: Config, step: int, elapsed_ms: float) -> float:
-    """Return the fraction of the run that is over: of the clock, or without one of the steps."""
-    seconds = cfg.run.max_wallclock_seconds
-    return elapsed_ms / (1000.0 * seconds) if seconds > 0 else step / max(cfg.run.iterations, 1)
+def cosine_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Return half a cosine from 1 after the warm-up to min_lr_frac, held for lr_hold_iters steps."""
+    schedule, run = cfg.schedule, cfg.run
+    held = step - step % schedule.lr_hold_iters
+    if run.max_wallclock_seconds > 0:
+        steps = 1000.0 * run.max_wallclock_seconds * step / max(elapsed_ms, 1e-9)  # at this pace
+    else:
+        steps = run.iterations
+    done = min(max(held - schedule.lr_warmup_iters, 0) / max(steps - schedule.lr_warmup_iters, 1e-9), 1.0)
+    return schedule.min_lr_frac + (1 - schedule.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def decay_mul(cfg: OptimConfig, progress: float) -> float:
+    """Return the factor of the matrices' decay: 1, then linear to its end (contest pull request 1729)."""
+    if progress <= cfg.decay_taper_start:
+        return 1.0
+    frac = min((progress - cfg.decay_taper_start) / (1.0 - cfg.decay_taper_start), 1.0)
+    return 1.0 + frac * (cfg.decay_taper_end - 1.0)
+
+
+def step_rates(cfg: Config, step: int, elapsed_ms: float) -> StepRates:
+    """Return what the optimizers need to know for step `step`."""
+    progress = run_progress(cfg, step, elapsed_ms)
+    return StepRates(
+        learning_rate_mul(cfg, step, elapsed_ms),
+        muon_momentum(cfg.optim, step),
+        decay_mul(cfg.optim, progress),
+        stage_at(cfg, step, progress).grad_clip_norm,
+    )
 
 
 def recur_passes_at(cfg: Config, progress: float) -> int:
@@ -1250,19 +1648,17 @@ def muon_momentum(cfg: OptimConfig, step: int) -> float:
 
 
 class Ema:
-    """Exponential moving average of all weights in float32, from the initial weights on."""
+    """Exponential moving average of all weights, from the initial weights on."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.params = list(model.parameters())
-        self.averages = [param.detach().clone().float() for param in self.params]
+        self.averages = [param.detach().clone() for param in self.params]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the weights: average <- decay * average + (1 - decay) * weight."""
-        torch._foreach_lerp_(
-            self.averages, [param.detach().float() for param in self.params], 1.0 - self.decay
-        )
+        torch._foreach_lerp_(self.averages, [param.detach() for param in self.params], 1.0 - self.decay)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -1274,6 +1670,39 @@ class Ema:
 
     def load_state_dict(self, state: dict) -> None:
         torch._foreach_copy_(self.averages, state["averages"])
+
+
+class Swa:
+    """Plain average of snapshots of all weights, in float32 or wider."""
+
+    def __init__(self, model: nn.Module):
+        self.params = list(model.parameters())
+        self.sums = [torch.zeros_like(param) for param in self.params]
+        self.num_snapshots = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take a snapshot."""
+        torch._foreach_add_(self.sums, [param.detach() for param in self.params])
+        self.num_snapshots += 1
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Replace the model's weights by the snapshots' mean, where there are any."""
+        if self.num_snapshots:
+            torch._foreach_copy_(self.params, torch._foreach_div(self.sums, self.num_snapshots))
+
+    def state_dict(self) -> dict:
+        return {"sums": self.sums, "num_snapshots": self.num_snapshots}
+
+    def load_state_dict(self, state: dict) -> None:
+        torch._foreach_copy_(self.sums, state["sums"])
+        self.num_snapshots = state["num_snapshots"]
+
+
+def takes_snapshot(cfg: AverageConfig, steps_done: int, lr_mul: float) -> bool:
+    """Whether SWA takes a snapshot after so many steps, the last one with this learning-rate factor."""
+    return cfg.swa_every > 0 and steps_done % cfg.swa_every == 0 and lr_mul < cfg.swa_below
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1435,9 +1864,9 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     table = tensor_table(cfg)
     if header["tensors"] != [list(row) for row in table]:
         raise ArtifactError(f"{path}: the tensor table is not that of the recipe in it.")
-    model = GPT(cfg.model, cfg.data.vocab_size, resolve_dtype(cfg.model.compute_dtype, device))
+    model = make_gpt(cfg, device)
     model.load_state_dict(read_tensors(streams, table, cfg.quant.codec))
-    return model.to(device), cfg, header
+    return model.to(device).eval(), cfg, header
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1483,115 +1912,164 @@ def score_model(model: Callable, cfg: Config, text: ValidationText, ranks: Ranks
     return Score(*totals, settings.mode, context_len, stride, tail, seconds)
 
 
+def new_average(model: nn.Module, cfg: AverageConfig) -> Ema | Swa | None:
+    """Make the average that a recipe asks for."""
+    if cfg.ema_decay > 0:
+        return Ema(model, cfg.ema_decay)
+    return Swa(model) if cfg.swa_every > 0 else None
+
+
 class Training:
     """Everything that a step changes, with one state_dict."""
 
     def __init__(self, cfg: Config, ranks: Ranks, bos_id: int):
-        self.cfg, self.ranks, self.bos_id = cfg, ranks, bos_id
+        self.cfg, self.ranks = cfg, ranks
+        self.step = 0
+        self.train_ms = 0.0
         self.model = build_model(cfg, ranks.device)
         self.optimizers = Optimizers(self.model, cfg, ranks)
-        self.ema = Ema(self.model, cfg.average.ema_decay) if cfg.average.ema_decay > 0 else None
-        self.stream = ShardStream(Path(cfg.data.data_path) / TRAIN_GLOB, cfg.data.vocab_size)
+        self.average = new_average(self.model, cfg.average)
+        self.loader = open_loader(cfg, bos_id)
         self.loss = mean_loss
         if resolve_compile(cfg.run.compile, ranks.device):
+            torch._dynamo.config.recompile_limit = 8 + 2 * len(graphs_of(cfg))
             self.loss = torch.compile(mean_loss, dynamic=False, fullgraph=True)
 
     def parts(self) -> dict:
         """Name the parts whose state survives a step."""
-        parts = {"model": self.model, "optimizers": self.optimizers, "stream": self.stream}
-        return parts | {"ema": self.ema} if self.ema else parts
+        parts = {"model": self.model, "optimizers": self.optimizers, "loader": self.loader}
+        return parts | {"average": self.average} if self.average else parts
 
     def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts().items()}
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        return state | {"step": self.step, "train_ms": self.train_ms}
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
+        self.step, self.train_ms = state["step"], state["train_ms"]
 
-    def micro_step(self, passes: int) -> Tensor:
-        """Add one micro-batch's share of the gradient; returns its share of the loss."""
-        micro_steps = self.cfg.data.micro_batches // self.ranks.world_size
-        batch = next_batch(self.stream, self.cfg.data, self.bos_id, self.ranks)
+    def micro_step(self, stage: Stage, passes: int, index: int) -> Tensor:
+        """Add this rank's micro-batch `index` of the step to the gradient; returns its share of the loss."""
+        micro_steps = stage.micro_batches // self.ranks.world_size
+        batch = next_batch(self.loader, stage, self.ranks)
+        if self.cfg.model.dropout > 0:  # noise by step and micro-batch, the same for any number of ranks
+            number = index * self.ranks.world_size + self.ranks.rank
+            torch.manual_seed(hash((self.cfg.run.seed, self.step, number)))
         loss = self.loss(self.model, batch, passes) / micro_steps
         loss.backward()
         return loss.detach()
 
-    def accumulate(self, passes: int, out_of_time: Callable[[], bool]) -> float | None:
+    def accumulate(self, stage: Stage, passes: int, out_of_time: Callable[[], bool]) -> float | None:
         """Add up a step's gradients; returns the mean loss over ranks, or None when time ran out in it."""
+        self.model.train()
         total = torch.zeros((), device=self.ranks.device)
-        for step in range(self.cfg.data.micro_batches // self.ranks.world_size):
-            if step > 0 and out_of_time():
+        for index in range(stage.micro_batches // self.ranks.world_size):
+            if index > 0 and out_of_time():
                 self.optimizers.zero_grad()
                 return None
-            total += self.micro_step(passes)
+            total += self.micro_step(stage, passes, index)
         return float(self.ranks.sum(total).item()) / self.ranks.world_size
 
-    def update(self, step: int, elapsed_ms: float) -> None:
-        """Change the weights with the accumulated gradients of step `step`."""
-        self.optimizers.step(
-            learning_rate_mul(self.cfg, step, elapsed_ms), muon_momentum(self.cfg.optim, step)
+    def update(self, elapsed_ms: float) -> None:
+        """Change the weights with the accumulated gradients and count the step."""
+        rates = step_rates(self.cfg, self.step, elapsed_ms)
+        self.optimizers.step(rates)
+        self.step += 1
+        if isinstance(self.average, Ema) or takes_snapshot(self.cfg.average, self.step, rates.lr_mul):
+            self.average.update()
+
+
+def graphs_of(cfg: Config) -> list[tuple[Stage, int]]:
+    """List the (stage, recurrence passes) that a run goes through, in order: each is a graph of its own."""
+    steps = max(cfg.run.iterations, 1)
+    starts = [stage.start if stage.start < 1 else stage.start / steps for stage in stages_of(cfg)]
+    points = sorted({0.0, *starts, *cfg.schedule.recur_start_fracs})
+    pairs = [
+        (stage_at(cfg, round(point * steps), point), recur_passes_at(cfg, point))
+        for point in points
+        if point <= 1
+    ]
+    return list(dict.fromkeys(pairs))
+
+
+def save_checkpoint(training: Training, path: Path) -> None:
+    """Write all that a step changes; ranks put their parts together first."""
+    state = map_leaves(training.state_dict(), Tensor, lambda tensor: tensor.cpu().numpy())
+    if training.ranks.is_main:
+        write_state(path, state, {"config_hash": config_hash(training.cfg)})
+    training.ranks.barrier()
+
+
+def resume(training: Training, path: Path) -> None:
+    """Continue from a checkpoint of the same recipe, on any number of ranks."""
+    state, facts = read_state(path)
+    if facts.get("config_hash") != config_hash(training.cfg):
+        raise UserError(
+            f"{path}: expected a checkpoint of recipe {config_hash(training.cfg)}, found one of "
+            f"{facts.get('config_hash')}. Resume with the recipe.toml of its run folder."
         )
-        if self.ema:
-            self.ema.update()
+    training.load_state_dict(map_leaves(state, np.ndarray, torch.from_numpy))
 
 
 def warm_up(training: Training, log: Log) -> None:
     """Compile and time real steps before the clock starts, then restore all state; prints a projection."""
     cfg, ranks = training.cfg, training.ranks
     initial = copy.deepcopy(training.state_dict())
-    stages = sorted({recur_passes_at(cfg, progress) for progress in (0.0, *cfg.schedule.recur_start_fracs)})
-    for passes in stages:  # each number of passes is a graph of its own
+    for stage, passes in graphs_of(cfg):
         for step in range(max(cfg.run.warmup_steps, 1)):
-            training.accumulate(passes, lambda: False)
-            training.update(step, 0.0)
+            training.accumulate(stage, passes, lambda: False)
+            training.update(0.0)
             if step < cfg.run.warmup_steps:
                 log.line(f"warmup_step:{step + 1}/{cfg.run.warmup_steps}")
     clock = Clock(ranks)
     clock.start()
-    training.micro_step(stages[-1])
+    stage, passes = graphs_of(cfg)[-1]
+    training.micro_step(stage, passes, 0)
     micro_ms = clock.read_ms()
-    training.update(0, 0.0)
+    training.update(0.0)
     update_ms = clock.stop() - micro_ms
     training.load_state_dict(initial)
-    step_seconds = (micro_ms * (cfg.data.micro_batches // ranks.world_size) + update_ms) / 1000
+    step_seconds = (micro_ms * (stage.micro_batches // ranks.world_size) + update_ms) / 1000
     seconds = min(cfg.run.max_wallclock_seconds or math.inf, cfg.run.iterations * step_seconds)
     log.line(
         f"projected_step_seconds:{step_seconds:.3f} steps:{seconds / step_seconds:.0f} seconds:{seconds:.0f}"
     )
 
 
+def validate_now(training: Training, log: Log, validate: Callable[[], Score]) -> None:
+    """Score the validation text with the clock stopped and log the result."""
+    score, step, train_ms = validate(), training.step, training.train_ms
+    log.line(
+        f"step:{step}/{training.cfg.run.iterations} val_loss:{score.val_loss:.4f} "
+        f"val_bpb:{score.val_bpb:.4f} train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
+    )
+    log.event(kind="val", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb, train_ms=train_ms)
+
+
 def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
     """Run the training loop under the clock, then apply the average; returns steps, time and speed."""
     cfg, run = training.cfg, training.cfg.run
     limit_ms = 1000.0 * run.max_wallclock_seconds if run.max_wallclock_seconds > 0 else math.inf
-    clock = Clock(training.ranks)
+    clock = Clock(training.ranks, training.train_ms)
     clock.start()
-    step, elapsed_ms, stopped, passes_before = 0, 0.0, False, 1
-    while True:
-        done = stopped or step == run.iterations
-        on_schedule = run.val_loss_every > 0 and step % run.val_loss_every == 0
-        if done:
-            elapsed_ms = clock.stop()
-            if training.ema:
-                training.ema.apply()
-        if on_schedule or (done and run.val_loss_every >= 0):
-            elapsed_ms = clock.stop() if not done else elapsed_ms
-            score = validate()
-            log.line(
-                f"step:{step}/{run.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
-                f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / max(step, 1):.2f}ms"
-            )
-            log.event(
-                kind="val", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb, train_ms=elapsed_ms
-            )
+    elapsed_ms, phase, num_tokens = training.train_ms, None, 0
+    stopped = elapsed_ms >= limit_ms
+    while training.step < run.iterations and not stopped:
+        step = training.step
+        if run.val_loss_every > 0 and step % run.val_loss_every == 0:
+            training.train_ms = elapsed_ms = clock.stop()
+            validate_now(training, log, validate)
             clock.start()
-        if done:
-            break
-        passes = recur_passes_at(cfg, run_progress(cfg, step, elapsed_ms))
-        if passes != passes_before:
-            log.line(f"recurrence: passes:{passes} step:{step} train_time:{elapsed_ms:.0f}ms")
-            passes_before = passes
-        train_loss = training.accumulate(passes, lambda: clock.read_ms() >= limit_ms)
+        progress = run_progress(cfg, step, elapsed_ms)
+        stage, passes = stage_at(cfg, step, progress), recur_passes_at(cfg, progress)
+        if (stage, passes) != phase and phase is not None:
+            log.line(
+                f"phase: seq_len:{stage.seq_len} batch_tokens:{stage.batch_tokens} passes:{passes} "
+                f"step:{step} train_time:{elapsed_ms:.0f}ms"
+            )
+        phase = stage, passes
+        train_loss = training.accumulate(stage, passes, lambda: clock.read_ms() >= limit_ms)
         if train_loss is None:
             stopped = True
             continue
@@ -1600,9 +2078,9 @@ def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
                 f"step {step + 1}: expected a finite train_loss, found {train_loss}; the log is kept. "
                 "Lower optim.matrix_lr and optim.tied_embed_lr, or set optim.grad_clip_norm=1."
             )
-        training.update(step, elapsed_ms)
-        step += 1
-        elapsed_ms = clock.read_ms()
+        training.update(elapsed_ms)
+        step, num_tokens = training.step, num_tokens + stage.batch_tokens
+        training.train_ms = elapsed_ms = clock.read_ms()
         stopped = elapsed_ms >= limit_ms
         if run.train_log_every > 0 and (step <= 10 or step % run.train_log_every == 0 or stopped):
             log.line(
@@ -1610,10 +2088,24 @@ def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
                 f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / step:.2f}ms"
             )
         log.event(kind="train", step=step, train_loss=train_loss, train_ms=elapsed_ms)
-    if stopped and step < run.iterations:
-        log.line(f"stopping_early: wallclock_cap train_time:{elapsed_ms:.0f}ms step:{step}/{run.iterations}")
-    tokens_per_second = 1000.0 * step * cfg.data.batch_tokens / max(elapsed_ms, 1e-9)
-    return {"steps": step, "train_ms": elapsed_ms, "tokens_per_second": tokens_per_second}
+        if run.save_every > 0 and step % run.save_every == 0:
+            clock.stop()
+            save_checkpoint(training, log.folder / CHECKPOINT_NAME)
+            clock.start()
+    training.train_ms = clock.stop()
+    if training.step < run.iterations:
+        log.line(
+            f"stopping_early: wallclock_cap train_time:{training.train_ms:.0f}ms "
+            f"step:{training.step}/{run.iterations}"
+        )
+    if isinstance(training.average, Swa):
+        log.line(f"swa_snapshots:{training.average.num_snapshots} (without any the last weights stay)")
+    if training.average:
+        training.average.apply()
+    if run.val_loss_every >= 0:
+        validate_now(training, log, validate)
+    speed = 1000.0 * num_tokens / max(training.train_ms, 1e-9)
+    return {"steps": training.step, "train_ms": training.train_ms, "tokens_per_second": speed}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1654,13 +2146,14 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
     log.line(
         f"config_hash:{config_hash(cfg)}\n"
         f"val_bpb:enabled tokenizer_kind={text.tokenizer_kind} tokenizer_path={cfg.data.tokenizer_path}\n"
-        f"train_loader:dataset:{name} train_shards:{len(training.stream.files)}\n"
+        f"train_loader:dataset:{name} train_shards:{len(training.loader.files)}\n"
         f"val_loader:shards pattern={text.pattern} tokens:{seen}\n"
         f"val_bytes:{text.target_bytes.sum()} raw_bytes:{text.raw_bytes or 'unknown, no manifest'}\n"
         f"model_params:{sum(param.numel() for param in model.parameters())}\n"
         f"world_size:{ranks.world_size} grad_accum_steps:{cfg.data.micro_batches // ranks.world_size}\n"
         f"device:{ranks.device.type} compute_dtype:{dtype} compile:{training.loss is not mean_loss}\n"
-        f"attention_mode:gqa num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}\n"
+        f"attention_mode:gqa backend:{model.attention} "
+        f"num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}\n"
         f"tie_embeddings:{tied} embed_lr:{optim.tied_embed_lr if tied else optim.embed_lr} "
         f"head_lr:{0.0 if tied else optim.head_lr} matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}\n"
         f"train_batch_tokens:{cfg.data.batch_tokens} train_seq_len:{cfg.data.seq_len} "
@@ -1735,19 +2228,20 @@ def scoring_limit(cfg: EvalConfig, num_bytes: int) -> float:
     return cfg.limit_seconds * (num_bytes / cfg.limit_text_bytes if cfg.limit_text_bytes else 1.0)
 
 
-def run(cfg: Config, environment: Environment) -> None:
-    """Do the main job: train, average, quantize, pack, reload, score, report."""
+def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = None) -> None:
+    """Do the main job: train or go on training, average, quantize, pack, reload, score, report."""
     marks = [("", time.perf_counter())]
 
     def phase(name: str) -> None:
         marks.append((name, time.perf_counter()))
 
     require_codec(cfg.quant.codec)
-    if cfg.data.micro_batches % environment.world_size:
-        raise UserError(
-            f"data.micro_batches={cfg.data.micro_batches} must be a multiple of the world size "
-            f"{environment.world_size}, so that every number of ranks sees the same batch."
-        )
+    for stage in stages_of(cfg):
+        if stage.micro_batches % environment.world_size:
+            raise UserError(
+                f"data.micro_batches={stage.micro_batches} must be a multiple of the world size "
+                f"{environment.world_size}, so that every number of ranks sees the same batch."
+            )
     text = load_validation(cfg.data)
     ranks = Ranks(environment, cfg.run.device)
     started_at = time.localtime(ranks.agree(time.time()))  # rank 0's, so that all ranks name one folder
@@ -1756,6 +2250,8 @@ def run(cfg: Config, environment: Environment) -> None:
     training = Training(cfg, ranks, text.bos_id)
     log = Log(folder, ranks.is_main)
     code_bytes, packing_note = 0, ""
+    if checkpoint_path:
+        resume(training, checkpoint_path)
     if ranks.is_main:
         prepare_folder(folder, cfg)
         code_bytes, packing_note = weigh_code(folder)
@@ -1805,16 +2301,19 @@ def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
     plan = layer_plan(cfg.model, cfg.model.recur_passes)
     rows = []
     for step, elapsed in zip(steps, elapsed_ms):
-        factor = learning_rate_mul(cfg, step, elapsed)
+        progress = run_progress(cfg, step, elapsed)
+        rates, stage = step_rates(cfg, step, elapsed), stage_at(cfg, step, progress)
         rows.append(
             {
                 "step": step,
-                "lr": getattr(cfg.optim, next(iter(rules.values())).lr) * factor,
-                "lr_mul": factor,
-                "momentum": muon_momentum(cfg.optim, step),
-                "seq_len": cfg.data.seq_len,
-                "batch_tokens": cfg.data.batch_tokens,
-                "recur_passes": recur_passes_at(cfg, run_progress(cfg, step, elapsed)),
+                "lr": getattr(cfg.optim, next(iter(rules.values())).lr) * rates.lr_mul,
+                "lr_mul": rates.lr_mul,
+                "momentum": rates.momentum,
+                "decay_mul": rates.decay_mul,
+                "grad_clip_norm": rates.grad_clip_norm,
+                "seq_len": stage.seq_len,
+                "batch_tokens": stage.batch_tokens,
+                "recur_passes": recur_passes_at(cfg, progress),
                 "qat": False,
             }
         )
@@ -1863,6 +2362,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help=f"go on from a run's {CHECKPOINT_NAME}")
     parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule as JSON")
     parser.add_argument("--steps", default="0", metavar="N,N,...", help="with --describe: steps to tabulate")
     parser.add_argument("--elapsed-ms", default="", metavar="MS,...", help="with --describe: their times")
@@ -1880,7 +2380,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
     try:
-        run(load_config(args.recipe, environment.overrides, args.overrides), environment)
+        run(load_config(args.recipe, environment.overrides, args.overrides), environment, args.resume)
     except UserError:
         if environment.rank == 0:
             raise

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.codecs import load_codec
 from data.errors import UserError, run_command
-from data.shards import MANIFEST_NAME, TOKEN_DTYPE, read_manifest, sha256_file, write_json, write_shard
+from data.shards import MANIFEST_NAME, read_manifest, sha256_file, write_json, write_shard
 
 MANIFEST_FORMAT = 1
 SHARD_TOKENS = 100_000_000  # the contest's shard length
@@ -214,8 +214,8 @@ READERS = {
 class ShardWriter:
     """Cut a stream of ids into shards of equal length; documents may cross from one to the next."""
 
-    def __init__(self, out: Path, split: str, shard_tokens: int):
-        self.out, self.split, self.shard_tokens = out, split, shard_tokens
+    def __init__(self, out: Path, split: str, shard_tokens: int, vocab_size: int):
+        self.out, self.split, self.shard_tokens, self.vocab_size = out, split, shard_tokens, vocab_size
         self.shards: list[dict] = []
         self.waiting: list[np.ndarray] = []
         self.num_waiting = 0
@@ -224,7 +224,7 @@ class ShardWriter:
         """Take (N,) ids; write every shard that they fill."""
         while ids.size:
             part, ids = np.split(ids, [self.shard_tokens - self.num_waiting])
-            self.waiting.append(part.astype(TOKEN_DTYPE))
+            self.waiting.append(part)
             self.num_waiting += part.size
             if self.num_waiting == self.shard_tokens:
                 self.flush()
@@ -234,7 +234,7 @@ class ShardWriter:
         if not self.num_waiting:
             return
         path = self.out / f"fineweb_{self.split}_{len(self.shards):06d}.bin"
-        write_shard(path, np.concatenate(self.waiting))
+        write_shard(path, np.concatenate(self.waiting), self.vocab_size)
         entry = {"file": path.name, "tokens": self.num_waiting, "bytes": path.stat().st_size}
         self.shards.append(entry | {"sha256": sha256_file(path)})
         self.waiting, self.num_waiting = [], 0
@@ -359,16 +359,16 @@ def write_dataset(
     `val` is read to its end before `train` starts, so both may come from one stream. With split
     "first_documents" train's document numbers go on where val's end, otherwise both count from 0.
     """
-    if codec.vocab_size > np.iinfo(TOKEN_DTYPE).max + 1:
-        raise UserError(f"{codec.path}: shards hold ids below 65,536, found {codec.vocab_size:,} entries.")
     out = Path(out)
     num_threads = num_threads or os.cpu_count()
     check_folder(out, codec.digest)
     mark_unfinished(out)
     overlap = Overlap()
-    val_counts = write_split(overlap.remember(val), codec, ShardWriter(out, "val", shard_tokens), num_threads)
-    writer = ShardWriter(out, "train", shard_tokens)
-    train_counts = write_split(overlap.refuse(train), codec, writer, num_threads)
+    val_writer, train_writer = (
+        ShardWriter(out, name, shard_tokens, codec.vocab_size) for name in ("val", "train")
+    )
+    val_counts = write_split(overlap.remember(val), codec, val_writer, num_threads)
+    train_counts = write_split(overlap.refuse(train), codec, train_writer, num_threads)
     if split == "first_documents":
         num_val = val_counts["documents"][1]
         train_counts["documents"] = [first + num_val for first in train_counts["documents"]]

@@ -1,7 +1,8 @@
 """Token shards in the contest's file format, their manifest, and files that are never half written.
 
-A shard is a header of 256 little-endian int32 (magic, version, token count, zeros) and then the
-tokens as little-endian uint16. Each document in it starts with the tokenizer's BOS id.
+A shard is a header of 256 little-endian int32 (magic, version, token count, zeros) and then the tokens,
+little-endian: uint16 in version 1, the contest's; uint32 in version 2, for vocabularies above 65,536.
+Each document in it starts with the tokenizer's BOS id.
 """
 
 import glob
@@ -16,10 +17,9 @@ import numpy as np
 from data.errors import UserError
 
 SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
+SHARD_DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # version -> tokens; the narrowest first
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
-TOKEN_DTYPE = np.dtype("<u2")
 TRAIN_GLOB = "fineweb_train_*.bin"
 VAL_GLOB = "fineweb_val_*.bin"
 MANIFEST_NAME = "manifest.json"
@@ -54,23 +54,29 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_shard(path: str | Path, tokens: np.ndarray) -> None:
-    """Write (N,) token ids below 65,536 as one shard, whole or not at all."""
+def shard_version(vocab_size: int) -> int:
+    """Choose the narrowest version whose tokens hold every id of a vocabulary."""
+    return next(version for version, dtype in SHARD_DTYPES.items() if vocab_size <= np.iinfo(dtype).max + 1)
+
+
+def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int = 65_536) -> None:
+    """Write (N,) token ids below vocab_size as one shard, whole or not at all."""
     tokens = np.asarray(tokens)
-    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > np.iinfo(TOKEN_DTYPE).max):
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
         raise UserError(
-            f"{path}: token ids must be in [0, 65535] for a version 1 shard, "
-            f"found [{tokens.min()}, {tokens.max()}]. Use a tokenizer with at most 65,536 entries."
+            f"{path}: token ids must be in [0, {vocab_size - 1}] for a vocabulary of {vocab_size:,}, "
+            f"found [{tokens.min()}, {tokens.max()}]. Write them with the tokenizer that made them."
         )
+    version = shard_version(vocab_size)
     header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
+    header[:3] = SHARD_MAGIC, version, tokens.size
     with atomic_file(path) as file:
         file.write(header.tobytes())
-        file.write(tokens.astype(TOKEN_DTYPE, copy=False).tobytes())
+        file.write(tokens.astype(SHARD_DTYPES[version], copy=False).tobytes())
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """Map a shard's tokens into memory: (N,) uint16, read-only. Header and file size are checked."""
+    """Map a shard's tokens into memory: (N,) uint16 or uint32, read-only. Header and size are checked."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such shard. Make it with `make data` or data.download.")
@@ -81,20 +87,21 @@ def read_shard(path: str | Path) -> np.ndarray:
             f"{path}: expected {HEADER_BYTES} header bytes, found {path.stat().st_size} in all. {again}"
         )
     magic, version, num_tokens = (int(value) for value in header[:3])
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+    if magic != SHARD_MAGIC or version not in SHARD_DTYPES:
         raise UserError(
-            f"{path}: expected shard magic {SHARD_MAGIC} version {SHARD_VERSION}, "
+            f"{path}: expected shard magic {SHARD_MAGIC} version {' or '.join(map(str, SHARD_DTYPES))}, "
             f"found {magic} version {version}. This is not a token shard. {again}"
         )
-    expected = HEADER_BYTES + num_tokens * TOKEN_DTYPE.itemsize
+    dtype = SHARD_DTYPES[version]
+    expected = HEADER_BYTES + num_tokens * dtype.itemsize
     found = path.stat().st_size
     if num_tokens < 0 or found != expected:
         raise UserError(
             f"{path}: expected {num_tokens:,} tokens = {expected:,} bytes, found {found:,}. {again}"
         )
     if num_tokens == 0:
-        return np.zeros(0, dtype=TOKEN_DTYPE)
-    return np.memmap(path, dtype=TOKEN_DTYPE, mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
 
 
 def check_token_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:

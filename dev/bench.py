@@ -32,11 +32,13 @@ from train_gpt import (
     Environment,
     Optimizers,
     Ranks,
-    ShardStream,
+    StepRates,
     build_model,
     mean_loss,
     next_batch,
+    open_loader,
     resolve_compile,
+    stages_of,
 )
 
 SHAPE = {"model.num_layers": 6, "model.model_dim": 128, "model.num_heads": 4, "model.num_kv_heads": 2}
@@ -103,7 +105,7 @@ def bench_step(ranks: Ranks) -> list[Measurement]:
         def step(model=model, optimizers=optimizers, loss=loss):
             for _ in range(cfg.data.micro_batches):
                 loss(model, random_batch(cfg, micro_rows, ranks.device)).backward()
-            optimizers.step(1.0, 0.95)
+            optimizers.step(StepRates(1.0, 0.95))
 
         speed = cfg.data.batch_tokens / seconds_of(step, 5)
         name = "step 6x128 T512, compiled" if compiled else "step 6x128 T512, eager"
@@ -149,12 +151,15 @@ def bench_packing(ranks: Ranks) -> list[Measurement]:
 def bench_loader(ranks: Ranks) -> list[Measurement]:
     """Reading micro-batches from a shard, against a plain copy of its tokens."""
     tokens = np.random.default_rng(0).integers(2, 1024, 4_000_000).astype(np.uint16)
-    cfg = with_values(Config(), {"data.seq_len": 1024, "data.batch_tokens": 524_288}, "bench").data
+    cfg = with_values(Config(), {"data.seq_len": 1024, "data.batch_tokens": 524_288}, "bench")
+    stage = stages_of(cfg)[0]
     with tempfile.TemporaryDirectory() as folder:
         write_shard(Path(folder) / "fineweb_train_000000.bin", tokens)
-        stream = ShardStream(Path(folder) / "fineweb_train_*.bin", 1024)
+        loader = open_loader(with_values(cfg, {"data.data_path": folder}, "bench"), bos_id=1)
         speed = (
-            cfg.batch_tokens / cfg.micro_batches / seconds_of(lambda: next_batch(stream, cfg, 1, ranks), 20)
+            stage.batch_tokens
+            / stage.micro_batches
+            / seconds_of(lambda: next_batch(loader, stage, ranks), 20)
         )
     copying = tokens.size / seconds_of(lambda: torch.from_numpy(tokens.astype(np.int64)), 5)
     return [Measurement("loader", speed, "tokens/s", "cast and copy", copying)]

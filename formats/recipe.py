@@ -49,7 +49,7 @@ def parse_value(value, kind: type):
         return words[str(value).lower()]
     if kind is tuple:
         items = [item for item in value.split(",") if item] if isinstance(value, str) else value
-        return tuple(parse_number(item) for item in items)
+        return tuple(parse_item(item) for item in items)
     if kind is int and isinstance(value, str):
         return int(value.replace("_", ""))
     if isinstance(value, (dict, list)) or (kind is int and value != int(value)):
@@ -58,6 +58,13 @@ def parse_value(value, kind: type):
     if kind is float and not math.isfinite(converted):
         raise ValueError
     return converted
+
+
+def parse_item(value):
+    """Convert an item of a tuple: a number, or a row of numbers written a:b:c or as a list."""
+    if isinstance(value, (list, tuple)) or (isinstance(value, str) and ":" in value):
+        return tuple(parse_number(part) for part in (value.split(":") if isinstance(value, str) else value))
+    return parse_number(value)
 
 
 def parse_number(value) -> int | float:

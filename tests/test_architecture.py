@@ -14,6 +14,7 @@ from train_gpt import (
     Config,
     ModelConfig,
     Optimizers,
+    StepRates,
     check_config,
     layer_plan,
     load_config,
@@ -29,10 +30,17 @@ COUNTS = {
     "track_10min_16mb/2026-03-20_Int6_MLP3x_SmearGate_BigramHash": 22_368_841,
     "track_10min_16mb/2026-04-09_3LayerRecurrence_QK525": 35_944_536,
     "track_10min_16mb/2026-04-27_SparseGate_TwoLane_SmearGate": 35_945_671,
+    "track_10min_16mb/2026-04-30_ContextGrowth_3072": 35_945_671,
+    "reference_systems/A_bwetaf53": 53_012_480,
     "reference_systems/B_bese288": 26_522_716,
     "reference_systems/C_pr281": 26_829_913,
+    "reference_systems/D_exp01": 372_904_960,
+    "reference_systems/E_yxanul197_ultra10": 196_398_464,
+    "reference_systems/E_yxanul270_mem9": 273_284_480,
+    "reference_systems/E_yxanul270_mem6": 273_284_480,
 }
 RECUR = {"model.recur_layers": (1, 1), "model.recur_passes": 3}
+NEUTRAL = ("model.model_dim",)  # shapes that a switch needs
 SWITCHES = [
     {"model.leaky_slope": 0.5},
     {"model.unet_skips": False},
@@ -56,6 +64,27 @@ SWITCHES = [
     {"model.logit_softcap": 3.0},
     {"model.q_gain_init": 3.0},
     {"model.tie_embeddings": False},
+    {"model.mlp": "swiglu"},
+    {"model.mlp": "gelu"},
+    {"model.biases": "outputs"},
+    {"model.biases": "all"},
+    {"model.norm": "rms_gain"},
+    {"model.norm": "layer", "model.norm_eps": 1e-5},
+    {"model.norm_eps": 0.1},
+    {"model.final_norm": False},
+    {"model.embed_norm": False},
+    {"model.qk_norm": False},
+    {"model.channel_scales": False},
+    {"model.value_residual": True},
+    {"model.attn_window": 3, "model.window_layers": (0, 2)},
+    {"model.attn_in_document": True},
+    {"model.context_ratio": 3, "model.context_keep": 1},
+    {"model.embed_dim": 8},
+    {"model.embed_dim": 8, "model.tie_embeddings": False},
+    {"model.positions": "none"},
+    {"model.positions": "embed_heads"},
+    {"model.logit_softcap": 0.0},
+    {"model.asymmetric_softcap": True},
 ]
 
 
@@ -197,7 +226,7 @@ def test_loss_at_the_start_is_the_log_of_the_vocabulary(name, expected):
     model = GPT(cfg.model, cfg.data.vocab_size)
     tokens = torch.randint(4, expected, (1, 65))
     with torch.no_grad():
-        logits = model(tokens[:, :-1], tokens[:, :-1] == 1)
+        logits = model(tokens[:, :-1], tokens[:, :-1] == 70)
     assert F.cross_entropy(logits[0], tokens[0, 1:]).item() == pytest.approx(math.log(expected), abs=0.05)
 
 
@@ -209,7 +238,7 @@ def test_every_switch_is_alive(tiny_config, values, compiled):
     """A switch that changes nothing is a defect; when torch.compile traces the model too."""
     on = with_values(tiny_config, values, "test")
     off = with_values(
-        on, {name: getattr(ModelConfig(), name[6:]) for name in values if name != "model.model_dim"}, "test"
+        on, {name: getattr(ModelConfig(), name[6:]) for name in values if name not in NEUTRAL}, "test"
     )
     torch.compiler.reset()  # graphs of other tests count against the limit of recompilations
     outputs = []
@@ -219,7 +248,7 @@ def test_every_switch_is_alive(tiny_config, values, compiled):
         forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         tokens = (torch.arange(32) * 7 % 300).view(2, 16)
         with torch.no_grad():
-            outputs.append(forward(tokens, tokens == 1))
+            outputs.append(forward(tokens, tokens == 70))
     assert torch.isfinite(outputs[0]).all()
     assert not torch.allclose(*outputs, atol=1e-4)
 
@@ -234,7 +263,7 @@ def test_no_switch_looks_ahead(tiny_config, values):
     changed = tokens.clone()
     changed[:, 9:] = 5
     with torch.no_grad():
-        before, after = (model(text, text == 1) for text in (tokens, changed))
+        before, after = (model(text, text == 70) for text in (tokens, changed))
     assert torch.equal(before[:, :9], after[:, :9])
 
 
@@ -248,9 +277,9 @@ def test_every_switch_trains_every_parameter_that_its_plan_uses(tiny_config, alo
     optimizers = Optimizers(model, cfg, alone)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     tokens = (torch.arange(34) * 7 % 300).view(2, 17)
-    logits = model(tokens[:, :-1], tokens[:, :-1] == 1)
+    logits = model(tokens[:, :-1], tokens[:, :-1] == 70)
     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    optimizers.step(1.0, 0.9)
+    optimizers.step(StepRates(1.0, 0.9))
     still = [name for name, param in model.named_parameters() if torch.equal(param, before[name])]
     assert [name for name in still if ".lane_" not in name] == []
 

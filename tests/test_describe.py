@@ -42,6 +42,25 @@ def test_schedule_rows_follow_the_published_log_of_system_c():
     assert found["estimated_artifact_bytes"] > 0
 
 
+@pytest.mark.reference("D11")
+def test_a_large_model_is_described_without_memory():
+    """373 million parameters on the meta device: no weight is allocated."""
+    folder = ROOT / "records/reference_systems/D_exp01/recipe.toml"
+    found = describe("--recipe", folder, "--steps", "0,4000,4999,5000")
+    assert found["num_params"] == 372_904_960
+    rates = [row["lr"] for row in found["schedule"]]
+    assert rates[:2] == [0.0, 1e-3] and rates[1] == rates[2] > rates[3]
+
+
+def test_schedule_rows_follow_the_stages():
+    """Row length, tokens and clip of a curriculum by step."""
+    folder = ROOT / "records/reference_systems/E_yxanul197_ultra10/recipe.toml"
+    rows = describe("--recipe", folder, "--steps", "1999,2000,139999,140000")["schedule"]
+    assert [row["seq_len"] for row in rows] == [8, 16, 1536, 2048]
+    assert [row["batch_tokens"] for row in rows] == [32_768, 16_384, 73_728, 65_536]
+    assert [row["grad_clip_norm"] for row in rows] == [0.5, 0.5, 1, 1]
+
+
 def test_times_must_match_steps():
     """A silent zip would drop rows."""
     result = run_python("train_gpt.py", "--describe", "--steps", "1,2", "--elapsed-ms", "5")

@@ -14,7 +14,6 @@ from train_gpt import (
     Config,
     ModelConfig,
     Step,
-    attention,
     layer_plan,
     match_rules,
     mean_loss,
@@ -83,17 +82,6 @@ def test_smear_gate_is_the_identity_at_init_and_never_crosses_a_document_start(t
     smeared = model.smear(x, starts)
     assert torch.equal(smeared[:, [0, 4]], x[:, [0, 4]])
     assert not torch.equal(smeared[:, 5], x[:, 5])
-
-
-def test_attention_equals_the_textbook_formula():
-    """Fast kernel against softmax(q k^T / sqrt(K)) v with repeated kv heads, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 9, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
-    repeated_k, repeated_v = (x.repeat_interleave(2, dim=2) for x in (k, v))
-    scores = torch.einsum("bihk,bjhk->bhij", q, repeated_k) / math.sqrt(8)
-    scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
-    expected = torch.einsum("bhij,bjhk->bihk", scores.softmax(-1), repeated_v)
-    torch.testing.assert_close(attention(q, k, v), expected)
 
 
 def test_rope_keeps_lengths_and_depends_on_distance_only():

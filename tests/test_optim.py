@@ -12,10 +12,16 @@ from train_gpt import (
     Ema,
     OptimConfig,
     Optimizers,
+    Stack,
+    StepRates,
+    Swa,
     build_model,
+    decay_mul,
     learning_rate_mul,
     muon_momentum,
     newton_schulz,
+    stages_of,
+    step_rates,
 )
 
 
@@ -26,14 +32,15 @@ def set_gradients(model, seed: int) -> None:
         param.grad = torch.randn(param.shape, generator=generator)
 
 
+@pytest.mark.parametrize("table, lowest", [("classic", 0.3), ("polar_express", 0.65)])
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64), (48, 48)])
-def test_newton_schulz_brings_all_singular_values_near_one(shape):
-    """Muon's update has an almost flat spectrum: five steps end in about [0.7, 1.2]."""
+def test_newton_schulz_brings_all_singular_values_near_one(shape, table, lowest):
+    """Muon's update has an almost flat spectrum: [0.7, 1.2], Polar Express flatter."""
     stack = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(newton_schulz(stack, 5))
-    assert values.min() > 0.3 and values.max() < 1.25
-    batched = newton_schulz(stack, 5)
-    torch.testing.assert_close(batched[1], newton_schulz(stack[1:2], 5)[0], atol=1e-5, rtol=1e-4)
+    batched = newton_schulz(stack, 5, table)
+    values = torch.linalg.svdvals(batched)
+    assert values.min() > lowest and values.max() < 1.25
+    torch.testing.assert_close(batched[1], newton_schulz(stack[1:2], 5, table)[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -55,7 +62,7 @@ def test_muon_takes_the_same_steps_as_torch_muon(tiny_config, alone, weight_deca
     for seed in range(5):
         set_gradients(model, seed)
         twin.grad = weight.grad.clone()
-        optimizers.step(1.0, 0.9)
+        optimizers.step(StepRates(1.0, 0.9))
         oracle.step()
     moved, expected = (weight.detach() - start).flatten(), (twin.detach() - start).flatten()
     assert moved.norm() > 0.5 * 0.02
@@ -65,15 +72,15 @@ def test_muon_takes_the_same_steps_as_torch_muon(tiny_config, alone, weight_deca
 
 def test_global_norm_is_clipped_once_over_all_parameters(tiny_config, alone):
     """A clipped step with AdamW's scale-free first step hides clipping; Muon's momentum shows it."""
-    cfg = with_values(tiny_config, {"optim.grad_clip_norm": 0.5}, "test")
+    cfg = tiny_config
     model = build_model(cfg, alone.device)
     set_gradients(model, seed=1)
     total = math.sqrt(sum(param.grad.double().square().sum().item() for param in model.parameters()))
     before = model.blocks[0].attn.q.weight.grad.clone()
     optimizers = Optimizers(model, cfg, alone)
-    optimizers.step(1.0, 0.0)
+    optimizers.step(StepRates(1.0, 0.0, grad_clip_norm=0.5))
     stack = next(stack for stack in optimizers.stacks if stack.params[0] is model.blocks[0].attn.q.weight)
-    torch.testing.assert_close(stack.momentum_buffer[0], before * (0.5 / total), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(stack.momentum[0], before * (0.5 / total), rtol=1e-4, atol=1e-7)
 
 
 def test_weight_decay_shrinks_matrices_by_the_scheduled_rate(tiny_config, alone):
@@ -84,7 +91,7 @@ def test_weight_decay_shrinks_matrices_by_the_scheduled_rate(tiny_config, alone)
         model = build_model(cfg, alone.device)
         start = model.blocks[0].mlp.up.weight.detach().clone()
         set_gradients(model, seed=2)
-        Optimizers(model, cfg, alone).step(0.5, 0.9)
+        Optimizers(model, cfg, alone).step(StepRates(0.5, 0.9))
         ends[decay] = model.blocks[0].mlp.up.weight.detach().clone()
     torch.testing.assert_close(ends[0.0] - ends[0.5], start * 0.5 * 0.04 * 0.5)
 
@@ -96,6 +103,11 @@ def test_weight_decay_shrinks_matrices_by_the_scheduled_rate(tiny_config, alone)
         ("optim.tied_embed_lr", (0.01, 0.02)),
         ("optim.scalar_lr", (0.01, 0.02)),
         ("optim.num_ns_steps", (3, 5)),
+        ("optim.ns_table", ("classic", "polar_express")),
+        ("optim.row_norm", (False, True)),
+        ("optim.normuon_beta2", (0.0, 0.95)),
+        ("optim.normuon_beta2", (0.5, 0.95)),
+        ("optim.matrix_optimizer", ("muon", "adamw")),
         ("optim.beta1", (0.5, 0.9)),
         ("optim.beta2", (0.5, 0.95)),
         ("optim.adam_eps", (1e-8, 1e-2)),
@@ -112,7 +124,7 @@ def test_every_optimizer_setting_changes_the_weights(tiny_config, alone, name, v
         optimizers = Optimizers(model, cfg, alone)
         for seed in (1, 2):
             set_gradients(model, seed)
-            optimizers.step(1.0, 0.9)
+            optimizers.step(StepRates(1.0, 0.9))
         ends.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
     assert not torch.equal(*ends)
 
@@ -126,7 +138,7 @@ def test_state_restored_is_state_continued(tiny_config, alone):
     def steps(seeds):
         for seed in seeds:
             set_gradients(model, seed)
-            optimizers.step(1.0, 0.9)
+            optimizers.step(StepRates(1.0, 0.9))
             ema.update()
         return [param.detach().clone() for param in model.parameters()], [a.clone() for a in ema.averages]
 
@@ -138,6 +150,70 @@ def test_state_restored_is_state_continued(tiny_config, alone):
     resumed = steps([3, 4])
     for a, b in zip(straight[0] + straight[1], resumed[0] + resumed[1], strict=True):
         assert torch.equal(a, b)
+
+
+def test_muoneq_r_forgets_the_scale_of_rows(tiny_config, alone):
+    """Rows are normalised before orthogonalization: a louder row steps as the quiet one did."""
+    ends = []
+    for factor in (1.0, 100.0):
+        cfg = with_values(tiny_config, {"optim.row_norm": True}, "test")
+        model = build_model(cfg, alone.device)
+        set_gradients(model, seed=1)
+        model.blocks[0].mlp.up.weight.grad[3] *= factor
+        Optimizers(model, cfg, alone).step(StepRates(1.0, 0.9))
+        ends.append(model.blocks[0].mlp.up.weight.detach().clone())
+    torch.testing.assert_close(*ends, atol=1e-5, rtol=1e-4)
+
+
+def test_normuon_evens_rows_and_keeps_the_norm(alone):
+    """After the first step every row of an update has the same length, the matrix the same norm."""
+    params = [torch.nn.Parameter(torch.zeros(8, 32)) for _ in range(3)]
+    stack = Stack(params, 1.0, 0.0, alone)
+    update = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)[:, None]
+    evened = stack.even_rows(update, 0.95)
+    lengths = evened.norm(dim=2)
+    torch.testing.assert_close(lengths, lengths[:, :1].expand(3, 8), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(evened.norm(dim=(1, 2)), update.norm(dim=(1, 2)))
+
+
+def test_decay_tapers_over_the_end_of_the_run():
+    """Full until 70 %, then linear to half; without a start it never falls."""
+    cfg = OptimConfig(decay_taper_start=0.7, decay_taper_end=0.5)
+    found = [decay_mul(cfg, progress) for progress in (0.0, 0.7, 0.85, 1.0, 1.2)]
+    assert found == pytest.approx([1, 1, 0.75, 0.5, 0.5])
+    assert decay_mul(OptimConfig(), 1.0) == 1.0
+
+
+def test_swa_is_the_mean_of_its_snapshots():
+    """And nothing without any."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    swa = Swa(model)
+    torch.nn.init.constant_(model.weight, 3.0)
+    swa.apply()
+    assert model.weight.item() == 3.0
+    for value in (1.0, 2.0, 6.0):
+        torch.nn.init.constant_(model.weight, value)
+        swa.update()
+    swa.apply()
+    assert model.weight.item() == 3.0 and swa.num_snapshots == 3
+
+
+def test_a_stage_scales_the_rate_and_sets_the_clip():
+    """Starts below 1 are fractions of the run, others steps; the last one that has started holds."""
+    rows = "0:16:128:4:0.5:0.1,0.5:32:128:4:1:0.2"
+    cfg = with_values(Config(), {"schedule.stages": rows, "schedule.warmdown_iters": 0}, "test")
+    before, after = (step_rates(cfg, 10, elapsed) for elapsed in (299_999.0, 300_000.0))
+    assert (before.lr_mul, before.grad_clip_norm) == (0.5, 0.1)
+    assert (after.lr_mul, after.grad_clip_norm) == (1.0, 0.2)
+    assert [stage.seq_len for stage in stages_of(cfg)] == [16, 32]
+
+
+def test_the_cosine_follows_the_clock_where_there_is_one():
+    """Half of the time is half of the way, at any pace."""
+    values = {"schedule.shape": "cosine", "schedule.min_lr_frac": 0.1}
+    cfg = with_values(Config(), values, "test")
+    assert learning_rate_mul(cfg, 70, 300_000.0) == pytest.approx(0.55)
+    assert learning_rate_mul(cfg, 5000, 600_000.0) == pytest.approx(0.1)
 
 
 def test_ema_is_the_closed_form_from_the_initial_weights():

@@ -14,7 +14,7 @@ import zstandard
 from fixtures_data import small_texts
 
 from data.errors import UserError, run_command
-from data.prepare import Document, main, read_documents, write_dataset
+from data.prepare import Document, ShardWriter, main, read_documents, write_dataset
 from data.shards import find_shards, read_manifest, read_shard, sha256_file, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +99,15 @@ def test_the_manifest_describes_files_and_tokenizer(prepare, source, lossless_co
             assert (shard["bytes"], shard["sha256"]) == (path.stat().st_size, sha256_file(path))
             assert shard["tokens"] == read_shard(path).size
     assert manifest["sources"]["input"] == [{"file": source.name, "bytes": source.stat().st_size}]
+
+
+def test_every_shard_of_a_large_vocabulary_has_four_bytes_a_token(tmp_path):
+    """Ids above 65,535 would wrap in two; a shard without such ids is read with the same tokenizer."""
+    writer = ShardWriter(tmp_path, "train", shard_tokens=3, vocab_size=100_000)
+    writer.add(np.array([1, 2, 3, 4, 99_999], dtype=np.int32))
+    writer.flush()
+    shards = [read_shard(path) for path in find_shards(tmp_path / "fineweb_train_*.bin")]
+    assert [(shard.tolist(), shard.dtype) for shard in shards] == [([1, 2, 3], "<u4"), ([4, 99_999], "<u4")]
 
 
 def test_shards_are_full_but_for_the_last_and_length_changes_no_token(prepare, source, lossless_codec):

@@ -61,7 +61,8 @@ def test_every_truncation_is_refused(tmp_path, num_bytes):
     ("index", "value", "message"),
     [
         (0, 1, "not a token shard"),
-        (1, 2, "version 2"),
+        (1, 2, "expected 100 tokens = 1,424 bytes"),
+        (1, 3, "version 1 or 2, found 20240520 version 3"),
         (2, 99, "expected 99 tokens"),
         (2, -1, "expected -1 tokens"),
     ],
@@ -87,6 +88,22 @@ def test_ids_that_do_not_fit_are_refused_not_wrapped(tmp_path, tokens):
     with pytest.raises(UserError, match="65535"):
         write_shard(tmp_path / "shard.bin", np.array(tokens))
     assert not any(tmp_path.iterdir())
+
+
+def test_large_vocabularies_are_written_with_four_bytes_a_token(tmp_path):
+    """131,072 entries do not fit into uint16; the version follows the tokenizer, not the ids."""
+    path = tmp_path / "shard.bin"
+    for vocab_size, tokens, version in (
+        (65_536, [0, 65_535], 1),
+        (65_537, [0, 65_536], 2),
+        (131_072, [1, 2, 3], 2),
+    ):
+        write_shard(path, np.array(tokens), vocab_size)
+        assert struct.unpack("<3i", path.read_bytes()[:12]) == (20240520, version, len(tokens))
+        assert path.stat().st_size == HEADER_BYTES + 2 * version * len(tokens)
+        assert read_shard(path).tolist() == tokens
+    with pytest.raises(UserError, match=r"\[0, 131071\].*found \[7, 131072\]"):
+        write_shard(path, np.array([7, 131_072]), 131_072)
 
 
 def test_ids_of_another_vocabulary_are_located():

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +15,20 @@ from fixtures_model import TINY, as_overrides, run_python
 
 import train_gpt
 from data.errors import UserError
-from data.shards import HEADER_BYTES, read_json, write_shard
+from data.shards import HEADER_BYTES, read_json
 from eval.budget import BudgetError
 from formats.recipe import with_values
-from train_gpt import Environment, Log, ShardStream, Training, load_artifact, next_batch, warm_up
+from formats.state import read_state
+from train_gpt import (
+    CHECKPOINT_NAME,
+    Environment,
+    Log,
+    Training,
+    load_artifact,
+    resume,
+    save_checkpoint,
+    warm_up,
+)
 
 ALONE = Environment({})
 
@@ -169,35 +178,6 @@ def test_two_ranks_train_like_one(finished_run):
     assert a == pytest.approx(b, abs=1e-3)
 
 
-def test_any_number_of_ranks_reads_the_same_global_batch(tiny_config):
-    """Union of the ranks' rows equals the rows of one rank, in order."""
-    stream = ShardStream(Path(tiny_config.data.data_path) / train_gpt.TRAIN_GLOB, 300)
-
-    def rows(world_size):
-        stream.load_state_dict({"shard": 0, "position": 0})
-        batches = []
-        for _ in range(4 // world_size):
-            start = stream.state_dict()
-            for rank in range(world_size):
-                stream.load_state_dict(start)
-                ranks = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
-                batches.append(next_batch(stream, tiny_config.data, 1, ranks))
-        return torch.cat([batch.tokens for batch in batches]), torch.cat([batch.targets for batch in batches])
-
-    for world_size in (2, 4):
-        for ours, expected in zip(rows(world_size), rows(1), strict=True):
-            assert torch.equal(ours, expected)
-
-
-def test_the_stream_goes_round_over_all_shards_in_order(tmp_path):
-    """Every token once an epoch, then from the start again."""
-    for i, tokens in enumerate((np.arange(5), np.arange(5, 7), np.arange(7, 12))):
-        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", tokens)
-    stream = ShardStream(tmp_path / "fineweb_train_*.bin", 100)
-    taken = np.concatenate([stream.take(count) for count in (3, 8, 1, 13)])
-    assert taken.tolist() == (list(range(12)) * 3)[:25]
-
-
 def test_warm_up_leaves_no_trace(tiny_config, alone, tmp_path):
     """Compile steps before the clock must not train: weights, optimizer, stream and average are restored."""
     cfg = with_values(tiny_config, {"average.ema_decay": 0.9, "run.warmup_steps": 2}, "test")
@@ -205,13 +185,99 @@ def test_warm_up_leaves_no_trace(tiny_config, alone, tmp_path):
     before = copy.deepcopy(training.state_dict())
     warm_up(training, Log(tmp_path, True))
     after = training.state_dict()
-    assert after["stream"] == before["stream"]
+    assert after["loader"] == before["loader"]
     for name, tensor in before["model"].items():
         assert torch.equal(tensor, after["model"][name])
-    for old, new in zip(before["ema"]["averages"], after["ema"]["averages"], strict=True):
+    for old, new in zip(before["average"]["averages"], after["average"]["averages"], strict=True):
         assert torch.equal(old, new)
-    assert all(not buffer.any() for buffer in after["optimizers"]["momentum"])
+    assert all(not stack["momentum"].any() for stack in after["optimizers"]["stacks"])
     assert not after["optimizers"]["adamw"]["state"]
+
+
+def weights_of(path: Path) -> list[np.ndarray]:
+    """The model's weights in a checkpoint."""
+    state, _ = read_state(path)
+    return list(state["model"].values())
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"average.swa_every": 1, "average.swa_below": 1.0, "average.ema_decay": 0.0}]
+)
+def test_a_resumed_run_is_the_uninterrupted_run_bitwise(tiny_config, tmp_path, values):
+    """Train 10, save, restore, train 10 equals train 20; dropout's noise and the loader's place too."""
+    shape = {
+        "run.val_loss_every": -1, "model.dropout": 0.2, "data.loader": "shuffled", "average.ema_decay": 0.9,
+        "run.iterations": 20, "optim.normuon_beta2": 0.9, "run.save_every": 10, "schedule.warmdown_iters": 0,
+    }  # fmt: skip
+    cfg = with_values(tiny_config, shape | values, "test")
+    checkpoint = Path(cfg.run.out_dir) / "tiny" / CHECKPOINT_NAME
+    train_gpt.run(with_values(cfg, {"run.iterations": 10}, "test"), ALONE)
+    half = Path(shutil.copy(checkpoint, tmp_path / "ten.safetensors"))
+    ends = []
+    for start in (None, half):
+        train_gpt.run(cfg, ALONE, start)
+        ends.append([*weights_of(checkpoint), np.fromfile(checkpoint.with_name("artifact.bin"), np.uint8)])
+    for straight, resumed in zip(*ends, strict=True):
+        assert np.array_equal(straight, resumed)
+    assert losses(checkpoint.parent) and not np.array_equal(weights_of(half)[0], ends[0][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("values", [[], ["optim.normuon_beta2=0.9", "data.loader=shuffled"]])
+def test_one_two_and_four_ranks_train_the_same_weights(tiny_config, tmp_path, values):
+    """Ten steps in float64 to 1e-9, orthogonalization included; no stack of five layers divides by four."""
+    shape = {
+        "model.compute_dtype": "float64", "model.num_layers": 5, "run.iterations": 10, "run.save_every": 10,
+        "run.val_loss_every": -1, "optim.grad_clip_norm": 0.5, "model.dropout": 0.1,
+    }  # fmt: skip
+    cfg = with_values(tiny_config, shape, "test")
+    weights = {}
+    for world_size in (1, 2, 4):
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={world_size}",
+            "train_gpt.py",
+        ]
+        result = run_python(*command, *as_overrides(cfg), *values, f"run.run_id={world_size}", timeout=500)
+        assert result.returncode == 0, result.stderr
+        weights[world_size] = weights_of(Path(cfg.run.out_dir) / str(world_size) / CHECKPOINT_NAME)
+    for world_size in (2, 4):
+        for ours, expected in zip(weights[world_size], weights[1], strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-9)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tiny_config, alone, tmp_path):
+    """Its weights would fit another model, or worse, this one."""
+    path = tmp_path / CHECKPOINT_NAME
+    training = Training(tiny_config, alone, bos_id=1)
+    save_checkpoint(training, path)
+    resume(training, path)
+    other = Training(with_values(tiny_config, {"optim.beta1": 0.5}, "test"), alone, bos_id=1)
+    with pytest.raises(UserError, match="expected a checkpoint of recipe"):
+        resume(other, path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="damaged or foreign"):
+        resume(training, path)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        resume(training, tmp_path / "none")
+
+
+def test_stages_change_the_shape_of_steps(tiny_config, alone, tmp_path):
+    """Rows grow in the middle of the run; every shape is warmed up before the clock."""
+    rows = "0:8:128:4:1:0,0.5:16:256:4:1:0"
+    cfg = with_values(tiny_config, {"schedule.stages": rows, "run.val_loss_every": -1}, "test")
+    training = Training(cfg, alone, bos_id=1)
+    assert [stage.seq_len for stage, _ in train_gpt.graphs_of(cfg)] == [8, 16]
+    shapes = []
+    loss = training.loss
+    training.loss = lambda model, batch, passes: (
+        shapes.append(batch.tokens.shape) or loss(model, batch, passes)
+    )
+    train_gpt.train(training, Log(tmp_path, True), validate=None)
+    assert shapes == [(4, 8)] * 12 + [(4, 16)] * 12
+    assert "phase: seq_len:16 batch_tokens:256" in (tmp_path / "train.log").read_text()
 
 
 def test_the_clock_stops_a_step_within_one_micro_batch(tiny_config, alone, tmp_path, monkeypatch):

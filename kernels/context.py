@@ -1,0 +1,73 @@
+"""Attention over a compressed context: reading R1 of a published model's "non-trainable projection 1/10".
+
+The sequence is cut into chunks of `ratio` tokens. A query in chunk j attends token by token to the first
+and the last `keep` chunks (its own included); every other past chunk i is replaced by the means of up to
+rho = min(ratio, ratio_min + j - keep - i) consecutive keys and values: the further back, the coarser, down
+to one vector a chunk. No parameters; only whole past chunks are pooled, so it is causal. Up to 2 * keep
+chunks it is full attention.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ContextRule(NamedTuple):
+    """How the context is compressed."""
+
+    ratio: int  # tokens a chunk, and most tokens behind one pooled key
+    ratio_min: int  # tokens behind a pooled key of the nearest compressed chunk
+    keep: int  # chunks at either end that stay exact
+
+
+def pooling_rows(rule: ContextRule) -> list[tuple[int, int, int]]:
+    """List the pooled entries of one chunk as (rho, start, stop) within it, for every rho."""
+    rhos = range(rule.ratio_min, rule.ratio + 1)
+    spans = ((rho, start) for rho in rhos for start in range(0, rule.ratio, rho))
+    return [(rho, start, min(start + rho, rule.ratio)) for rho, start in spans]
+
+
+def visible_entries(queries: Tensor, seq_len: int, rule: ContextRule) -> tuple[Tensor, Tensor]:
+    """Say what queries at positions (N,) see of seq_len tokens: exact (N, T) and pooled (N, E) bool.
+
+    Pooled entries come chunk by chunk, in the order of pooling_rows.
+    """
+    device = queries.device
+    tokens = torch.arange(seq_len, device=device)
+    own = (queries // rule.ratio)[:, None]  # (N, 1): j
+    chunk = tokens // rule.ratio
+    exact = (tokens <= queries[:, None]) & ((chunk < rule.keep) | (chunk > own - rule.keep))
+    rows = pooling_rows(rule)
+    rhos = torch.tensor([rho for rho, _, _ in rows], device=device)
+    past = torch.arange(seq_len // rule.ratio, device=device)
+    age = own - rule.keep - past  # (N, chunks), 0: the nearest compressed chunk
+    wanted = (rule.ratio_min + age).clamp(max=rule.ratio)
+    compressed = (age >= 0) & (past >= rule.keep)
+    pooled = compressed[:, :, None] & (wanted[:, :, None] == rhos)
+    return exact, pooled.flatten(1)
+
+
+def pool(x: Tensor, rule: ContextRule) -> Tensor:
+    """Average (B, T, G, K) keys or values into the pooled entries, (B, E, G, K)."""
+    rows = pooling_rows(rule)
+    weights = torch.zeros(len(rows), rule.ratio, dtype=x.dtype, device=x.device)
+    for row, (_, start, stop) in enumerate(rows):
+        weights[row, start:stop] = 1 / (stop - start)
+    whole = x.size(1) // rule.ratio
+    chunks = x[:, : whole * rule.ratio].unflatten(1, (whole, rule.ratio))  # (B, chunks, ratio, G, K)
+    return torch.einsum("pr,bcrgk->bcpgk", weights, chunks).flatten(1, 2)
+
+
+def attend_compressed(q: Tensor, k: Tensor, v: Tensor, rule: ContextRule) -> Tensor:
+    """Attend from (B, T, H, K) queries to exact and pooled keys and values (B, T, G, K); (B, T, H, K)."""
+    seq_len = q.size(1)
+    mask = torch.cat(visible_entries(torch.arange(seq_len, device=q.device), seq_len, rule), dim=1)
+    keys, values = (torch.cat((x, pool(x, rule)), dim=1).transpose(1, 2) for x in (k, v))
+    grouped = q.size(2) != k.size(2)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=mask, scale=1 / math.sqrt(q.size(3)), enable_gqa=grouped
+    )
+    return y.transpose(1, 2)
