@@ -267,6 +267,39 @@ def test_no_switch_looks_ahead(tiny_config, values):
     assert torch.equal(before[:, :9], after[:, :9])
 
 
+def shrunk(name: str) -> Config:
+    """A recipe with all its switches, narrow; attention stays in documents, whatever it says."""
+    cfg = recipe(name)
+    narrow = {
+        "data.vocab_size": 300,
+        "model.model_dim": 8 * cfg.model.num_heads,
+        "model.rope_dims": min(cfg.model.rope_dims, 4),
+        "model.embed_dim": min(cfg.model.embed_dim, 8),
+        "model.bigram_buckets": min(cfg.model.bigram_buckets, 64),
+        "model.compute_dtype": "float32",
+        "model.attn_in_document": True,
+    }
+    return with_values(cfg, narrow, "test")
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_no_recipe_looks_ahead_or_into_the_neighbouring_document(name):
+    """Perturb the future, then the document before: what may not see them must not move, bitwise."""
+    cfg = shrunk(name)
+    check_config(cfg)
+    model = build_random(cfg).eval()
+    tokens = (torch.arange(48) * 7 % 300).view(2, 24)
+    starts = torch.zeros(2, 24, dtype=torch.bool)
+    starts[:, 11] = True
+    future, neighbour = tokens.clone(), tokens.clone()
+    future[:, 17:] = 5
+    neighbour[:, :11] = 9
+    with torch.no_grad():
+        logits, after, beside = (model(text, starts) for text in (tokens, future, neighbour))
+    assert torch.equal(logits[:, :17], after[:, :17]) and not torch.equal(logits[:, 17:], after[:, 17:])
+    assert torch.equal(logits[:, 11:], beside[:, 11:]) and not torch.equal(logits[:, :11], beside[:, :11])
+
+
 @pytest.mark.parametrize(
     "values", SWITCHES, ids=lambda values: ",".join(f"{k[6:]}={v}" for k, v in values.items())
 )

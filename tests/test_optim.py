@@ -7,19 +7,18 @@ import pytest
 import torch
 
 from formats.recipe import with_values
+from kernels.muon import Stack, newton_schulz
 from train_gpt import (
     Config,
     Ema,
     OptimConfig,
     Optimizers,
-    Stack,
     StepRates,
     Swa,
     build_model,
     decay_mul,
     learning_rate_mul,
     muon_momentum,
-    newton_schulz,
     stages_of,
     step_rates,
 )

@@ -97,6 +97,19 @@ def test_system_a_follows_its_published_learning_rates(step, expected):
     assert cfg.optim.matrix_lr * learning_rate_mul(cfg, step, 0.0) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.reference("A5")
+def test_attention_by_blocks_of_queries_is_the_same_function():
+    """System A cuts queries into chunks to save memory; here the backend does, with equal logits."""
+    cfg = small(A, **{"model.model_dim": 64})
+    outputs = []
+    for backend in ("blocked", "math"):
+        torch.manual_seed(0)
+        model = GPT(cfg.model, 300, attention=backend).train(False)
+        tokens = (torch.arange(128) * 7 % 300).view(1, 128)
+        outputs.append(model(tokens, tokens == -1))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+
+
 @pytest.mark.reference("A6")
 @pytest.mark.parametrize("positions", ["embed_heads", "bwetaf051", "bwetaf06"])
 def test_system_a_never_looks_ahead(positions):
