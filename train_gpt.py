@@ -70,6 +70,8 @@ from formats.artifact import (
     require_codec,
     unpack_artifact,
 )
+from formats.codes import decode_codes, decode_halves, largest_stream
+from formats.codes_encode import encode_codes, encode_halves
 from formats.recipe import (
     check_ranges,
     config_fields,
@@ -89,6 +91,18 @@ from formats.state import map_leaves, read_state, write_state
 from kernels.attention import BACKENDS, AttentionMask, Reach, attend, mask_of, resolve_attention
 from kernels.context import ContextRule, attend_compressed
 from kernels.muon import NS_TABLES, MuonSettings, Pending, Stack
+from quantizers.gptq import (
+    Calibrated,
+    Moments,
+    calibrate,
+    collect_moments,
+    combine_roles,
+    gptq,
+    rd_gptq,
+    water_fill,
+)
+from quantizers.grid import CLIP_RULES, Grid, Quantized, check_weight, dequantize, quantize
+from quantizers.rate import fit_rate
 
 PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed program here
 
@@ -282,12 +296,23 @@ class AverageConfig:
 class QuantConfig:
     """How weights are stored and how many bytes they may take."""
 
-    matrix_bits: int = option(8, "", "of the block matrices' codes, one scale a row", low=2, high=8)
-    embed_bits: int = option(8, "", "of the embedding's and head's codes", low=2, high=8)
-    clip_quantile: float = option(0.9999984, "", "of a row's magnitudes: the largest code", low=0, high=1)
+    method: str = option("round", "", "how matrices become codes", choices=("round", "gptq", "water_fill"))
+    matrix_bits: int = option(8, "", "of the block matrices' codes, one scale a row", low=1, high=8)
+    embed_bits: int = option(8, "", "of the embedding's and head's codes", low=1, high=8)
+    clip_rule: str = option("quantile", "", "of a row's largest code", choices=tuple(CLIP_RULES))
+    matrix_clip: float = option(0.9999984, "", "the rule's number for block matrices", low=0)
+    embed_clip: float = option(0.9999984, "", "the rule's number for embedding and head", low=0)
+    step: float = option(0.4, "", "water_fill: steps of the median matrix, in deviations", low=1e-3, high=8)
+    target_bytes: int = option(0, "", "water_fill: choose step for code + artifact of that; 0: no", low=0)
+    rate_weight: float = option(0.0, "", "water_fill: price of bits in rounding, 1: all of it", low=0)
+    damping: float = option(0.01, "", "of Hessians, a fraction of the mean diagonal", low=0)
+    calib_batches: int = option(16, "", "training micro-batches that Hessians are taken from", low=1)
+    reserve_seconds: float = option(0.0, "", "of the clock that training leaves for calibration", low=0)
     float16_numel: int = option(65_536, "", "matrices of at most so many elements stay float16", low=0)
     scale_floor: bool = option(True, "", "scales are at least 1 / largest code (contest's baseline)")
-    codec: str = option("zlib", "", "compressor of the artifact's streams", choices=tuple(STREAM_CODECS))
+    codec: str = option(
+        "zlib", "", "of the artifact's streams; rans: formats/codes.py", choices=(*STREAM_CODECS, "rans")
+    )
     limit_bytes: int = option(LIMIT_BYTES, "", "most bytes of code + artifact", low=0)
 
 
@@ -408,6 +433,9 @@ def check_config(cfg: Config) -> None:
     fracs_fit = len(fracs) in (0, model.recur_passes - 1) and list(fracs) == sorted(fracs)
     starts = [stage.start for stage in stages_of(cfg)]
     stages_fit = starts[0] == 0 and len({s < 1 for s in starts[1:]}) < 2 and starts == sorted(set(starts))
+    fits = cfg.quant.target_bytes == 0 or cfg.quant.method == "water_fill"
+    clock = run.max_wallclock_seconds
+    reserved = cfg.quant.reserve_seconds == 0 or cfg.quant.reserve_seconds < clock
     one_average = not (cfg.average.ema_decay > 0 and cfg.average.swa_every > 0)
     rotated = model.rope_dims or head_dim
     rules = [
@@ -434,6 +462,10 @@ def check_config(cfg: Config) -> None:
         ("model.mlp_mult", model.mlp_mult * model.model_dim >= 1, "gives an empty mlp"),
         *(rule for stage in stages_of(cfg) for rule in stage_rules(cfg, stage)),
         ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
+        ("quant.codec", cfg.quant.method != "water_fill" or cfg.quant.codec == "rans", "must be rans here"),
+        ("quant.target_bytes", fits, "needs quant.method=water_fill"),
+        ("quant.matrix_bits", cfg.quant.matrix_bits > 1 or cfg.quant.method == "round", "needs method=round"),
+        ("quant.reserve_seconds", reserved, f"must be below run.max_wallclock_seconds={clock}"),
         ("run.iterations", run.iterations > 0 or run.max_wallclock_seconds > 0, "needs a step or a clock"),
     ]
     for name, holds, constraint in rules:
@@ -1058,6 +1090,13 @@ def layer_plan(cfg: ModelConfig, passes: int = 1) -> list[Step]:
     return plan
 
 
+class TiedHead(nn.Module):
+    """Multiply by the embedding: a module, so that calibration can watch what it reads."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight.to(x.dtype))
+
+
 class AsymmetricSoftcap(nn.Module):
     """Cap positive and negative logits by learned caps: cap * tanh(z / cap) (contest pull request 1923)."""
 
@@ -1098,6 +1137,7 @@ class GPT(nn.Module):
             self.skip_gates = nn.Parameter(torch.zeros(num_skips(cfg), cfg.model_dim))
         self.final_norm = Norm(cfg) if cfg.final_norm else nn.Identity()
         self.head = None if cfg.tie_embeddings else CastLinear(cfg.model_dim, vocab_size)
+        self.readout = TiedHead() if cfg.tie_embeddings else None
         self.softcap = AsymmetricSoftcap(cfg.logit_softcap) if cfg.asymmetric_softcap else None
         self.init_weights()
 
@@ -1182,7 +1222,7 @@ class GPT(nn.Module):
         else:
             if self.embed_proj is not None:
                 x = x @ self.embed_proj.weight.to(x.dtype)  # back to (B, T, embed_dim)
-            logits = F.linear(x, self.embed.weight.to(x.dtype))
+            logits = self.readout(x, self.embed.weight)
         if self.softcap is not None:
             return self.softcap(logits)
         cap = self.cfg.logit_softcap
@@ -1445,10 +1485,17 @@ def stage_at(cfg: Config, step: int, progress: float) -> Stage:
     return [stage for stage in stages if stage.start <= (progress if stage.start < 1 else step)][-1]
 
 
+def training_ms(cfg: Config) -> float:
+    """Return the clock that training may use: the limit less calibration's share; without one infinite."""
+    seconds = cfg.run.max_wallclock_seconds
+    return 1000.0 * max(seconds - cfg.quant.reserve_seconds, 0.0) if seconds > 0 else math.inf
+
+
 def run_progress(cfg: Config, step: int, elapsed_ms: float) -> float:
     """Return the fraction of the run that is over: of the clock, or without one of the steps."""
-    seconds = cfg.run.max_wallclock_seconds
-    return elapsed_ms / (1000.0 * seconds) if seconds > 0 else step / max(cfg.run.iterations, 1)
+    if cfg.run.max_wallclock_seconds > 0:
+        return elapsed_ms / training_ms(cfg)
+    return step / max(cfg.run.iterations, 1)
 
 
 def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
@@ -1471,7 +1518,7 @@ def warmdown_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
     """Return 1, then fall linearly over warmdown_frac of the run or the time that warmdown_iters take."""
     schedule, run = cfg.schedule, cfg.run
     if run.max_wallclock_seconds > 0:
-        total, done = 1000.0 * run.max_wallclock_seconds, elapsed_ms
+        total, done = training_ms(cfg), elapsed_ms
         warmdown = schedule.warmdown_iters * elapsed_ms / max(step, 1)
     else:
         total, done, warmdown = float(run.iterations), float(step), float(schedule.warmdown_iters)
@@ -1486,7 +1533,7 @@ def cosine_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
     schedule, run = cfg.schedule, cfg.run
     held = step - step % schedule.lr_hold_iters
     if run.max_wallclock_seconds > 0:
-        steps = 1000.0 * run.max_wallclock_seconds * step / max(elapsed_ms, 1e-9)  # at this pace
+        steps = training_ms(cfg) * step / max(elapsed_ms, 1e-9)  # at this pace
     else:
         steps = run.iterations
     done = min(max(held - schedule.lr_warmup_iters, 0) / max(steps - schedule.lr_warmup_iters, 1e-9), 1.0)
@@ -1590,45 +1637,7 @@ def takes_snapshot(cfg: AverageConfig, steps_done: int, lr_mul: float) -> bool:
 # ----------------------------------------------------------------------------------------------------------
 # 9 quantization
 # ----------------------------------------------------------------------------------------------------------
-
-
-class Quantized(NamedTuple):
-    codes: Tensor  # (rows, cols) int8
-    scales: Tensor  # (rows,) float16
-
-
-def quantize_rows(weight: Tensor, bits: int, cfg: QuantConfig) -> Quantized:
-    """Round (rows, cols) weights to symmetric integer codes with one float16 scale a row.
-
-    The scale maps the clip_quantile of the row's magnitudes to the largest code, 2^(bits - 1) - 1. With
-    scale_floor it is at least 1 / that code. Codes are taken against the float16 scale that is stored.
-    """
-    largest = 2 ** (bits - 1) - 1
-    weight = weight.detach().float()
-    clip = torch.quantile(weight.abs(), cfg.clip_quantile, dim=1)
-    scales = (clip / largest).clamp_min(1.0 / largest if cfg.scale_floor else 2.0**-20).half()
-    codes = torch.round(weight / scales.float()[:, None]).clamp_(-largest, largest)
-    return Quantized(codes.to(torch.int8), scales)
-
-
-def dequantize_rows(quantized: Quantized) -> Tensor:
-    """Return the float32 weights that codes and scales stand for."""
-    return quantized.codes.float() * quantized.scales.float()[:, None]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 10 artifact
-# ----------------------------------------------------------------------------------------------------------
-# formats/artifact.py owns the file; here is what goes into it: the recipe, the tokenizer's sha256, a table of
-# tensors in parameter order, and their codes, scales, halves and floats as a stream each.
-
-# Raw streams, in file order, and the numpy dtype of their elements.
-STREAM_DTYPES = {
-    "codes": np.dtype("i1"),
-    "scales": np.dtype("<f2"),
-    "halves": np.dtype("<f2"),
-    "floats": np.dtype("<f4"),
-}
+# quantizers/ turns one matrix into codes; here is which matrices, with what statistics, into how many bytes.
 
 
 class TensorRow(NamedTuple):
@@ -1636,15 +1645,7 @@ class TensorRow(NamedTuple):
 
     name: str
     shape: list[int]
-    storage: str  # rows (codes and scales) | float16 | float32
-
-
-# The parts of a tensor by storage: (stream, shape of its elements in it).
-STORAGE_PARTS: dict[str, Callable[[list[int]], list[tuple[str, list[int]]]]] = {
-    "rows": lambda shape: [("codes", shape), ("scales", shape[:1])],
-    "float16": lambda shape: [("halves", shape)],
-    "float32": lambda shape: [("floats", shape)],
-}
+    storage: str  # rows (codes and scales) | steps (column steps too) | float16 | float32
 
 
 def tensor_table(cfg: Config) -> list[TensorRow]:
@@ -1652,40 +1653,144 @@ def tensor_table(cfg: Config) -> list[TensorRow]:
     with torch.device("meta"):
         named = list(GPT(cfg.model, cfg.data.vocab_size).named_parameters())
     rules = match_rules(cfg, [name for name, _ in named])
+    coded = "steps" if cfg.quant.method == "water_fill" else "rows"
     rows = []
     for name, param in named:
-        quantized = "float16" if param.numel() <= cfg.quant.float16_numel else "rows"
+        quantized = "float16" if param.numel() <= cfg.quant.float16_numel else coded
         storage = "float32" if rules[name].storage == "float32" else quantized
         rows.append(TensorRow(name, list(param.shape), storage))
     return rows
 
 
-def write_artifact(model: GPT, cfg: Config, tokenizer_sha256: str, path: Path) -> list[tuple[str, int]]:
-    """Quantize and write a model; returns the ledger [(part, bytes)] whose sum is the file's size."""
-    table = tensor_table(cfg)
-    rules = match_rules(cfg, [row.name for row in table])
+def grid_of(storage: str, cfg: QuantConfig) -> Grid:
+    """Return the grid of tensors stored as `matrix` or `embed`."""
+    bits, clip = getattr(cfg, f"{storage}_bits"), getattr(cfg, f"{storage}_clip")
+    return Grid(bits, cfg.clip_rule, clip, scale_floor=cfg.scale_floor)
+
+
+def quantized_names(cfg: Config) -> dict[str, str]:
+    """Map every quantized parameter to its storage, matrix or embed, in parameter order."""
+    table = [row.name for row in tensor_table(cfg) if row.storage not in ("float16", "float32")]
+    rules = match_rules(cfg, [row.name for row in tensor_table(cfg)])
+    return {name: rules[name].storage for name in table}
+
+
+def calibrated_matrices(model: GPT, cfg: Config, moments: dict[str, Moments]) -> dict[str, Calibrated]:
+    """Put weights and their statistics together; a tied embedding has two roles."""
+    params, matrices = dict(model.named_parameters()), {}
+    for name in quantized_names(cfg):
+        kept = moments[name]
+        roles = kept.hessian, kept.row_weights
+        if name == "embed.weight" and "readout" in moments:
+            roles = combine_roles(moments["readout"], kept)
+        matrices[name] = calibrate(name, params[name], *roles, cfg.quant.damping)
+    return matrices
+
+
+def quantize_model(
+    model: GPT, cfg: Config, moments: dict[str, Moments], size_of: Callable[[dict], int]
+) -> dict[str, Quantized]:
+    """Quantize every matrix as cfg.quant says; size_of weighs the code and the artifact of a result."""
+    quant, names = cfg.quant, quantized_names(cfg)
+    if quant.method == "round":
+        params = dict(model.named_parameters())
+        for name in names:
+            check_weight(params[name], name)
+        return {name: quantize(params[name], grid_of(storage, quant)) for name, storage in names.items()}
+    matrices = calibrated_matrices(model, cfg, moments)
+    if quant.method == "gptq":
+        return {
+            name: gptq(matrix.weight, matrix.factor, grid_of(names[name], quant))
+            for name, matrix in matrices.items()
+        }
+    steps = water_fill(matrices)
+
+    def filled(step: float) -> dict[str, Quantized]:
+        return {
+            name: rd_gptq(matrix, steps[name], step, quant.rate_weight) for name, matrix in matrices.items()
+        }
+
+    if not quant.target_bytes:
+        return filled(quant.step)
+    fit = fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.05, 4.0)
+    return filled(fit.knob)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 10 artifact
+# ----------------------------------------------------------------------------------------------------------
+# formats/artifact.py owns the file; here is what goes into it: the recipe, the tokenizer's sha256, a table of
+# tensors in parameter order, and their codes, scales, column steps, halves and floats as a stream each.
+
+# Raw streams, in file order, and the numpy dtype of their elements.
+STREAM_DTYPES = {
+    "codes": np.dtype("i1"),
+    "scales": np.dtype("<f2"),
+    "columns": np.dtype("i1"),
+    "halves": np.dtype("<f2"),
+    "floats": np.dtype("<f4"),
+}
+
+
+# The parts of a tensor by storage: (stream, shape of its elements in it).
+STORAGE_PARTS: dict[str, Callable[[list[int]], list[tuple[str, list[int]]]]] = {
+    "rows": lambda shape: [("codes", shape), ("scales", shape[:1])],
+    "steps": lambda shape: [("codes", shape), ("scales", shape[:1]), ("columns", shape[1:])],
+    "float16": lambda shape: [("halves", shape)],
+    "float32": lambda shape: [("floats", shape)],
+}
+
+
+def artifact_parts(model: GPT, cfg: Config, quantized: dict[str, Quantized]) -> dict[str, list[np.ndarray]]:
+    """Sort what the tensors are stored as into the streams; refuses weights that are not finite."""
     params = dict(model.named_parameters())
     raw: dict[str, list[np.ndarray]] = {name: [] for name in STREAM_DTYPES}
-    for row in table:
-        weight = params[row.name].detach().float().cpu()
+    for row in tensor_table(cfg):
+        weight = params[row.name].detach().cpu()
         if not torch.isfinite(weight).all():
             raise UserError(f"{row.name} is not finite: the run diverged. Lower the learning rates.")
         if row.storage == "float32":
-            raw["floats"].append(weight.numpy())
+            raw["floats"].append(weight.float().numpy())
         elif row.storage == "float16":
             raw["halves"].append(weight.half().numpy())
         else:
-            quantized = quantize_rows(
-                weight, getattr(cfg.quant, f"{rules[row.name].storage}_bits"), cfg.quant
-            )
-            raw["codes"].append(quantized.codes.numpy())
-            raw["scales"].append(quantized.scales.numpy())
-    header = {"recipe": recipe_of(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": table}
-    streams = {name: b"".join(part.tobytes() for part in parts) for name, parts in raw.items()}
-    blob, ledger = pack_artifact(header, streams, cfg.quant.codec)
+            codes, scales, columns, _ = quantized[row.name]
+            raw["codes"].append(codes.cpu().numpy())
+            raw["scales"].append(scales.cpu().numpy())
+            if columns is not None:
+                raw["columns"].append(columns.cpu().numpy())
+    return raw
+
+
+def pack_model(
+    model: GPT, cfg: Config, quantized: dict[str, Quantized], tokenizer_sha256: str
+) -> tuple[bytes, list[tuple[str, int]]]:
+    """Return an artifact's bytes and its ledger [(part, bytes)], whose sum is the file's size."""
+    raw = artifact_parts(model, cfg, quantized)
+    streams = {
+        name: b"".join(part.astype(dtype).tobytes() for part in raw[name])
+        for name, dtype in STREAM_DTYPES.items()
+    }
+    if cfg.quant.codec == "rans":
+        streams["codes"] = encode_codes(raw["codes"])
+        streams["scales"] = encode_halves([part.ravel() for part in raw["scales"]])
+    header = {"recipe": recipe_of(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": tensor_table(cfg)}
+    return pack_artifact(header, streams, stream_codec(cfg))
+
+
+def write_artifact(
+    model: GPT, cfg: Config, quantized: dict[str, Quantized], tokenizer_sha256: str, path: Path
+) -> list[tuple[str, int]]:
+    """Write a quantized model; returns the ledger [(part, bytes)] whose sum is the file's size."""
+    blob, ledger = pack_model(model, cfg, quantized, tokenizer_sha256)
     with atomic_file(path) as file:
         file.write(blob)
     return ledger
+
+
+def stream_codec(cfg: Config) -> str:
+    """Return the codec of the artifact's frame: what rans coded is stored as it is, the rest at its best."""
+    return "best" if cfg.quant.codec == "rans" else cfg.quant.codec
 
 
 def read_recipe_of(header: dict, live: Config, path: Path) -> Config:
@@ -1705,30 +1810,44 @@ def read_recipe_of(header: dict, live: Config, path: Path) -> Config:
     return cfg
 
 
-def read_tensors(streams: dict[str, Stream], table: list[TensorRow], codec: str) -> dict[str, Tensor]:
+def read_tensors(streams: dict[str, Stream], table: list[TensorRow], cfg: Config) -> dict[str, Tensor]:
     """Check the streams' lengths against the table, decompress them, cut and dequantize the tensors."""
     parts = [(row, stream, shape) for row in table for stream, shape in STORAGE_PARTS[row.storage](row.shape)]
-    counts = dict.fromkeys(STREAM_DTYPES, 0)
-    for _, stream, shape in parts:
-        counts[stream] += math.prod(shape)
-    needed = {name: counts[name] * dtype.itemsize for name, dtype in STREAM_DTYPES.items()}
-    found = {name: stream.raw_bytes for name, stream in streams.items()}
-    if found != needed:
-        raise ArtifactError(f"artifact: expected streams of {needed} bytes, found {found}.")
-    values = {
-        name: np.frombuffer(decompress(streams[name], codec), dtype) for name, dtype in STREAM_DTYPES.items()
+    shapes = {name: [shape for _, stream, shape in parts if stream == name] for name in STREAM_DTYPES}
+    coded = ("codes", "scales") if cfg.quant.codec == "rans" else ()
+    needed = {
+        name: sum(map(math.prod, shapes[name])) * dtype.itemsize
+        for name, dtype in STREAM_DTYPES.items()
+        if name not in coded
     }
-    pieces: dict[str, dict[str, Tensor]] = {row.name: {} for row in table}
+    found = {name: stream.raw_bytes for name, stream in streams.items() if name not in coded}
+    if found != needed or len(streams) != len(STREAM_DTYPES):
+        raise ArtifactError(f"artifact: expected streams of {needed} bytes, found {found}.")
+    sizes = [math.prod(shape) for shape in shapes["scales"]]
+    limits = {"codes": shapes["codes"], "scales": [(1, size) for size in (*sizes, sum(sizes))]}
+    for name in coded:  # before anything of that length is allocated
+        if streams[name].raw_bytes > largest_stream(limits[name]):
+            raise ArtifactError(f"artifact: {streams[name].raw_bytes} bytes are too many for its {name}.")
+    raw = {name: decompress(stream, stream_codec(cfg)) for name, stream in streams.items()}
+    values = {name: np.frombuffer(raw[name], STREAM_DTYPES[name]) for name in needed}
+    pieces = {
+        name: np.split(found, np.cumsum([math.prod(shape) for shape in shapes[name]])[:-1])
+        for name, found in values.items()
+    }
+    if coded:
+        pieces["codes"] = decode_codes(raw["codes"], shapes["codes"])
+        pieces["scales"] = decode_halves(raw["scales"], sizes)
+    tensors: dict[str, dict[str, Tensor]] = {row.name: {} for row in table}
+    left = {name: iter(found) for name, found in pieces.items()}
     for row, stream, shape in parts:
-        piece, values[stream] = np.split(values[stream], [math.prod(shape)])
-        pieces[row.name][stream] = torch.from_numpy(piece.copy()).view(shape)
-    return {name: restore_tensor(**piece) for name, piece in pieces.items()}
+        tensors[row.name][stream] = torch.from_numpy(next(left[stream]).copy()).view(shape)
+    return {name: restore_tensor(**piece) for name, piece in tensors.items()}
 
 
-def restore_tensor(codes=None, scales=None, halves=None, floats=None) -> Tensor:
+def restore_tensor(codes=None, scales=None, columns=None, halves=None, floats=None) -> Tensor:
     """Return the float32 weights of one tensor from the pieces that its storage keeps."""
     if codes is not None:
-        return dequantize_rows(Quantized(codes, scales))
+        return dequantize(Quantized(codes, scales[:, None], columns))
     return (halves if halves is not None else floats).float()
 
 
@@ -1747,7 +1866,7 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     if header["tensors"] != [list(row) for row in table]:
         raise ArtifactError(f"{path}: the tensor table is not that of the recipe in it.")
     model = make_gpt(cfg, device)
-    model.load_state_dict(read_tensors(streams, table, cfg.quant.codec))
+    model.load_state_dict(read_tensors(streams, table, cfg))
     return model.to(device).eval(), cfg, header
 
 
@@ -1875,6 +1994,27 @@ def graphs_of(cfg: Config) -> list[tuple[Stage, int]]:
     return list(dict.fromkeys(pairs))
 
 
+def collect_statistics(training: Training) -> dict[str, Moments]:
+    """Pass training text through the model: what calibration keeps of every quantized matrix, all ranks."""
+    model, cfg = training.model, training.cfg
+    modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in quantized_names(cfg)}
+    if cfg.model.tie_embeddings:
+        modules["readout"] = model.readout
+    model.eval()
+    stage = stages_of(cfg)[-1]
+
+    def run_batches() -> None:
+        for _ in range(cfg.quant.calib_batches):
+            batch = next_batch(training.loader, stage, training.ranks)
+            (mean_loss(model, batch) * batch.targets.numel()).backward()
+            training.optimizers.zero_grad()
+
+    moments = collect_moments(modules, run_batches)
+    for kept in moments.values():
+        kept.merge(training.ranks.sum)
+    return moments
+
+
 def save_checkpoint(training: Training, path: Path) -> None:
     """Write all that a step changes; ranks put their parts together first."""
     state = map_leaves(training.state_dict(), Tensor, lambda tensor: tensor.cpu().numpy())
@@ -1932,7 +2072,7 @@ def validate_now(training: Training, log: Log, validate: Callable[[], Score]) ->
 def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
     """Run the training loop under the clock, then apply the average; returns steps, time and speed."""
     cfg, run = training.cfg, training.cfg.run
-    limit_ms = 1000.0 * run.max_wallclock_seconds if run.max_wallclock_seconds > 0 else math.inf
+    limit_ms = training_ms(cfg)
     clock = Clock(training.ranks, training.train_ms)
     clock.start()
     elapsed_ms, phase, num_tokens = training.train_ms, None, 0
@@ -2117,7 +2257,7 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     def phase(name: str) -> None:
         marks.append((name, time.perf_counter()))
 
-    require_codec(cfg.quant.codec)
+    require_codec(stream_codec(cfg))
     for stage in stages_of(cfg):
         if stage.micro_batches % environment.world_size:
             raise UserError(
@@ -2155,8 +2295,17 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
 
     artifact = folder / "artifact.bin"
     ledger = [("code (packed train_gpt.py)", code_bytes)]
+    moments = collect_statistics(training) if cfg.quant.method != "round" else {}
+    phase("calibrate")
     if ranks.is_main:
-        ledger += write_artifact(training.model, cfg, text.tokenizer_sha256, artifact)
+        sha256 = text.tokenizer_sha256
+        quantized = quantize_model(
+            training.model,
+            cfg,
+            moments,
+            lambda found: code_bytes + len(pack_model(training.model, cfg, found, sha256)[0]),
+        )
+        ledger += write_artifact(training.model, cfg, quantized, sha256, artifact)
         log_sizes(cfg, training.model, ledger, log)
     ranks.barrier()
     phase("quantize and write")

@@ -3,6 +3,7 @@
 Layout: magic, version, header lengths, header (zlib JSON), streams back to back, first 16 bytes of the
 SHA-256 of all before them. The header holds "recipe", "tokenizer_sha256", "tensors" and
 "streams", a row (name, stored bytes, raw bytes) for each. Lengths are checked before anything is allocated.
+The recipe names the streams' codec; with "best" each stream has its own, named by its first byte.
 """
 
 import hashlib
@@ -39,10 +40,21 @@ class Stream(NamedTuple):
 
 def require_codec(codec: str) -> None:
     """Raise before any work is done when the artifact's compressor is not installed."""
-    if codec == "zstd" and importlib.util.find_spec("zstandard") is None:
-        raise UserError(
-            "quant.codec=zstd: the package zstandard is missing. Install it or set quant.codec=lzma."
-        )
+    for package in CODEC_PACKAGES.get(codec, ()):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"quant.codec={codec}: the package {package} is missing. Install it or set quant.codec=lzma."
+            )
+
+
+def keep_stream(raw: bytes) -> bytes:
+    """Store as it is: a stream that is coded already."""
+    return raw
+
+
+def cut_stream(stored: bytes, limit: int) -> bytes:
+    """Return at most `limit` bytes of what was stored as it is."""
+    return stored[:limit]
 
 
 def compress_zlib(raw: bytes) -> bytes:
@@ -79,11 +91,50 @@ def decompress_zstd(stored: bytes, limit: int) -> bytes:
     return zstandard.ZstdDecompressor().stream_reader(stored).read(limit)
 
 
-STREAM_CODECS = {
+def compress_brotli(raw: bytes) -> bytes:
+    """Compress with brotli at its highest quality."""
+    import brotli
+
+    return brotli.compress(raw, quality=11, lgwin=24)
+
+
+def decompress_brotli(stored: bytes, limit: int) -> bytes:
+    """Decompress at most `limit` bytes, a buffer at a time."""
+    import brotli
+
+    decoder = brotli.Decompressor()
+    raw = piece = decoder.process(stored, output_buffer_limit=limit)
+    while piece and len(raw) < limit and not decoder.is_finished():
+        piece = decoder.process(b"", output_buffer_limit=limit - len(raw))
+        raw += piece
+    return raw[:limit]
+
+
+def compress_best(raw: bytes) -> bytes:
+    """Compress with the plain codec of the fewest bytes; its place in PLAIN_CODECS comes first.
+
+    What zlib cannot shrink by a thousandth is coded already: the slow codecs are spared.
+    """
+    is_coded = len(zlib.compress(raw, 1)) > 0.999 * len(raw)
+    tried = [keep_stream] if is_coded else [pack for pack, _ in PLAIN_CODECS.values()]
+    return min((bytes([place]) + pack(raw) for place, pack in enumerate(tried)), key=len)
+
+
+def decompress_best(stored: bytes, limit: int) -> bytes:
+    """Decompress at most `limit` bytes with the plain codec that the first byte names."""
+    return list(PLAIN_CODECS.values())[stored[0]][1](stored[1:], limit)
+
+
+# The order is part of the file format.
+PLAIN_CODECS = {
+    "none": (keep_stream, cut_stream),
     "zlib": (compress_zlib, decompress_zlib),
     "lzma": (compress_lzma, decompress_lzma),
     "zstd": (compress_zstd, decompress_zstd),
+    "brotli": (compress_brotli, decompress_brotli),
 }
+STREAM_CODECS = PLAIN_CODECS | {"best": (compress_best, decompress_best)}
+CODEC_PACKAGES = {"zstd": ("zstandard",), "brotli": ("brotli",), "best": ("zstandard", "brotli")}
 
 
 def compress(raw: bytes, codec: str) -> bytes:

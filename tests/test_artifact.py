@@ -1,7 +1,9 @@
 """Quantization and the artifact file: round trips, the ledger, damage."""
 
 import hashlib
+import importlib.util
 import json
+import random
 import struct
 import zlib
 
@@ -14,59 +16,36 @@ from data.errors import UserError
 from formats.artifact import (
     ARTIFACT_PREFIX,
     CHECKSUM_BYTES,
+    PLAIN_CODECS,
+    STREAM_CODECS,
     ArtifactError,
     Stream,
     compress,
     decompress,
+    require_codec,
     unpack_artifact,
 )
 from formats.recipe import with_values
+from quantizers.grid import dequantize, quantize
 from train_gpt import (
-    QuantConfig,
+    Training,
     build_model,
-    dequantize_rows,
+    collect_statistics,
+    grid_of,
     load_artifact,
-    quantize_rows,
+    pack_model,
+    quantize_model,
     write_artifact,
 )
 
 
-@pytest.mark.parametrize("bits", [2, 4, 6, 8])
-def test_codes_stay_in_range_and_errors_within_half_a_step(bits):
-    """Symmetric codes; where nothing is clipped the error is at most half of the row's step."""
-    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
-    cfg = QuantConfig(clip_quantile=1.0, scale_floor=False)
-    quantized = quantize_rows(weight, bits, cfg)
-    assert quantized.codes.abs().max() == 2 ** (bits - 1) - 1
-    error = (dequantize_rows(quantized) - weight).abs()
-    assert (error <= 0.501 * quantized.scales.float()[:, None]).all()
+def store(model, cfg, path) -> list[tuple[str, int]]:
+    """Quantize by rounding and write."""
+    quantized = quantize_model(model, cfg, {}, len)
+    return write_artifact(model, cfg, quantized, "f" * 64, path)
 
 
-def test_the_scale_floor_is_the_step_of_small_rows():
-    """With the contest's floor a row whose largest weight is under 1 is stored in steps of 1 / 127."""
-    weight = torch.full((1, 4), 0.01)
-    floored = quantize_rows(weight, 8, QuantConfig(scale_floor=True))
-    free = quantize_rows(weight, 8, QuantConfig(scale_floor=False))
-    assert floored.scales.item() == pytest.approx(1 / 127, rel=1e-3)
-    assert floored.codes.tolist() == [[1, 1, 1, 1]] and free.codes.tolist() == [[127, 127, 127, 127]]
-
-
-def test_a_zero_row_stays_zero():
-    """No division by a zero scale."""
-    quantized = quantize_rows(torch.zeros(2, 8), 6, QuantConfig(scale_floor=False))
-    assert torch.equal(dequantize_rows(quantized), torch.zeros(2, 8))
-
-
-def test_clipping_at_a_quantile_spares_the_rest_of_the_row():
-    """One outlier must not set the step of its whole row when the quantile says so."""
-    weight = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
-    weight[0, 0] = 100.0
-    clipped = quantize_rows(weight, 8, QuantConfig(clip_quantile=0.99, scale_floor=False))
-    full = quantize_rows(weight, 8, QuantConfig(clip_quantile=1.0, scale_floor=False))
-    assert clipped.scales.item() < 0.05 < full.scales.item()
-
-
-@pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd"])
+@pytest.mark.parametrize("codec", STREAM_CODECS)
 @given(data=st.binary(max_size=3000))
 @settings(max_examples=30, deadline=None)
 def test_streams_round_trip_through_every_codec(codec, data):
@@ -74,13 +53,89 @@ def test_streams_round_trip_through_every_codec(codec, data):
     assert decompress(Stream(compress(data, codec), len(data)), codec) == data
 
 
-@pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd"])
+@pytest.mark.parametrize("codec", STREAM_CODECS)
 def test_a_stream_of_another_length_is_refused(codec):
     """A bomb that unpacks to more than it declares must not be unpacked."""
     stored = compress(bytes(1_000_000), codec)
     for declared in (10, 999_999, 1_000_001):
         with pytest.raises(ArtifactError, match="expected"):
             decompress(Stream(stored, declared), codec)
+
+
+def test_best_is_the_smallest_codec_and_a_byte():
+    """Chosen by real bytes, stream by stream; what does not shrink is kept as it is."""
+    noise = random.Random(0).randbytes(5000)
+    for raw in (noise, bytes(5000), bytes(value % 7 for value in noise)):
+        smallest = min(len(compress(raw, codec)) for codec in PLAIN_CODECS)
+        stored = compress(raw, "best")
+        assert len(stored) == smallest + 1
+        assert decompress(Stream(stored, len(raw)), "best") == raw
+    assert compress(noise, "best")[1:] == noise
+
+
+@pytest.mark.parametrize("stored", [b"", b"\x05", b"\xff1234"])
+def test_a_best_stream_of_an_unknown_codec_is_refused(stored):
+    """The first byte comes from the file."""
+    with pytest.raises(ArtifactError, match="damaged"):
+        decompress(Stream(stored, 4), "best")
+
+
+@pytest.mark.parametrize(
+    ("codec", "package"), [("zstd", "zstandard"), ("brotli", "brotli"), ("best", "brotli")]
+)
+def test_a_missing_compressor_is_named(codec, package, monkeypatch):
+    """Known before ten minutes of training, not after."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(UserError, match=f"{package} is missing"):
+        require_codec(codec)
+
+
+CODINGS = [
+    {"quant.codec": "lzma"},
+    {"quant.codec": "rans"},
+    {"quant.codec": "rans", "quant.method": "water_fill"},
+    {"quant.codec": "best", "quant.method": "gptq", "quant.clip_rule": "sigmas", "quant.matrix_clip": 12.85,
+     "quant.embed_clip": 20.0, "quant.matrix_bits": 6},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", CODINGS, ids=lambda values: "-".join(map(str, values.values())))
+def test_every_coding_gives_back_the_weights_that_it_quantized(tiny_config, alone, tmp_path, values):
+    """Calibrated or not, coded by libraries or by ours: the file holds the quantizer's result, exactly."""
+    cfg = with_values(tiny_config, values | {"quant.scale_floor": False, "quant.calib_batches": 2}, "test")
+    training = Training(cfg, alone, bos_id=1)
+    with torch.no_grad():
+        for param in training.model.parameters():
+            param.add_(0.05 * torch.sin(torch.arange(param.numel()).float()).view(param.shape))
+    moments = collect_statistics(training) if cfg.quant.method != "round" else {}
+    quantized = quantize_model(training.model, cfg, moments, len)
+    write_artifact(training.model, cfg, quantized, "f" * 64, tmp_path / "coded.bin")
+    loaded, _, _ = load_artifact(tmp_path / "coded.bin", cfg, alone.device)
+    back = dict(loaded.named_parameters())
+    assert len(quantized) > 15
+    for name, stored in quantized.items():
+        assert torch.equal(back[name], dequantize(stored)), name
+
+
+def test_water_filling_meets_a_target_of_bytes(tiny_config, alone, tmp_path):
+    """Code and artifact together land within 0.1 % under the target, the coder in the loop."""
+    values = {"quant.codec": "rans", "quant.method": "water_fill", "quant.target_bytes": 30_000}
+    cfg = with_values(tiny_config, values | {"quant.calib_batches": 2, "model.model_dim": 64}, "test")
+    training = Training(cfg, alone, bos_id=1)
+    with torch.no_grad():
+        for param in training.model.parameters():
+            param.add_(0.1 * torch.randn(param.shape, generator=torch.Generator().manual_seed(3)))
+    sizes = []
+
+    def size_of(quantized) -> int:
+        sizes.append(1000 + len(pack_model(training.model, cfg, quantized, "f" * 64)[0]))
+        return sizes[-1]
+
+    quantized = quantize_model(training.model, cfg, collect_statistics(training), size_of)
+    ledger = write_artifact(training.model, cfg, quantized, "f" * 64, tmp_path / "fitted.bin")
+    assert 0.998 * 30_000 <= 1000 + sum(size for _, size in ledger) <= 30_000
+    assert len(sizes) <= 16
 
 
 @pytest.fixture
@@ -90,7 +145,7 @@ def artifact(tiny_config, alone, tmp_path):
     cfg = with_values(tiny_config, values, "test")
     model = build_model(cfg, alone.device)
     path = tmp_path / "artifact.bin"
-    ledger = write_artifact(model, cfg, "f" * 64, path)
+    ledger = store(model, cfg, path)
     return path, cfg, model, ledger
 
 
@@ -110,7 +165,7 @@ def test_a_loaded_model_has_the_quantized_weights_and_the_recipe(artifact, tiny_
     for (name, param), (_, back) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         is_matrix = param.ndim == 2 and name != "skip_weights" and "smear" not in name
         if is_matrix and param.numel() > 1024:
-            expected = dequantize_rows(quantize_rows(param, 8, cfg.quant))
+            expected = dequantize(quantize(param, grid_of("matrix", cfg.quant)))
         else:
             expected = param.half().float() if is_matrix else param
         assert torch.equal(back, expected.detach()), name
@@ -121,15 +176,15 @@ def test_weights_that_are_not_finite_are_not_written(artifact, tmp_path):
     _, cfg, model, _ = artifact
     with torch.no_grad():
         model.blocks[1].mlp.up.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.up\.weight is not finite"):
-        write_artifact(model, cfg, "f" * 64, tmp_path / "nan.bin")
+    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.up\.weight: expected a finite matrix"):
+        store(model, cfg, tmp_path / "nan.bin")
     assert not (tmp_path / "nan.bin").exists()
 
 
 def test_writing_twice_gives_the_same_bytes(artifact, tmp_path):
     """A hash in a record is worth something only if it can be made again."""
     path, cfg, model, _ = artifact
-    write_artifact(model, cfg, "f" * 64, tmp_path / "again.bin")
+    store(model, cfg, tmp_path / "again.bin")
     assert (tmp_path / "again.bin").read_bytes() == path.read_bytes()
 
 

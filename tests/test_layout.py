@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("data", "dev", "eval", "formats", "kernels", "tests")
+PACKAGES = ("data", "dev", "eval", "formats", "kernels", "quantizers", "tests")
 TRAINER = "train_gpt"
 LOWER_HALF = {
     f"eval.{name}" for name in ("adaptive", "bpb", "budget", "ngram", "reference", "sliding", "stats")
@@ -127,7 +127,7 @@ def test_trainer_imports_only_what_ships():
         return (
             is_lower(found)
             or found in ships
-            or top(found) in ("formats", "kernels")
+            or top(found) in ("formats", "kernels", "quantizers")
             or found.startswith("data.codecs.")
         )
 
