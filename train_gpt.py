@@ -106,7 +106,7 @@ from quantizers.rate import fit_rate
 
 PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed program here
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
+ARTIFACT_NAME, CHECKPOINT_NAME = "artifact.bin", "checkpoint.safetensors"
 
 # Arithmetic of activations and products; masters are float32, or float64 with it.
 DTYPES = ("float32", "bfloat16", "float64")
@@ -2218,7 +2218,7 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
 def prepare_folder(folder: Path, cfg: Config) -> None:
     """Make the run folder and write its recipe; an older run of the same name gives way."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("train.log", "metrics.jsonl", "result.json", "artifact.bin"):
+    for name in ("train.log", "metrics.jsonl", "result.json", ARTIFACT_NAME):
         (folder / name).unlink(missing_ok=True)
     recipe = recipe_of(cfg, live=True)
     for section, key in (name.split(".") for name in PLACE_FIELDS):
@@ -2232,7 +2232,7 @@ def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
     score, ledger = result["score"], result["ledger"]
     log.line("bytes of the submission\n" + format_ledger(ledger, cfg.quant.limit_bytes, "bytes"))
     log.line("seconds by phase\n" + format_ledger(list(result["seconds"].items()), None, "s"))
-    result["artifact_sha256"] = sha256_file(folder / "artifact.bin")
+    result["artifact_sha256"] = sha256_file(folder / ARTIFACT_NAME)
     result |= {"config_hash": config_hash(cfg), "seed": cfg.run.seed, "places": place_values(cfg)}
     write_json(folder / "result.json", result)
     log.line(f"run_folder:{folder}")
@@ -2250,6 +2250,58 @@ def scoring_limit(cfg: EvalConfig, num_bytes: int) -> float:
     return cfg.limit_seconds * (num_bytes / cfg.limit_text_bytes if cfg.limit_text_bytes else 1.0)
 
 
+def check_world_size(cfg: Config, world_size: int) -> None:
+    """Raise unless the ranks can share every step's micro-batches."""
+    for stage in stages_of(cfg):
+        if stage.micro_batches % world_size:
+            raise UserError(
+                f"data.micro_batches={stage.micro_batches} must be a multiple of the world size "
+                f"{world_size}, so that every number of ranks sees the same batch."
+            )
+
+
+def open_run(cfg: Config, environment: Environment, text: ValidationText) -> tuple[Training, Log, int]:
+    """Make ranks, model and run folder; returns also the bytes of the packed source."""
+    ranks = Ranks(environment, cfg.run.device)
+    started_at = time.localtime(ranks.agree(time.time()))  # rank 0's, so that all ranks name one folder
+    run_id = cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at) + f"_seed{cfg.run.seed}"
+    training = Training(cfg, ranks, text.bos_id)
+    log = Log(Path(cfg.run.out_dir) / run_id, ranks.is_main)
+    code_bytes, packing_note = 0, ""
+    if ranks.is_main:
+        prepare_folder(log.folder, cfg)
+        code_bytes, packing_note = weigh_code(log.folder)
+    log_setup(cfg, training, text, log)
+    overrides = (f"environment_override:{key}={value}" for key, value in environment.overrides.items())
+    for line in (packing_note, *overrides):
+        log.line(line, console=False)
+    return training, log, code_bytes
+
+
+def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> list[tuple[str, int]]:
+    """Calibrate on all ranks, quantize and write the artifact on rank 0; returns the ledger.
+
+    sha256 is the tokenizer's.
+    """
+    model, cfg, started = training.model, training.cfg, time.perf_counter()
+    moments = {}
+    if cfg.quant.method != "round":
+        moments = collect_statistics(training)
+        calibration = 1000 * (time.perf_counter() - started)
+        log.line(f"calibration_time:{calibration:.0f}ms reserve:{1000 * cfg.quant.reserve_seconds:.0f}ms")
+    ledger = [("code (packed train_gpt.py)", code_bytes)]
+    if training.ranks.is_main:
+
+        def size_of(quantized: dict[str, Quantized]) -> int:
+            return code_bytes + len(pack_model(model, cfg, quantized, sha256)[0])
+
+        quantized = quantize_model(model, cfg, moments, size_of)
+        ledger += write_artifact(model, cfg, quantized, sha256, log.folder / ARTIFACT_NAME)
+        log_sizes(cfg, model, ledger, log)
+    training.ranks.barrier()
+    return ledger
+
+
 def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = None) -> None:
     """Do the main job: train or go on training, average, quantize, pack, reload, score, report."""
     marks = [("", time.perf_counter())]
@@ -2258,31 +2310,12 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
         marks.append((name, time.perf_counter()))
 
     require_codec(stream_codec(cfg))
-    for stage in stages_of(cfg):
-        if stage.micro_batches % environment.world_size:
-            raise UserError(
-                f"data.micro_batches={stage.micro_batches} must be a multiple of the world size "
-                f"{environment.world_size}, so that every number of ranks sees the same batch."
-            )
+    check_world_size(cfg, environment.world_size)
     text = load_validation(cfg.data)
-    ranks = Ranks(environment, cfg.run.device)
-    started_at = time.localtime(ranks.agree(time.time()))  # rank 0's, so that all ranks name one folder
-    run_id = cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at) + f"_seed{cfg.run.seed}"
-    folder = Path(cfg.run.out_dir) / run_id
-    training = Training(cfg, ranks, text.bos_id)
-    log = Log(folder, ranks.is_main)
-    code_bytes, packing_note = 0, ""
+    training, log, code_bytes = open_run(cfg, environment, text)
+    ranks = training.ranks
     if checkpoint_path:
         resume(training, checkpoint_path)
-    if ranks.is_main:
-        prepare_folder(folder, cfg)
-        code_bytes, packing_note = weigh_code(folder)
-    log_setup(cfg, training, text, log)
-    for line in [
-        packing_note,
-        *(f"environment_override:{key}={value}" for key, value in environment.overrides.items()),
-    ]:
-        log.line(line, console=False)
     warm_up(training, log)
     phase("set-up and warm-up")
 
@@ -2293,23 +2326,9 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     )
     phase("training and validation")
 
-    artifact = folder / "artifact.bin"
-    ledger = [("code (packed train_gpt.py)", code_bytes)]
-    moments = collect_statistics(training) if cfg.quant.method != "round" else {}
-    phase("calibrate")
-    if ranks.is_main:
-        sha256 = text.tokenizer_sha256
-        quantized = quantize_model(
-            training.model,
-            cfg,
-            moments,
-            lambda found: code_bytes + len(pack_model(training.model, cfg, found, sha256)[0]),
-        )
-        ledger += write_artifact(training.model, cfg, quantized, sha256, artifact)
-        log_sizes(cfg, training.model, ledger, log)
-    ranks.barrier()
+    ledger = store_model(training, log, text.tokenizer_sha256, code_bytes)
     phase("quantize and write")
-    model, packed_cfg, header = load_artifact(artifact, cfg, ranks.device)
+    model, packed_cfg, header = load_artifact(log.folder / ARTIFACT_NAME, cfg, ranks.device)
     text = load_validation(packed_cfg.data, text.pattern, header["tokenizer_sha256"])
     phase("reload")
     score = score_model(model, packed_cfg, text, ranks, ProgressLines(log.line))
@@ -2318,7 +2337,8 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     ranks.close()
     if ranks.is_main:
         seconds = {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
-        finish(folder, cfg, {**facts, "score": score._asdict(), "ledger": ledger, "seconds": seconds}, log)
+        result = {**facts, "score": score._asdict(), "ledger": ledger, "seconds": seconds}
+        finish(log.folder, cfg, result, log)
 
 
 def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
