@@ -34,7 +34,7 @@ FACTS = (
 )
 # Keys of the configuration that differ between honest runs of one configuration.
 VOLATILE = re.compile(
-    r"seed|run_id|logfile|rank|config_hash|.*(?:_dir|_path|_files|_pattern|dataset)|model_params"
+    r"seed|run_id|logfile|rank|config_hash|total_eval_time|iters_each|.*(?:_dir|_path|_files|_pattern|dataset)|model_params"
 )
 
 

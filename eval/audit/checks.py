@@ -25,7 +25,7 @@ VERDICTS = ("PASS", "NOT RUN", "SUSPECT", "FAIL")  # from best to worst
 MAX_EVIDENCE = 8
 
 # Bytes of the contest's validation text that a log implies: val_loss / ln 2 * val_tokens / val_bpb.
-RIGHT_BYTES = (151_060_000, 151_132_000)
+RIGHT_BYTES = (151_000_000, 151_132_000)  # from a dropped tail at long context to losses printed per byte
 KNOWN_BYTES = (
     (155_770_000, "the export at launch"),
     (176_330_000, "a leading space counted twice (#1545, #1698, #1734)"),
@@ -49,6 +49,7 @@ LOCAL_PREP_SHARDS = 1499
 STOP_TOLERANCE_MS = 200  # the cap is tested after a step; merged logs overshoot by up to 137 ms
 SAME_BPB = 5e-5  # half a unit of the fourth decimal
 OTHER_BPB = 5e-4  # a seed's spread: further apart it is another run
+STD_TOLERANCE = 2e-5
 SAME_RATIO = 0.005  # of bytes per token within one log
 MINIMAL_KEYS = ("author", "github_id", "name", "date", "val_bpb")
 HEADLINE_KEYS = ("val_bpb", "mean_val_bpb", "mean_bpb")
@@ -63,6 +64,11 @@ BASE_PACKAGES = {
     "datasets",
     "tiktoken",
     "triton",
+}
+OTHER_NAMES = {
+    "flash_attn_interface": ("flash_attn", "flashattention", "flash_attention", "fa3", "flash attention"),
+    "python_minifier": ("pyminify",),
+    "zstandard": ("zstd",),
 }
 DOUBLED_PATH = re.compile(r"datasets/datasets/")
 
@@ -201,12 +207,12 @@ def check_fingerprint(case: Case) -> Finding:
 def check_clock(case: Case) -> Finding:
     """K5: training and scoring time against the track's limits."""
     notes, track = Notes(), case.track
-    lines = headlines(case.logs)
+    lines, claimed = headlines(case.logs), claimed_logs(case)
     for log in case.logs:
         stop, limit = log.facts.get("stop_ms"), track.train_s
         if stop is not None and limit is not None:
             over = stop > 1000 * limit + STOP_TOLERANCE_MS
-            verdict = "PASS" if not over else "FAIL" if is_claimed(case, log) else "SUSPECT"
+            verdict = "PASS" if not over else "FAIL" if log in claimed else "SUSPECT"
             notes.add(verdict, f"{log.name}: training stopped at {stop / 1000:.3f} s of {limit:.0f}")
             hessians = log.facts.get("hessian_s", 0.0)
             if hessians and stop + 1000 * hessians > 1000 * limit + STOP_TOLERANCE_MS:
@@ -218,7 +224,7 @@ def check_clock(case: Case) -> Finding:
         spent = log.facts.get("eval_s") or (score and score.seconds)
         limit = track.eval_limit(score and log.implied_bytes(score))
         if spent and limit is not None:
-            verdict = "PASS" if spent <= limit else "FAIL" if is_claimed(case, log) else "SUSPECT"
+            verdict = "PASS" if spent <= limit else "FAIL" if log in claimed else "SUSPECT"
             notes.add(verdict, f"{log.name}: scoring took {spent:.1f} s of {limit:.0f}")
         if re.search(r"precompute_outside:?\s*True", log.text):
             notes.add("SUSPECT", f"{log.name}: hints precomputed outside the timer")
@@ -226,12 +232,21 @@ def check_clock(case: Case) -> Finding:
     return notes.finding(reason)
 
 
-def is_claimed(case: Case, log: RunLog) -> bool:
-    """Whether the folder's own numbers rest on this log, or it states no number that tells."""
-    claims = [value for _, value in headline_claims(case)] + [value for _, value in seed_claims(case)]
-    return not claims or any(
-        abs(score.val_bpb - value) <= SAME_BPB for score in log.scores for value in claims
-    )
+def claimed_logs(case: Case) -> list[RunLog]:
+    """Return the logs that print a claimed number; all with a score where only their mean is claimed."""
+    headline = [value for _, value in headline_claims(case)]
+    found = []
+    for log in case.logs:
+        own = [value for seed, value in seed_claims(case) if log.seed in (None, seed)]
+        if any(is_same(value, score) for score in log.scores for value in headline + own):
+            found.append(log)
+    return found or [log for log in case.logs if log.scores]
+
+
+def is_same(claim: float, score: ScoreLine) -> bool:
+    """Whether a claim is a printed score, to the digits that both have."""
+    digits = len(repr(claim).partition(".")[2])
+    return abs(claim - score.val_bpb) <= min(SAME_BPB, 10.0**-digits) + (0 if score.exact else SAME_BPB)
 
 
 def check_sizes(case: Case) -> Finding:
@@ -328,7 +343,7 @@ def check_claims(case: Case) -> Finding:
     for seed, value in seed_claims(case) if scored else []:
         notes.add(*support_seed(seed, value, scored))
     _check_seeds(case, scored, notes)
-    _check_configs(case, scored, notes)
+    _check_configs(case, notes)
     return notes.finding("no claim and no log")
 
 
@@ -351,7 +366,9 @@ def support(case: Case, key: str, value: float, scored: list[RunLog]) -> tuple[s
             else ("PASS", f"{key} {value} is {name}")
         )
     text = f"{key} {value}: the nearest score in the logs is {score.val_bpb} ({name}, {score.label})"
-    return ("FAIL" if distance > OTHER_BPB else "SUSPECT"), text
+    if distance <= OTHER_BPB or stated(score.val_bpb, case.readme):
+        return "SUSPECT", text + (", which README.md states too" if distance > OTHER_BPB else "")
+    return "FAIL", text
 
 
 def label_means(scored: list[RunLog], num_seeds: int) -> dict[str, list[tuple[float, tuple[str, ...]]]]:
@@ -373,15 +390,19 @@ def label_means(scored: list[RunLog], num_seeds: int) -> dict[str, list[tuple[fl
 
 def support_seed(seed: int, value: float, scored: list[RunLog]) -> tuple[str, str]:
     """Say whether a log of this seed prints this score."""
-    own = [score for log in scored if log.seed == seed for score in log.scores]
-    printed = own or [score for log in scored for score in log.scores]
-    nearest = min(printed, key=lambda score: abs(score.val_bpb - value))
-    distance = abs(nearest.val_bpb - value)
-    where = f"a log of seed {seed}" if own else f"a log, none of which names seed {seed}"
-    if distance <= SAME_BPB:
-        return "PASS", f"seed {seed}: {value} is in {where}"
-    verdict = "FAIL" if own and distance > OTHER_BPB else "SUSPECT"
-    return verdict, f"seed {seed}: {value} is not in {where}; the nearest is {nearest.val_bpb}"
+    printed = [(abs(score.val_bpb - value), log.seed) for log in scored for score in log.scores]
+    own = min((distance for distance, logged in printed if logged == seed), default=None)
+    distance, nearest = min(printed, key=lambda row: row[0])
+    where = f"; a log of seed {nearest} prints it" if distance <= SAME_BPB else ""
+    if own is None:
+        return (
+            "PASS" if where and nearest is None else "SUSPECT",
+            f"seed {seed}: {value}: no log of that seed{where}",
+        )
+    if own <= SAME_BPB:
+        return "PASS", f"seed {seed}: {value} is in a log of that seed"
+    verdict = "FAIL" if own > OTHER_BPB else "SUSPECT"
+    return verdict, f"seed {seed}: {value} is {own:.6f} from what the log of that seed prints{where}"
 
 
 def stated(value: float, text: str) -> bool:
@@ -410,9 +431,9 @@ def _check_seeds(case: Case, scored: list[RunLog], notes: Notes) -> None:
         notes.add("SUSPECT", f"submission.json lists seeds {missing}; the logs ran {sorted(logged)}")
 
 
-def _check_configs(case: Case, scored: list[RunLog], notes: Notes) -> None:
+def _check_configs(case: Case, notes: Notes) -> None:
     """The logs behind the claim state one configuration."""
-    claimed = [log for log in scored if log.config and is_claimed(case, log)]
+    claimed = [log for log in claimed_logs(case) if log.config]
     hashes = {config_hash(log) for log in claimed}
     if len(hashes) > 1:
         configs = [stable_config(log) for log in claimed]
@@ -424,14 +445,21 @@ def _check_configs(case: Case, scored: list[RunLog], notes: Notes) -> None:
         notes.add("PASS", f"one configuration, {hashes.pop()}, in {len(claimed)} logs")
 
 
+def seed_scores(case: Case) -> dict[object, ScoreLine]:
+    """Return seed -> headline over the logs with the configuration of a claimed one."""
+    claimed = claimed_logs(case)
+    hashes = {config_hash(log) for log in claimed}
+    family = claimed + [log for log in case.logs if log.scores and log.config and config_hash(log) in hashes]
+    lines = headlines(family)
+    return {log.name if log.seed is None else log.seed: lines[log.name] for log in reversed(family)}
+
+
 def check_statistics(case: Case) -> Finding:
     """K8: enough seeds, and the test against the row to beat where it is given."""
     notes = Notes()
     if not case.track.is_record:
         return notes.finding(f"{case.track.name} rows need not beat another")
-    lines = headlines([log for log in case.logs if is_claimed(case, log)])
-    by_seed = {(log.seed, lines[log.name].val_bpb): lines[log.name] for log in case.logs if log.name in lines}
-    scores: list[ScoreLine] = list(by_seed.values())
+    scores = list(seed_scores(case).values())
     values = [score.val_bpb for score in scores]
     if not values:
         return notes.finding("no log with a final score")
@@ -439,6 +467,14 @@ def check_statistics(case: Case) -> Finding:
     spread = "" if sample.std is None else f", std {sample.std:.8f}"
     if sample.n < 3:
         notes.add("SUSPECT", f"{sample.n} seed(s): mean {sample.mean:.8f}{spread}; the contest expects three")
+    printed = (case.submission or {}).get("val_bpb_std")
+    if isinstance(printed, float) and sample.std:
+        population = sample.std * math.sqrt((sample.n - 1) / sample.n)
+        tolerance = max(STD_TOLERANCE, 0.5 * 10.0 ** -len(repr(printed).partition(".")[2]))
+        if abs(printed - sample.std) > tolerance:
+            near = abs(printed - population) <= tolerance
+            kind = "the population's" if near else "neither the sample's nor the population's"
+            notes.add("NOT RUN" if near else "SUSPECT", f"val_bpb_std {printed} is {kind}{spread}")
     if case.against is None:
         notes.add("NOT RUN", f"n {sample.n}, mean {sample.mean:.8f}{spread}; no row to beat: give --against")
     elif sample.n > 1 and len(case.against) > 1:
@@ -501,9 +537,5 @@ def check_package(case: Case) -> Finding:
 
 
 def _declares(text: str, package: str) -> bool:
-    """Whether a text names a package, by its import name or that name without a suffix like _interface."""
-    name = package.lower().removesuffix("_interface")
-    return (
-        name in text
-        or {"flash_attn": "flashattention", "python_minifier": "pyminify"}.get(name, name) in text
-    )
+    """Whether a text names a package, by its import name or another that people use for it."""
+    return any(name in text for name in (package.lower(), *OTHER_NAMES.get(package, ())))
