@@ -124,13 +124,25 @@ def config_hash(log: RunLog) -> str:
     return hashlib.sha256(repr(stable).encode()).hexdigest()[:12] if stable else ""
 
 
+def _by_label(scores: list[ScoreLine]) -> dict[str, ScoreLine]:
+    """Merge each label with its `_exact` twin: the digits of one, the seconds of the other."""
+    named: dict[str, ScoreLine] = {}
+    for score in scores:
+        label = score.label.removesuffix("_exact")
+        twin = named.get(label, score)
+        digits = twin if twin.exact and not score.exact else score
+        seconds = twin.seconds if score.seconds is None else score.seconds
+        named[label] = digits._replace(seconds=seconds)
+    return named
+
+
 def headlines(logs: list[RunLog]) -> dict[str, ScoreLine]:
     """Return each log's headline by log name: the last label that all logs with scores share.
 
     A label counts with its `_exact` twin, whose digits win. Without a shared label: each log's last line.
     """
     scored = [log for log in logs if log.scores]
-    named = [{score.label.removesuffix("_exact"): score for score in log.scores} for log in scored]
+    named = [_by_label(log.scores) for log in scored]
     shared = [label for label in named[0] if all(label in other for other in named)] if named else []
     last = {log.name: log.scores[-1] for log in scored}
     if not shared:

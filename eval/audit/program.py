@@ -13,6 +13,7 @@ from eval.audit.unwrap import Constants, Unknown, Unreadable, parse_source
 
 MAX_LAYERS = 12
 MAX_SOURCE = 1_000_000  # bytes of one layer
+MAX_NODES = 120_000  # syntax nodes of all layers; the contest's largest program has 37,000
 CODE_SUFFIXES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".so", ".pyc", ".sh", ".ptx"}
 TEXT_SUFFIXES = {
     ".md",
@@ -51,6 +52,79 @@ class Program(NamedTuple):
         return len(self.layers) > 1
 
 
+class Unwrapped:
+    """What following a program from its entry has brought up."""
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+        self.layers: dict[str, ast.Module] = {}
+        self.opaque: list[str] = []
+        self.newer: list[str] = []
+        self.error = ""  # why the entry itself is no Python
+        self.read: set[str] = set()  # files whose text is executed
+        self.nodes_left = MAX_NODES
+
+    def read_local(self, path: str) -> bytes:
+        """Return the bytes of a file of the folder that the program executes."""
+        plain = path.removeprefix("./")
+        if plain not in self.folder.files or self.folder.files[plain].kind != "file":
+            raise Unknown(f"file {path[:60]}")
+        self.read.add(plain)
+        return self.folder.read(plain)
+
+    def follow(self, entry: str) -> None:
+        """Parse the entry and, in turn, what each layer executes and imports locally."""
+        todo: list[tuple[str, str, bytes | str]] = [(entry, entry, self.folder.read(entry))]
+        while todo:
+            name, home, source = todo.pop(0)
+            if name in self.layers:
+                continue
+            if len(self.layers) >= MAX_LAYERS or len(source) > MAX_SOURCE:
+                self.opaque.append(f"{name}: {len(source):,} bytes: over this audit's bounds")
+                continue
+            try:
+                tree = parse_source(source)
+            except SyntaxError as error:
+                self._blame(name, error, is_entry=name == entry)
+                continue
+            self.nodes_left -= sum(1 for _ in ast.walk(tree))
+            if self.nodes_left < 0:
+                self.opaque.append(f"{name}: more than {MAX_NODES:,} syntax nodes: over this audit's bounds")
+                return
+            self.layers[name] = tree
+            todo += self._inner_layers(name, home)
+
+    def _blame(self, name: str, error: SyntaxError, is_entry: bool) -> None:
+        message = f"{name}:{error.lineno}: {error.msg}"
+        if sys.version_info < (3, 12) and (error.msg or "").startswith("f-string"):
+            self.newer.append(message)
+        elif is_entry:
+            self.error = message
+        else:
+            self.opaque.append(message)
+
+    def _inner_layers(self, name: str, home: str) -> Iterator[tuple[str, str, bytes | str]]:
+        """Yield (name, file, source) of what a layer of the file `home` executes and imports locally."""
+        constants = Constants(self.layers[name], home, self.read_local)
+        for node in ast.walk(self.layers[name]):
+            called = constants.dotted(node.func) if isinstance(node, ast.Call) else ""
+            if called in OPAQUE_CALLS:
+                self.opaque.append(f"{name}:{node.lineno}: {called}")
+            if called == "exec" and node.args:
+                try:
+                    inner = constants.value(node.args[0])
+                except Unreadable as problem:
+                    self.opaque.append(f"{name}:{node.lineno}: exec of {problem}")
+                except Unknown:
+                    self.opaque.append(f"{name}:{node.lineno}: exec of a computed value")
+                else:
+                    if isinstance(inner, bytes | str):
+                        yield f"{name} > exec", home, inner
+            for path in _local_files(self.folder, node):
+                if path.endswith(".py"):
+                    yield path, path, self.folder.read(path)
+
+
 def find_entry(folder: Folder) -> str:
     """Return train_gpt.py, else the largest train*.py, else the largest script; "" without any."""
     scripts = [path for path in folder.named("*.py") if "/" not in path]
@@ -65,14 +139,13 @@ def read_program(folder: Folder, logged: dict[str, str], readme: str) -> Program
     entry = find_entry(folder)
     if not entry:
         return Program("", "no Python script", {}, [], [], [], 0, {}, {})
-    layers: dict[str, ast.Module] = {}
-    opaque: list[str] = []
-    newer: list[str] = []
-    error = _follow(folder, entry, layers, (opaque, newer))
+    found = Unwrapped(folder)
+    found.follow(entry)
+    layers = found.layers
     environment = {} if logged else dict(ENVIRONMENT.findall(readme))
     settings = read_settings(list(layers.values()), logged, environment)
     live = live_nodes(layers, settings)
-    names = {entry} | {path for item in live for path in _local_files(folder, item.node)}
+    names = {entry} | found.read | {path for item in live for path in _local_files(folder, item.node)}
     names |= {layer for layer in layers if layer in folder.files}
     sizes = {path: folder.files[path].size for path in sorted(names)}
     suffix = {path: PurePosixPath(path).suffix for path in sizes}
@@ -80,71 +153,7 @@ def read_program(folder: Folder, logged: dict[str, str], readme: str) -> Program
     passive = CODE_SUFFIXES | TEXT_SUFFIXES | TOKENIZER_SUFFIXES
     data = {path: size for path, size in sizes.items() if suffix[path] not in passive}
     num_dead = sum(1 for tree in layers.values() for _ in ast.walk(tree)) - len(live)
-    return Program(entry, error, layers, opaque, newer, live, num_dead, code, data)
-
-
-def _follow(
-    folder: Folder, entry: str, layers: dict[str, ast.Module], unread: tuple[list[str], list[str]]
-) -> str:
-    """Fill `layers` and `unread` (opaque, newer) from the entry on; say why the entry is no Python."""
-    opaque, newer = unread
-    entry_error = ""
-    todo: list[tuple[str, str, bytes | str]] = [(entry, entry, folder.read(entry))]
-    while todo:
-        name, home, source = todo.pop(0)
-        if name in layers:
-            continue
-        if len(layers) >= MAX_LAYERS or len(source) > MAX_SOURCE:
-            opaque.append(f"{name}: {len(source):,} bytes, layer {len(layers) + 1}: over this audit's bounds")
-            continue
-        try:
-            tree = parse_source(source)
-        except SyntaxError as error:
-            message = f"{name}:{error.lineno}: {error.msg}"
-            if sys.version_info < (3, 12) and (error.msg or "").startswith("f-string"):
-                newer.append(message)
-            elif name == entry:
-                entry_error = message
-            else:
-                opaque.append(message)
-            continue
-        layers[name] = tree
-        todo += _inner_layers(folder, (name, home), tree, opaque)
-    return entry_error
-
-
-def _inner_layers(
-    folder: Folder, names: tuple[str, str], tree: ast.Module, opaque: list[str]
-) -> Iterator[tuple[str, str, bytes | str]]:
-    """Yield (name, file, source) of what a layer, named (name, file), execs and imports locally."""
-    name, home = names
-
-    def read(path: str) -> bytes:
-        plain = path.removeprefix("./")
-        if plain not in folder.files or folder.files[plain].kind != "file":
-            raise Unknown(f"file {path[:60]}")
-        return folder.read(plain)
-
-    constants = Constants(tree, home, read)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            called = constants.dotted(node.func)
-            if called in OPAQUE_CALLS:
-                opaque.append(f"{name}:{node.lineno}: {called}")
-            if called in ("exec", "eval") and node.args:
-                try:
-                    inner = constants.value(node.args[0])
-                except Unreadable as problem:
-                    opaque.append(f"{name}:{node.lineno}: {called} of {problem}")
-                except Unknown:
-                    if called == "exec":
-                        opaque.append(f"{name}:{node.lineno}: exec of a computed value")
-                else:
-                    if isinstance(inner, bytes | str) and called == "exec":
-                        yield f"{name} > exec", home, inner
-        for path in _local_files(folder, node):
-            if path.endswith(".py"):
-                yield path, path, folder.read(path)
+    return Program(entry, found.error, layers, found.opaque, found.newer, live, num_dead, code, data)
 
 
 def _local_files(folder: Folder, node: ast.AST) -> Iterator[str]:
