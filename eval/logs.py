@@ -20,7 +20,7 @@ DUMPED = re.compile(r"  ([a-z_0-9]+): (.*)")
 SOURCE = re.compile(r"""[{}"']""")  # none of the lines read by FACTS holds one of these
 # (field, pattern); the value is the last match of the log, for `seed` the first.
 FACTS = (
-    ("seed", re.compile(r"\s*seed:\s*(\d+)$")),
+    ("seed", re.compile(r"\s*seed:\s*(\d{1,12})$")),
     ("val_tokens", re.compile(r"(?:val_loader:.*\btokens|val_tokens):\s*(\d+)$")),
     ("train_shards", re.compile(r"(?:train_loader:.*\b)?train_shards:\s*(\d+)$")),
     ("stop_ms", re.compile(rf"stopping_early: wallclock_cap train_time:\s*{NUMBER}ms")),
@@ -69,6 +69,11 @@ class RunLog(NamedTuple):
         """The bytes of text that a score divides by."""
         tokens = self.facts.get("val_tokens")
         return score.bytes_per_token * tokens if tokens and score.exact else None
+
+
+def read_seed(value: object) -> int | None:
+    """Return a seed as JSON files state them, as a number or a key; None for anything else."""
+    return int(str(value)) if re.fullmatch(r"[0-9]{1,12}", str(value)) else None
 
 
 def parse_log(name: str, text: str) -> RunLog:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from data.errors import CommandParser, UserError, run_command
 from data.shards import read_json
-from eval.logs import config_hash, headlines, parse_log
+from eval.logs import config_hash, headlines, parse_log, read_seed
 
 MARGIN_NATS = 0.005  # a token; the contest's README asks records to beat the last one by it
 ALPHA = 0.01  # the README's; the late leaderboard used 0.25 between neighbouring rows
@@ -186,7 +186,7 @@ def _json_scores(file: Path) -> list[SeedScore]:
         return []
     results = facts.get("seed_results")
     if isinstance(results, dict):
-        rows = [(int(seed), row) for seed, row in results.items() if str(seed).isdigit()]
+        rows = [(read_seed(seed), row) for seed, row in results.items() if read_seed(seed) is not None]
     else:
         rows = [(facts.get("seed"), facts.get("score", facts))]
     return [

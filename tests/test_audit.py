@@ -405,6 +405,32 @@ def test_audit_loads_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(folder)], cwd=root, check=True, stdout=subprocess.DEVNULL)
 
 
+ODD_VALUES = [
+    None,
+    True,
+    -1,
+    3,
+    1e400,
+    "1.15",
+    "",
+    [],
+    {},
+    [[]],
+    {"1": 2},
+    {"\u00b2": {"val_bpb": 1.0}},
+    "9" * 5000,
+]
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=range(len(ODD_VALUES)))
+def test_any_json_value_gets_a_verdict(value, tmp_path):
+    """Keys of submission.json hold what their authors liked."""
+    keys = ("val_bpb", "seeds", "seed_results", "bytes_total", "track", "val_bpb_std", "artifact_bytes_max")
+    for key in keys:
+        folder = write_folder(tmp_path / key, clean_files() | claim(**{key: value}))
+        assert len(verdicts(folder)) == 24
+
+
 # Harm
 
 
@@ -447,7 +473,16 @@ def test_hostile_wrapper_gets_a_verdict_within_bounds(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["(" * 5000, "-" * 100_000 + "1", "x = " + "1+" * 50_000 + "1", "\0", "\ufeffx=1\udc80"]
+    "source",
+    [
+        "(" * 5000,
+        "if " + "not " * 900 + "x:\n  pass",
+        "f" + "()" * 900,
+        "-" * 100_000 + "1",
+        "x = " + "1+" * 50_000 + "1",
+        "\0",
+        "\ufeffx=1\udc80",
+    ],
 )
 def test_hostile_source_does_not_stop_the_audit(source, tmp_path):
     """Python's parser raises several things about it, or parses what no recursion can walk."""

@@ -3,9 +3,10 @@
     python -m eval.audit records/track_10min_16mb/2026-...           table on the terminal
     python -m eval.audit FOLDER --markdown                           ready to paste into a pull request
     python -m eval.audit FOLDER --against OLD_FOLDER --json          with the test against the row to beat
+    python -m eval.audit FOLDER --artifact FOLDER/artifact.bin       and the probes of the model's scores
 
-Reads logs, JSON and source; nothing of the folder is executed. Exit status by the worst verdict: 0 PASS (or
-NOT RUN), 3 SUSPECT, 4 FAIL; 1 and 2 are errors of the command.
+Reads logs, JSON and source; nothing of the folder is executed (an artifact is data). Exit status by the worst
+verdict: 0 PASS (or NOT RUN), 3 SUSPECT, 4 FAIL; 1 and 2 are errors of the command.
 """
 
 import json
@@ -31,9 +32,14 @@ def read_case(root: Path, against: list[Path] | None = None) -> Case:
     return Case(folder, track, readme, submission, error, logs, program, values)
 
 
-def audit_folder(root: Path, against: list[Path] | None = None) -> Findings:
+def audit_folder(root: Path, against: list[Path] | None = None, artifact: Path | None = None) -> Findings:
     """Return every check of the table with its finding."""
-    return judge(read_case(root, against))
+    measured = None
+    if artifact:
+        from eval.audit.artifact import probe_artifact  # torch, which the folder audit does without
+
+        measured = probe_artifact(artifact)
+    return judge(read_case(root, against), measured)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,11 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(prog="python -m eval.audit", description=__doc__)
     parser.add_argument("folder", type=Path, help="a folder of records/")
     parser.add_argument("--against", nargs="+", type=Path, help="logs, JSON or folders of the row to beat")
+    parser.add_argument("--artifact", type=Path, help="an artifact of this harness to probe (minutes)")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     shape.add_argument("--markdown", action="store_true", help="print Markdown")
     args = parser.parse_args(argv)
-    findings = audit_folder(args.folder, args.against)
+    findings = audit_folder(args.folder, args.against, args.artifact)
     name = args.folder.resolve().name
     if args.json:
         print(json.dumps(as_json(name, findings)))

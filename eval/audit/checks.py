@@ -9,9 +9,9 @@ import math
 import re
 from typing import NamedTuple
 
-from eval.audit.folder import Case
+from eval.audit.folder import ARTIFACTS, Case
 from eval.audit.program import external_commands, suspicions, third_party_imports
-from eval.logs import RunLog, ScoreLine, config_hash, headlines, stable_config
+from eval.logs import RunLog, ScoreLine, config_hash, headlines, read_seed, stable_config
 from eval.stats import (
     ALPHA,
     FRONTIER_ALPHA,
@@ -253,7 +253,7 @@ def check_sizes(case: Case) -> Finding:
     """K6: bytes by the log, by submission.json and on disk, against the limit."""
     notes, limit, program = Notes(), case.track.limit_bytes, case.program
     logged = {log.name: log.facts for log in case.logs if "model_bytes" in log.facts}
-    on_disk = {path: case.folder.files[path].size for path in case.folder.named("artifact*.bin")}
+    on_disk = {path: case.folder.files[path].size for path in case.folder.named(ARTIFACTS)}
     models = [facts["model_bytes"] for facts in logged.values()] + list(on_disk.values())
     for name, facts in logged.items():
         total = facts.get("total_bytes", facts["model_bytes"] + facts.get("code_bytes", 0))
@@ -318,10 +318,17 @@ def seed_claims(case: Case) -> list[tuple[int, float]]:
     if not isinstance(results, dict):
         return []
     return [
-        (int(seed), row["val_bpb"])
+        (read_seed(seed), row["val_bpb"])
         for seed, row in results.items()
-        if str(seed).isdigit() and isinstance(row, dict) and isinstance(row.get("val_bpb"), float)
+        if read_seed(seed) is not None and isinstance(row, dict) and isinstance(row.get("val_bpb"), float)
     ]
+
+
+def listed_seeds(case: Case) -> set[int]:
+    """Return the seeds that submission.json lists, as a list or as the keys of an object."""
+    seeds = (case.submission or {}).get("seeds")
+    found = {read_seed(seed) for seed in seeds} if isinstance(seeds, list | dict) else set()
+    return found - {None}
 
 
 def check_claims(case: Case) -> Finding:
@@ -349,7 +356,7 @@ def check_claims(case: Case) -> Finding:
 
 def support(case: Case, key: str, value: float, scored: list[RunLog]) -> tuple[str, str]:
     """Say how the logs support a headline: as a mean over seeds, as one run, or not."""
-    num_seeds = len((case.submission or {}).get("seeds") or seed_claims(case)) or len(scored)
+    num_seeds = len(listed_seeds(case) or seed_claims(case)) or len(scored)
     for label, means in label_means(scored, num_seeds).items():
         for mean, names in means:
             if abs(mean - value) <= SAME_BPB and len(names) > 1:
@@ -416,8 +423,7 @@ def stated(value: float, text: str) -> bool:
 def _check_seeds(case: Case, scored: list[RunLog], notes: Notes) -> None:
     """Seeds in log, file name and submission.json are the same."""
     logged = {log.seed for log in scored if log.seed is not None}
-    seeds = (case.submission or {}).get("seeds")
-    listed = {int(seed) for seed in seeds if str(seed).isdigit()} if isinstance(seeds, list | dict) else set()
+    listed = listed_seeds(case)
     for log in scored:
         named = FILE_SEED.search(log.name)
         if named and log.seed is not None and int(named[1]) != log.seed:

@@ -15,6 +15,7 @@ MAX_FILES = 500
 MAX_DEPTH = 5
 MAX_TEXT = 2_000_000  # bytes read of one file; of a longer log its two ends
 MAX_LOGS = 24
+ARTIFACTS = "artifact*.bin"
 LIMIT_16MB = 16_000_000
 
 

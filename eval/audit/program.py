@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from eval.audit.folder import Folder
-from eval.audit.reach import Live, live_nodes, read_settings
+from eval.audit.folder import ARTIFACTS, Folder
+from eval.audit.reach import MARKS, Live, last_name, live_nodes, read_settings
 from eval.audit.unwrap import Constants, Unknown, Unreadable, parse_source
 
 MAX_LAYERS = 12
@@ -139,6 +139,14 @@ def read_program(folder: Folder, logged: dict[str, str], readme: str) -> Program
     entry = find_entry(folder)
     if not entry:
         return Program("", "no Python script", {}, [], [], [], 0, {}, {})
+    try:
+        return _read_program(folder, entry, logged, readme)
+    except RecursionError:
+        opaque = [f"{entry}: nested too deeply for a reader"]
+        return Program(entry, "", {}, opaque, [], [], 0, {entry: folder.files[entry].size}, {})
+
+
+def _read_program(folder: Folder, entry: str, logged: dict[str, str], readme: str) -> Program:
     found = Unwrapped(folder)
     found.follow(entry)
     layers = found.layers
@@ -151,8 +159,9 @@ def read_program(folder: Folder, logged: dict[str, str], readme: str) -> Program
     suffix = {path: PurePosixPath(path).suffix for path in sizes}
     code = {path: size for path, size in sizes.items() if suffix[path] in CODE_SUFFIXES}
     passive = CODE_SUFFIXES | TEXT_SUFFIXES | TOKENIZER_SUFFIXES
-    data = {path: size for path, size in sizes.items() if suffix[path] not in passive}
-    num_dead = sum(1 for tree in layers.values() for _ in ast.walk(tree)) - len(live)
+    artifacts = set(folder.named(ARTIFACTS))  # K6 weighs them
+    data = {p: size for p, size in sizes.items() if suffix[p] not in passive and p not in artifacts}
+    num_dead = sum(not isinstance(n, MARKS) for tree in layers.values() for n in ast.walk(tree)) - len(live)
     return Program(entry, found.error, layers, found.opaque, found.newer, live, num_dead, code, data)
 
 
@@ -310,11 +319,7 @@ def train_on_val(program: Program) -> list[tuple[str, str]]:
 
 def _calls(items: list[Live]) -> list[tuple[str, int]]:
     nodes = [item.node for item in items if isinstance(item.node, ast.Call)]
-    return [(_last_name(node.func), node.lineno) for node in nodes]
-
-
-def _last_name(node: ast.expr) -> str:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return [(last_name(node.func), node.lineno) for node in nodes]
 
 
 def _reaching(seeds: set, named: dict[str, list], calls: dict) -> set:
@@ -334,7 +339,7 @@ def _is_write(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call):
         return False
     modes = [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
-    return ast.unparse(node.func) == "torch.save" or (_last_name(node.func) == "open" and modes == ["wb"])
+    return ast.unparse(node.func) == "torch.save" or (last_name(node.func) == "open" and modes == ["wb"])
 
 
 def _writes_bytes(items: list[Live]) -> bool:
@@ -350,6 +355,8 @@ def _learns_from_val(function: Any, items: list[Live]) -> bool:
         and isinstance(item.node.func, ast.Attribute)
         and item.node.func.attr == "backward"
     ]
+    if not losses:
+        return False
     assigned = [
         (target, item.node.value)
         for item in items

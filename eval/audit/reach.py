@@ -25,6 +25,7 @@ CONVERT = {"int": int, "float": float, "bool": bool, "str": str}
 JUMPS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 ALWAYS_LIVE = {"forward", "backward", "main"}  # called through torch or a launcher
+MARKS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)  # nodes without a place
 UNKNOWN = object()
 
 
@@ -57,13 +58,18 @@ def read_settings(
         if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
             continue
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-            name = target.attr if isinstance(target, ast.Attribute) else getattr(target, "id", "")
+            name = last_name(target)
             value = evaluate(node.value, {}, environment) if _reads_environment(node.value) else UNKNOWN
             if value is UNKNOWN or found.get(name, value) != value:
                 spoiled.add(name)
             found[name] = value
     found = {name: value for name, value in found.items() if name not in spoiled}
     return found | {key: read_literal(text) for key, text in logged.items() if key in found}
+
+
+def last_name(node: ast.AST) -> str:
+    """Return the last name of a Name or Attribute, "" for others."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def _reads_environment(node: ast.AST) -> bool:
@@ -132,7 +138,7 @@ def live_nodes(layers: dict[str, ast.Module], settings: dict[str, Any]) -> list[
     while todo:
         layer, function, node = todo.pop()
         found.append(Live(layer, function, node))
-        name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+        name = last_name(node)
         if name and name not in mentioned:
             mentioned.add(name)
             todo += [
@@ -162,7 +168,7 @@ def _live_children(node: ast.AST, settings: dict[str, Any]) -> Iterator[ast.AST]
             yield from _statements(_branch(node, value, settings), settings)
         elif isinstance(value, list):
             yield from (item for item in value if isinstance(item, ast.AST))
-        elif isinstance(value, ast.AST):
+        elif isinstance(value, ast.AST) and not isinstance(value, MARKS):
             if isinstance(node, ast.IfExp) and value is not node.test:
                 truth = evaluate(node.test, settings)
                 if truth is not UNKNOWN and bool(truth) != (value is node.body):

@@ -34,7 +34,8 @@ class Check(NamedTuple):
     absent: str = ""
 
 
-NEEDS_RUN = "needs the program to run: `python -m eval.audit --run PROGRAM`"
+NEEDS_ARTIFACT = "needs an artifact of this harness: --artifact FILE"
+NEEDS_RUN = "needs the program to run in a sandbox"
 NEEDS_DATA = "needs the data: `python -m data.doctor`"
 NEEDS_PROTOCOL = "not implemented"
 CHECKS = (
@@ -67,27 +68,27 @@ CHECKS = (
           "README: CANNOT access validation data during training", "#44 #1376 #1972",
           "calibrate and adapt on training data", absent=NEEDS_RUN),
     Check("K12", "dynamic", "probabilities sum to one", "C2", "#779 #886 #1147 #1872",
-          "normalize over the whole vocabulary before looking at the target", absent=NEEDS_RUN),
+          "normalize over the whole vocabulary before looking at the target", absent=NEEDS_ARTIFACT),
     Check("K13", "dynamic", "the future changes no score", "C1, C3", "#1240 #402", "score before you adapt",
-          absent=NEEDS_RUN),
+          absent=NEEDS_ARTIFACT),
     Check("K14", "dynamic", "a prefix scores the same alone", "C1, C4", "#846 #1967",
-          "build nothing from the whole stream", absent=NEEDS_RUN),
+          "build nothing from the whole stream", absent=NEEDS_ARTIFACT),
     Check("K15", "dynamic", "score before update", "C3", "#568 #991", "update only with scored tokens",
           absent=NEEDS_RUN),
     Check("K16", "dynamic", "every target exactly once", "C4", "#846 #881",
-          "plan windows that do not overlap in targets", absent=NEEDS_RUN),
+          "plan windows that do not overlap in targets", absent=NEEDS_ARTIFACT),
     Check("K17", "dynamic", "the artifact alone reproduces the score", "README: fully self-contained",
           "#2018 #168", "put what scoring needs into the artifact", absent=NEEDS_RUN),
     Check("K18", "dynamic", "files it opens", "README: no training data during evaluation", "#593 #609",
           "read training data before the clock stops", absent=NEEDS_RUN),
     Check("K19", "dynamic", "documents in another order", "C1, where independence is claimed",
-          "#1797 #1851", "mask at document starts", absent=NEEDS_RUN),
+          "#1797 #1851", "mask at document starts", absent=NEEDS_ARTIFACT),
     Check("K20", "dynamic", "memory of a copy (informative)", "C4", "#881", "none needed",
-          absent=NEEDS_RUN),
+          absent=NEEDS_ARTIFACT),
     Check("K21", "dynamic", "renamed token ids", "C1", "#1420", "do not depend on token numbers",
           absent=NEEDS_PROTOCOL),
     Check("K22", "dynamic", "no better than entropy on noise", "C1, C2", "#779 #886", "as K12 and K13",
-          absent=NEEDS_RUN),
+          absent=NEEDS_ARTIFACT),
     Check("K23", "dynamic", "clock ledger", "README: 10 + 10 minutes", "#1868 #1967",
           "move work inside the timer", absent=NEEDS_RUN),
     Check("K24", "package", "folder and files",
@@ -96,11 +97,13 @@ CHECKS = (
 )  # fmt: skip
 
 
-def judge(case: Case) -> list[tuple[Check, Finding]]:
-    """Run every check of the table that needs no run of the program."""
+def judge(case: Case, measured: dict[str, Finding] | None = None) -> list[tuple[Check, Finding]]:
+    """Return every row of the table with its finding; `measured` holds those of probes that were run."""
     found = []
     for check in CHECKS:
-        if check.run is None:
+        if measured and check.id in measured:
+            finding = measured[check.id]
+        elif check.run is None:
             finding = Finding("NOT RUN", [check.absent])
         elif case.is_recipe_only and check.run is not check_package:
             finding = Finding("NOT RUN", ["recipe only: no record to check"])
