@@ -17,8 +17,8 @@ STEP = re.compile(r"step:|\d+/\d+\b")
 PREFIX = re.compile(r"\d{10}\.\d+ ")  # unix time
 PAIRS = re.compile(r"[a-z_0-9]+:[^\s:]+(?: [a-z_0-9]+:[^\s:]+)*")
 DUMPED = re.compile(r"  ([a-z_0-9]+): (.*)")
-SOURCE = re.compile(r"""[{}"']""")  # none of the lines read by FACTS holds one of these
-# (field, pattern); the value is the last match of the log, for `seed` the first.
+SOURCE = re.compile(r"""[{}"']""")  # a score's label holds none of these
+# (field, pattern); the value is the last match of the log.
 FACTS = (
     ("seed", re.compile(r"\s*seed:\s*(\d{1,12})$")),
     ("val_tokens", re.compile(r"(?:val_loader:.*\btokens|val_tokens):\s*(\d+)$")),
@@ -85,8 +85,7 @@ def parse_log(name: str, text: str) -> RunLog:
         if score := _score(line):
             scores.append(score)
         has_started = has_started or STEP.match(line) is not None
-        if SOURCE.search(line) is None:
-            _read_facts(line, facts)
+        _read_facts(line, facts)
         if not has_started:
             _read_config(line, config)
     return RunLog(name, scores, facts, config, text)
@@ -106,7 +105,7 @@ def _score(line: str) -> ScoreLine | None:
 def _read_facts(line: str, facts: dict[str, float]) -> None:
     for field, pattern in FACTS:
         found = pattern.match(line)
-        if found and not (field == "seed" and field in facts):
+        if found:
             facts[field] = float(found[1])
 
 
