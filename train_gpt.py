@@ -736,13 +736,15 @@ class Norm(nn.Module):
 
 
 class CastLinear(nn.Linear):
-    """A Linear whose float32 weight and bias are cast to the input's dtype."""
+    """A Linear whose float32 weight and bias are cast to the input's dtype; adaptive scoring adds to it."""
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool = False):
         super().__init__(in_dim, out_dim, bias=bias)
+        self.adapter: nn.Module | None = None  # attached by eval/adaptive.py while it scores, else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 def rope_base_at(cfg: ModelConfig, seq_len: int) -> float:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 Logits = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+# cost(scores (R, V), targets (R,), places (R,)) -> nats (R,); places number the targets in the stream
+Cost = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def plan_windows(num_targets: int, context_len: int, stride: int = 0, keep_tail: bool = True) -> np.ndarray:
@@ -49,14 +51,20 @@ def plan_batches(windows: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     return sorted(batches, key=lambda rows: int(rows[0]))
 
 
+def plain_cost(scores: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Charge the negative log softmax of the target, whatever its place."""
+    return F.cross_entropy(scores, targets, reduction="none")
+
+
 class ScoreOptions(NamedTuple):
-    """How windows are batched and which of the batches this process scores."""
+    """How windows are batched and charged, and which of the batches this process scores."""
 
     bos_id: int
     batch_tokens: int
     device: torch.device | str = "cpu"
     rank: int = 0
     world_size: int = 1
+    cost: Cost = plain_cost
 
 
 class ProgressLines:
@@ -76,6 +84,20 @@ class ProgressLines:
 
 
 @torch.no_grad()
+def score_batch(
+    logits: Logits, tokens: np.ndarray, rows: np.ndarray, options: ScoreOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score windows of one shape; returns the places (R,) of their targets and the nats (R,), on the CPU."""
+    length, first = int(rows[0, 1] - rows[0, 0]), int(rows[0, 2])
+    span = rows[:, :1] + np.arange(length + 1)  # (B, T + 1)
+    chunk = torch.from_numpy(tokens[span].astype(np.int64)).to(options.device)
+    inputs, targets = chunk[:, :-1], chunk[:, 1 + first :]
+    scores = logits(inputs, inputs == options.bos_id, first)  # (B, T - first, V)
+    places = torch.from_numpy(span[:, first:-1].ravel())
+    nats = options.cost(scores.float().flatten(0, 1), targets.flatten(), places)
+    return places, nats.float().cpu()
+
+
 def score_windows(
     logits: Logits,
     tokens: np.ndarray,
@@ -93,14 +115,8 @@ def score_windows(
     nats = torch.zeros(num_targets)
     batches = plan_batches(windows, options.batch_tokens)
     for index in range(options.rank, len(batches), options.world_size):
-        rows = windows[batches[index]]
-        length, first = int(rows[0, 1] - rows[0, 0]), int(rows[0, 2])
-        span = rows[:, :1] + np.arange(length + 1)  # (B, T + 1)
-        chunk = torch.from_numpy(tokens[span].astype(np.int64)).to(options.device)
-        inputs, targets = chunk[:, :-1], chunk[:, 1 + first :]
-        scores = logits(inputs, inputs == options.bos_id, first)  # (B, T - first, V)
-        losses = F.cross_entropy(scores.float().flatten(0, 1), targets.flatten(), reduction="none")
-        nats[torch.from_numpy(span[:, first:-1].ravel())] = losses.float().cpu()
+        places, costs = score_batch(logits, tokens, windows[batches[index]], options)
+        nats[places] = costs
         if progress:
             progress(index + 1, len(batches))
     return nats
