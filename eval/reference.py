@@ -26,3 +26,15 @@ def score_reference(logits, tokens: np.ndarray, context_len: int, stride: int, b
         top = row.max()
         nats[target] = top + np.log(np.exp(row - top).sum()) - row[int(tokens[target + 1])]
     return nats
+
+
+def contest_windows(num_targets: int, context_len: int, stride: int) -> np.ndarray:
+    """List (start, end, first) of the windows that the contest's early scripts scored.
+
+    A window starts at every multiple of stride, also where an earlier one reached the end already: the
+    last targets are scored context_len / stride times. Never a score; for counts and comparisons.
+    """
+    starts = np.arange(0, num_targets, stride)
+    lengths = np.minimum(context_len, num_targets - starts)
+    first = np.where(starts == 0, 0, np.maximum(lengths - stride, 0))
+    return np.stack([starts, starts + lengths, first], axis=1)

@@ -1,0 +1,608 @@
+"""Adaptive scorers: legal by their event log, reproducible on any number of ranks, gone afterwards."""
+
+import copy
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from data.errors import UserError
+from eval.adaptive import (
+    LoraOptions,
+    PhaseOptions,
+    Referee,
+    Reports,
+    Session,
+    Settings,
+    SgdOptions,
+    SgdTrainer,
+    count_visits,
+    find_sites,
+    phase_ends,
+    plan_chunks,
+    plan_doc_batches,
+    plan_document_windows,
+    plan_documents,
+    plan_pre_eval,
+    score_lora,
+    score_pre_eval,
+    score_sgd,
+    weights_digest,
+)
+from eval.ngram import OnlineRule, online_tilt
+from eval.reference import contest_windows, score_reference
+from eval.sliding import ScoreOptions, plan_windows, score_windows
+from formats.recipe import with_values
+from train_gpt import CastLinear, build_model
+
+BOS = 1
+SGD = SgdOptions(lr=0.5, chunk_tokens=40, batch_seqs=2, epochs=2)
+LORA = LoraOptions(rank=2, alpha=4.0, sites=("head",), lr=0.05, chunk_tokens=6, batch_docs=3)
+PHASES = PhaseOptions(4, 2, SgdOptions(lr=0.5, epochs=1, chunk_tokens=32, batch_seqs=2))
+SCORERS = {
+    "sgd": lambda model, session: score_sgd(model, session, SGD),
+    "lora": lambda model, session: score_lora(model, session, LORA, PhaseOptions()),
+    "warm": lambda model, session: score_lora(model, session, LORA._replace(warm_lanes=4), PhaseOptions()),
+    "phased": lambda model, session: score_lora(model, session, LORA, PHASES),
+}
+
+
+class Toy(nn.Module):
+    """A bigram model with one place for an adapter."""
+
+    def __init__(self, vocab_size=12, width=8, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(vocab_size, width)
+        self.head = CastLinear(width, vocab_size)
+
+    def forward(self, tokens, starts_doc, first):
+        return self.head(self.embed(tokens[:, first:]))
+
+
+class OneRank:
+    """What a scorer asks of the ranks, alone."""
+
+    def agree(self, value):
+        return value
+
+    def average(self, tensors):
+        pass
+
+
+class Crew:
+    """The same among threads, each in the place of a rank."""
+
+    def __init__(self, world_size):
+        self.barrier = threading.Barrier(world_size, timeout=30)
+        self.shared = [None] * world_size
+
+    def exchange(self, rank, value):
+        self.shared[rank] = value
+        self.barrier.wait()
+        everything = list(self.shared)
+        self.barrier.wait()
+        return everything
+
+
+class ThreadRank:
+    def __init__(self, crew, rank):
+        self.crew, self.rank = crew, rank
+
+    def agree(self, value):
+        return self.crew.exchange(self.rank, value)[0]
+
+    def average(self, tensors):
+        everyone = self.crew.exchange(self.rank, [tensor.clone() for tensor in tensors])
+        for tensor, *parts in zip(tensors, *everyone):
+            tensor.copy_(sum(parts) / len(parts))
+
+
+def make_session(tokens, events=None, cost=None, context_len=16, **limits):
+    options = ScoreOptions(BOS, 64)
+    options = options if cost is None else options._replace(cost=cost)
+    reports = Reports(None if events is None else events.append)
+    return Session(tokens, Settings(context_len, 4, **limits), options, OneRank(), reports)
+
+
+def make_text(lengths=(30, 7, 1, 45, 12, 2, 26), vocab_size=12, seed=0):
+    """Documents of the given lengths, each after a BOS, and one BOS at the end as the last target."""
+    rng = np.random.default_rng(seed)
+    parts = [np.concatenate([[BOS], rng.integers(2, vocab_size, length - 1)]) for length in lengths]
+    return np.concatenate([*parts, [BOS]]).astype(np.uint16)
+
+
+def replaced(tokens, start, seed=7):
+    """The same text up to `start`, other words (no BOS) from there on; BOS stays where it was."""
+    noise = np.random.default_rng(seed).integers(2, 12, len(tokens)).astype(np.uint16)
+    changed = tokens.copy()
+    changed[start:] = np.where(tokens[start:] == BOS, BOS, noise[start:])
+    return changed
+
+
+def breaches(events, num_targets):
+    """Judge an event log from its rows alone: targets not scored once, updates that read unscored ones."""
+    times, early = np.zeros(num_targets, dtype=int), []
+    for event in events:
+        if event["kind"] == "score":
+            times[event["lo"] : event["hi"]] += 1
+        elif (times[event["lo"] : event["hi"]] == 0).any():
+            early.append(event)
+    return np.flatnonzero(times != 1).tolist(), early
+
+
+# Legal by construction
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@given(st.integers(0, 10**6))
+@settings(max_examples=6, deadline=None)
+def test_every_target_is_scored_once_and_before_an_update_reads_it(name, seed):
+    """Contest rules C3 and C4, read off the event log, over texts with empty and headless documents."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.choice(12, int(rng.integers(2, 160)), p=[0.01, 0.15] + [0.084] * 10).astype(np.uint16)
+    events = []
+    outcome = SCORERS[name](Toy(), make_session(tokens, events))
+    assert breaches(events, len(tokens) - 1) == ([], [])
+    assert outcome.invalid == "" and outcome.switch_at == outcome.num_units
+    assert [event["seq"] for event in events] == list(range(len(events)))
+    assert (outcome.nats > 0).all()
+
+
+def test_the_judge_of_these_tests_sees_breaches():
+    """A judge that never complains proves nothing."""
+    rows = [("update", 0, 2), ("score", 0, 4), ("score", 3, 5)]
+    events = [dict(zip(("kind", "lo", "hi"), row)) for row in rows]
+    assert breaches(events, 6) == ([3, 5], [events[0]])
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 2])
+def test_sgd_scores_of_a_chunk_ignore_what_follows(tiny_model, chunk):
+    """Score first: replacing chunks c + 1 and later leaves the scores of chunks 0 .. c bitwise alone."""
+    tokens = make_text()
+    chunks = plan_chunks(plan_windows(len(tokens) - 1, 16, 4), SGD.chunk_tokens)
+    assert len(chunks) == 4
+    end = int(chunks[chunk][-1, 1])
+    before, after = (
+        score_sgd(tiny_model, make_session(text), SGD._replace(lr=0.05)).nats
+        for text in (tokens, replaced(tokens, end + 1))
+    )
+    assert torch.equal(before[:end], after[:end])
+    assert not torch.equal(before[end:], after[end:])
+
+
+class Spy(nn.Module):
+    """Keep a digest of the weights at every scoring pass."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.seen = []
+
+    def forward(self, tokens, starts_doc, first):
+        if not torch.is_grad_enabled():
+            self.seen.append(weights_digest(self.inner))
+        return self.inner(tokens, starts_doc, first)
+
+
+def test_the_weights_that_score_a_chunk_do_not_depend_on_it():
+    """Replace chunk 1 alone: chunks 0 and 1 are scored by the same weights as before, chunk 2 by others."""
+    tokens = make_text()
+    chunks = plan_chunks(plan_windows(len(tokens) - 1, 16, 4), SGD.chunk_tokens)
+    lo, hi = (int(chunks[i][-1, 1]) for i in (0, 1))
+    changed = tokens.copy()
+    changed[lo + 1 : hi + 1] = replaced(tokens, 0)[lo + 1 : hi + 1]
+    seen = []
+    for text in (tokens, changed):
+        spy = Spy(Toy())
+        score_sgd(spy, make_session(text), SGD)
+        seen.append(list(dict.fromkeys(spy.seen)))
+    assert [len(digests) for digests in seen] == [4, 4]
+    assert seen[0][:2] == seen[1][:2] and seen[0][2] != seen[1][2]
+
+
+@pytest.mark.parametrize("start", [1, 6, 12, 13, 40])
+def test_lora_scores_ignore_what_follows_in_the_document(tiny_model, start):
+    """The same inside a document, one chunk after the other, tilt included."""
+    tokens = make_text((60,))
+    lora = LORA._replace(sites=("q", "v", "mlp"))
+    before, after = (
+        score_lora(
+            tiny_model,
+            make_session(text, cost=online_tilt(text, 1.0, (OnlineRule(1, 0.0, 1),))),
+            lora,
+            PhaseOptions(),
+        ).nats
+        for text in (tokens, replaced(tokens, start + 1))
+    )
+    assert torch.equal(before[:start], after[:start])
+    assert not torch.equal(before[start:], after[start:])
+
+
+def test_each_document_starts_afresh(tiny_model):
+    """A document's score is that of the document alone: adapters forget, windows stop at its start."""
+    lora = LORA._replace(sites=("k", "o"), batch_docs=1)
+    tokens = make_text((30, 40))
+    both = score_lora(tiny_model, make_session(tokens), lora, PhaseOptions()).nats
+    alone = score_lora(tiny_model, make_session(tokens[30:]), lora, PhaseOptions()).nats
+    assert torch.equal(both[30:], alone)
+    still = score_lora(tiny_model, make_session(tokens), lora._replace(lr=0.0), PhaseOptions()).nats
+    assert not torch.equal(both, still)
+    assert torch.equal(both[:6], still[:6])  # the first chunk has nothing to learn from
+
+
+def test_the_company_in_a_batch_does_not_matter(tiny_model):
+    """Documents of a batch share a forward pass and an optimizer, yet no weight."""
+    lora = LORA._replace(sites=("q", "mlp"), short_chunks=((8, 3),))
+    tokens = make_text()
+    together, apart = (
+        score_lora(tiny_model, make_session(tokens), lora._replace(batch_docs=size), PhaseOptions()).nats
+        for size in (4, 1)
+    )
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=0)
+
+
+def test_scores_add_up_to_one_over_the_vocabulary():
+    """Enumerate the target: contest rule C2 for what adaptation and tilt make of the model."""
+    tokens = make_text((40, 30))
+    target = 55
+    for score in SCORERS.values():
+        total = 0.0
+        for token in range(12):
+            changed = tokens.copy()
+            changed[target + 1] = token
+            session = make_session(changed)
+            documents = plan_documents(tokens, BOS)
+            session.options = session.options._replace(cost=online_tilt(changed, 1.0, (OnlineRule(1, 0, 1),)))
+            if token != BOS:  # a BOS there would start a document: the same score, another plan
+                assert np.array_equal(plan_documents(changed, BOS), documents)
+            total += math.exp(-float(score(Toy(), session).nats[target]))
+        assert total == pytest.approx(1.0, abs=2e-2 if score is SCORERS["phased"] else 1e-5)
+
+
+def test_noise_costs_its_entropy_or_more():
+    """No legal scorer beats log V on uniform tokens; one that reads targets first does."""
+    tokens = np.random.default_rng(0).integers(0, 12, 3001).astype(np.uint16)
+    sgd = SGD._replace(lr=0.2, epochs=10)
+    nats = score_sgd(Toy(), make_session(tokens), sgd).nats
+    assert nats.mean() > math.log(12) - 4 * float(nats.std()) / math.sqrt(3000)
+    assert nats.mean() > score_pre_eval(Toy(), make_session(tokens), sgd).nats.mean()
+
+
+@pytest.mark.reference("C11")
+def test_an_update_before_the_score_marks_the_result_invalid():
+    """The verdict comes from what happened, not from the name of the mode."""
+    tokens = make_text()
+    events = []
+    outcome = score_pre_eval(Toy(), make_session(tokens, events), SGD)
+    assert "before they were scored" in outcome.invalid
+    assert breaches(events, len(tokens) - 1)[1]
+    for score in SCORERS.values():
+        assert score(Toy(), make_session(tokens)).invalid == ""
+    referee = Referee(10, 0, None)
+    referee.score(0, 5)
+    referee.update(0, 5)
+    assert referee.invalid == ""
+    referee.update(4, 6)
+    assert referee.invalid
+    with pytest.raises(ValueError, match="twice"):
+        referee.score(4, 6)
+
+
+# The same on any number of ranks, and afterwards nothing is left
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_agree_with_one_rank(name, world_size):
+    """Work is dealt by a plan that does not know how many share it; every rank's log is part of one."""
+    tokens = make_text((30, 7, 1, 45, 12, 2, 26, 9, 18, 33, 14, 5))
+    alone = SCORERS[name](Toy(), make_session(tokens)).nats
+    crew = Crew(world_size)
+    logs = [[] for _ in range(world_size)]
+    models = [Toy() for _ in range(world_size)]  # here: threads share one random generator
+
+    def work(rank):
+        session = make_session(tokens, logs[rank])
+        session.options = session.options._replace(rank=rank, world_size=world_size)
+        session.ranks = ThreadRank(crew, rank)
+        session.referee.rank = rank
+        return SCORERS[name](models[rank], session)
+
+    with ThreadPoolExecutor(world_size) as pool:
+        outcomes = list(pool.map(work, range(world_size)))
+    torch.testing.assert_close(sum(outcome.nats for outcome in outcomes), alone, atol=1e-5, rtol=0)
+    scored = [event for log in logs for event in log if event["kind"] == "score"]
+    assert breaches(scored, len(tokens) - 1) == ([], [])
+    assert [outcome.invalid for outcome in outcomes] == [""] * world_size
+    if name in ("lora", "warm"):
+        assert torch.equal(sum(outcome.nats for outcome in outcomes), alone)
+
+
+@pytest.mark.parametrize("name", [*SCORERS, "pre_eval", "failure"])
+def test_the_model_is_as_before(tiny_model, name):
+    """Scoring twice must give the same number: weights, flags and adapters come back, also after an error."""
+    tokens = make_text()
+    digest = weights_digest(tiny_model)
+    sites = find_sites(tiny_model, ("q", "v", "mlp"))
+    session = make_session(tokens)
+    if name == "pre_eval":
+        score_pre_eval(tiny_model, session, SGD)
+    elif name == "sgd":
+        score_sgd(tiny_model, session, SGD)
+    elif name == "failure":
+        session.referee.scored[30] = True  # as if somebody had scored it already
+        with pytest.raises(ValueError, match="twice"):
+            score_lora(tiny_model, session, LORA._replace(sites=("q", "v", "mlp")), PHASES)
+    else:
+        lora = LORA._replace(sites=("q", "v", "mlp"), warm_lanes=2 * (name == "warm"))
+        score_lora(tiny_model, session, lora, PHASES if name == "phased" else PhaseOptions())
+    assert weights_digest(tiny_model) == digest
+    assert all(module.adapter is None for module in sites.values())
+    assert all(param.requires_grad and param.grad is None for param in tiny_model.parameters())
+
+
+def test_frozen_weights_keep_every_bit(tiny_model):
+    """Blocks 0 and 1 are named by pattern; everything else moves."""
+    tokens = make_text((400,))
+    sgd = SgdOptions(lr=0.01, frozen=("blocks.0.*", "blocks.1.*"))
+    before = {name: param.detach().clone() for name, param in tiny_model.named_parameters()}
+    trainer = SgdTrainer(tiny_model, sgd, make_session(tokens))
+    trainer.train(tokens[:-1].reshape(-1, 16), tokens[1:].reshape(-1, 16), 1.0)
+    for name, param in tiny_model.named_parameters():
+        assert torch.equal(param, before[name]) == name.startswith(("blocks.0.", "blocks.1.")), name
+
+
+def test_sgd_steps_equal_a_plain_loop():
+    """Momentum, clipping and epochs against the update rule written out, micro-batches against one batch."""
+    tokens = make_text((160,))
+    inputs, targets = tokens[:-1].reshape(-1, 16), tokens[1:].reshape(-1, 16)
+    fast, slow = Toy(), Toy()
+    session = make_session(tokens)
+    session.options = session.options._replace(batch_tokens=32)
+    SgdTrainer(fast, SgdOptions(lr=0.4, epochs=2, batch_seqs=5, clip_norm=0.5), session).train(
+        inputs, targets, 0.5
+    )
+    speed = [torch.zeros_like(param) for param in slow.parameters()]
+    for _ in range(2):
+        for start in (0, 5):
+            x, y = (torch.from_numpy(part[start : start + 5].astype(np.int64)) for part in (inputs, targets))
+            loss = torch.nn.functional.cross_entropy(slow(x, x == BOS, 0).flatten(0, 1), y.flatten())
+            grads = torch.autograd.grad(loss, list(slow.parameters()))
+            norm = torch.sqrt(sum((grad**2).sum() for grad in grads))
+            with torch.no_grad():
+                for param, grad, moved in zip(slow.parameters(), grads, speed):
+                    moved.mul_(0.9).add_(grad * min(1.0, 0.5 / norm))
+                    param -= 0.2 * moved
+    for one, other in zip(fast.parameters(), slow.parameters()):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+# Plain scoring is the special case
+
+
+def test_adapters_without_rank_or_rate_are_plain_scoring(tiny_model):
+    """lr 0 runs the whole machinery and must not move a bit; without adapters nothing is left of it."""
+    tokens = make_text()
+    lora = LORA._replace(sites=("q", "v", "mlp"))
+    still = score_lora(tiny_model, make_session(tokens), lora._replace(lr=0.0), PhaseOptions()).nats
+    none = score_lora(tiny_model, make_session(tokens), lora._replace(rank=0), PhaseOptions()).nats
+    assert torch.equal(still, none)
+    model = nn.Module()
+    table = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
+    model.forward = lambda tokens, starts_doc, first: table[tokens[:, first:]]
+    none = score_lora(model, make_session(tokens), lora._replace(rank=0), PhaseOptions()).nats
+    plain = score_windows(model, tokens, plan_windows(len(tokens) - 1, 16, 4), ScoreOptions(BOS, 64))
+    assert torch.equal(none, plain)  # a table of bigrams sees no context: every plan must give one score
+
+
+def test_document_windows_equal_the_float64_reference(tiny_model):
+    """Context ends at the document's start in both the chunks of adapters and plain document windows."""
+    tokens = make_text()
+    rows = plan_documents(tokens, BOS)
+    whole = score_windows(tiny_model, tokens, plan_document_windows(rows, 16, 4), ScoreOptions(BOS, 64))
+    lora = LORA._replace(rank=0, chunk_tokens=4, max_doc_tokens=0)
+    chunks = score_lora(tiny_model, make_session(tokens), lora, PhaseOptions()).nats
+    for lo, hi in rows:
+        expected = score_reference(tiny_model, tokens[lo : hi + 1], 16, 4, BOS)
+        np.testing.assert_allclose(whole[lo:hi], expected, atol=2e-5)
+        np.testing.assert_allclose(chunks[lo : min(hi, lo + 4)], expected[:4], atol=2e-5)
+    for lo, hi in rows[:1]:  # beyond the first chunk: the reference with windows that end with the chunk
+        for start in range(0, hi - lo, 4):
+            begin = lo + max(0, start + 4 - 16)
+            part = score_reference(tiny_model, tokens[begin : min(lo + start + 4, hi) + 1], 16, 0, BOS)
+            np.testing.assert_allclose(
+                chunks[lo + start : min(lo + start + 4, hi)], part[-(min(4, hi - lo - start)) :], atol=2e-5
+            )
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_adaptation_pays_on_text_that_repeats_itself(name):
+    """A dead switch would pass every legality test: what is learned must lower the cost."""
+    phrase = np.random.default_rng(3).permutation(np.arange(2, 12))
+    document = np.concatenate([[BOS], np.tile(phrase, 6)])
+    tokens = np.concatenate([*[document] * 24, [BOS]]).astype(np.uint16)
+    plain = score_lora(Toy(), make_session(tokens), LORA._replace(rank=0), PhaseOptions()).nats
+    adapted = SCORERS[name](Toy(), make_session(tokens)).nats
+    assert adapted.mean() < 0.9 * plain.mean()
+    if name in ("warm", "phased"):  # more than what documents learn by themselves
+        assert adapted.mean() < SCORERS["lora"](Toy(), make_session(tokens)).nats.mean()
+
+
+@pytest.mark.parametrize("site", ["q", "k", "v", "o", "mlp"])
+def test_every_site_adapts(tiny_model, site):
+    """Each choice reaches a module of the real model, and its adapters learn."""
+    tokens = make_text((40,))
+    lora = LORA._replace(sites=(site,), lr=0.01)
+    moved = score_lora(tiny_model, make_session(tokens), lora, PhaseOptions()).nats
+    still = score_lora(tiny_model, make_session(tokens), lora._replace(lr=0.0), PhaseOptions()).nats
+    assert not torch.equal(moved, still)
+
+
+def test_layers_that_recur_have_adapters_for_every_visit(tiny_config, alone):
+    """A layer run three times is three layers to the adapters, as in the contest's record."""
+    cfg = with_values(tiny_config, {"model.recur_layers": (1, 1), "model.recur_passes": 3}, "test")
+    model = build_model(cfg, alone.device)
+    sites = find_sites(model, ("q", "mlp"))
+    visits = dict(zip(sites, count_visits(model, sites, "cpu")))
+    assert {name: count for name, count in visits.items() if count != 1} == {
+        "blocks.1.attn.q": 3,
+        "blocks.1.mlp.up": 3,
+        "blocks.1.mlp.down": 3,
+    }
+    outcome = score_lora(model, make_session(make_text()), LORA._replace(sites=("q", "mlp")), PhaseOptions())
+    assert outcome.nats.isfinite().all()
+
+
+# Clock
+
+
+@pytest.mark.parametrize("name", ["sgd", "lora", "phased"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_switch_can_be_replayed(name, world_size):
+    """Before the switch the adaptive score, after it the plain one; a replay needs no clock."""
+    tokens = make_text((30, 29, 28, 27, 12, 11, 10, 9))
+    crew = Crew(world_size)
+    models = [Toy() for _ in range(world_size)]
+
+    def work(rank, **limits):
+        session = make_session(tokens, **limits)
+        session.options = session.options._replace(rank=rank, world_size=world_size)
+        session.ranks = ThreadRank(crew, rank)
+        return SCORERS[name](models[rank], session)
+
+    def scored(**limits):
+        with ThreadPoolExecutor(world_size) as pool:
+            outcomes = list(pool.map(lambda rank: work(rank, **limits), range(world_size)))
+        assert len({outcome.switch_at for outcome in outcomes}) == 1
+        return sum(outcome.nats for outcome in outcomes), outcomes[0]
+
+    full, never = scored()
+    plain, at_once = scored(deadline_s=1e-9)
+    assert (at_once.switch_at, never.switch_at) == (0, never.num_units)
+    assert torch.equal(scored(switch_at=0)[0], plain)
+    assert torch.equal(scored(switch_at=never.num_units, deadline_s=1e-9)[0], full)
+    half, told = scored(switch_at=1)
+    assert told.switch_at == 1 and not told.invalid
+    assert not torch.equal(half, plain) and not torch.equal(half, full)
+    if name == "lora":  # the first batch holds the three longest documents: targets 0 .. 86
+        assert torch.equal(half[:87], full[:87]) and torch.equal(half[87:], plain[87:])
+
+
+class Timed(nn.Module):
+    """A model whose clock is the work it does: a second a row, four when it learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.now = Toy(), 0.0
+
+    def forward(self, tokens, starts_doc, first):
+        self.now += len(tokens) * (4 if torch.is_grad_enabled() else 1)
+        return self.inner(tokens, starts_doc, first)
+
+
+@pytest.mark.parametrize("score", [SCORERS["sgd"], SCORERS["lora"]], ids=["sgd", "lora"])
+def test_the_clock_switches_before_it_is_too_late(monkeypatch, score):
+    """Time that is left must suffice for another unit and for plain scoring of the rest."""
+    model = Timed()
+    monkeypatch.setattr("eval.adaptive.time.perf_counter", lambda: model.now)
+    tokens = make_text((16,) * 60)
+    seconds = []
+    for deadline_s in (0.0, 1e-9):
+        model.now = 0.0
+        score(model, make_session(tokens, deadline_s=deadline_s))
+        seconds.append(model.now)
+    whole, plain = seconds
+    for deadline_s in np.linspace(plain + 0.3 * (whole - plain), whole, 4)[:3]:
+        model.now = 0.0
+        outcome = score(model, make_session(tokens, deadline_s=float(deadline_s)))
+        assert 0 < outcome.switch_at < outcome.num_units
+        assert plain < model.now <= deadline_s
+
+
+# Plans
+
+
+@pytest.mark.reference("C10")
+def test_system_c_trains_on_what_its_log_says():
+    """30,284 sequences in eight shares of 3,785 or 3,786; 119 steps an epoch, 357 in three."""
+    steps = plan_pre_eval(62_021_632, 2048)
+    assert len(steps) == 119 and 3 * len(steps) == 357
+    everything = np.concatenate(steps)
+    assert len(everything) == 30_284 and len(np.unique(everything)) == 30_284
+    assert len(steps[0]) == 8 * 32 and steps[0][32] == 3_785
+
+
+@pytest.mark.reference("C10")
+def test_system_c_leaves_its_first_two_blocks_alone(tiny_model):
+    """Bit for bit, through the very scorer."""
+    frozen = SgdOptions(lr=0.01, epochs=1, frozen=("blocks.0.*", "blocks.1.*"))
+    spy = Spy(tiny_model)
+    before = weights_digest(tiny_model.blocks[0]), weights_digest(tiny_model.blocks[1])
+    seen = []
+
+    def look(module, inputs):
+        seen.append((weights_digest(tiny_model.blocks[0]), weights_digest(tiny_model.blocks[1])))
+
+    hook = spy.register_forward_pre_hook(look)
+    score_pre_eval(spy, make_session(make_text()), frozen._replace(frozen=("inner.blocks.[01].*",)))
+    hook.remove()
+    assert set(seen) == {before}
+    assert len(set(spy.seen)) == 1 and spy.seen[0] != weights_digest(tiny_model)
+
+
+@pytest.mark.reference("C12")
+@pytest.mark.reference("B17")
+def test_window_counts_of_the_contest_and_ours():
+    """Its loop lists 969,088 windows and scores 1,984 targets again; ours stops where the text ends."""
+    num_targets = 62_021_632
+    theirs = contest_windows(num_targets, 2048, 64)
+    assert len(theirs) == 969_088
+    assert (theirs[:, 1] - theirs[:, 0] - theirs[:, 2]).sum() == num_targets + 1_984
+    ours = plan_windows(num_targets, 2048, 64)
+    assert (ours[:, 1] - ours[:, 0] - ours[:, 2]).sum() == num_targets
+    assert np.array_equal(ours, theirs[: len(ours)]) and len(theirs) - len(ours) == 31
+
+
+def test_documents_cover_the_text():
+    """Every target belongs to one document, also before the first BOS, between two, and in long ones."""
+    tokens = np.array([5, 6, BOS, BOS, 7, 8, 9, 5, BOS], dtype=np.uint16)
+    assert plan_documents(tokens, BOS).tolist() == [[0, 2], [2, 3], [3, 8]]
+    assert plan_documents(tokens, BOS, 2).tolist() == [[0, 2], [2, 3], [3, 5], [5, 7], [7, 8]]
+    assert plan_documents(np.array([5, 6], dtype=np.uint16), BOS).tolist() == [[0, 1]]
+    assert plan_document_windows(np.zeros((0, 2), dtype=np.int64), 8, 4).shape == (0, 3)
+
+
+def test_batches_hold_documents_of_one_chunk_longest_first():
+    """Long documents first, so that no rank ends with them; never more rows than the memory allows."""
+    lengths = np.array([5, 100, 40, 8, 39, 300, 7, 41])
+    lora = LORA._replace(batch_docs=3, short_chunks=((8, 2),))
+    batches = plan_doc_batches(lengths, lora, row_tokens=50, batch_tokens=120)
+    assert [batch.tolist() for batch in batches] == [[5, 1], [7, 2, 4][:2], [4], [3, 6, 0]]
+
+
+def test_phases_come_after_the_batches_that_complete_their_documents():
+    """Two phases over five documents end at two and five; the end of the text needs no phase."""
+    batches = [np.arange(2), np.arange(2), np.arange(2), np.arange(2)]
+    assert phase_ends(batches, PhaseOptions(5, 2)) == [1, 3]
+    assert phase_ends(batches, PhaseOptions(8, 1)) == []
+    assert phase_ends(batches, PhaseOptions()) == []
+
+
+def test_mistakes_are_named(tiny_model):
+    """Patterns and sites that match nothing would silently do nothing."""
+    session = make_session(make_text())
+    with pytest.raises(UserError, match=r"'blocks\.9\.\*'"):
+        score_sgd(tiny_model, session, SGD._replace(frozen=("blocks.9.*",)))
+    with pytest.raises(UserError, match=r"adapters on 'bias'.*q, k, v, o, mlp"):
+        score_lora(tiny_model, session, LORA._replace(sites=("q", "bias")), PhaseOptions())
+    session.options = session.options._replace(world_size=3)
+    with pytest.raises(UserError, match="warm_lanes=4"):
+        score_lora(tiny_model, session, LORA._replace(sites=("q",), warm_lanes=4), PhaseOptions())
+    assert copy.deepcopy(tiny_model)
