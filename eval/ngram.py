@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from data.errors import UserError
+from data.shards import TOKEN_DTYPE
 
 NO_HINT = -1
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
-KEY_DTYPE, TOKEN_DTYPE = np.dtype("<u4"), np.dtype("<u2")
+KEY_DTYPE = np.dtype("<u4")
 
 
 class NgramTable(NamedTuple):
