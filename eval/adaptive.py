@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.errors import UserError
-from eval.sliding import ScoreOptions, plan_batches, plan_windows, score_batch
+from eval.sliding import Logits, ScoreOptions, plan_batches, plan_windows, score_batch
 
 # What a recipe calls a place for an adapter -> the attributes of the modules that take one.
 ADAPTER_SITES = {
@@ -33,7 +33,7 @@ ADAPTER_SITES = {
     "v": ("v",),
     "o": ("out",),
     "mlp": ("up", "down"),
-    "head": ("head",),
+    "head": ("head", "tied_head"),
 }
 
 
@@ -168,7 +168,7 @@ class Session:
         self.score_seconds += time.perf_counter() - started
         self.score_tokens += num_read
 
-    def score_windows(self, model: nn.Module, windows: np.ndarray) -> None:
+    def score_windows(self, model: Logits, windows: np.ndarray) -> None:
         """Score windows without adaptation, with all ranks."""
         for index, batch in enumerate(plan_batches(windows, self.options.batch_tokens)):
             rows = windows[batch]
@@ -178,7 +178,7 @@ class Session:
                 self.record(places, nats, started, int((rows[:, 1] - rows[:, 0]).sum()))
             for lo, hi in scored_spans(rows):
                 self.referee.score(lo, hi, here=self.is_mine(index))
-        self.advance(int((windows[:, 1] - windows[:, 0] - windows[:, 2]).sum()))
+            self.advance(int((rows[:, 1] - rows[:, 0] - rows[:, 2]).sum()))
 
     def advance(self, num_targets: int) -> None:
         """Report progress."""
@@ -236,6 +236,12 @@ def weights_digest(model: nn.Module) -> str:
     for name, values in model.state_dict().items():
         digest.update(name.encode() + values.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def score_plain(model: Logits, session: Session, windows: np.ndarray) -> Outcome:
+    """Score windows that cover the text, without adaptation."""
+    session.score_windows(model, windows)
+    return session.outcome(0, 0)
 
 
 # Whole-weight SGD

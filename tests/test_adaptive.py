@@ -13,6 +13,7 @@ from torch import nn
 
 from data.errors import UserError
 from eval.adaptive import (
+    DocumentLora,
     LoraOptions,
     PhaseOptions,
     Referee,
@@ -152,6 +153,7 @@ def test_every_target_is_scored_once_and_before_an_update_reads_it(name, seed):
     assert outcome.invalid == "" and outcome.switch_at == outcome.num_units
     assert [event["seq"] for event in events] == list(range(len(events)))
     assert (outcome.nats > 0).all()
+    assert events[-1]["kind"] == "score"  # learning after the last score would be time lost
 
 
 def test_the_judge_of_these_tests_sees_breaches():
@@ -442,6 +444,21 @@ def test_every_site_adapts(tiny_model, site):
     moved = score_lora(tiny_model, make_session(tokens), lora, PhaseOptions()).nats
     still = score_lora(tiny_model, make_session(tokens), lora._replace(lr=0.0), PhaseOptions()).nats
     assert not torch.equal(moved, still)
+
+
+def test_an_adapter_is_its_formula():
+    """Every visit and every document has factors of its own, scaled by alpha / rank; up starts at zero."""
+    generator = torch.Generator().manual_seed(0)
+    adapter = DocumentLora(torch.randn(3, 5, 2, generator=generator), 4, 6, scale=1.5)
+    x = torch.randn(4, 7, 5, generator=generator)
+    assert torch.equal(adapter(x), torch.zeros(4, 7, 6))
+    with torch.no_grad():
+        for factor in (adapter.down, adapter.up):
+            factor.copy_(torch.randn(factor.shape, generator=generator))
+    for visit in (1, 2, 0):
+        expected = 1.5 * torch.stack([x[b] @ adapter.down[visit, b] @ adapter.up[visit, b] for b in range(4)])
+        rows = 4 - visit  # documents that have ended leave the batch from below
+        torch.testing.assert_close(adapter(x[:rows]), expected[:rows])
 
 
 def test_layers_that_recur_have_adapters_for_every_visit(tiny_config, alone):
