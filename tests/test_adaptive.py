@@ -385,6 +385,17 @@ def test_sgd_steps_equal_a_plain_loop():
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name, expected", [("sgd", [1, 0.75, 0.25]), ("phased", [1, 0.5, 0, 1, 0.75, 0.25, 0])]
+)
+def test_rates_fall_along_a_cosine(monkeypatch, name, expected):
+    """From the full rate to nothing: over the text, whose last chunk is not trained on, or over each phase."""
+    rates = []
+    monkeypatch.setattr(SgdTrainer, "train", lambda self, inputs, targets, lr_mul: rates.append(lr_mul))
+    SCORERS[name](Toy(), make_session(make_text()))
+    assert rates == pytest.approx(expected, abs=1e-12)
+
+
 # Plain scoring is the special case
 
 
