@@ -15,6 +15,7 @@ from data.errors import UserError
 from eval.adaptive import (
     DocumentLora,
     LoraOptions,
+    LoraScorer,
     PhaseOptions,
     Referee,
     Reports,
@@ -389,7 +390,7 @@ def test_sgd_steps_equal_a_plain_loop():
     "name, expected", [("sgd", [1, 0.75, 0.25]), ("phased", [1, 0.5, 0, 1, 0.75, 0.25, 0])]
 )
 def test_rates_fall_along_a_cosine(monkeypatch, name, expected):
-    """From the full rate to nothing: over the text, whose last chunk is not trained on, or over each phase."""
+    """From full to nothing: over the text, whose last chunk is not trained on, or over each phase."""
     rates = []
     monkeypatch.setattr(SgdTrainer, "train", lambda self, inputs, targets, lr_mul: rates.append(lr_mul))
     SCORERS[name](Toy(), make_session(make_text()))
@@ -470,6 +471,52 @@ def test_an_adapter_is_its_formula():
         expected = 1.5 * torch.stack([x[b] @ adapter.down[visit, b] @ adapter.up[visit, b] for b in range(4)])
         rows = 4 - visit  # documents that have ended leave the batch from below
         torch.testing.assert_close(adapter(x[:rows]), expected[:rows])
+
+
+def slow_lora(model, document, lora):
+    """Score one document of a bigram model with an adapter on its head: the loop and AdamW written out."""
+    factors = [
+        LoraScorer(model, make_session(document), lora).starts[0][0].clone(),
+        torch.zeros(lora.rank, 12),
+    ]
+    squares = [torch.zeros_like(factor) for factor in factors]
+    tokens = torch.from_numpy(document.astype(np.int64))
+    nats = []
+    for step, start in enumerate(range(0, len(document) - 1, lora.chunk_tokens), start=1):
+        targets = tokens[start + 1 : start + 1 + lora.chunk_tokens]
+        down, up = (factor.requires_grad_() for factor in factors)
+        x = model.embed(tokens[start : start + len(targets)]).detach()
+        logits = x @ model.head.weight.detach().T + x @ down @ up * (lora.alpha / lora.rank)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        nats.append(losses.detach())
+        grads = torch.autograd.grad(losses.mean(), [down, up])
+        factors = [factor.detach() for factor in (down, up)]
+        for factor, square, grad in zip(factors, squares, grads):
+            square.mul_(lora.beta2).add_((1 - lora.beta2) * grad**2)
+            factor.mul_(1 - lora.lr * lora.weight_decay)
+            factor.sub_(lora.lr * grad / ((square / (1 - lora.beta2**step)).sqrt() + 1e-10))
+    return torch.cat(nats)
+
+
+def test_adapters_learn_as_a_plain_loop_would():
+    """Rate, decay, scale, chunks and order of score and step, one document against the rule written out."""
+    tokens = make_text((45, 30))
+    fast = score_lora(Toy(), make_session(tokens), LORA, PhaseOptions()).nats
+    for lo, hi in plan_documents(tokens, BOS):
+        torch.testing.assert_close(
+            fast[lo:hi], slow_lora(Toy(), tokens[lo : hi + 1], LORA), atol=1e-4, rtol=0
+        )
+
+
+def test_a_phase_makes_warm_adapters_start_afresh(monkeypatch):
+    """What adapters learned beside the old weights is dropped with them, as in the contest's record."""
+    monkeypatch.setattr(SgdTrainer, "train", lambda self, inputs, targets, lr_mul: None)
+    tokens, warm = make_text((30, 29, 28, 20, 19, 18)), LORA._replace(warm_lanes=1)
+    cold = score_lora(Toy(), make_session(tokens), LORA, PhaseOptions()).nats
+    kept = score_lora(Toy(), make_session(tokens), warm, PhaseOptions()).nats
+    dropped = score_lora(Toy(), make_session(tokens), warm, PhaseOptions(3)).nats
+    assert torch.equal(cold[:87], kept[:87])  # the first batch has nothing to start from
+    assert torch.equal(cold, dropped) and not torch.equal(cold, kept)
 
 
 def test_layers_that_recur_have_adapters_for_every_visit(tiny_config, alone):
