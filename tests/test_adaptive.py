@@ -251,21 +251,20 @@ def test_the_company_in_a_batch_does_not_matter(tiny_model):
 
 
 def test_scores_add_up_to_one_over_the_vocabulary():
-    """Enumerate the target: contest rule C2 for what adaptation and tilt make of the model."""
-    tokens = make_text((40, 30))
-    target = 55
-    for score in SCORERS.values():
+    """Enumerate the target: contest rule C2 for what adaptation and tilt make of the model.
+
+    A BOS as the target ends its document there. Phases learn from the longest documents, so which they
+    are moves with it: the price of an order by length, measured here and disputed in pull request 1536.
+    """
+    tokens, target = make_text((40, 30, 28, 24, 20, 14)), 146
+    for name, score in SCORERS.items():
         total = 0.0
         for token in range(12):
             changed = tokens.copy()
             changed[target + 1] = token
-            session = make_session(changed)
-            documents = plan_documents(tokens, BOS)
-            session.options = session.options._replace(cost=online_tilt(changed, 1.0, (OnlineRule(1, 0, 1),)))
-            if token != BOS:  # a BOS there would start a document: the same score, another plan
-                assert np.array_equal(plan_documents(changed, BOS), documents)
-            total += math.exp(-float(score(Toy(), session).nats[target]))
-        assert total == pytest.approx(1.0, abs=2e-2 if score is SCORERS["phased"] else 1e-5)
+            cost = online_tilt(changed, 1.0, (OnlineRule(1, 0.0, 1),))
+            total += math.exp(-float(score(Toy(), make_session(changed, cost=cost)).nats[target]))
+        assert total == pytest.approx(1.0, abs=5e-3 if name == "phased" else 1e-5)
 
 
 def test_noise_costs_its_entropy_or_more():
