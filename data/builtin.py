@@ -28,7 +28,7 @@ from data.codecs import load_codec
 from data.errors import UserError, run_command
 from data.prepare import Document, mark_unfinished, print_table, write_dataset
 from data.shards import MANIFEST_NAME, read_manifest, sha256_file
-from data.tokenizer import train_tokenizer
+from data.training import train_tokenizer
 
 CORPUS_NAME = "builtin"
 CORPUS_VERSION = 1  # raise it when a change of this file changes the text

@@ -1,129 +1,114 @@
-"""Train a lossless SentencePiece tokenizer: `python -m data.tokenizer train --help`."""
+"""Train, verify and compare tokenizers: `python -m data.tokenizer --help`."""
 
 import argparse
-import io
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import json
+import os
 
 from data.codecs import load_codec
-from data.errors import UserError, run_command
+from data.errors import CommandParser, run_command
 from data.prepare import check_inputs, read_documents
-from data.shards import atomic_file
+from data.shards import write_json
+from data.training import TRAINERS, train_tokenizer
+from data.verify import compare_codec, verify_codec
 
-# Merges settle long before this; all training text is held in memory.
-MAX_TRAINING_BYTES = 1 << 30
-# The ids, digit splitting and byte fallback are the contest's. What differs keeps text exact: identity
-# normalisation, every space kept, no dummy prefix.
-TRAINER_OPTIONS = {
-    "model_type": "bpe",
-    "pad_id": 0,
-    "bos_id": 1,
-    "eos_id": 2,
-    "unk_id": 3,
-    "byte_fallback": True,
-    "split_digits": True,
-    "character_coverage": 0.999,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "add_dummy_prefix": False,
-    "allow_whitespace_only_pieces": True,
-    "required_chars": "\u2581\n",  # a space and a newline always have a token of their own
-    "max_sentence_length": 1 << 30,  # a "sentence" is a whole document here; longer ones are skipped
-    "minloglevel": 2,  # errors only; they also raise
-}
-# Texts that normalising or space-trimming models change, beside the codec's own LOSSLESS_PROBES.
-HOSTILE_TEXTS = (
-    "  a  ",
-    "\ta\n\n\n b\r\n",
-    "\u2581 \u2581",
-    "\0\x7f\ufeff\ufffd",
-    "1234 \u0661",
-    "<s></s><unk><0x41>",
-)
+INPUT_HELP = ".txt, .jsonl, .jsonl.gz, .jsonl.zst (key text), .parquet (column text)"
+TOKENIZER_HELP = "a .model, tokenizer.json, vocab.json beside merges.txt, a BESE or byte .json"
 
 
-def training_texts(documents: Iterable[str]) -> Iterator[str]:
-    """Pass texts through until MAX_TRAINING_BYTES characters are reached."""
-    remaining = MAX_TRAINING_BYTES
-    for text in documents:
-        if remaining <= 0:
-            return
-        remaining -= len(text)
-        yield text
-
-
-def train_tokenizer(documents: Iterable[str], vocab_size: int, out: str | Path) -> None:
-    """Train a BPE model of `vocab_size` entries and write it to `out`, only if it is lossless.
-
-    The same documents in the same order give the same file, byte for byte.
-    """
-    import sentencepiece
-
-    out = Path(out)
-    if out.suffix != ".model":
-        raise UserError(f"{out}: expected a name that ends in .model.")
-    # A list, not a stream: SentencePiece would wrap an error of the reader in one of its own.
-    texts = list(training_texts(documents))
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            vocab_size=vocab_size,
-            **TRAINER_OPTIONS,
-        )
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"SentencePiece cannot train {vocab_size} entries on this text ({error}). A vocabulary needs 4 "
-            "special and 256 byte entries, one for each character, and text enough for the merges: change "
-            "--vocab-size or give more text."
-        ) from error
-    with atomic_file(out) as file:
-        file.write(model.getvalue())
-    try:
-        check_lossless(out)
-    except BaseException:
-        out.unlink()
-        raise
-
-
-def check_lossless(path: Path) -> None:
-    """Raise unless the model gives every hostile text back, byte for byte."""
-    codec = load_codec(path)
-    broken = [text for text in HOSTILE_TEXTS if codec.decode(codec.encode(text)) != text.encode()]
-    if not codec.lossless or broken:  # a fault of the options above, not of the text
-        raise RuntimeError(f"{path}: the trained model is not lossless, broken: {broken!r}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.tokenizer",
-        description="Train a SentencePiece BPE tokenizer that gives every text back byte for byte.",
-        epilog="Then make shards with it: python -m data.prepare --tokenizer MODEL --input FILES --out DIR",
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    train = actions.add_parser(
-        "train", help="train a tokenizer on text files", description=parser.description
-    )
-    train.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="training text only, never validation text: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet",
-    )
-    train.add_argument(
-        "--vocab-size", type=int, default=1024, metavar="N", help="entries (default: %(default)s)"
-    )
-    train.add_argument("--out", required=True, metavar="MODEL", help="the .model file to write")
-    options = parser.parse_args(argv)
-    check_inputs(options.input)
-    train_tokenizer(
-        (document.text for document in read_documents(options.input)), options.vocab_size, options.out
-    )
+def run_train(options: argparse.Namespace) -> int:
+    """Train a tokenizer and print its name, size and digest."""
+    texts = (document.text for document in read_documents(options.input))
+    vocab_size = options.vocab_size or TRAINERS[options.kind].vocab_size
+    train_tokenizer(texts, vocab_size, options.out, options.kind, options.transition)
     codec = load_codec(options.out)
     print(f"{options.out}: {codec.vocab_size} entries, sha256 {codec.digest}")
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Verify a tokenizer; status 0 only if every check holds."""
+    codec = load_codec(options.tokenizer)
+    report = verify_codec(codec, read_documents(options.input), options.num_threads)
+    if options.out:
+        write_json(options.out, report)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        for key, value in report.items():
+            print(f"{key:<22}{value if isinstance(value, str | int) else json.dumps(value)}")
+    return 0 if report["passed"] else 1
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Compare tokenizers on the same text, one row each."""
+    texts = [document.text for document in read_documents(options.input)]
+    codecs = [load_codec(path) for path in options.tokenizer]
+    rows = [compare_codec(codec, texts, options.model_dim, options.bits) for codec in codecs]
+    if options.json:
+        print(json.dumps({"raw_bytes": sum(len(text.encode()) for text in texts), "tokenizers": rows}))
+        return 0
+    print(f"{'kind':<15}{'entries':>8}{'bytes/token':>12}{'bits/token':>11}{'bits/byte':>10}", end="")
+    print(f"{'unused':>8}{'embedding':>12}{'tokens/s':>12}{'MB/s':>8}  lossless  file")
+    for row in rows:
+        print(f"{row['kind']:<15}{row['vocab_size']:>8}{row['bytes_per_token']:>12.4f}", end="")
+        print(f"{row['entropy_bits_per_token']:>11.4f}{row['entropy_bits_per_byte']:>10.4f}", end="")
+        print(f"{row['unused_entries']:>8}{row['embedding_bytes']:>12,}", end="")
+        print(f"{row['tokens_per_second']:>12,.0f}{row['megabytes_per_second']:>8.2f}", end="")
+        print(f"  {'yes' if row['lossless'] else 'no':<8}  {row['tokenizer']}")
+    return 0
+
+
+def add_action(actions, name: str, run, help_text: str) -> argparse.ArgumentParser:
+    """Add one action with the options that all share."""
+    action = actions.add_parser(name, help=help_text, description=f"{help_text.capitalize()}.")
+    action.set_defaults(run=run)
+    action.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"text: {INPUT_HELP}")
+    return action
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="python -m data.tokenizer",
+        description=__doc__.partition(":")[0] + ".",
+        epilog="Then make shards: python -m data.prepare --tokenizer FILE --input FILES --out DIR",
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    train = add_action(actions, "train", run_train, "train a tokenizer on training text")
+    train.add_argument(
+        "--kind", choices=TRAINERS, default="sentencepiece", help="default: %(default)s, lossless"
+    )
+    train.add_argument(
+        "--vocab-size", type=int, metavar="N", help="entries (default: 1024; bese 288, bytes 260)"
+    )
+    train.add_argument(
+        "--transition",
+        type=int,
+        metavar="N",
+        help="superbpe: entries before merges span words (default: 0.4)",
+    )
+    train.add_argument("--out", required=True, metavar="FILE", help="the .model or .json file to write")
+    verify = add_action(actions, "verify", run_verify, "prove what a tokenizer keeps and counts")
+    verify.add_argument("--tokenizer", required=True, metavar="FILE", help=TOKENIZER_HELP)
+    verify.add_argument("--out", metavar="FILE", help="write the report, with its own digest, as JSON")
+    verify.add_argument(
+        "--num-threads", type=int, default=os.cpu_count(), metavar="N", help="default: all cores"
+    )
+    report = add_action(actions, "report", run_report, "compare tokenizers on the same text")
+    report.add_argument("--tokenizer", nargs="+", required=True, metavar="FILE", help=TOKENIZER_HELP)
+    report.add_argument(
+        "--model-dim", type=int, default=512, metavar="N", help="width (default: %(default)s)"
+    )
+    report.add_argument("--bits", type=float, default=8, metavar="N", help="a weight (default: %(default)s)")
+    for action in (verify, report):
+        action.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = make_parser().parse_args(argv)
+    check_inputs(options.input)
+    return options.run(options)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from fixtures_model import TINY, TINY_VOCAB, make_documents
 
 from data.codecs import load_codec
 from data.prepare import Document, write_dataset
-from data.tokenizer import train_tokenizer
+from data.training import train_tokenizer
 from formats.recipe import with_values
 from train_gpt import Config, Environment, Ranks, build_model
 

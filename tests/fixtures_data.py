@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.tokenizer import train_tokenizer
+from data.training import train_tokenizer
 
 SMALL_VOCAB_SIZE = 400
 WORDS = (

@@ -12,10 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data.tokenizer
+import data.training
 from data.codecs import load_codec
 from data.codecs.spm import SPACE_SYMBOL
 from data.errors import UserError
-from data.tokenizer import HOSTILE_TEXTS, train_tokenizer
+from data.training import HOSTILE_TEXTS, train_tokenizer
 
 # Any text at all, and text dense in what tokenizers get wrong.
 HOSTILE_ALPHABET = (
@@ -119,7 +120,7 @@ def test_training_twice_gives_the_same_file(lossless_model, tmp_path):
 
 def test_a_model_that_loses_text_is_removed_at_once(tmp_path, monkeypatch):
     """A wrong option would make every later byte count wrong."""
-    monkeypatch.setitem(data.tokenizer.TRAINER_OPTIONS, "normalization_rule_name", "nmt_nfkc")
+    monkeypatch.setitem(data.training.LOSSLESS_OPTIONS, "normalization_rule_name", "nmt_nfkc")
     with pytest.raises(RuntimeError, match="not lossless"):
         train_tokenizer(small_texts(), 400, tmp_path / "lossy.model")
     assert not any(tmp_path.iterdir())
@@ -154,7 +155,7 @@ def test_tokenizer_files_that_cannot_be_used_are_user_errors(lossless_model, tmp
     damaged, other = tmp_path / "damaged.model", tmp_path / "tokenizer.json"
     damaged.write_bytes(lossless_model.read_bytes()[:100])
     other.write_text("{}")
-    for path, message in ((tmp_path / "no.model", "no such"), (other, "suffix"), (damaged, "not a Sentence")):
+    for path, message in ((tmp_path / "no.model", "no such"), (other, "not a tokenizer"), (damaged, "not a Sentence")):
         with pytest.raises(UserError, match=message):
             load_codec(path)
     with pytest.raises(UserError, match="VOCAB_SIZE=400"):

@@ -1,16 +1,25 @@
 """Text codecs: the only owner of text -> token ids -> original bytes.
 
-A codec has: kind, vocab_size, bos_id, lossless, digest (sha256 of its file), encode(text) -> ids,
-encode_batch(texts) -> list of ids, decode(ids) -> bytes, token_bytes(ids) -> original bytes of each.
+A codec has: kind, path, vocab_size, bos_id, lossless, digest (sha256 of its file or files), encode(text)
+-> ids, encode_batch(texts) -> list of ids, decode(ids) -> bytes, token_bytes(ids) -> original bytes of
+each. CaseOps also has encode_with_bytes(text) -> ids and the exact bytes of each, where its model normalises.
 """
 
 from pathlib import Path
 
+from data.codecs.bese import BESE_TYPE, BeseCodec
+from data.codecs.bytelevel import ByteLevelCodec
+from data.codecs.caseops import CASE_OPERATORS, CaseOpsCodec
+from data.codecs.pieces import PieceCodec
+from data.codecs.raw import BYTES_TYPE, BytesCodec
 from data.codecs.spm import SentencePieceCodec
 from data.errors import UserError
+from data.shards import read_json
+
+TokenCodec = SentencePieceCodec | PieceCodec
 
 
-def load_codec(path: str | Path, vocab_size: int | None = None) -> SentencePieceCodec:
+def load_codec(path: str | Path, vocab_size: int | None = None) -> TokenCodec:
     """Load the tokenizer file at `path`; raise when its size is not the expected `vocab_size`."""
     path = Path(path)
     if not path.is_file():
@@ -18,12 +27,27 @@ def load_codec(path: str | Path, vocab_size: int | None = None) -> SentencePiece
             f"{path}: no such tokenizer file. `make data` trains one on the built-in corpus; "
             "TOKENIZER_PATH or data.tokenizer_path names another."
         )
-    if path.suffix != ".model":
-        raise UserError(f"{path}: expected a SentencePiece .model file, found suffix {path.suffix!r}.")
-    codec = SentencePieceCodec(path)
+    codec = open_codec(path)
     if vocab_size is not None and codec.vocab_size != vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {codec.vocab_size} entries, the model's vocabulary has {vocab_size}. "
             f"Set VOCAB_SIZE={codec.vocab_size} or choose the tokenizer of the shards."
         )
     return codec
+
+
+def open_codec(path: Path) -> TokenCodec:
+    """Choose the codec by the file's suffix and content."""
+    if path.suffix == ".model":
+        codec = SentencePieceCodec(path)
+        return CaseOpsCodec(path) if codec.has_pieces(CASE_OPERATORS) else codec
+    if path.suffix != ".json":
+        raise UserError(
+            f"{path}: expected a SentencePiece .model, vocab.json with merges.txt, tokenizer.json, or a "
+            f"BESE or byte .json, found suffix {path.suffix!r}."
+        )
+    content = read_json(path)
+    stated = content.get("tokenizer_type") if isinstance(content, dict) else None
+    if stated in (BESE_TYPE, BYTES_TYPE):
+        return (BeseCodec if stated == BESE_TYPE else BytesCodec)(path)
+    return ByteLevelCodec(path)

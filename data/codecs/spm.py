@@ -51,6 +51,10 @@ class SentencePieceCodec:
         self._leading_space = np.array(leading) & ~self._boundary
         self._base_bytes = np.array([self._contest_bytes(i) for i in range(self.vocab_size)], dtype=np.int32)
 
+    def has_pieces(self, pieces: str) -> bool:
+        """Tell whether each of these characters is a piece of its own."""
+        return all(not self._boundary[self._sp.piece_to_id(piece)] for piece in pieces)
+
     def _piece_bytes(self, token: int) -> bytes:
         if self._boundary[token]:
             return b""
