@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures_data import train_small_tokenizer
+from fixtures_data import SIZES, train_small_kind, train_small_tokenizer
 from fixtures_model import TINY, TINY_VOCAB, make_documents
 
 from data.codecs import load_codec
@@ -24,6 +24,19 @@ def lossless_model(tmp_path_factory):
 def lossless_codec(lossless_model):
     """The same, loaded."""
     return load_codec(lossless_model)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The path of a small tokenizer of each kind but SentencePiece's own."""
+    folder = tmp_path_factory.mktemp("kinds")
+    return {kind: train_small_kind(kind, folder) for kind in SIZES}
+
+
+@pytest.fixture(scope="session")
+def codecs(trained):
+    """The same, loaded."""
+    return {kind: load_codec(path, SIZES[kind]) for kind, path in trained.items()}
 
 
 @pytest.fixture(scope="session")

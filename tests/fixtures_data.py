@@ -9,9 +9,10 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.training import train_tokenizer
+from data.training import TRAINERS, train_tokenizer
 
 SMALL_VOCAB_SIZE = 400
+SIZES = {"bytes": 260, "bytelevel": 400, "superbpe": 420, "caseops": 400, "bese": 120}
 WORDS = (
     "the model reads bytes and writes tokens while a small budget of weights learns language from text "
     "def return import class value number 1024 16 = + ; "
@@ -36,6 +37,19 @@ def train_small_tokenizer(folder: Path) -> Path:
     """Train a lossless tokenizer in a folder; takes a quarter of a second."""
     path = folder / "small.model"
     train_tokenizer(small_texts(), SMALL_VOCAB_SIZE, path)
+    return path
+
+
+def titled_texts() -> list[str]:
+    """Make texts with capitals."""
+    return [text.title() + text for text in small_texts()]
+
+
+def train_small_kind(kind: str, folder: Path) -> Path:
+    """Train a small tokenizer of one of the kinds of SIZES in a folder."""
+    path = folder / f"{kind}{TRAINERS[kind].suffix}"
+    transition = SIZES[kind] - 20 if kind == "superbpe" else None
+    train_tokenizer(titled_texts(), SIZES[kind], path, kind, transition)
     return path
 
 

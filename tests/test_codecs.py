@@ -155,7 +155,11 @@ def test_tokenizer_files_that_cannot_be_used_are_user_errors(lossless_model, tmp
     damaged, other = tmp_path / "damaged.model", tmp_path / "tokenizer.json"
     damaged.write_bytes(lossless_model.read_bytes()[:100])
     other.write_text("{}")
-    for path, message in ((tmp_path / "no.model", "no such"), (other, "not a tokenizer"), (damaged, "not a Sentence")):
+    for path, message in (
+        (tmp_path / "no.model", "no such"),
+        (other, "not a tokenizer"),
+        (damaged, "not a Sentence"),
+    ):
         with pytest.raises(UserError, match=message):
             load_codec(path)
     with pytest.raises(UserError, match="VOCAB_SIZE=400"):

@@ -1,0 +1,444 @@
+"""Byte, byte-level BPE, BESE and CaseOps codecs: what comes back, what each token counts, vectors."""
+
+import json
+import os
+import sys
+from itertools import pairwise, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures_data import SIZES, small_texts, titled_texts, train_small_kind
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data.codecs import load_codec
+from data.codecs.bese import (
+    BESE_BOS,
+    GROUPS,
+    NUM_BASE,
+    SINGLE_LETTERS,
+    base_table,
+    merge_pair,
+    to_base,
+)
+from data.codecs.caseops import (
+    CASE_OPERATORS,
+    follows_escape,
+    from_case_operators,
+    to_case_operators,
+)
+from data.errors import UserError
+from data.training import CONTEST_OPTIONS, HOSTILE_TEXTS, train_sentencepiece, train_tokenizer
+
+LOSSLESS_KINDS = ("bytes", "bytelevel", "superbpe", "caseops")
+ALPHABET = " \t\n\0\u2581aAbBzZeE1.,?!'\"\u212a\u0130\u00df\u00e9\u0301\U0001f600" + CASE_OPERATORS
+TEXTS = (
+    st.text()
+    | st.text(alphabet=ALPHABET)
+    | st.lists(st.sampled_from(small_texts(4)), max_size=2).map("".join)
+)
+PROPERTY = settings(deadline=None, max_examples=100)
+needs_corpora = pytest.mark.skipif(
+    "GOLF_CORPORA" not in os.environ, reason="GOLF_CORPORA does not name a folder of shared text"
+)
+
+
+@pytest.fixture(scope="session")
+def normalising_case_ops(tmp_path_factory):
+    """A CaseOps model as the contest trains one: NFKC, spaces trimmed."""
+    path = tmp_path_factory.mktemp("caseops") / "contest.model"
+    options = CONTEST_OPTIONS | {"user_defined_symbols": list(CASE_OPERATORS)}
+    path.write_bytes(train_sentencepiece([to_case_operators(text) for text in titled_texts()], 400, options))
+    return load_codec(path)
+
+
+def shared(name: str) -> Path:
+    return Path(os.environ["GOLF_CORPORA"]) / "tokenizers" / name
+
+
+def shared_texts() -> list[str]:
+    with open(Path(os.environ["GOLF_CORPORA"]) / "c4_val.jsonl", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+# ---- Every kind -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LOSSLESS_KINDS)
+@PROPERTY
+@given(text=TEXTS)
+@example(text="\n".join(HOSTILE_TEXTS))
+def test_lossless_kinds_give_every_text_back_and_count_every_byte(codecs, kind, text):
+    """Bits per byte are honest only if the bytes of the tokens are the bytes of the text."""
+    codec = codecs[kind]
+    ids = codec.encode(text)
+    assert codec.lossless
+    assert codec.decode(ids) == text.encode()
+    assert int(codec.token_bytes(ids).sum()) == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_batches_and_threads_change_no_id(codecs, kind):
+    """Batches and threads are for speed only."""
+    texts = ["", *small_texts(30, seed=3), *HOSTILE_TEXTS, ""]
+    batch = codecs[kind].encode_batch(texts, num_threads=2)
+    assert [ids.tolist() for ids in batch] == [codecs[kind].encode(text).tolist() for text in texts]
+    assert all(ids.dtype == np.int32 for ids in batch)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_no_text_makes_a_bos_and_bos_counts_no_bytes(codecs, kind):
+    """Documents are told apart by BOS; a text that spells it must not cut its own document."""
+    codec = codecs[kind]
+    assert codec.bos_id not in codec.encode("<s> <|endoftext|> </s>" + "".join(small_texts(5)))
+    assert codec.token_bytes(np.array([codec.bos_id])).tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_half_a_surrogate_pair_is_refused(codecs, kind):
+    """UTF-8 cannot express it: replacing it in silence would score another text."""
+    with pytest.raises((UnicodeEncodeError, TypeError)):
+        codecs[kind].encode("a\ud800b")
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_training_twice_gives_the_same_file(trained, kind, tmp_path):
+    """Shards name their tokenizer by its hash."""
+    again = train_small_kind(kind, tmp_path)
+    assert again.read_bytes() == trained[kind].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [("bytes", 300, "260"), ("bytelevel", 200, "at least 257"), ("bytelevel", 9000, "more text"),
+     ("superbpe", 9000, "more text"), ("bese", 900, "more text"), ("caseops", 200, "--vocab-size")],
+)  # fmt: skip
+def test_a_size_that_the_text_cannot_give_is_a_user_error(kind, size, message, tmp_path):
+    """A smaller vocabulary than the recipe's would fail far from its cause."""
+    out = tmp_path / ("x.model" if kind == "caseops" else "x.json")
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(small_texts(3), size, out, kind)
+    assert not out.exists()
+
+
+# ---- Bytes ------------------------------------------------------------------------------------------
+
+
+def test_byte_ids_are_the_contests(codecs):
+    """Its byte260 shards shift each byte by four special ids."""
+    assert codecs["bytes"].encode("A\u00e9").tolist() == [0x41 + 4, 0xC3 + 4, 0xA9 + 4]
+    assert (codecs["bytes"].vocab_size, codecs["bytes"].bos_id) == (260, 1)
+
+
+def test_a_byte_file_of_another_layout_is_refused(trained, tmp_path):
+    """Ids would point at other bytes."""
+    content = json.loads(trained["bytes"].read_text())
+    content["config"]["byte_offset"] = 3
+    (tmp_path / "bytes.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="byte_offset"):
+        load_codec(tmp_path / "bytes.json")
+
+
+# ---- Byte-level BPE ---------------------------------------------------------------------------------
+
+
+def change_tokenizer(trained, tmp_path, **changes) -> Path:
+    """Write the byte-level tokenizer with other top-level fields."""
+    content = json.loads(trained["bytelevel"].read_text()) | changes
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_vocab_and_merges_files_are_the_same_tokenizer(trained, codecs, tmp_path):
+    """GPT-2 is distributed as two files; both make its digest."""
+    content = json.loads(trained["bytelevel"].read_text())
+    content["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    single = change_tokenizer(trained, tmp_path, pre_tokenizer=content["pre_tokenizer"])
+    (tmp_path / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    merges = [" ".join(pair) for pair in content["model"]["merges"]]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+    pair = load_codec(tmp_path / "vocab.json")
+    text = "".join(small_texts(3, seed=4))
+    assert pair.encode(text).tolist() == load_codec(single).encode(text).tolist()
+    assert (pair.vocab_size, pair.bos_id, pair.lossless) == (400, codecs["bytelevel"].bos_id, True)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges[:-1]), encoding="utf-8")
+    assert load_codec(tmp_path / "vocab.json").digest != pair.digest
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(UserError, match=r"merges\.txt beside it"):
+        load_codec(tmp_path / "vocab.json")
+
+
+def test_a_file_without_a_separator_gets_one_behind_its_last_id(trained, tmp_path):
+    """Without BOS documents would run into each other."""
+    content = json.loads(trained["bytelevel"].read_text())
+    model = content["model"] | {"vocab": {n: i - 1 for n, i in content["model"]["vocab"].items() if i}}
+    codec = load_codec(change_tokenizer(trained, tmp_path, model=model, added_tokens=[]))
+    assert (codec.vocab_size, codec.bos_id, codec.lossless) == (400, 399, True)
+
+
+def test_a_normaliser_is_told_apart_from_a_lossless_tokenizer(trained, tmp_path):
+    """NFC joins what the text keeps apart: the bytes of the tokens are not the text's."""
+    codec = load_codec(change_tokenizer(trained, tmp_path, normalizer={"type": "NFC"}))
+    assert not codec.lossless
+    assert codec.decode(codec.encode("e\u0301")) == "\u00e9".encode()
+
+
+def test_tokenizers_without_a_byte_alphabet_are_refused(trained, tmp_path):
+    """Their pieces do not say which bytes they stand for."""
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    with pytest.raises(UserError, match="found a model of type WordLevel"):
+        load_codec(change_tokenizer(trained, tmp_path, model=model))
+    model = {"type": "BPE", "vocab": {"\u2581a": 0}, "merges": []}
+    with pytest.raises(UserError, match="byte alphabet"):
+        load_codec(change_tokenizer(trained, tmp_path, model=model, added_tokens=[]))
+
+
+def test_a_missing_library_is_named(trained, monkeypatch):
+    """The reader of the message knows what to install."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="pip install tokenizers"):
+        load_codec(trained["bytelevel"])
+
+
+def test_super_bpe_merges_span_words_only_after_the_transition(tmp_path):
+    """Else the second stage did nothing, or the first one's rule was not kept."""
+    texts = ["one of the many and one of the few, 1 of the 12\n"] * 3 + ["other of the words that end"]
+    train_tokenizer(texts, 300, tmp_path / "super.json", "superbpe", 275)
+    merges = json.loads((tmp_path / "super.json").read_text())["model"]["merges"]
+    spans = [i for i, pair in enumerate(merges) if "\u0120" in "".join(pair)[1:]]
+    assert spans and min(spans) >= 275 - 257
+    codec = load_codec(tmp_path / "super.json")
+    pieces = [codec.decode([token]) for token in codec.encode(texts[0])]
+    assert pieces == [b"one of the many and one of the few, ", b"1", b" of the ", b"1", b"2", b"\n"]
+
+
+@pytest.mark.slow
+@pytest.mark.reference("D10")
+def test_a_vocabulary_of_200019_entries_loads(trained, tmp_path):
+    """o200k has 200,019 entries: its ids need more than 16 bits."""
+    model = json.loads(trained["bytelevel"].read_text())["model"]
+    names = ("".join(letters) for letters in product("ABCDEFGHIJKLMNOPQRSTUVWXYZ", repeat=4))
+    for token, name in zip(range(400, 200_019), names):
+        model["vocab"][name] = token
+    codec = load_codec(change_tokenizer(trained, tmp_path, model=model), 200_019)
+    assert codec.token_bytes(np.array([200_018, 5])).tolist() == [4, 1]
+
+
+@needs_corpora
+def test_gpt2_gives_the_known_ids():
+    """System A's tokenizer: ids 15496, 995 are its "Hello world"."""
+    codec = load_codec(shared("gpt2/vocab.json"), 50_257)
+    assert (codec.bos_id, codec.lossless) == (50_256, True)
+    assert codec.encode("Hello world").tolist() == [15496, 995]
+
+
+# ---- BESE -------------------------------------------------------------------------------------------
+
+
+def slow_bese(codec, text: str) -> list[int]:
+    """Encode as the definition says: character by character, then the lowest merge, leftmost, until none."""
+    ids = []
+    for char in text:
+        low = char.lower()
+        if not char.isascii():
+            ids += [29] * len(char.encode())
+        elif low in SINGLE_LETTERS:
+            ids.append(4 + SINGLE_LETTERS.index(low))
+        elif low.isalpha():
+            group = next(i for i, letters in enumerate(GROUPS) if low in letters)
+            ids += [15 + group, 19 + GROUPS[group].index(low)]
+        elif low.isdigit():
+            ids.append(30 + int(low))
+        else:
+            ids.append({" ": 23, ".": 24, ",": 25, "\n": 26, "?": 27, "'": 28, '"': 28}.get(char, 29))
+    ranks = {pair: new for *pair, new in codec._merges for pair in [tuple(pair)]}
+    while pairs := [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]:
+        new, i = min(pairs)
+        ids[i : i + 2] = [new]
+    return ids
+
+
+@pytest.mark.reference("B2")
+@settings(PROPERTY, max_examples=60)
+@given(text=st.text() | st.text(alphabet=ALPHABET) | st.sampled_from(small_texts(4)))
+@example(text="\u0130 \u212a \u00df \U0001f600 \t \u201cx\u201d")
+def test_bese_is_canonical_bpe_and_counts_every_byte_of_any_text(codecs, text):
+    """Sizes that add up for every string keep the denominator that of the text."""
+    ids = codecs["bese"].encode(text)
+    assert ids.tolist() == slow_bese(codecs["bese"], text)
+    assert int(codecs["bese"].token_bytes(ids).sum()) == len(text.encode())
+
+
+@PROPERTY
+@given(ids=st.lists(st.integers(4, 6), max_size=40), right=st.integers(4, 6))
+def test_merging_replaces_from_the_left(ids, right):
+    """In a run of three equal symbols the first two merge, not the last."""
+    expected, i = [], 0
+    while i < len(ids):
+        is_pair = ids[i : i + 2] == [4, right]
+        expected.append(9 if is_pair else ids[i])
+        i += 1 + is_pair
+    assert merge_pair(np.array(ids, np.uint16), 4, right, 9).tolist() == expected
+
+
+@pytest.mark.reference("B3")
+def test_bese_says_that_it_loses_text(codecs):
+    """Its score is not comparable with that of lossless tokenizers."""
+    codec = codecs["bese"]
+    assert not codec.lossless
+    assert codec.decode(codec.encode("The")) == b"the"
+    assert codec.decode(codec.encode("the cat.")) == b"the cat."
+    assert codec.decode(codec.encode('"A!" \u00e9')) == b"'a\x1a' \x1a\x1a"
+
+
+@pytest.mark.reference("B4")
+def test_bese_merges_of_two_known_documents(tmp_path):
+    """The most frequent pair wins, of equals the lowest ids; pairs never cross documents.
+
+    "ee " twice: e-e 4 times (e = 4, space = 23), then of the equals (e, ee) ... the one with lower ids.
+    """
+    train_tokenizer(["eee eee", "ee tt tt"], NUM_BASE + 4, tmp_path / "toy.json", "bese")
+    content = json.loads((tmp_path / "toy.json").read_text())
+    # (4, 4) occurs 5 times. Then (5, 5), (23, 5), (40, 4), (40, 23), ... : (5, 5) and (23, 5) and (40, 4)
+    # occur twice; the lowest is (5, 5), which takes (23, 5) away and makes (23, 41) twice.
+    assert content["merges"] == [[[4, 4], 40], [[5, 5], 41], [[23, 41], 42], [[40, 4], 43]]
+    with pytest.raises(UserError, match=r"text gives 44"):
+        train_tokenizer(["eee eee", "ee tt tt"], NUM_BASE + 5, tmp_path / "more.json", "bese")
+
+
+def test_bese_documents_are_apart_in_training():
+    """A merge across documents would never be used, and would make one that is used rarer."""
+    ids = to_base(["te", "te"], base_table(SINGLE_LETTERS, GROUPS))
+    assert ids.tolist() == [BESE_BOS, 5, 4, BESE_BOS, 5, 4]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("groups", ["abcd", "efgh", "ijkl", "mno"]), ("vocab_size", 121), ("single_letters", "etaoinsrhd"),
+     ("version", 1), ("merges", None)],
+)  # fmt: skip
+def test_a_bese_file_that_contradicts_itself_is_refused(trained, tmp_path, field, value):
+    """Other groups give other ids for the same letters."""
+    content = json.loads(trained["bese"].read_text()) | {field: value}
+    (tmp_path / "bese.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="expected BESE version 2"):
+        load_codec(tmp_path / "bese.json")
+
+
+def test_a_bese_merge_of_a_later_id_is_refused(trained, tmp_path):
+    """Merges in another order would be applied in another order."""
+    content = json.loads(trained["bese"].read_text())
+    content["merges"][3][0] = [4, 50]
+    (tmp_path / "bese.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="expected merge 3 to make id 43"):
+        load_codec(tmp_path / "bese.json")
+
+
+BESE_VECTORS = [
+    ("The cat sat.", [83, 242, 121, 10, 69, 24], 12),
+    ("quick", [187, 81, 67], 5),
+    ("Hello, World!", [12, 91, 136, 71, 262, 14, 13, 29], 13),
+    ("caf\u00e9", [41, 6, 46, 64], 5),
+    ("\U0001f600", [85], 4),
+    ("1984", [31, 39, 38, 34], 4),
+    ("", [], 0),
+]
+
+
+@needs_corpora
+@pytest.mark.reference("B1")
+def test_system_b_tokenizer_has_its_sizes_and_vectors():
+    """The file of pull request 1666: 288 ids, known histogram of sizes, known ids."""
+    codec = load_codec(shared("bese_288/tokenizer.json"), 288)
+    assert codec.digest.startswith("ae58c2fb") and codec.digest.endswith("d1567a7f")
+    sizes = codec.token_bytes(np.arange(288))
+    assert np.bincount(sizes).tolist() == [8, 47, 109, 83, 28, 7, 6]
+    assert np.flatnonzero(sizes == 0).tolist() == [0, 1, 2, 3, 15, 16, 17, 18]
+    for text, ids, size in BESE_VECTORS:
+        assert codec.encode(text).tolist() == ids
+        assert int(codec.token_bytes(np.array(ids, np.int32)).sum()) == size
+
+
+# ---- CaseOps ----------------------------------------------------------------------------------------
+
+NAMES = dict(zip(CASE_OPERATORS, "TANE"))
+CASE_EXAMPLES = [
+    ("word Word WORD X", "word Tword Aword Tx"),
+    ("iPhone OpenAI", "iNphone TopenNaNi"),
+    ("McDONALD's I'M", "TmcNdNoNnNaNlNd's Ti'Tm"),
+    ("\u00c9cole A1B \u212a", "\u00c9cole Ta1Tb \u212a"),
+    ("\ue001a\ue004", "ETaEE"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), CASE_EXAMPLES)
+def test_capitals_become_operators(text, expected):
+    """The contest's definition, word by word."""
+    assert "".join(NAMES.get(char, char) for char in to_case_operators(text)) == expected
+
+
+@PROPERTY
+@given(text=TEXTS)
+def test_the_case_transform_is_undone_exactly(text):
+    """Two texts with one transform would score as one."""
+    assert from_case_operators(to_case_operators(text).encode()) == text.encode()
+
+
+@PROPERTY
+@given(st.lists(st.sampled_from([b"a", b"Z", b"\xff", b"\xee\x80", *(op.encode() for op in CASE_OPERATORS)])))
+def test_any_bytes_can_be_decoded(parts):
+    """A model may sample operators in any order, and bytes that are no UTF-8."""
+    assert isinstance(from_case_operators(b"".join(parts)), bytes)
+
+
+@PROPERTY
+@given(st.lists(st.booleans()))
+def test_an_escaped_escape_does_not_escape(escapes):
+    """Of a run of escapes every second one is text."""
+    expected, acts = [], False
+    for is_escape in escapes:
+        expected.append(acts)
+        acts = is_escape and not acts
+    assert follows_escape(np.array(escapes, dtype=bool)).tolist() == expected
+
+
+@PROPERTY
+@given(text=TEXTS)
+@example(text=" \u2581 x")
+@example(text="\ufb01 e\u0301  THE end\n")
+def test_the_sidecar_counts_every_byte_where_the_model_normalises(normalising_case_ops, text):
+    """The contest scores CaseOps by the bytes of the original text."""
+    codec = normalising_case_ops
+    ids, sizes = codec.encode_with_bytes(text)
+    assert not codec.lossless and ids.tolist() == codec.encode(text).tolist()
+    assert ids.size == sizes.size and (sizes >= 0).all()
+    assert int(sizes.sum()) == (len(text.encode()) if ids.size else 0)
+
+
+def test_the_sidecar_of_a_word_is_at_its_letters(normalising_case_ops):
+    """Operators count nothing, a ligature its three bytes, dropped spaces at the next token."""
+    ids, sizes = normalising_case_ops.encode_with_bytes("The  \ufb01")
+    pieces = [normalising_case_ops._sp.id_to_piece(int(token)) for token in ids]
+    assert pieces[0] == CASE_OPERATORS[0] and sizes[0] == 0
+    assert int(sizes.sum()) == 8
+
+
+@needs_corpora
+@pytest.mark.slow
+def test_the_contests_case_ops_model_counts_the_bytes_of_shared_text():
+    """The transform gives every document back; the sidecar adds up to the text's own bytes."""
+    codec = load_codec(shared("fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"), 8192)
+    texts = shared_texts()
+    assert codec.kind == "caseops"
+    assert [from_case_operators(to_case_operators(text).encode()) for text in texts] == [
+        text.encode() for text in texts
+    ]
+    assert sum(int(codec.encode_with_bytes(text)[1].sum()) for text in texts) == 4_245_662
