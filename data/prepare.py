@@ -29,6 +29,7 @@ READ_BYTES = 1 << 17
 ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=27` to `--long=31` files need more than the default window
 MIN_VAL_DOCUMENTS = 50
 VAL_FRAC = 0.01
+SIDECAR_SPLIT = "val_bytes"  # the contest's name: fineweb_val_bytes_000000.bin
 ALL_SHARDS_GLOB = "fineweb_*.bin"
 # Marks a folder whose shards are being replaced. Without it, shards without a manifest are not ours.
 UNFINISHED_NAME = "unfinished.json"
@@ -282,34 +283,56 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def encode_with_bos(codec, batch: list[Document], num_threads: int) -> tuple[np.ndarray, int]:
-    """Encode a batch to (N,) ids, BOS before each document, and count the bytes they stand for."""
-    bos = np.array([codec.bos_id], dtype=np.int32)
-    encoded = codec.encode_batch([document.text for document in batch], num_threads=num_threads)
-    documents = [np.concatenate([bos, ids]) for ids in encoded]
-    token_bytes = [int(codec.token_bytes(ids).sum()) for ids in documents]
-    if codec.lossless:
-        for document, found in zip(batch, token_bytes):
-            expected = len(document.text.encode())
-            if found != expected:  # a wrong codec, not a wrong input
-                raise RuntimeError(
-                    f"{document.place}: the lossless codec counts {found} bytes, the text has {expected}"
-                )
-    return np.concatenate(documents), sum(token_bytes)
+def encode_with_bos(codec, batch: list[Document], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Encode a batch to (N,) ids, BOS before each document, and (N,) the bytes that each stands for."""
+    texts = [document.text for document in batch]
+    if codec.needs_sidecar:
+        pairs = [codec.encode_with_bytes(text) for text in texts]
+        documents = [np.concatenate([[codec.bos_id], ids]) for ids, _ in pairs]
+        sizes = [np.concatenate([[0], counted]) for _, counted in pairs]
+    else:
+        encoded = codec.encode_batch(texts, num_threads=num_threads)
+        documents = [np.concatenate([[codec.bos_id], ids]).astype(np.int32) for ids in encoded]
+        sizes = [codec.token_bytes(ids) for ids in documents]
+    for document, counted in zip(batch, sizes):
+        found, expected = int(counted.sum()), len(document.text.encode())
+        if found == expected:
+            continue
+        if codec.needs_sidecar:
+            raise UserError(
+                f"{document.place}: the tokenizer keeps nothing of this document of {expected} bytes, so no "
+                "token could count them. Remove it."
+            )
+        if codec.lossless:  # a wrong codec, not a wrong input
+            raise RuntimeError(
+                f"{document.place}: the lossless codec counts {found} bytes, the text has {expected}"
+            )
+    return np.concatenate(documents), np.concatenate(sizes)
 
 
-def write_split(documents: Iterable[Document], codec, writer: ShardWriter, num_threads: int) -> dict:
-    """Encode one split into shards; returns its counts for the manifest."""
+def write_split(
+    documents: Iterable[Document],
+    codec,
+    writer: ShardWriter,
+    num_threads: int,
+    sidecar: ShardWriter | None = None,
+) -> dict:
+    """Encode one split into shards; returns its counts for the manifest.
+
+    `sidecar` writes the bytes of each token, as shards of the same lengths.
+    """
     counts = {"documents": [0, 0], "tokens": 0, "raw_bytes": 0, "token_bytes": 0}
     with tqdm(desc=writer.split, unit="B", unit_scale=True, mininterval=1.0) as progress:
         for batch in batched(documents):
-            ids, token_bytes = encode_with_bos(codec, batch, num_threads)
+            ids, sizes = encode_with_bos(codec, batch, num_threads)
             writer.add(ids)
+            if sidecar:
+                sidecar.add(sizes)
             raw_bytes = sum(len(document.text.encode()) for document in batch)
             counts["documents"][1] += len(batch)
             counts["tokens"] += ids.size
             counts["raw_bytes"] += raw_bytes
-            counts["token_bytes"] += token_bytes
+            counts["token_bytes"] += int(sizes.sum())
             progress.update(raw_bytes)
     writer.flush()
     if not counts["documents"][1]:
@@ -317,7 +340,11 @@ def write_split(documents: Iterable[Document], codec, writer: ShardWriter, num_t
             f"expected at least one document for {writer.split}, found none. "
             "Give more input, or a smaller --val-docs."
         )
-    return counts | {"shards": writer.shards}
+    counts["shards"] = writer.shards
+    if sidecar:
+        sidecar.flush()
+        counts["sidecars"] = sidecar.shards
+    return counts
 
 
 def mark_unfinished(out: Path) -> None:
@@ -367,7 +394,8 @@ def write_dataset(
     val_writer, train_writer = (
         ShardWriter(out, name, shard_tokens, codec.vocab_size) for name in ("val", "train")
     )
-    val_counts = write_split(overlap.remember(val), codec, val_writer, num_threads)
+    sidecar = ShardWriter(out, SIDECAR_SPLIT, shard_tokens, 1 << 16) if codec.needs_sidecar else None
+    val_counts = write_split(overlap.remember(val), codec, val_writer, num_threads, sidecar)
     train_counts = write_split(overlap.refuse(train), codec, train_writer, num_threads)
     if split == "first_documents":
         num_val = val_counts["documents"][1]
@@ -381,7 +409,8 @@ def write_dataset(
         "val": val_counts,
         "sources": sources,
     }
-    written = {shard["file"] for shard in train_counts["shards"] + val_counts["shards"]}
+    files = train_counts["shards"] + val_counts["shards"] + val_counts.get("sidecars", [])
+    written = {shard["file"] for shard in files}
     for path in out.glob(ALL_SHARDS_GLOB):
         if path.name not in written:  # of an earlier, longer dataset
             path.unlink()
@@ -453,7 +482,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="take the first N documents of --input for validation "
         "(default: the larger of 50 and 1 percent of the documents)",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="SentencePiece .model file")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer file")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for shards and manifest.json")
     parser.add_argument(
         "--shard-tokens",

@@ -199,7 +199,7 @@ class Tally:
 
 def count_bytes(codec: TokenCodec, text: str, ids: np.ndarray) -> int:
     """Add up the token bytes of one document with its BOS; by the sidecar where the codec makes one."""
-    if codec.kind == "caseops" and not codec.lossless:
+    if codec.needs_sidecar:
         return int(codec.encode_with_bytes(text)[1].sum())
     return int(codec.token_bytes(np.concatenate([[codec.bos_id], ids]).astype(np.int32)).sum())
 

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures_data import SIZES, train_small_kind, train_small_tokenizer
+from fixtures_data import SIZES, titled_texts, train_small_kind, train_small_tokenizer
 from fixtures_model import TINY, TINY_VOCAB, make_documents
 
 from data.codecs import load_codec
+from data.codecs.caseops import CASE_OPERATORS, to_case_operators
 from data.prepare import Document, write_dataset
-from data.training import train_tokenizer
+from data.training import CONTEST_OPTIONS, train_sentencepiece, train_tokenizer
 from formats.recipe import with_values
 from train_gpt import Config, Environment, Ranks, build_model
 
@@ -37,6 +38,15 @@ def trained(tmp_path_factory):
 def codecs(trained):
     """The same, loaded."""
     return {kind: load_codec(path, SIZES[kind]) for kind, path in trained.items()}
+
+
+@pytest.fixture(scope="session")
+def normalising_case_ops(tmp_path_factory):
+    """A CaseOps model as the contest trains one: NFKC, spaces trimmed."""
+    path = tmp_path_factory.mktemp("caseops") / "contest.model"
+    options = CONTEST_OPTIONS | {"user_defined_symbols": list(CASE_OPERATORS)}
+    path.write_bytes(train_sentencepiece([to_case_operators(text) for text in titled_texts()], 400, options))
+    return load_codec(path)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_data import SIZES, small_texts, titled_texts, train_small_kind
+from fixtures_data import SIZES, small_texts, train_small_kind
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ from data.codecs.caseops import (
     to_case_operators,
 )
 from data.errors import UserError
-from data.training import CONTEST_OPTIONS, HOSTILE_TEXTS, train_sentencepiece, train_tokenizer
+from data.training import HOSTILE_TEXTS, train_tokenizer
 
 LOSSLESS_KINDS = ("bytes", "bytelevel", "superbpe", "caseops")
 ALPHABET = " \t\n\0\u2581aAbBzZeE1.,?!'\"\u212a\u0130\u00df\u00e9\u0301\U0001f600" + CASE_OPERATORS
@@ -42,15 +42,6 @@ PROPERTY = settings(deadline=None, max_examples=100)
 needs_corpora = pytest.mark.skipif(
     "GOLF_CORPORA" not in os.environ, reason="GOLF_CORPORA does not name a folder of shared text"
 )
-
-
-@pytest.fixture(scope="session")
-def normalising_case_ops(tmp_path_factory):
-    """A CaseOps model as the contest trains one: NFKC, spaces trimmed."""
-    path = tmp_path_factory.mktemp("caseops") / "contest.model"
-    options = CONTEST_OPTIONS | {"user_defined_symbols": list(CASE_OPERATORS)}
-    path.write_bytes(train_sentencepiece([to_case_operators(text) for text in titled_texts()], 400, options))
-    return load_codec(path)
 
 
 def shared(name: str) -> Path:
@@ -300,14 +291,10 @@ def test_bese_says_that_it_loses_text(codecs):
 
 @pytest.mark.reference("B4")
 def test_bese_merges_of_two_known_documents(tmp_path):
-    """The most frequent pair wins, of equals the lowest ids; pairs never cross documents.
-
-    "ee " twice: e-e 4 times (e = 4, space = 23), then of the equals (e, ee) ... the one with lower ids.
-    """
+    """The most frequent pair wins, of equals the one with the lowest ids; pairs never cross documents."""
     train_tokenizer(["eee eee", "ee tt tt"], NUM_BASE + 4, tmp_path / "toy.json", "bese")
     content = json.loads((tmp_path / "toy.json").read_text())
-    # (4, 4) occurs 5 times. Then (5, 5), (23, 5), (40, 4), (40, 23), ... : (5, 5) and (23, 5) and (40, 4)
-    # occur twice; the lowest is (5, 5), which takes (23, 5) away and makes (23, 41) twice.
+    # e e 5 times; then, each twice, t t before space t and ee e; then space tt before ee e.
     assert content["merges"] == [[[4, 4], 40], [[5, 5], 41], [[23, 41], 42], [[40, 4], 43]]
     with pytest.raises(UserError, match=r"text gives 44"):
         train_tokenizer(["eee eee", "ee tt tt"], NUM_BASE + 5, tmp_path / "more.json", "bese")

@@ -296,6 +296,49 @@ def test_a_validation_document_in_training_is_an_error_that_names_both_places(
     assert "source.jsonl:5" in str(error.value) and "other.jsonl:2" in str(error.value)
 
 
+# ---- Other tokenizers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytelevel", "superbpe", "caseops"])
+def test_lossless_kinds_give_the_documents_back_from_shards(trained, codecs, source, tmp_path, kind):
+    """Whatever the tokenizer, a score is bits per byte of exactly this text."""
+    paths = ["--tokenizer", str(trained[kind]), "--out", str(tmp_path / kind), "--num-threads", "1"]
+    main([*paths, "--input", str(source), "--val-docs", "7"])
+    assert texts_of(tmp_path / kind, "val", codecs[kind]) == TEXTS[:7]
+    manifest = read_manifest(tmp_path / kind)
+    assert manifest["val"]["raw_bytes"] == manifest["val"]["expected_token_bytes"]
+    assert manifest["tokenizer"]["kind"] == codecs[kind].kind
+    assert not list((tmp_path / kind).glob("*_bytes_*"))
+
+
+def test_a_normalising_case_ops_model_writes_the_bytes_of_validation_beside_it(
+    normalising_case_ops, source, tmp_path
+):
+    """The contest's layout: same shards, same lengths, BOS 0, and a total that is the text's."""
+    out = tmp_path / "case"
+    paths = ["--tokenizer", str(normalising_case_ops.path), "--out", str(out), "--shard-tokens", "1000"]
+    main([*paths, "--input", str(source), "--val-docs", "7"])
+    val = [read_shard(path) for path in find_shards(out / "fineweb_val_*.bin")]
+    sizes = [read_shard(path) for path in sorted(out.glob("fineweb_val_bytes_*.bin"))]
+    assert [shard.size for shard in sizes] == [shard.size for shard in val] and len(val) > 1
+    ids, sizes = np.concatenate(val), np.concatenate(sizes)
+    raw_bytes = sum(len(text.encode()) for text in TEXTS[:7])
+    assert sizes.sum() == raw_bytes == read_manifest(out)["val"]["expected_token_bytes"]
+    assert not sizes[ids == normalising_case_ops.bos_id].any()
+    assert [shard["file"] for shard in read_manifest(out)["val"]["sidecars"]] == sorted(
+        path.name for path in out.glob("*_bytes_*")
+    )
+
+
+def test_a_document_that_a_normalising_model_drops_is_refused_with_its_place(normalising_case_ops, tmp_path):
+    """Its bytes would be counted nowhere."""
+    path = tmp_path / "spaces.jsonl"
+    path.write_bytes(json_lines(["text", "  "]))
+    arguments = ["--tokenizer", str(normalising_case_ops.path), "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"spaces\.jsonl:2: the tokenizer keeps nothing"):
+        main([*arguments, "--input", str(path), "--val-docs", "2"])
+
+
 # ---- Folders ----------------------------------------------------------------------------------------
 
 

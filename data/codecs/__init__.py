@@ -2,7 +2,8 @@
 
 A codec has: kind, path, vocab_size, bos_id, lossless, digest (sha256 of its file or files), encode(text)
 -> ids, encode_batch(texts) -> list of ids, decode(ids) -> bytes, token_bytes(ids) -> original bytes of
-each. CaseOps also has encode_with_bytes(text) -> ids and the exact bytes of each, where its model normalises.
+each; and needs_sidecar: CaseOps over a model that normalises has encode_with_bytes(text) -> ids and the
+exact bytes of each, which lie beside the shards because the ids alone do not tell them.
 """
 
 from pathlib import Path

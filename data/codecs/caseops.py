@@ -96,6 +96,7 @@ class CaseOpsCodec(SentencePieceCodec):
         self.lossless = self.lossless and all(
             self.decode(self.encode(text)) == text.encode() for text in HOSTILE_PROBES
         )
+        self.needs_sidecar = not self.lossless
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Transform and encode documents in parallel threads; each gives (N,) int32 ids, without BOS."""

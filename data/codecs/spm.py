@@ -22,6 +22,7 @@ class SentencePieceCodec:
     """
 
     kind = "sentencepiece"
+    needs_sidecar = False  # whether token_bytes is short of the text's bytes, and encode_with_bytes is not
 
     def __init__(self, path: str | Path):
         import sentencepiece
