@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.codecs.pieces import HOSTILE_PROBES, UTF8_BYTES, PieceCodec
+from data.codecs.pieces import UTF8_BYTES, PieceCodec, gives_back
 from data.errors import UserError
 
 # The first of these names in the vocabulary separates documents.
@@ -60,7 +60,7 @@ class ByteLevelCodec(PieceCodec):
             merges = Path(path).with_name("merges.txt").read_bytes()
             self.digest = hashlib.sha256(Path(path).read_bytes() + merges).hexdigest()
         single_bytes = {piece[0] for piece in pieces if len(piece) == 1}
-        self.lossless = single_bytes >= UTF8_BYTES and self.gives_back(HOSTILE_PROBES)
+        self.lossless = single_bytes >= UTF8_BYTES and gives_back(self)
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Encode documents, on all cores if num_threads is over 1; each gives (N,) int32 ids."""

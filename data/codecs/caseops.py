@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.codecs.pieces import HOSTILE_PROBES
+from data.codecs.pieces import gives_back
 from data.codecs.spm import SentencePieceCodec
 from data.errors import UserError
 
@@ -93,9 +93,7 @@ class CaseOpsCodec(SentencePieceCodec):
         self._surface_bytes = np.array([len(piece.encode()) for piece in pieces])  # of normalised text
         self._surface_bytes[list(self._byte_ids)] = 1
         # What the model does to transformed text may differ from what it does to its own probes.
-        self.lossless = self.lossless and all(
-            self.decode(self.encode(text)) == text.encode() for text in HOSTILE_PROBES
-        )
+        self.lossless = self.lossless and gives_back(self)
         self.needs_sidecar = not self.lossless
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:

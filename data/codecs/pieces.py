@@ -23,6 +23,11 @@ HOSTILE_PROBES = (
 UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}  # the bytes that valid UTF-8 holds
 
 
+def gives_back(codec) -> bool:
+    """Tell whether every hostile probe comes back byte for byte."""
+    return all(codec.decode(codec.encode(text)) == text.encode() for text in HOSTILE_PROBES)
+
+
 class PieceCodec:
     """A table of token bytes. Subclasses load it and write `encode_batch`."""
 
@@ -37,10 +42,6 @@ class PieceCodec:
         self.lossless = True
         self._pieces = pieces
         self._sizes = np.array([len(piece) for piece in pieces], dtype=np.int32)
-
-    def gives_back(self, texts: tuple[str, ...] = HOSTILE_PROBES) -> bool:
-        """Tell whether every text comes back byte for byte."""
-        return all(self.decode(self.encode(text)) == text.encode() for text in texts)
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Encode documents; each gives (N,) int32 ids, without BOS."""
