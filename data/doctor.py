@@ -158,7 +158,7 @@ def count_split_bytes(dataset: Dataset, split: str) -> int | None:
     """Add up the bytes of a split's tokens, by the sidecar where there is one; None without a way to."""
     if split == "val" and dataset.sidecars:
         return sum(int(shard.sum(dtype=np.int64)) for shard in dataset.sidecars.values())
-    if dataset.codec is None or dataset.codec.needs_sidecar:
+    if dataset.codec is None or (split == "val" and dataset.codec.needs_sidecar):
         return None
     total, last = 0, np.array([dataset.bos_id])
     for shard in dataset.shards[split].values():

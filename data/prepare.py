@@ -285,28 +285,32 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def encode_with_bos(codec, batch: list[Document], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
     """Encode a batch to (N,) ids, BOS before each document, and (N,) the bytes that each stands for."""
-    texts = [document.text for document in batch]
-    if codec.needs_sidecar:
-        pairs = [codec.encode_with_bytes(text) for text in texts]
-        documents = [np.concatenate([[codec.bos_id], ids]) for ids, _ in pairs]
-        sizes = [np.concatenate([[0], counted]) for _, counted in pairs]
-    else:
-        encoded = codec.encode_batch(texts, num_threads=num_threads)
-        documents = [np.concatenate([[codec.bos_id], ids]).astype(np.int32) for ids in encoded]
-        sizes = [codec.token_bytes(ids) for ids in documents]
-    for document, counted in zip(batch, sizes):
-        found, expected = int(counted.sum()), len(document.text.encode())
-        if found == expected:
-            continue
-        if codec.needs_sidecar:
+    encoded = codec.encode_batch([document.text for document in batch], num_threads=num_threads)
+    documents = [np.concatenate([[codec.bos_id], ids]).astype(np.int32) for ids in encoded]
+    sizes = [codec.token_bytes(ids) for ids in documents]
+    if codec.lossless:
+        for document, counted in zip(batch, sizes):
+            found, expected = int(counted.sum()), len(document.text.encode())
+            if found != expected:  # a wrong codec, not a wrong input
+                raise RuntimeError(
+                    f"{document.place}: the lossless codec counts {found} bytes, the text has {expected}"
+                )
+    return np.concatenate(documents), np.concatenate(sizes)
+
+
+def encode_for_sidecar(codec, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """Do the same with sizes that add up to the bytes of each document; slower."""
+    documents, sizes = [], []
+    for document in batch:
+        ids, counted = codec.encode_with_bytes(document.text)
+        expected = len(document.text.encode())
+        if int(counted.sum()) != expected:
             raise UserError(
                 f"{document.place}: the tokenizer keeps nothing of this document of {expected} bytes, so no "
                 "token could count them. Remove it."
             )
-        if codec.lossless:  # a wrong codec, not a wrong input
-            raise RuntimeError(
-                f"{document.place}: the lossless codec counts {found} bytes, the text has {expected}"
-            )
+        documents += [[codec.bos_id], ids]
+        sizes += [[0], counted]
     return np.concatenate(documents), np.concatenate(sizes)
 
 
@@ -324,10 +328,12 @@ def write_split(
     counts = {"documents": [0, 0], "tokens": 0, "raw_bytes": 0, "token_bytes": 0}
     with tqdm(desc=writer.split, unit="B", unit_scale=True, mininterval=1.0) as progress:
         for batch in batched(documents):
-            ids, sizes = encode_with_bos(codec, batch, num_threads)
-            writer.add(ids)
             if sidecar:
+                ids, sizes = encode_for_sidecar(codec, batch)
                 sidecar.add(sizes)
+            else:
+                ids, sizes = encode_with_bos(codec, batch, num_threads)
+            writer.add(ids)
             raw_bytes = sum(len(document.text.encode()) for document in batch)
             counts["documents"][1] += len(batch)
             counts["tokens"] += ids.size
