@@ -191,11 +191,12 @@ def test_tokenizers_without_a_byte_alphabet_are_refused(trained, tmp_path):
         load_codec(change_tokenizer(trained, tmp_path, model=model, added_tokens=[]))
 
 
-def test_a_missing_library_is_named(trained, monkeypatch):
+@pytest.mark.parametrize(("kind", "library"), [("bytelevel", "tokenizers"), ("caseops", "sentencepiece")])
+def test_a_missing_library_is_named(trained, monkeypatch, kind, library):
     """The reader of the message knows what to install."""
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match="pip install tokenizers"):
-        load_codec(trained["bytelevel"])
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=f"pip install {library}"):
+        load_codec(trained[kind])
 
 
 def test_super_bpe_merges_span_words_only_after_the_transition(tmp_path):
@@ -228,6 +229,23 @@ def test_gpt2_gives_the_known_ids():
     codec = load_codec(shared("gpt2/vocab.json"), 50_257)
     assert (codec.bos_id, codec.lossless) == (50_256, True)
     assert codec.encode("Hello world").tolist() == [15496, 995]
+
+
+@needs_corpora
+@pytest.mark.slow
+def test_system_e_tokenizer_has_its_ids(tmp_path):
+    """200,000 SuperBPE entries and five added ones; the last of these separates documents."""
+    content = json.loads(shared("superbpe_t80k/tokenizer.rebuilt.json").read_text(encoding="utf-8"))
+    kinds = ("|||IP_ADDRESS|||", "<|padding|>", "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "<|endoftext|>")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] = [
+        {"id": 200_000 + i, "content": name, "special": True} | flags for i, name in enumerate(kinds)
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    codec = load_codec(tmp_path / "tokenizer.json", 200_005)
+    assert (codec.bos_id, codec.lossless) == (200_004, True)
+    sizes = codec.token_bytes(np.arange(200_005))
+    assert sizes[200_000:].tolist() == [0] * 5 and sizes[:200_000].min() == 1
 
 
 # ---- BESE -------------------------------------------------------------------------------------------

@@ -25,8 +25,10 @@ class SentencePieceCodec:
     needs_sidecar = False  # whether token_bytes is short of the text's bytes, and encode_with_bytes is not
 
     def __init__(self, path: str | Path):
-        import sentencepiece
-
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise UserError(f"{path}: reading this tokenizer needs `pip install sentencepiece`.") from error
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
