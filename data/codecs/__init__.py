@@ -20,15 +20,21 @@ from data.shards import read_json
 TokenCodec = SentencePieceCodec | PieceCodec
 
 
-def load_codec(path: str | Path, vocab_size: int | None = None) -> TokenCodec:
-    """Load the tokenizer file at `path`; raise when its size is not the expected `vocab_size`."""
+def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") -> TokenCodec:
+    """Load the tokenizer file at `path`; raise when its size or its kind is not the expected one.
+
+    A program that always names the same kind needs no other codec.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(
             f"{path}: no such tokenizer file. `make data` trains one on the built-in corpus; "
             "TOKENIZER_PATH or data.tokenizer_path names another."
         )
-    codec = open_codec(path)
+    found = find_kind(path)
+    if kind and found != kind:
+        raise UserError(f"{path}: expected a tokenizer of kind {kind}, found {found}. Choose another file.")
+    codec = open_codec(path, kind or found)
     if vocab_size is not None and codec.vocab_size != vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {codec.vocab_size} entries, the model's vocabulary has {vocab_size}. "
@@ -37,11 +43,10 @@ def load_codec(path: str | Path, vocab_size: int | None = None) -> TokenCodec:
     return codec
 
 
-def open_codec(path: Path) -> TokenCodec:
-    """Choose the codec by the file's suffix and content."""
+def find_kind(path: Path) -> str:
+    """Tell the kind of a tokenizer by the file's suffix and content."""
     if path.suffix == ".model":
-        codec = SentencePieceCodec(path)
-        return CaseOpsCodec(path) if codec.has_pieces(CASE_OPERATORS) else codec
+        return "caseops" if SentencePieceCodec(path).has_pieces(CASE_OPERATORS) else "sentencepiece"
     if path.suffix != ".json":
         raise UserError(
             f"{path}: expected a SentencePiece .model, vocab.json with merges.txt, tokenizer.json, or a "
@@ -49,6 +54,19 @@ def open_codec(path: Path) -> TokenCodec:
         )
     content = read_json(path)
     stated = content.get("tokenizer_type") if isinstance(content, dict) else None
-    if stated in (BESE_TYPE, BYTES_TYPE):
-        return (BeseCodec if stated == BESE_TYPE else BytesCodec)(path)
-    return ByteLevelCodec(path)
+    if stated == BESE_TYPE:
+        return "bese"
+    return "bytes" if stated == BYTES_TYPE else "bytelevel"
+
+
+def open_codec(path: Path, kind: str) -> TokenCodec:
+    """Open a file of a known kind; branches, not a table, so that the packer can leave codecs out."""
+    if kind == "bytes":
+        return BytesCodec(path)
+    if kind == "bytelevel":
+        return ByteLevelCodec(path)
+    if kind == "bese":
+        return BeseCodec(path)
+    if kind == "caseops":
+        return CaseOpsCodec(path)
+    return SentencePieceCodec(path)
