@@ -58,9 +58,11 @@ from data.shards import (
     sha256_file,
     write_json,
 )
+from eval.adaptive import Reports, Session, Settings
 from eval.bpb import BpbMeter
 from eval.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
-from eval.sliding import ProgressLines, ScoreOptions, plan_windows, score_windows
+from eval.modes import EVAL_MODES, Scoring, score_session, scoring_cost
+from eval.sliding import ProgressLines, ScoreOptions, plain_cost
 from formats.artifact import (
     STREAM_CODECS,
     ArtifactError,
@@ -320,10 +322,33 @@ class QuantConfig:
 class EvalConfig:
     """How the artifact is scored and how long that may take."""
 
-    mode: str = option("chunked", "", "windows of the scorer", choices=("chunked", "sliding"))
+    mode: str = option("chunked", "", "windows and adaptation of the scorer", choices=EVAL_MODES)
     context_len: int = option(0, "", "tokens a window may see; 0: data.seq_len", low=0)
     stride: int = option(64, "EVAL_STRIDE", "targets a sliding window scores", low=1)
     keep_tail: bool = option(False, "", "score the targets past the last whole window too")
+    deadline_s: float = option(0.0, "", "end adaptation so that scoring takes so long; 0: never", low=0)
+    tilt_online: float = option(0.0, "", "strength of hints from the text scored so far, times share", low=0)
+    sgd_lr: float = option(0.005, "TTT_LR", "learning rate of sgd-ttt and of phases", low=0)
+    sgd_momentum: float = option(0.9, "TTT_MOMENTUM", "their momentum", low=0, high=1)
+    sgd_epochs: int = option(3, "TTT_EPOCHS", "their passes over a scored chunk", low=1)
+    sgd_chunk_tokens: int = option(32_768, "TTT_CHUNK_TOKENS", "targets scored, then trained on", low=1)
+    sgd_batch_seqs: int = option(32, "", "rows of a step, all ranks together", low=1)
+    sgd_clip_norm: float = option(1.0, "TTT_GRAD_CLIP", "largest gradient norm; 0: any", low=0)
+    sgd_freeze_blocks: int = option(0, "TTT_FREEZE_BLOCKS", "first blocks that keep their weights", low=0)
+    lora_rank: int = option(80, "TTT_LORA_RANK", "rank of a document's adapters; 0: none", low=0)
+    lora_alpha: float = option(144.0, "TTT_LORA_ALPHA", "adapters are scaled by alpha / rank", low=0)
+    lora_sites: str = option("q,k,v,o,mlp,head", "", "where adapters go: of q, k, v, o, mlp, head")
+    lora_lr: float = option(1e-4, "TTT_LORA_LR", "AdamW learning rate of adapters", low=0)
+    lora_beta2: float = option(0.99, "TTT_BETA2", "AdamW beta2 of adapters (beta1 is 0)", low=0, high=1)
+    lora_weight_decay: float = option(0.5, "TTT_WEIGHT_DECAY", "weight decay of adapters", low=0)
+    lora_chunk_tokens: int = option(48, "TTT_CHUNK_SIZE", "targets of a document between updates", low=1)
+    lora_short_chunks: tuple = option((), "", "length:chunk rows for documents up to a length, rising")
+    lora_batch_docs: int = option(64, "TTT_BATCH_SIZE", "most documents adapted side by side", low=1)
+    lora_warm_lanes: int = option(0, "", "batch i starts from batch i - n's mean A; 0: noise", low=0)
+    lora_max_doc_tokens: int = option(0, "", "longer documents are cut; 0: never", low=0)
+    lora_seed: int = option(0, "", "of the adapters' first values", low=0)
+    phase_docs: int = option(2500, "PHASED_TTT_PREFIX_DOCS", "documents before the last SGD phase", low=0)
+    phase_count: int = option(1, "PHASED_TTT_NUM_PHASES", "SGD phases", low=1)
     limit_seconds: float = option(600.0, "", "scoring time budget", low=0)
     limit_text_bytes: int = option(0, "", "the budget is for so many bytes, in proportion; 0: any", low=0)
 
@@ -1047,6 +1072,19 @@ class SmearGate(nn.Module):
         return x + gate * F.pad(x, (0, 0, 1, -1))  # (B, T, D), shifted one step right
 
 
+class TiedHead(nn.Module):
+    """The product with the embedding's rows: a module, for calibration to watch and adapters to add to."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.in_features, self.out_features = in_dim, out_dim
+        self.adapter: nn.Module | None = None
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = F.linear(x, weight.to(x.dtype))
+        return y if self.adapter is None else y + self.adapter(x)
+
+
 class Step(NamedTuple):
     """One visit of a block in the forward pass."""
 
@@ -1092,13 +1130,6 @@ def layer_plan(cfg: ModelConfig, passes: int = 1) -> list[Step]:
     return plan
 
 
-class TiedHead(nn.Module):
-    """Multiply by the embedding: a module, so that calibration can watch what it reads."""
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight.to(x.dtype))
-
-
 class AsymmetricSoftcap(nn.Module):
     """Cap positive and negative logits by learned caps: cap * tanh(z / cap) (contest pull request 1923)."""
 
@@ -1139,7 +1170,9 @@ class GPT(nn.Module):
             self.skip_gates = nn.Parameter(torch.zeros(num_skips(cfg), cfg.model_dim))
         self.final_norm = Norm(cfg) if cfg.final_norm else nn.Identity()
         self.head = None if cfg.tie_embeddings else CastLinear(cfg.model_dim, vocab_size)
-        self.readout = TiedHead() if cfg.tie_embeddings else None
+        self.readout = None
+        if cfg.tie_embeddings:
+            self.readout = TiedHead(cfg.embed_dim or cfg.model_dim, vocab_size)
         self.softcap = AsymmetricSoftcap(cfg.logit_softcap) if cfg.asymmetric_softcap else None
         self.init_weights()
 
@@ -1889,30 +1922,43 @@ class Score(NamedTuple):
     stride: int
     tail: str  # included | cut
     seconds: float
+    num_units: int  # chunks or batches of documents that could adapt
+    switch_at: int  # of them that did
+    invalid: str  # why the score cannot be part of a record; empty when it can
 
 
-def score_model(model: Callable, cfg: Config, text: ValidationText, ranks: Ranks, progress=None) -> Score:
+def score_model(
+    model: nn.Module, cfg: Config, text: ValidationText, ranks: Ranks, scoring: Scoring | None = None
+) -> Score:
     """Score a validation text as cfg.eval says, with all ranks; every rank returns the same score."""
-    settings = cfg.eval
+    settings, scoring = cfg.eval, scoring or Scoring()
     context_len = settings.context_len or cfg.data.seq_len
-    stride = settings.stride if settings.mode == "sliding" else 0
-    windows = plan_windows(len(text.tokens) - 1, context_len, stride, settings.keep_tail)
-    if not len(windows):
+    num_targets = len(text.tokens) - 1
+    if not settings.keep_tail:
+        num_targets -= num_targets % context_len
+    if num_targets < 1:
         raise UserError(
             f"{text.pattern}: expected at least one window of {context_len} + 1 validation tokens, found "
             f"{len(text.tokens):,}. Make the validation set larger or eval.context_len smaller."
         )
     started = time.perf_counter()
+    tokens = text.tokens[: num_targets + 1]
     batch_tokens = cfg.run.val_batch_tokens // cfg.data.micro_batches
     options = ScoreOptions(text.bos_id, batch_tokens, ranks.device, ranks.rank, ranks.world_size)
-    nats = score_windows(model, text.tokens, windows, options, progress)
-    nats = ranks.sum(nats).numpy()
+    options = options._replace(cost=scoring_cost(settings, tokens))
+    windows = Settings(context_len, settings.stride, settings.deadline_s, scoring.switch_at)
+    session = Session(tokens, windows, options, ranks, scoring.reports)
+    if options.cost is not plain_cost:
+        session.referee.event("precompute", 0, num_targets)  # hints: each reads its own prefix
+    outcome = score_session(model.eval(), session, settings)
+    nats = ranks.sum(outcome.nats).numpy()
     meter = BpbMeter()
     meter.add(nats, text.target_bytes[: len(nats)])
     seconds = ranks.agree(time.perf_counter() - started)
-    tail = "included" if settings.keep_tail else "cut"
     totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
-    return Score(*totals, settings.mode, context_len, stride, tail, seconds)
+    stride = 0 if settings.mode == "chunked" else settings.stride
+    tail = "included" if settings.keep_tail else "cut"
+    return Score(*totals, settings.mode, context_len, stride, tail, seconds, *outcome[1:])
 
 
 def new_average(model: nn.Module, cfg: AverageConfig) -> Ema | Swa | None:
@@ -2208,8 +2254,10 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
     exact = f"val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
     log.line(
         f"eval_mode:{score.mode} context_len:{score.context_len} stride:{score.stride} tail:{score.tail} "
-        f"tokens:{score.num_tokens} bytes:{score.num_bytes}"
+        f"tokens:{score.num_tokens} bytes:{score.num_bytes} adapted:{score.switch_at}/{score.num_units}"
     )
+    if score.invalid:
+        log.line(f"invalid:{score.invalid}")
     if score.mode == "sliding":
         log.line(f"{label}_sliding_window_exact {exact} stride:{score.stride}")
     rounded = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}"
@@ -2333,7 +2381,7 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     model, packed_cfg, header = load_artifact(log.folder / ARTIFACT_NAME, cfg, ranks.device)
     text = load_validation(packed_cfg.data, text.pattern, header["tokenizer_sha256"])
     phase("reload")
-    score = score_model(model, packed_cfg, text, ranks, ProgressLines(log.line))
+    score = score_model(model, packed_cfg, text, ranks, Scoring(Reports(progress=ProgressLines(log.line))))
     phase("scoring")
     log_score(cfg, score, log)
     ranks.close()

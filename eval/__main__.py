@@ -11,13 +11,16 @@ environment or from the run folder.
 import json
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.errors import CommandParser, UserError, run_command
 from data.shards import read_json, sha256_file
+from eval.adaptive import Reports
 from eval.budget import format_ledger
+from eval.modes import EVAL_MODES, Scoring
 from eval.sliding import ProgressLines
-from formats.recipe import read_recipe, with_values
+from formats.recipe import parse_overrides, read_recipe, with_values
 from train_gpt import (
     Config,
     Environment,
@@ -69,7 +72,18 @@ def find_artifact(target: Path) -> tuple[Path, Config, dict | None]:
 def changed_settings(args: Namespace) -> dict:
     """Return the scoring settings that the command line changes."""
     changes = {"eval.mode": args.mode, "eval.stride": args.stride, "eval.context_len": args.context_len}
+    changes |= {"eval.tilt_online": args.tilt} | parse_overrides([f"eval.{text}" for text in args.set])
     return {name: value for name, value in changes.items() if value is not None}
+
+
+@contextmanager
+def event_writer(path: Path | None):
+    """Yield what writes events as JSON lines to a file, or None without one."""
+    if path is None:
+        yield None
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        yield lambda event: print(json.dumps(event), file=file)
 
 
 def ledgers(score: Score, artifact: Path, recorded: dict | None, cfg: Config) -> list[tuple]:
@@ -94,6 +108,7 @@ def print_table(score: Score, artifact: Path, recorded: dict | None) -> None:
         ("val_bpb", f"{score.val_bpb:.8f} bits a byte"),
         ("scored", f"{score.num_tokens:,} tokens, {score.num_bytes:,} bytes in {score.seconds:.1f} s"),
         ("how", f"{score.mode}, context {score.context_len}, stride {score.stride}, tail {score.tail}"),
+        ("adapted", f"{score.switch_at} of {score.num_units} units"),
         ("artifact", f"{artifact}, {artifact.stat().st_size:,} bytes"),
     ]
     if recorded:
@@ -101,6 +116,8 @@ def print_table(score: Score, artifact: Path, recorded: dict | None) -> None:
             ("trained", f"{recorded['steps']:,} steps, {recorded['tokens_per_second']:,.0f} tokens/s")
         )
         rows.append(("recorded val_bpb", f"{recorded['score']['val_bpb']:.8f}"))
+    if score.invalid:
+        rows.insert(0, ("INVALID", score.invalid))
     print("\n".join(f"{name:<18}{value}" for name, value in rows))
 
 
@@ -112,7 +129,11 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--val", default="", help="glob of validation shards; default: those of the run")
     parser.add_argument("--tokenizer", help="tokenizer file; default: that of the run")
-    parser.add_argument("--mode", choices=("chunked", "sliding"), help="default: the artifact's")
+    parser.add_argument("--mode", choices=EVAL_MODES, help="default: the artifact's")
+    parser.add_argument("--tilt", type=float, help="strength of online n-gram hints; default: the artifact's")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other [eval] settings")
+    parser.add_argument("--switch-at", type=int, default=-1, help="replay: units that adapt")
+    parser.add_argument("--event-log", type=Path, help="write score and update events as JSON lines")
     parser.add_argument("--stride", type=int, help="targets a sliding window scores; default: the artifact's")
     parser.add_argument("--context-len", type=int, help="tokens a window may see; default: the artifact's")
     parser.add_argument("--budget", action="store_true", help="add the ledgers of bytes and seconds")
@@ -132,7 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     cfg = with_values(cfg, changes, "command line")
     check_config(cfg)
     text = load_validation(cfg.data, args.val, header["tokenizer_sha256"])
-    score = score_model(model, cfg, text, ranks, ProgressLines(say))
+    with event_writer(args.event_log) as on_event:
+        scoring = Scoring(Reports(on_event, ProgressLines(say)), args.switch_at)
+        score = score_model(model, cfg, text, ranks, scoring)
     comparable = recorded is not None and not changes and not args.val
     difference = score.val_bpb - recorded["score"]["val_bpb"] if comparable else None
     accounts = ledgers(score, artifact, recorded, cfg) if args.budget else []

@@ -11,9 +11,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data", "dev", "eval", "formats", "kernels", "quantizers", "tests")
 TRAINER = "train_gpt"
 LOWER_HALF = {
-    f"eval.{name}" for name in ("adaptive", "bpb", "budget", "ngram", "reference", "sliding", "stats")
+    f"eval.{name}"
+    for name in (
+        "adaptive",
+        "bpb",
+        "budget",
+        "logs",
+        "modes",
+        "ngram",
+        "reference",
+        "sliding",
+        "stats",
+    )
 }
-WITHOUT_TORCH = {"eval.budget", "eval.stats"}
+WITHOUT_TORCH = {"eval.budget", "eval.logs", "eval.stats"}
 FUNCTION_LINES = 60
 LONG_FUNCTION_LINES = 90
 ALLOWED_LONG = {("train_gpt.py", "train")}
