@@ -109,6 +109,7 @@ from quantizers.rate import fit_rate
 PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed program here
 
 ARTIFACT_NAME, CHECKPOINT_NAME = "artifact.bin", "checkpoint.safetensors"
+TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "bese")
 
 # Arithmetic of activations and products; masters are float32, or float64 with it.
 DTYPES = ("float32", "bfloat16", "float64")
@@ -168,6 +169,7 @@ class DataConfig:
     tokenizer_path: str = option(
         "./data/tokenizers/fineweb_1024_bpe.model", "TOKENIZER_PATH", "tokenizer file", live=True
     )
+    tokenizer_kind: str = option("sentencepiece", "", "codec of the tokenizer", choices=TOKENIZER_KINDS)
     vocab_size: int = option(1024, "VOCAB_SIZE", "entries of the tokenizer", low=2)
     loader: str = option("sequential", "", "order of the training tokens", choices=tuple(LOADERS))
     seq_len: int = option(1024, "TRAIN_SEQ_LEN", "tokens a training row", low=2)
@@ -700,7 +702,7 @@ def load_validation(cfg: DataConfig, pattern: str = "", tokenizer_sha256: str = 
 
     tokenizer_sha256 is that of the tokenizer which the model was trained with, where one is known.
     """
-    codec = load_codec(cfg.tokenizer_path, cfg.vocab_size)
+    codec = load_codec(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
     pattern = pattern or str(Path(cfg.data_path) / VAL_GLOB)
     files = find_shards(pattern)
     manifest = read_manifest(files[0].parent) or {}
@@ -718,7 +720,11 @@ def load_validation(cfg: DataConfig, pattern: str = "", tokenizer_sha256: str = 
         raise UserError(
             f"{pattern}: expected 2 or more validation tokens, found {tokens.size}. Make the data again."
         )
-    token_bytes = codec.token_bytes(tokens)
+    if codec.needs_sidecar:  # the text's own sizes, which the tokens cannot tell
+        sidecars = [path.with_name(path.name.replace("val_", "val_bytes_")) for path in files]
+        token_bytes = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
+    else:
+        token_bytes = codec.token_bytes(tokens)
     stated = manifest.get("val", {})
     is_whole = [path.name for path in files] == [shard["file"] for shard in stated.get("shards", [])]
     if is_whole and stated["expected_token_bytes"] != token_bytes.sum():

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from data.errors import UserError
-from data.shards import TOKEN_DTYPE
 
 NO_HINT = -1
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 KEY_DTYPE = np.dtype("<u4")
+NEXT_DTYPE = np.dtype("<u2")  # of continuations: tables are for vocabularies up to 65,536
 
 
 class NgramTable(NamedTuple):
@@ -103,7 +103,7 @@ def build_table(
         best = best[counts[best] >= min_count]
         best = np.sort(best[np.argsort(-counts[best], kind="stable")[:limit]])
         keys.append((pairs[best] // vocab_size).astype(KEY_DTYPE))
-        nexts.append((pairs[best] % vocab_size).astype(TOKEN_DTYPE))
+        nexts.append((pairs[best] % vocab_size).astype(NEXT_DTYPE))
     return NgramTable(vocab_size, tuple(keys), tuple(nexts))
 
 
@@ -128,7 +128,7 @@ def read_table(streams: dict[str, bytes], vocab_size: int) -> NgramTable:
                 f"{len(parts[0])} and {len(parts[1])} bytes. The artifact is damaged; write it again."
             )
         steps = np.frombuffer(parts[0], KEY_DTYPE).astype(np.int64)
-        key, after = steps.cumsum(), np.frombuffer(parts[1], TOKEN_DTYPE)
+        key, after = steps.cumsum(), np.frombuffer(parts[1], NEXT_DTYPE)
         rising = (steps[1:] > 0).all() and (key < vocab_size**length).all()
         if not rising or (after >= vocab_size).any():
             raise UserError(
