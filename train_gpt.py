@@ -437,10 +437,13 @@ def layers_fit(cfg: Config, name: str) -> list[tuple]:
 def stage_rules(cfg: Config, stage: Stage) -> list[tuple]:
     """Return the rules that a step's tokens divide into rows and micro-batches."""
     name = "schedule.stages" if cfg.schedule.stages else "data.batch_tokens"
-    parts = f"batch_tokens={stage.batch_tokens} / micro_batches={stage.micro_batches}"
     micro_tokens, rest = divmod(stage.batch_tokens, stage.micro_batches)
-    whole = rest == 0 and micro_tokens >= 1 and micro_tokens % stage.seq_len == 0
-    return [(name, whole, f"with {parts} must be a multiple of data.seq_len={stage.seq_len}")]
+    whole = micro_tokens >= 1 and micro_tokens % stage.seq_len == 0
+    rows = f"/ micro_batches={stage.micro_batches} must be a multiple of data.seq_len={stage.seq_len}"
+    return [
+        (name, rest == 0, f"must be a multiple of data.micro_batches={stage.micro_batches}"),
+        (name, whole, rows),
+    ]
 
 
 def check_config(cfg: Config) -> None:
