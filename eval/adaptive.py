@@ -293,7 +293,7 @@ class SgdTrainer:
         self.optimizer.step()
 
 
-def cosine_mul(index: int, count: int) -> float:
+def chunk_lr_mul(index: int, count: int) -> float:
     """Fall from 1 at index 0 to 0 at index count - 1 along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * index / max(count - 1, 1)))
 
@@ -331,7 +331,7 @@ def score_sgd(model: nn.Module, session: Session, sgd: SgdOptions) -> Outcome:
             lo, hi = int(rows[0, 0] + rows[0, 2]), int(rows[-1, 1])
             inputs, targets = cut_rows(tokens[lo:hi], tokens[lo + 1 : hi + 1], settings.context_len)
             session.referee.update(lo, lo + inputs.size)
-            trainer.train(inputs, targets, cosine_mul(unit, len(chunks)))
+            trainer.train(inputs, targets, chunk_lr_mul(unit, len(chunks)))
     return session.outcome(len(chunks), switch_at)
 
 
@@ -589,7 +589,7 @@ class LoraScorer:
         starts = range(0, len(inputs), size)
         for i, start in enumerate(starts):
             rows = slice(start, start + size)
-            trainer.train(inputs[rows], targets[rows], cosine_mul(i, len(starts)))
+            trainer.train(inputs[rows], targets[rows], chunk_lr_mul(i, len(starts)))
         self.model.requires_grad_(False).zero_grad()
         self.carried.clear()
 

@@ -14,13 +14,13 @@ from data.codecs.pieces import gives_back
 from data.codecs.spm import SentencePieceCodec
 from data.errors import UserError
 
-TITLE, ALL_CAPS, CAP_NEXT, ESCAPE = CASE_OPERATORS = "\ue001\ue002\ue003\ue004"
+TITLE, ALL_CAPS, CAP_NEXT, CASE_ESCAPE = CASE_OPERATORS = "\ue001\ue002\ue003\ue004"
 WORD_OR_OPERATOR = re.compile(f"[A-Za-z]+|[{CASE_OPERATORS}]")
 CAPITAL_INSIDE = re.compile("[A-Z]")
 OPERATOR_BYTES = 3  # of each operator in UTF-8: EE 80 81 to EE 80 84
 OPERATED = re.compile(
     b"%b(\xee\x80[\x81-\x84])|%b([a-z])|%b([a-z]+)|%b([a-z])|\xee\x80[\x81-\x84]"
-    % tuple(operator.encode() for operator in (ESCAPE, TITLE, ALL_CAPS, CAP_NEXT))
+    % tuple(operator.encode() for operator in (CASE_ESCAPE, TITLE, ALL_CAPS, CAP_NEXT))
 )
 
 
@@ -30,7 +30,7 @@ def lower_word(match: re.Match) -> str:
     if word.islower():
         return word
     if word in CASE_OPERATORS:
-        return ESCAPE + word
+        return CASE_ESCAPE + word
     if word.isupper() and len(word) > 1:
         return ALL_CAPS + word.lower()
     first, rest = word[0], word[1:]
@@ -64,8 +64,8 @@ def utf8_sizes(text: str) -> tuple[np.ndarray, np.ndarray]:
 def original_bytes(transformed: str) -> np.ndarray:
     """Count the original bytes before each character, and in all, of a transformed text: (N + 1,) int64."""
     points, sizes = utf8_sizes(transformed)
-    is_operator = (points >= ord(TITLE)) & (points <= ord(ESCAPE))
-    sizes[is_operator & ~follows_escape(points == ord(ESCAPE))] = 0
+    is_operator = (points >= ord(TITLE)) & (points <= ord(CASE_ESCAPE))
+    sizes[is_operator & ~follows_escape(points == ord(CASE_ESCAPE))] = 0
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
