@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help run test test-slow setup data train eval lint size bench
+.PHONY: help run test test-slow setup data doctor train eval audit lint size bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,11 +34,17 @@ $(STAMP): requirements.txt requirements/dev.txt constraints/cpu.txt constraints/
 data: setup ## collect the built-in corpus, train its tokenizer, write token shards
 	$(PY) -m data.builtin --out data/datasets/builtin_sp1024
 
+doctor: data ## look for damage in the built-in corpus's shards
+	$(PY) -m data.doctor data/datasets/builtin_sp1024
+
 train: setup ## train RECIPE=... without the reload in a fresh process
 	$(PY) train_gpt.py --recipe $(RECIPE)
 
 eval: setup ## reproduce the val_bpb of the newest complete run; fails when it differs
 	$(PY) -m eval
+
+audit: setup ## check the record folder RECORD=... before it is submitted
+	$(PY) -m eval.audit $(RECORD)
 
 lint: setup ## ruff: style, imports, formatting
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

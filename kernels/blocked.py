@@ -3,8 +3,8 @@
 That kernel computes the softmax weights again in the backward pass and multiplies many small matrices. Here
 they are kept, a block of queries meets only the keys it can see, and the queries that share a key head
 are rows of one matrix. One operator, so that torch.compile does not unroll the blocks.
-Measured forward and backward (dev/LOG.md): up to 8 % less time at T 256 with heads of 32, 24 to 40 % less
-at T 512 or heads of 64, 33 to 85 % less with a window of 64.
+Measured forward and backward (dev/LOG.md): no clear change at T 256 with heads of 32, 20 to 29 % less
+time at T 512 or heads of 64, 33 to 85 % less with a window of 64.
 """
 
 import math
