@@ -23,23 +23,13 @@ from typing import NamedTuple
 
 from data.errors import UserError, run_command
 from data.shards import atomic_file
+from dev.names import Definition, Function, Import, bound_names, identifiers, last_name, needed_statements
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRY = REPOSITORY / "train_gpt.py"
 METHODS = ("brotli", "lzma", "none")
 RECIPE_NAME = "PACKED_RECIPE"
 IMPORTS_LABEL = "third-party imports"
-# Decorators that only change what they decorate. Any other may register it somewhere, so what it
-# decorates always ships.
-PURE_DECORATORS = {
-    "cache",
-    "contextmanager",
-    "dataclass",
-    "inference_mode",
-    "lru_cache",
-    "no_grad",
-    "total_ordering",
-}
 # torch.library and Triton read argument annotations (schemas, tl.constexpr); singledispatch reads types.
 ANNOTATION_READERS = {"custom_op", "triton_op", "jit", "singledispatch", "singledispatchmethod"}
 # The program is registered in linecache so that inspect.getsource (Triton, torch.compile) and traceback
@@ -51,10 +41,6 @@ STUB = (
     b'n="<packed %(checksum)s>"\nc.cache[n]=0,None,s.splitlines(1),n\nexec(compile(s,n,"exec"))'
 )
 LZMA_OPTIONS = b',3,None,[{"id":33}]'  # FORMAT_RAW, FILTER_LZMA2: the stream itself holds lc, lp and pb
-
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-Definition = Function | ast.ClassDef
-Import = ast.Import | ast.ImportFrom
 
 
 class PackingError(UserError):
@@ -212,32 +198,6 @@ class _RemoveImports(ast.NodeTransformer):
         return node
 
 
-def bound_names(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yield (name, imported object or "") for what a statement binds in the scope it stands in."""
-    match node:
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            yield node.name, ""
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Global):
-                    yield from ((name, "") for name in inner.names)
-            return
-        case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            return
-        case ast.Import():
-            for alias in node.names:
-                top = alias.name.split(".")[0]
-                yield alias.asname or top, alias.name if alias.asname else top
-        case ast.ImportFrom():
-            for alias in node.names:
-                yield alias.asname or alias.name, f"{node.module}.{alias.name}"
-        case ast.Name(ctx=ast.Store()):
-            yield node.id, ""
-        case ast.ExceptHandler(name=str(name)):
-            yield name, ""
-    for child in ast.iter_child_nodes(node):
-        yield from bound_names(child)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Merge them into one namespace
 # ----------------------------------------------------------------------------------------------------------
@@ -388,26 +348,6 @@ def _libraries(module: SourceModule) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.module.split(".")[0]
 
 
-def _identifiers(node: ast.AST) -> set[str]:
-    """Collect every name that code below `node` may look up, docstrings aside.
-
-    Strings without spaces count with each identifier in them: quoted annotations, getattr, globals().
-    """
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-        return set()
-    names: set[str] = set()
-    match node:
-        case ast.Name():
-            names.add(node.id)
-        case ast.Attribute():
-            names.add(node.attr)
-        case ast.Global() | ast.Nonlocal():
-            names.update(node.names)
-        case ast.Constant(value=str(text)) if " " not in text:
-            names.update(re.findall(r"[A-Za-z_]\w*", text))
-    return names.union(*(_identifiers(child) for child in ast.iter_child_nodes(node)))
-
-
 def _drop_repeated_guards(body: list[Statement]) -> list[Statement]:
     """Keep the first of `try: import x` statements that several modules spell alike."""
     seen, kept = set(), []
@@ -421,51 +361,13 @@ def _drop_repeated_guards(body: list[Statement]) -> list[Statement]:
 
 def _drop_unused(body: list[Statement], entry_label: str) -> list[Statement]:
     """Drop definitions of bundled modules that no kept statement names, directly or through others."""
-    own = {name for statement in body for name, _ in bound_names(statement.node)}
-    has_subclass_hooks = any(
-        {"__init_subclass__", "__subclasses__"} & (_identifiers(s.node) | _method_names(s.node)) for s in body
-    )
-    defines: dict[int, set[str]] = {}  # index of a droppable statement -> its names
-    for i, (label, node) in enumerate(body):
-        registers = has_subclass_hooks and isinstance(node, ast.ClassDef) and node.bases
-        if label != entry_label and not registers and _is_pure_definition(node, own):
-            defines[i] = {name for name, _ in bound_names(node)}
-    kept = set(range(len(body))) - set(defines)
-    fresh = set(kept)
-    while fresh:
-        named = set().union(*(_identifiers(body[i].node) for i in fresh))
-        fresh = {i for i, names in defines.items() if i not in kept and names & named}
-        kept |= fresh
-    return [body[i] for i in sorted(kept)]
-
-
-def _method_names(node: ast.stmt) -> set[str]:
-    return {inner.name for inner in ast.walk(node) if isinstance(inner, Function)}
-
-
-def _is_pure_definition(node: ast.stmt, own: set[str]) -> bool:
-    """Whether running `node` only binds its names, as far as can be told without running it."""
-    if isinstance(node, Definition):
-        return all(_last_name(decorator) in PURE_DECORATORS for decorator in node.decorator_list)
-    if not isinstance(node, ast.Assign | ast.AnnAssign):
-        return False
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    plain = all(
-        isinstance(inner, ast.Name | ast.Tuple | ast.expr_context) for t in targets for inner in ast.walk(t)
-    )
-    calls = [inner for inner in ast.walk(node) if isinstance(inner, ast.Call)]
-    return plain and not any(own & _identifiers(call.func) for call in calls)
-
-
-def _last_name(decorator: ast.expr) -> str:
-    """Give `c` for the decorators `@c`, `@a.b.c` and `@a.b.c(...)`."""
-    target = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return ast.unparse(target).rpartition(".")[2]
+    always = {i for i, statement in enumerate(body) if statement.label == entry_label}
+    return [body[i] for i in needed_statements([statement.node for statement in body], always)]
 
 
 def _merge_imports(imports: list[Statement], body: list[Statement], entry_label: str) -> list[Statement]:
     """Return every needed third-party import once, `__future__` first, one statement a module."""
-    used = set().union(*(_identifiers(statement.node) for statement in body))
+    used = set().union(*(identifiers(statement.node) for statement in body))
     plain: dict[tuple[str, str | None], ast.alias] = {}
     from_module: dict[str, dict[tuple[str, str | None], ast.alias]] = {"__future__": {}}
     for label, node in imports:
@@ -543,7 +445,7 @@ def minify(source: str, hoist_literals: bool | None = None) -> str:
 
     tree = ast.parse(source)
     decorated = {
-        _last_name(decorator)
+        last_name(decorator)
         for node in ast.walk(tree)
         if isinstance(node, Definition)
         for decorator in node.decorator_list
@@ -579,7 +481,7 @@ def _triton_names(tree: ast.Module) -> set[str]:
         node
         for node in ast.walk(tree)
         if isinstance(node, Function)
-        and any(_last_name(decorator) == "jit" for decorator in node.decorator_list)
+        and any(last_name(decorator) == "jit" for decorator in node.decorator_list)
     ]
     inner = [node for kernel in kernels for node in ast.walk(kernel)]
     return {node.arg for node in inner if isinstance(node, ast.arg)} | {

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.errors import run_command
+from dev.names import Import
 from dev.pack import (
     ENTRY,
     IMPORTS_LABEL,
-    Import,
     PackingError,
     best_method,
     bundled_statements,

@@ -1,0 +1,114 @@
+"""What a bundled module binds, names and no longer needs: the questions that packing and folding share."""
+
+import ast
+import re
+from collections.abc import Iterator
+
+# Decorators that only change what they decorate. Any other may register it somewhere, so what it
+# decorates always ships.
+PURE_DECORATORS = {
+    "cache",
+    "contextmanager",
+    "dataclass",
+    "inference_mode",
+    "lru_cache",
+    "no_grad",
+    "total_ordering",
+}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = Function | ast.ClassDef
+Import = ast.Import | ast.ImportFrom
+
+
+def bound_names(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield (name, imported object or "") for what a statement binds in the scope it stands in."""
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            yield node.name, ""
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Global):
+                    yield from ((name, "") for name in inner.names)
+            return
+        case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            return
+        case ast.Import():
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                yield alias.asname or top, alias.name if alias.asname else top
+        case ast.ImportFrom():
+            for alias in node.names:
+                yield alias.asname or alias.name, f"{node.module}.{alias.name}"
+        case ast.Name(ctx=ast.Store()):
+            yield node.id, ""
+        case ast.ExceptHandler(name=str(name)):
+            yield name, ""
+    for child in ast.iter_child_nodes(node):
+        yield from bound_names(child)
+
+
+def identifiers(node: ast.AST) -> set[str]:
+    """Collect every name that code below `node` may look up, docstrings aside.
+
+    Strings without spaces count with each identifier in them: quoted annotations, getattr, globals().
+    """
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return set()
+    names: set[str] = set()
+    match node:
+        case ast.Name():
+            names.add(node.id)
+        case ast.Attribute():
+            names.add(node.attr)
+        case ast.Global() | ast.Nonlocal():
+            names.update(node.names)
+        case ast.Constant(value=str(text)) if " " not in text:
+            names.update(re.findall(r"[A-Za-z_]\w*", text))
+    return names.union(*(identifiers(child) for child in ast.iter_child_nodes(node)))
+
+
+def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
+    """Return the indices of the statements that run or that one of those names, directly or through others.
+
+    `always` holds the indices of statements that stay whatever they are.
+    """
+    own = {name for node in body for name, _ in bound_names(node)}
+    hooks = {"__init_subclass__", "__subclasses__"}
+    has_hooks = any(hooks & (identifiers(node) | method_names(node)) for node in body)
+    defines: dict[int, set[str]] = {}  # index of a droppable statement -> its names
+    for i, node in enumerate(body):
+        registers = has_hooks and isinstance(node, ast.ClassDef) and node.bases
+        if i not in always and not registers and is_pure_definition(node, own):
+            defines[i] = {name for name, _ in bound_names(node)}
+    kept = set(range(len(body))) - set(defines)
+    fresh = set(kept)
+    while fresh:
+        named = set().union(*(identifiers(body[i]) for i in fresh))
+        fresh = {i for i, names in defines.items() if i not in kept and names & named}
+        kept |= fresh
+    return sorted(kept)
+
+
+def method_names(node: ast.stmt) -> set[str]:
+    """Name the functions below a statement."""
+    return {inner.name for inner in ast.walk(node) if isinstance(inner, Function)}
+
+
+def is_pure_definition(node: ast.stmt, own: set[str]) -> bool:
+    """Whether running `node` only binds its names, as far as can be told without running it."""
+    if isinstance(node, Definition):
+        return all(last_name(decorator) in PURE_DECORATORS for decorator in node.decorator_list)
+    if not isinstance(node, ast.Assign | ast.AnnAssign):
+        return False
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    plain = all(
+        isinstance(inner, ast.Name | ast.Tuple | ast.expr_context) for t in targets for inner in ast.walk(t)
+    )
+    calls = [inner for inner in ast.walk(node) if isinstance(inner, ast.Call)]
+    return plain and not any(own & identifiers(call.func) for call in calls)
+
+
+def last_name(decorator: ast.expr) -> str:
+    """Give `c` for the decorators `@c`, `@a.b.c` and `@a.b.c(...)`."""
+    target = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return ast.unparse(target).rpartition(".")[2]
