@@ -52,19 +52,23 @@ def identifiers(node: ast.AST) -> set[str]:
 
     Strings without spaces count with each identifier in them: quoted annotations, getattr, globals().
     """
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-        return set()
     names: set[str] = set()
-    match node:
-        case ast.Name():
-            names.add(node.id)
-        case ast.Attribute():
-            names.add(node.attr)
-        case ast.Global() | ast.Nonlocal():
-            names.update(node.names)
-        case ast.Constant(value=str(text)) if " " not in text:
-            names.update(re.findall(r"[A-Za-z_]\w*", text))
-    return names.union(*(identifiers(child) for child in ast.iter_child_nodes(node)))
+    todo = [node]
+    while todo:
+        inner = todo.pop()
+        match inner:
+            case ast.Expr(value=ast.Constant()):
+                continue
+            case ast.Name():
+                names.add(inner.id)
+            case ast.Attribute():
+                names.add(inner.attr)
+            case ast.Global() | ast.Nonlocal():
+                names.update(inner.names)
+            case ast.Constant(value=str(text)) if " " not in text:
+                names.update(re.findall(r"[A-Za-z_]\w*", text))
+        todo += ast.iter_child_nodes(inner)
+    return names
 
 
 def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
@@ -74,7 +78,8 @@ def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
     """
     own = {name for node in body for name, _ in bound_names(node)}
     hooks = {"__init_subclass__", "__subclasses__"}
-    has_hooks = any(hooks & (identifiers(node) | method_names(node)) for node in body)
+    named_by = [identifiers(node) for node in body]
+    has_hooks = any(hooks & (names | method_names(node)) for names, node in zip(named_by, body, strict=True))
     defines: dict[int, set[str]] = {}  # index of a droppable statement -> its names
     for i, node in enumerate(body):
         registers = has_hooks and isinstance(node, ast.ClassDef) and node.bases
@@ -83,7 +88,7 @@ def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
     kept = set(range(len(body))) - set(defines)
     fresh = set(kept)
     while fresh:
-        named = set().union(*(identifiers(body[i]) for i in fresh))
+        named = set().union(*(named_by[i] for i in fresh))
         fresh = {i for i, names in defines.items() if i not in kept and names & named}
         kept |= fresh
     return sorted(kept)

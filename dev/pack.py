@@ -3,8 +3,9 @@
     python -m dev.pack --recipe records/.../recipe.toml --out runs/packed/train_gpt.py
 
 bundle (follow first-party imports, merge into one namespace, drop what nothing uses) -> embed the
-recipe -> minify -> compress -> wrap in a stub that decompresses, registers the program in linecache
-and runs it. The source stays written for people; bytes are this file's business alone.
+recipe and fold what it fixes (dev/fold.py) -> minify -> compress -> wrap in a stub that decompresses,
+registers the program in linecache and runs it. The source stays written for people; bytes are this
+package's business alone.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 from data.errors import UserError, run_command
 from data.shards import atomic_file
+from dev.fold import fold_tree
 from dev.names import Definition, Function, Import, bound_names, identifiers, last_name, needed_statements
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -68,6 +70,7 @@ class PackReport(NamedTuple):
 
     out: str
     source_bytes: int
+    folded_bytes: int
     minified_bytes: int
     packed_bytes: int
     steps_left_out: list[str]
@@ -404,6 +407,15 @@ def embed_recipe(source: str, recipe: dict) -> str:
     )
 
 
+def fold_statements(statements: list[Statement], recipe: dict) -> list[Statement]:
+    """Embed a recipe and fold what it fixes."""
+    _literal(recipe, "recipe")
+    labels = {id(statement.node): statement.label for statement in statements}
+    tree = ast.Module([statement.node for statement in statements], [])
+    fold_tree(tree, recipe)
+    return [Statement(labels.get(id(node), statements[-1].label), node) for node in tree.body]
+
+
 def _literal(value, where: str) -> ast.expr:
     """Spell a TOML value as an expression."""
     match value:
@@ -569,17 +581,20 @@ def unwrap(packed: bytes) -> str:
 
 
 def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str = "brotli") -> PackReport:
-    """Bundle, embed, minify, compress, check and write the program.
+    """Bundle, embed, fold, minify, compress, check and write the program.
 
     Without a recipe the program looks for one when it runs, as the readable one does.
     """
     left_out = []
-    source = bundle(entry, entry.resolve().parent)
+    statements = bundled_statements(entry, entry.resolve().parent)
+    source = folded = to_source([statement.node for statement in statements])
     if recipe_path is not None:
-        source = embed_recipe(source, read_recipe(recipe_path))
-    minified = source
+        recipe = read_recipe(recipe_path)
+        source = embed_recipe(source, recipe)
+        folded = to_source([statement.node for statement in fold_statements(statements, recipe)])
+    minified = folded
     if has_library("python_minifier"):
-        minified = minify(source)
+        minified = minify(folded)
     else:
         left_out.append("minify: python_minifier is not installed")
     if method == "brotli" and not has_library("brotli"):
@@ -594,7 +609,8 @@ def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str =
         )
     with atomic_file(out) as file:
         file.write(packed)
-    return PackReport(str(out), len(source.encode()), len(minified.encode()), len(packed), left_out)
+    sizes = [len(text.encode()) for text in (source, folded, minified)]
+    return PackReport(str(out), *sizes, len(packed), left_out)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -629,7 +645,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(report._asdict()))
         return
     print(
-        f"packed:{report.out} source_bytes:{report.source_bytes} minified_bytes:{report.minified_bytes} "
+        f"packed:{report.out} source_bytes:{report.source_bytes} "
+        f"folded_bytes:{report.folded_bytes} minified_bytes:{report.minified_bytes} "
         f"packed_bytes:{report.packed_bytes} steps_left_out:{'; '.join(report.steps_left_out) or 'none'}"
     )
 

@@ -23,7 +23,7 @@ from dev.pack import (
     PackingError,
     best_method,
     bundled_statements,
-    embed_recipe,
+    fold_statements,
     has_library,
     minify,
     read_recipe,
@@ -52,6 +52,7 @@ class SizeReport(NamedTuple):
     lines: int
     source_bytes: int
     bundled_bytes: int
+    folded_bytes: int
     minified_bytes: int
     packed_bytes: int
 
@@ -78,8 +79,10 @@ def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     found = sections(entry.read_text(encoding="utf-8"))
     statements = bundled_statements(entry, entry.parent)
     source = to_source([statement.node for statement in statements])
+    bundled_bytes = len(source.encode())
     if recipe_path is not None:
-        source = embed_recipe(source, read_recipe(recipe_path))
+        statements = fold_statements(statements, read_recipe(recipe_path))
+        source = to_source([statement.node for statement in statements])
     minified, pieces = shrink(source), minified_pieces(source)
     owners = [
         section_at(found, node.lineno) if label == entry.name else label
@@ -89,12 +92,14 @@ def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     owners = [IMPORTS_LABEL] * (len(pieces) - len(owners)) + owners
     whole = packed_bytes(pieces)
     parts = []
-    for name, text in source_texts(entry, found, {statement.label for statement in statements}).items():
+    labels = {statement.label for statement in bundled_statements(entry, entry.parent)}
+    for name, text in source_texts(entry, found, labels).items():
         rest = [piece for piece, owner in zip(pieces, owners, strict=True) if owner != name]
         parts.append(Part(name, text.count("\n"), len(text.encode()), whole - packed_bytes(rest)))
     lines, source_bytes = sum(part.lines for part in parts), sum(part.source_bytes for part in parts)
     packed = len(wrap(minified, best_method()))
-    return SizeReport(parts, lines, source_bytes, len(source.encode()), len(minified.encode()), packed)
+    sizes = (source_bytes, bundled_bytes, len(source.encode()), len(minified.encode()), packed)
+    return SizeReport(parts, lines, *sizes)
 
 
 def vanishes(node: ast.stmt) -> bool:
@@ -153,7 +158,8 @@ def format_report(report: SizeReport) -> str:
     table = [f"{name:<{width}} {lines:>7} {source:>13} {packed:>13}" for name, lines, source, packed in rows]
     return "\n".join(table) + (
         f"\nlines:{report.lines} source_bytes:{report.source_bytes} bundled_bytes:{report.bundled_bytes} "
-        f"minified_bytes:{report.minified_bytes} packed_bytes:{report.packed_bytes}"
+        f"folded_bytes:{report.folded_bytes} minified_bytes:{report.minified_bytes} "
+        f"packed_bytes:{report.packed_bytes}"
     )
 
 

@@ -497,7 +497,14 @@ def test_json_report_is_one_object_and_agrees_with_the_file(project, capsys):
     out = project / "packed.py"
     packer.main(["--entry", str(project / "train_gpt.py"), "--out", str(out), "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert list(report) == ["out", "source_bytes", "minified_bytes", "packed_bytes", "steps_left_out"]
+    assert list(report) == [
+        "out",
+        "source_bytes",
+        "folded_bytes",
+        "minified_bytes",
+        "packed_bytes",
+        "steps_left_out",
+    ]
     assert report["packed_bytes"] == out.stat().st_size
     assert report["minified_bytes"] == len(unwrap(out.read_bytes()).encode())
 
