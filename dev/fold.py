@@ -12,7 +12,6 @@ cannot be proved constant stays. Taken on trust, all of it house style:
 """
 
 import ast
-import copy
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -178,6 +177,16 @@ def literal(value) -> ast.expr:
     if isinstance(value, int | float) and not isinstance(value, bool) and str(value).startswith("-"):
         return ast.UnaryOp(ast.USub(), ast.Constant(-value))
     return ast.Constant(value)
+
+
+def clone(node):
+    """Copy a node and all below it; what other tools hang on nodes, and on the contexts they share, stays."""
+    if isinstance(node, list):
+        return [clone(item) for item in node]
+    if not isinstance(node, ast.AST) or isinstance(node, ast.expr_context):
+        return node
+    made = type(node)(**{name: clone(value) for name, value in ast.iter_fields(node)})
+    return ast.copy_location(made, node)
 
 
 def is_literal(value) -> bool:
@@ -378,7 +387,7 @@ class Scopes:
             return None
         names: dict[str, object] = {}
         try:
-            closed = _Close(self, names, node).visit(copy.deepcopy(node))
+            closed = _Close(self, names, node).visit(clone(node))
             code = compile(ast.fix_missing_locations(ast.Expression(closed)), "fold", "eval")
             value = eval(code, {"__builtins__": {}} | names)
         except Exception:  # an open expression, or one that fails: it may fail where it stands, too
@@ -759,7 +768,7 @@ class Folder(ast.NodeTransformer, Scopes):
         if isinstance(table, Table):
             chosen = select(table.node, self.look(node.slice))
             if chosen is not None and (table.node is node.value or self.is_stable(chosen)):
-                return self.visit(copy.deepcopy(chosen))
+                return self.visit(clone(chosen))
         return node
 
     def is_stable(self, node: ast.expr) -> bool:
@@ -828,7 +837,7 @@ class Folder(ast.NodeTransformer, Scopes):
         if name in self.program.functions and not self.program.functions[name].decorator_list:
             constant = constant_body(self.program.functions[name])
             if constant and all(map(is_pure, [*node.args, *(one.value for one in node.keywords)])):
-                return copy.copy(constant)
+                return clone(constant)
         return node
 
     def hint_lambdas(self, name: str, node: ast.Call) -> None:
@@ -1014,7 +1023,7 @@ def learn_pure(program: Program) -> None:
     }:
         fact = scopes.look_name(name)
         names |= {name: fact.value} if isinstance(fact, Known) else {}
-    bare = [copy.deepcopy(node) for node in kept.values()]
+    bare = [clone(node) for node in kept.values()]
     for node in bare:
         node.returns = None
         for arg in parameters(node.args):
@@ -1334,12 +1343,15 @@ def fold(source: str, recipe: dict) -> str:
 
 def fold_tree(tree: ast.Module, recipe: dict) -> None:
     """Fold a module in place; statements of its top level that stay keep their identity."""
-    program = Program(tree, copy.deepcopy(recipe))
+    program = Program(
+        tree, {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items()}
+    )
     program.index()
     bake(program)
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and (PACKED_RECIPE, "") in bound_names(node):
             node.value = literal(program.recipe)
+    program.index()
     learn_pure(program)
     before = ""
     for _ in range(MAX_ROUNDS):

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from data.errors import UserError
 from dev.fold import fold, fold_tree
 from dev.pack import pack, read_recipe, unwrap
 from formats.recipe import format_toml
@@ -41,82 +40,291 @@ class Config:
 RECIPE = {"model": {"width": 12, "kind": "dense", "layers": [1, 2]}}
 
 
-def folded(code: str, recipe: dict | None = None) -> str:
-    """Fold a program that ends in `main(Config())` and check that it gives what it gave; return main's part."""
+def folded(code: str) -> str:
+    """Fold a program, check that main(Config()) gives what it gave, return what follows the config."""
     source = HEADER + code + "\nRESULT = main(Config())\n"
-    made = fold(source, RECIPE if recipe is None else recipe)
-    names, expected = {"__name__": "folded"}, {"__name__": "plain"}
+    made = fold(source, RECIPE)
+    names, expected = {"__name__": "folded"}, {"__name__": "readable"}
     exec(made, names)
-    readable = source.replace("int = option(8", "int = option(12").replace(
-        'str = option("none"', 'str = option("dense"'
-    )
-    exec(readable.replace("tuple = option(()", "tuple = option((1, 2)"), expected)
-    if recipe is None:
-        assert repr(names["RESULT"]) == repr(expected["RESULT"])
-    return made[made.index("class EvalConfig") :] if "class EvalConfig" in made else made
+    defaults = (("int = option(8", "12"), ('str = option("none"', '"dense"'), ("tuple = option(()", "(1, 2)"))
+    for default, value in defaults:
+        assert default in source
+        source = source.replace(default, default.partition("(")[0] + "(" + value)
+    exec(source, expected)
+    assert repr(names["RESULT"]) == repr(expected["RESULT"])
+    return made[made.index("class Config:") :]
 
 
-MAIN = "def main(cfg: Config):\n    return "
+# (program, what folding removes from it, what stays)
+FOLDED = [
+    (
+        """
+def main(cfg: Config):
+    return cfg.model.width * 2 + 1
+""",
+        "width",
+        "return 25",
+    ),
+    (
+        """
+def main(cfg: Config):
+    return [1 if cfg.model.kind == 'none' else 2, cfg.model.seed]
+""",
+        "kind",
+        "cfg.model.seed",
+    ),
+    (
+        """
+def main(cfg: Config):
+    return {'none': f, 'dense': g}[cfg.model.kind]()
+def f():
+    return 1
+def g():
+    return [2]
+""",
+        "f()",
+        "g()",
+    ),
+    (
+        """
+def main(cfg: Config):
+    return f'{cfg.model.width:>4}|{cfg.model.kind}|{cfg.model.seed}'
+""",
+        "kind",
+        "|dense|",
+    ),
+    (
+        """
+def main(cfg: Config):
+    return sum(i for i in cfg.model.layers) + len(cfg.model.layers)
+""",
+        "layers",
+        "return 5",
+    ),
+    (
+        """
+def main(cfg: Config):
+    return count(cfg.model)
+def count(m):
+    total = []
+    for i in range(m.width):
+        total = total + [i]
+    return len(total)
+""",
+        "count",
+        "return 12",
+    ),
+    (
+        """
+def main(cfg: Config):
+    m = cfg.model
+    if m.width > 9 and m.seed:
+        return 1
+    return 0
+""",
+        "width",
+        "m.seed",
+    ),
+    (
+        """
+def main(cfg: Config):
+    if cfg.model.kind == 'dense':
+        return [1]
+    return unused()
+def unused():
+    return 2
+""",
+        "unused",
+        "[1]",
+    ),
+    (
+        """
+def main(cfg: Config):
+    assert cfg.model.width
+    x, y = cfg.model.width, cfg.model.seed
+    return x + y
+""",
+        "assert",
+        "12 + y",
+    ),
+    (
+        """
+def main(cfg: Config):
+    while cfg.model.kind == 'none':
+        cfg = None
+    return cfg
+""",
+        "gone",
+        "while",
+    ),
+    (
+        """
+class A:
+    def __init__(self, cfg: ModelConfig):
+        self.w = cfg.width
+        self.b = B(cfg) if cfg.kind == 'none' else None
+    def get(self, s):
+        return self.w + s if self.b is None else self.b
+class B:
+    def __init__(self, cfg):
+        pass
+def main(cfg: Config):
+    return A(cfg.model).get(cfg.model.seed)
+""",
+        "B",
+        "12 + s",
+    ),
+    (
+        """
+class Row(NamedTuple):
+    name: str
+    test: Callable[[Config], bool] = lambda cfg: True
+ROWS = (Row('a', lambda cfg: cfg.model.kind == 'none'), Row('b'))
+def main(cfg: Config):
+    return [row.name for row in ROWS if row.test(cfg)]
+""",
+        "'a'",
+        "'b'",
+    ),
+    (
+        """
+def main(cfg: Config):
+    rules = [('w', cfg.model.width > 1, 'low'), ('s', cfg.model.seed > 1, 'free')]
+    for name, holds, why in rules:
+        if not holds:
+            raise ValueError(name)
+    return 1
+""",
+        "'low'",
+        "'free'",
+    ),
+    (
+        """
+def main(cfg: Config):
+    return half(cfg.model.width, cfg.model.seed)
+def half(a, b):
+    return [a // 2, b]
+""",
+        "a // 2",
+        "[6, b]",
+    ),
+    (
+        """
+def main(cfg: Config):
+    return cfg.eval.stride
+def other(cfg: Config):
+    return replace(cfg, eval=EvalConfig(stride=2))
+KEEP = other(Config())
+""",
+        "return 4",
+        "cfg.eval.stride",
+    ),
+]
+# Programs with a trap each for a careless folder.
+TRAPS = [
+    """
+def main(cfg: Config):
+    x = cfg.model.seed
+    x = x + 1
+    return x
+""",
+    """
+def main(cfg: Config):
+    for cfg in [cfg.model.seed]:
+        pass
+    return cfg
+""",
+    """
+def main(cfg: Config):
+    table = {'dense': 1}
+    table['dense'] = 2
+    return table[cfg.model.kind]
+""",
+    """
+def main(cfg: Config):
+    def inner():
+        nonlocal width
+        width = 5
+    width = cfg.model.width
+    inner()
+    return width
+""",
+    """
+def stream(cfg: Config):
+    if cfg.model.kind == 'none':
+        yield 1
+def main(cfg: Config):
+    return list(stream(cfg))
+""",
+    """
+def main(cfg: Config):
+    return [width for width in (1, 2)] + [cfg.model.width ** -1, -cfg.model.width, (-cfg.model.width) ** 2]
+""",
+    """
+def main(cfg: Config):
+    seen = []
+    note = lambda: seen.append(1) or True
+    note() and cfg.model.kind == 'none'
+    return [seen, bool(note() or 1)]
+""",
+    """
+def main(cfg: Config):
+    return getattr(cfg.model, 'wi' + 'dth')
+""",
+    """
+def main(cfg: Config):
+    try:
+        return 1 // (cfg.model.width - 12)
+    except ZeroDivisionError as width:
+        return str(width)
+""",
+    """
+def main(cfg: Config):
+    a = b = cfg.model.width
+    b += 1
+    return a, b
+""",
+    """
+def main(cfg: Config):
+    return (lambda width: width)(5), cfg.model.kind and cfg.model.layers
+""",
+    """
+def main(cfg: Config):
+    len = lambda _: 'mine'
+    return len(cfg.model.layers)
+""",
+    """
+def main(cfg: Config):
+    return 1.0 if cfg.model.width == 12.0 else 2, True + cfg.model.width, 0.1 * cfg.model.width
+""",
+    """
+def main(cfg: Config):
+    match cfg.model.kind:
+        case 'none':
+            return 1
+        case other:
+            return other
+""",
+]
 
 
-@pytest.mark.parametrize(
-    ("code", "gone", "kept"),
-    [
-        (MAIN + "cfg.model.width * 2 + 1", "width", "return 25"),
-        (MAIN + "[1 if cfg.model.kind == 'none' else 2, cfg.model.seed]", "kind", "cfg.model.seed"),
-        (MAIN + "{'none': f, 'dense': g}[cfg.model.kind]()\ndef f():\n    return 1\ndef g():\n    return [2]", "f()", "g()"),
-        (MAIN + "f'{cfg.model.width:>4}|{cfg.model.kind}|{cfg.model.seed}'", "kind", "|dense|"),
-        (MAIN + "sum(i for i in cfg.model.layers) + len(cfg.model.layers)", "layers", "return 5"),
-        (MAIN + "count(cfg.model)\ndef count(m):\n    total = []\n    for i in range(m.width):\n        total = total + [i]\n    return len(total)", "count", "return 12"),
-        ("def main(cfg: Config):\n    m = cfg.model\n    if m.width > 9 and m.seed:\n        return 1\n    return 0", "width", "m.seed"),
-        ("def main(cfg: Config):\n    if cfg.model.kind == 'dense':\n        return [1]\n    return unused()\ndef unused():\n    return 2", "unused", "[1]"),
-        ("def main(cfg: Config):\n    assert cfg.model.width\n    x, y = cfg.model.width, cfg.model.seed\n    return x + y", "assert", "12 + y"),
-        ("def main(cfg: Config):\n    while cfg.model.kind == 'none':\n        cfg = None\n    return cfg", "gone", "while"),
-        ("class A:\n    def __init__(self, cfg: ModelConfig):\n        self.w = cfg.width\n        self.b = B(cfg) if cfg.kind == 'none' else None\n    def get(self, s):\n        return self.w + s if self.b is None else self.b\nclass B:\n    def __init__(self, cfg):\n        pass\ndef main(cfg: Config):\n    return A(cfg.model).get(cfg.model.seed)", "B", "12 + s"),
-        ("class Row(NamedTuple):\n    name: str\n    test: Callable[[Config], bool] = lambda cfg: True\nROWS = (Row('a', lambda cfg: cfg.model.kind == 'none'), Row('b'))\ndef main(cfg: Config):\n    return [row.name for row in ROWS if row.test(cfg)]", "'a'", "'b'"),
-        ("def main(cfg: Config):\n    rules = [('w', cfg.model.width > 1, 'low'), ('s', cfg.model.seed > 1, 'free')]\n    for name, holds, why in rules:\n        if not holds:\n            raise ValueError(name)\n    return 1", "'low'", "'free'"),
-        (MAIN + "half(cfg.model.width, cfg.model.seed)\ndef half(a, b):\n    return [a // 2, b]", "a // 2", "[6, b]"),
-        (MAIN + "cfg.eval.stride\ndef other(cfg: Config):\n    return replace(cfg, eval=EvalConfig(stride=2))\nKEEP = other(Config())", "return 4", "cfg.eval.stride"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("code", "gone", "kept"), FOLDED)
 def test_what_the_recipe_fixes_folds_and_nothing_else_changes(code, gone, kept):
-    text = folded(code)
-    main = text[text.index("class Config") :]
+    main = folded(code)
     assert gone not in main[main.index("\n\n") :]
     assert kept in main
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "x = cfg.model.seed\n    x = x + 1\n    return x",
-        "for cfg in [cfg.model.seed]:\n        pass\n    return cfg",
-        "table = {'dense': 1}\n    table['dense'] = 2\n    return table[cfg.model.kind]",
-        "def inner():\n        nonlocal width\n        width = 5\n    width = cfg.model.width\n    inner()\n    return width",
-        "if cfg.model.kind == 'none':\n        yield 1",
-        "return [width for width in (1, 2)] + [cfg.model.width ** -1, -cfg.model.width, (-cfg.model.width) ** 2]",
-        "seen = []\n    note = lambda: seen.append(1) or True\n    note() and cfg.model.kind == 'none'\n    return [seen, bool(note() or 1)]",
-        "return getattr(cfg.model, 'wi' + 'dth')",
-        "try:\n        return 1 // (cfg.model.width - 12)\n    except ZeroDivisionError as width:\n        return str(width)",
-        "a = b = cfg.model.width\n    b += 1\n    return a, b",
-        "return (lambda width: width)(5), cfg.model.kind and cfg.model.layers",
-        "len = lambda _: 'mine'\n    return len(cfg.model.layers)",
-        "return 1.0 if cfg.model.width == 12.0 else 2, True + cfg.model.width, 0.1 * cfg.model.width",
-        "match cfg.model.kind:\n        case 'none':\n            return 1\n        case other:\n            return other",
-    ],
-)
-def test_folding_keeps_what_programs_do_with_names(body):
+@pytest.mark.parametrize("code", TRAPS)
+def test_folding_keeps_what_programs_do_with_names(code):
     """Rebinding, closures, generators, effects, shadowed builtins: the classic traps."""
-    code = f"def main(cfg: Config):\n    {body}\n"
-    if "yield" in body:
-        code = (
-            code.replace("def main", "def stream") + "def main(cfg: Config):\n    return list(stream(cfg))\n"
-        )
     folded(code)
 
 
 EXPRESSIONS = st.recursive(
-    st.sampled_from(["cfg.model.width", "cfg.model.seed", "cfg.model.kind", "cfg.model.layers", "x", "0", "'a'", "None"]),
+    st.sampled_from(
+        [*(f"cfg.model.{name}" for name in ("width", "seed", "kind", "layers")), "x", "0", "'a'", "None"]
+    ),
     lambda inner: st.one_of(
         st.builds("({} {} {})".format, inner, st.sampled_from(["and", "or", "==", "is", "!="]), inner),
         st.builds("({} if {} else {})".format, inner, inner, inner),
@@ -135,14 +343,18 @@ EXPRESSIONS = st.recursive(
 def test_folding_a_random_function_changes_neither_its_result_nor_its_effects(test, value, other):
     folded(
         "NOTES = []\ndef note(x):\n    NOTES.append(x)\n    return x\n"
-        f"def main(cfg: Config):\n    x = cfg.model.seed\n    y = {value}\n    if {test}:\n        y = [y, {other}]\n"
+        f"def main(cfg: Config):\n    x = cfg.model.seed\n    y = {value}\n"
+        f"    if {test}:\n        y = [y, {other}]\n"
         f"    elif {other}:\n        return NOTES\n    return NOTES, y, {value}\n"
     )
 
 
 def test_a_value_that_the_program_would_refuse_stays_for_it_to_refuse():
     """Bounds and choices go only where the recipe meets them."""
-    text = fold(HEADER + "print(Config, PACKED_RECIPE)\n", {"model": {"width": 0, "kind": "odd", "layers": [1], "wdth": 3}})
+    text = fold(
+        HEADER + "print(Config, PACKED_RECIPE)\n",
+        {"model": {"width": 0, "kind": "odd", "layers": [1], "wdth": 3}},
+    )
     assert "low=1" in text and "choices=('none', 'dense')" in text and "{'model': {'wdth': 3}}" in text
 
 
@@ -194,13 +406,13 @@ def test_packed_and_readable_programs_train_and_score_alike_to_the_last_bit(
     for key in ("artifact_sha256", "config_hash"):
         assert results[0][key] == results[1][key]
     assert results[0]["score"]["val_loss"] == results[1]["score"]["val_loss"]
-    with pytest.raises(UserError, match=r"model\.model_dim is fixed in this packed program"):
+    with pytest.raises(ValueError, match=r"model\.model_dim is fixed in this packed program"):
         packed["main"]([*free, "model.model_dim=64"])
 
 
 def test_top_level_statements_keep_their_identity():
     """`make size` tells by it which file a statement of the folded program is from."""
-    source = HEADER + MAIN + "cfg.model.width\nmain(Config())\n"
+    source = HEADER + "def main(cfg: Config):\n    return cfg.model.width\nmain(Config())\n"
     before = ast.parse(source)
     nodes = list(before.body)
     fold_tree(before, RECIPE)
