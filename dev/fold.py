@@ -339,6 +339,8 @@ class Scopes:
                 if found is not None:
                     is_none = found == Known(None)
                     return Known(is_none == isinstance(op, ast.Is))
+            case ast.Compare(ops=operators) if any(isinstance(op, ast.Is | ast.IsNot) for op in operators):
+                return None  # whether equal constants are one object is the interpreter's choice
             case ast.Lambda() | ast.Set() | ast.JoinedStr():
                 return Instance() if not isinstance(node, ast.JoinedStr) else self.evaluate(node)
             case ast.Dict():
