@@ -1756,7 +1756,7 @@ def quantize_model(
 
     if not quant.target_bytes:
         return filled(quant.step)
-    fit = fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.05, 4.0)
+    fit = fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.1, 2.0)
     return filled(fit.knob)
 
 
@@ -2013,7 +2013,8 @@ class Training:
         batch = next_batch(self.loader, stage, self.ranks)
         if self.cfg.model.dropout > 0:  # noise by step and micro-batch, the same for any number of ranks
             number = index * self.ranks.world_size + self.ranks.rank
-            torch.manual_seed(hash((self.cfg.run.seed, self.step, number)))
+            entropy = (self.cfg.run.seed % 2**64, self.step, number)
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
         loss = self.loss(self.model, batch, passes) / micro_steps
         loss.backward()
         return loss.detach()
@@ -2274,10 +2275,10 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
     log.line(f"{label}_roundtrip_exact {exact}")
 
 
-def prepare_folder(folder: Path, cfg: Config) -> None:
-    """Make the run folder and write its recipe; an older run of the same name gives way."""
+def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
+    """Make the run folder and write its recipe; an older run of the same name gives way or is gone on with."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("train.log", "metrics.jsonl", "result.json", ARTIFACT_NAME):
+    for name in ("result.json", ARTIFACT_NAME, *(() if is_resumed else ("train.log", "metrics.jsonl"))):
         (folder / name).unlink(missing_ok=True)
     recipe = recipe_of(cfg, live=True)
     for section, key in (name.split(".") for name in PLACE_FIELDS):
@@ -2319,16 +2320,20 @@ def check_world_size(cfg: Config, world_size: int) -> None:
             )
 
 
-def open_run(cfg: Config, environment: Environment, text: ValidationText) -> tuple[Training, Log, int]:
-    """Make ranks, model and run folder; returns also the bytes of the packed source."""
+def open_run(
+    cfg: Config, environment: Environment, text: ValidationText, checkpoint_path: Path | None
+) -> tuple[Training, Log, int]:
+    """Make ranks, model (from a checkpoint if there is one) and run folder; also weigh the packed source."""
     ranks = Ranks(environment, cfg.run.device)
     started_at = time.localtime(ranks.agree(time.time()))  # rank 0's, so that all ranks name one folder
     run_id = cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at) + f"_seed{cfg.run.seed}"
     training = Training(cfg, ranks, text.bos_id)
+    if checkpoint_path:
+        resume(training, checkpoint_path)
     log = Log(Path(cfg.run.out_dir) / run_id, ranks.is_main)
     code_bytes, packing_note = 0, ""
     if ranks.is_main:
-        prepare_folder(log.folder, cfg)
+        prepare_folder(log.folder, cfg, checkpoint_path is not None)
         code_bytes, packing_note = weigh_code(log.folder)
     log_setup(cfg, training, text, log)
     overrides = (f"environment_override:{key}={value}" for key, value in environment.overrides.items())
@@ -2371,10 +2376,8 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     require_codec(stream_codec(cfg))
     check_world_size(cfg, environment.world_size)
     text = load_validation(cfg.data)
-    training, log, code_bytes = open_run(cfg, environment, text)
+    training, log, code_bytes = open_run(cfg, environment, text, checkpoint_path)
     ranks = training.ranks
-    if checkpoint_path:
-        resume(training, checkpoint_path)
     warm_up(training, log)
     phase("set-up and warm-up")
 

@@ -7,6 +7,7 @@ import torch
 from fixtures_data import SIZES, titled_texts, train_small_kind, train_small_tokenizer
 from fixtures_model import TINY, TINY_VOCAB, make_documents
 
+import train_gpt
 from data.codecs import load_codec
 from data.codecs.caseops import CASE_OPERATORS, to_case_operators
 from data.prepare import Document, write_dataset
@@ -73,6 +74,29 @@ def tiny_config(tiny_data, tmp_path) -> Config:
         "run.run_id": "tiny",
     }
     return with_values(Config(), TINY | paths, "test")
+
+
+@pytest.fixture(scope="session")
+def packed_programs() -> dict[str, tuple[bytes, str]]:
+    """Packed sources by recipe: what weigh_code found for runs in this process."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def pack_each_recipe_once(monkeypatch, packed_programs) -> None:
+    """Folding and minifying take seconds; runs of one recipe share the result, as they would on disk."""
+    weigh = train_gpt.weigh_code
+
+    def weigh_once(folder: Path) -> tuple[int, str]:
+        key = (folder / "recipe.toml").read_text(encoding="utf-8")
+        if key not in packed_programs:
+            _, note = weigh(folder)
+            packed_programs[key] = (folder / "train_gpt.py").read_bytes(), note
+        program, note = packed_programs[key]
+        (folder / "train_gpt.py").write_bytes(program)
+        return len(program), note
+
+    monkeypatch.setattr(train_gpt, "weigh_code", weigh_once)
 
 
 @pytest.fixture
