@@ -2276,7 +2276,7 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
 
 
 def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
-    """Make the run folder and write its recipe; an older run of the same name gives way or is gone on with."""
+    """Make the run folder and write its recipe; an older run of the name gives way, a resumed one stays."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("result.json", ARTIFACT_NAME, *(() if is_resumed else ("train.log", "metrics.jsonl"))):
         (folder / name).unlink(missing_ok=True)
