@@ -2334,6 +2334,7 @@ def open_run(
     code_bytes, packing_note = 0, ""
     if ranks.is_main:
         prepare_folder(log.folder, cfg, checkpoint_path is not None)
+        log.line("packing: the source, folded by the recipe, is the code that counts")
         code_bytes, packing_note = weigh_code(log.folder)
     log_setup(cfg, training, text, log)
     overrides = (f"environment_override:{key}={value}" for key, value in environment.overrides.items())
