@@ -2354,6 +2354,9 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
         moments = collect_statistics(training)
         calibration = 1000 * (time.perf_counter() - started)
         log.line(f"calibration_time:{calibration:.0f}ms reserve:{1000 * cfg.quant.reserve_seconds:.0f}ms")
+        over = training.train_ms + calibration - 1000 * cfg.run.max_wallclock_seconds
+        if cfg.run.max_wallclock_seconds > 0 and over > 0:
+            log.line(f"over_the_clock:{over:.0f}ms: raise quant.reserve_seconds or lower quant.calib_batches")
     ledger = [("code (packed train_gpt.py)", code_bytes)]
     if training.ranks.is_main:
 
