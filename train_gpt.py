@@ -1756,7 +1756,7 @@ def quantize_model(
 
     if not quant.target_bytes:
         return filled(quant.step)
-    fit = fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.1, 2.0)
+    fit = fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.1, 8.0)
     return filled(fit.knob)
 
 
