@@ -77,22 +77,24 @@ def tiny_config(tiny_data, tmp_path) -> Config:
 
 
 @pytest.fixture(scope="session")
-def packed_programs() -> dict[str, tuple[bytes, str]]:
-    """Packed sources by recipe: what weigh_code found for runs in this process."""
-    return {}
+def packed_program() -> list[tuple[bytes, str]]:
+    """The packed source that runs in this process share, once there is one."""
+    return []
 
 
 @pytest.fixture(autouse=True)
-def pack_each_recipe_once(monkeypatch, packed_programs) -> None:
-    """Folding and minifying take seconds; runs of one recipe share the result, as they would on disk."""
+def pack_once(monkeypatch, packed_program) -> None:
+    """Folding takes seconds: runs inside the tests weigh one packed program, whatever their recipe.
+
+    The command line, and what test_pack.py and test_fold.py say of packing, are untouched.
+    """
     weigh = train_gpt.weigh_code
 
     def weigh_once(folder: Path) -> tuple[int, str]:
-        key = (folder / "recipe.toml").read_text(encoding="utf-8")
-        if key not in packed_programs:
+        if not packed_program:
             _, note = weigh(folder)
-            packed_programs[key] = (folder / "train_gpt.py").read_bytes(), note
-        program, note = packed_programs[key]
+            packed_program.append(((folder / "train_gpt.py").read_bytes(), note))
+        program, note = packed_program[0]
         (folder / "train_gpt.py").write_bytes(program)
         return len(program), note
 
