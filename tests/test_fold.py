@@ -370,11 +370,14 @@ def tiny_recipe(request, tmp_path_factory):
     ):
         sizes |= {"data.batch_tokens": 64}
     sizes |= {"eval.limit_text_bytes": 0}  # the time limit is for the whole text, here too
+    sizes |= {"data.tokenizer_kind": "sentencepiece", "schedule.stages": [], "quant.reserve_seconds": 0}
+    sizes |= {"quant.target_bytes": 0, "quant.calib_batches": 1}
     for name, value in sizes.items():
         section, key = name.split(".")
         recipe.setdefault(section, {})[key] = value
     if recipe["model"].get("bigram_buckets"):
         recipe["model"]["bigram_buckets"] = 64
+    recipe["model"]["embed_dim"] = min(recipe["model"].get("embed_dim", 0), 8)
     recipe["model"]["rope_dims"] = min(recipe["model"].get("rope_dims", 0), 4)
     path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
     path.write_text(format_toml(recipe))
