@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1692,7 +1693,8 @@ class TensorRow(NamedTuple):
     storage: str  # rows (codes and scales) | steps (column steps too) | float16 | float32
 
 
-def tensor_table(cfg: Config) -> list[TensorRow]:
+@lru_cache(maxsize=1)  # a byte target packs one recipe many times
+def tensor_table(cfg: Config) -> tuple[TensorRow, ...]:
     """List the tensors that a recipe's model has, without making them."""
     with torch.device("meta"):
         named = list(GPT(cfg.model, cfg.data.vocab_size).named_parameters())
@@ -1703,7 +1705,7 @@ def tensor_table(cfg: Config) -> list[TensorRow]:
         quantized = "float16" if param.numel() <= cfg.quant.float16_numel else coded
         storage = "float32" if rules[name].storage == "float32" else quantized
         rows.append(TensorRow(name, list(param.shape), storage))
-    return rows
+    return tuple(rows)
 
 
 def grid_of(storage: str, cfg: QuantConfig) -> Grid:
@@ -1714,9 +1716,9 @@ def grid_of(storage: str, cfg: QuantConfig) -> Grid:
 
 def quantized_names(cfg: Config) -> dict[str, str]:
     """Map every quantized parameter to its storage, matrix or embed, in parameter order."""
-    table = [row.name for row in tensor_table(cfg) if row.storage not in ("float16", "float32")]
-    rules = match_rules(cfg, [row.name for row in tensor_table(cfg)])
-    return {name: rules[name].storage for name in table}
+    table = tensor_table(cfg)
+    rules = match_rules(cfg, [row.name for row in table])
+    return {row.name: rules[row.name].storage for row in table if row.storage in ("rows", "steps")}
 
 
 def calibrated_matrices(model: GPT, cfg: Config, moments: dict[str, Moments]) -> dict[str, Calibrated]:
@@ -1854,7 +1856,7 @@ def read_recipe_of(header: dict, live: Config, path: Path) -> Config:
     return cfg
 
 
-def read_tensors(streams: dict[str, Stream], table: list[TensorRow], cfg: Config) -> dict[str, Tensor]:
+def read_tensors(streams: dict[str, Stream], table: tuple[TensorRow, ...], cfg: Config) -> dict[str, Tensor]:
     """Check the streams' lengths against the table, decompress them, cut and dequantize the tensors."""
     parts = [(row, stream, shape) for row in table for stream, shape in STORAGE_PARTS[row.storage](row.shape)]
     shapes = {name: [shape for _, stream, shape in parts if stream == name] for name in STREAM_DTYPES}
@@ -2062,7 +2064,7 @@ def collect_statistics(training: Training) -> dict[str, Moments]:
     stage = stages_of(cfg)[-1]
 
     def run_batches() -> None:
-        for _ in range(cfg.quant.calib_batches):
+        for _ in range(-(-cfg.quant.calib_batches // training.ranks.world_size)):
             batch = next_batch(training.loader, stage, training.ranks)
             (mean_loss(model, batch) * batch.targets.numel()).backward()
             training.optimizers.zero_grad()
@@ -2442,7 +2444,7 @@ def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
         "layer_plan": [step._asdict() for step in layer_plan(cfg.model, 1)],
         "layer_plan_recurring": [step._asdict() for step in plan],
         "flops_per_token": flops_per_token(cfg, named, [step.layer for step in plan]),
-        "estimated_artifact_bytes": estimate_artifact_bytes(cfg, named, rules),
+        "estimated_artifact_bytes": estimate_artifact_bytes(cfg),
         "schedule": rows,
     }
 
@@ -2458,16 +2460,22 @@ def flops_per_token(cfg: Config, named: dict[str, Tensor], visits: list[int]) ->
     return total
 
 
-def estimate_artifact_bytes(cfg: Config, named: dict[str, Tensor], rules: dict[str, Rule]) -> int:
-    """Estimate the stored bytes before entropy coding: codes at their bits, scales, floats."""
-    total = 0
+def estimate_artifact_bytes(cfg: Config) -> int:
+    """Estimate the stored bytes: the target if there is one, else codes at their bits, scales, floats.
+
+    Water-filled codes have the entropy of a normal variable in steps of quant.step deviations.
+    """
+    if cfg.quant.target_bytes:
+        return cfg.quant.target_bytes
+    quantized, total = quantized_names(cfg), 0.0
     for row in tensor_table(cfg):
-        numel = named[row.name].numel()
-        if row.storage == "rows":
-            total += numel * getattr(cfg.quant, f"{rules[row.name].storage}_bits") // 8 + 2 * row.shape[0]
-        else:
-            total += numel * {"float16": 2, "float32": 4}[row.storage]
-    return total
+        for stream, shape in STORAGE_PARTS[row.storage](row.shape):
+            bits = 8.0 * STREAM_DTYPES[stream].itemsize
+            if stream == "codes":
+                filled = 0.5 * math.log2(2 * math.pi * math.e) - math.log2(cfg.quant.step)
+                bits = filled if row.storage == "steps" else grid_of(quantized[row.name], cfg.quant).bits
+            total += bits * math.prod(shape) / 8
+    return round(total)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,8 +5,11 @@ import json
 import pytest
 from fixtures_model import ROOT, run_python
 
+import train_gpt
+
 B = ROOT / "records/reference_systems/B_bese288/recipe.toml"
 C = ROOT / "records/reference_systems/C_pr281/recipe.toml"
+RECIPES = sorted((ROOT / "records").glob("*/*/recipe.toml"))
 
 
 def describe(*args) -> dict:
@@ -40,6 +43,28 @@ def test_schedule_rows_follow_the_published_log_of_system_c():
     assert multipliers == pytest.approx([0.7142, 0.5470, 0.3797, 0.0435], abs=5e-5)
     assert sum(found["params_by_rule"].values()) == found["num_params"] == 26_829_913
     assert found["estimated_artifact_bytes"] > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_every_recipe_is_described(path):
+    """--describe is where a reader starts: no recipe may break it."""
+    found = train_gpt.describe(train_gpt.load_config(str(path), {}, []), [0, 10], [0.0, 0.0])
+    assert 0 < found["estimated_artifact_bytes"] < 4 * found["num_params"]
+    assert found["num_params"] == sum(found["params_by_rule"].values())
+
+
+def test_estimated_bytes_follow_the_codes():
+    """Before entropy coding: bits a code; water-filled codes cost about a bit less for a doubled step."""
+
+    def estimate(**fields) -> int:
+        cfg = train_gpt.with_values(train_gpt.Config(), {f"quant.{k}": v for k, v in fields.items()}, "test")
+        return train_gpt.estimate_artifact_bytes(cfg)
+
+    weights = 17_059_912 - 36_680  # less the scalars
+    assert estimate(matrix_bits=6) < estimate() < 1.02 * weights
+    filled = [estimate(method="water_fill", codec="rans", step=step) for step in (0.2, 0.4)]
+    assert filled[0] - filled[1] == pytest.approx(weights / 8, rel=1e-2)
+    assert estimate(method="water_fill", codec="rans", target_bytes=12_345_678) == 12_345_678
 
 
 @pytest.mark.reference("D11")
