@@ -31,10 +31,11 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,15 @@ from quantizers.gptq import (
     rd_gptq,
     water_fill,
 )
-from quantizers.grid import CLIP_RULES, Grid, Quantized, check_weight, dequantize, quantize
+from quantizers.grid import (
+    CLIP_RULES,
+    Grid,
+    Quantized,
+    check_weight,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
 from quantizers.rate import fit_rate
 
 PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed program here
@@ -310,6 +319,8 @@ class QuantConfig:
     step: float = option(0.4, "", "water_fill: steps of the median matrix, in deviations", low=1e-3, high=8)
     target_bytes: int = option(0, "", "water_fill: choose step for code + artifact of that; 0: no", low=0)
     rate_weight: float = option(0.0, "", "water_fill: price of bits in rounding, 1: all of it", low=0)
+    qat_start: float = option(1.0, "", "progress from which gradients see stored weights", low=0, high=1)
+    qat_sharpness: float = option(0.0, "", "of their soft stairs; 0: straight-through", low=0)
     damping: float = option(0.01, "", "of Hessians, a fraction of the mean diagonal", low=0)
     calib_batches: int = option(16, "", "training micro-batches that Hessians are taken from", low=1)
     reserve_seconds: float = option(0.0, "", "of the clock that training leaves for calibration", low=0)
@@ -1524,6 +1535,20 @@ class Optimizers:
 # Pure functions of the step and the one clock.
 
 
+class Phase(NamedTuple):
+    """What a step does, besides its rates: the same from one change of the schedule to the next."""
+
+    stage: Stage
+    passes: int  # of the recurrent segment
+    qat: bool  # gradients are taken at the weights as they will be stored
+
+
+def phase_at(cfg: Config, step: int, progress: float) -> Phase:
+    """Return the phase of a step."""
+    qat = cfg.quant.qat_start < 1 and progress >= cfg.quant.qat_start
+    return Phase(stage_at(cfg, step, progress), recur_passes_at(cfg, progress), qat)
+
+
 def stage_at(cfg: Config, step: int, progress: float) -> Stage:
     """Return the last stage that has started."""
     stages = stages_of(cfg)
@@ -1719,6 +1744,40 @@ def quantized_names(cfg: Config) -> dict[str, str]:
     table = tensor_table(cfg)
     rules = match_rules(cfg, [row.name for row in table])
     return {row.name: rules[row.name].storage for row in table if row.storage in ("rows", "steps")}
+
+
+def exported_grids(cfg: Config) -> dict[str, Callable[[Tensor], Quantized]]:
+    """Map every quantized parameter to what puts it on the grid of its stored codes."""
+    return {
+        name: partial(quantize, grid=grid_of(storage, cfg.quant))
+        for name, storage in quantized_names(cfg).items()
+    }
+
+
+@contextmanager
+def stored_weights(
+    model: nn.Module, quantizers: dict[str, Callable[[Tensor], Quantized]], sharpness: float
+) -> Iterator[None]:
+    """Take gradients at the weights as they will be stored, then bring the masters back.
+
+    The gradient there is the masters' (see fake_quantize). Weights change in place: a compiled graph reads
+    their memory, while it would fold a flag and never quantize.
+    """
+    params = {name: param for name, param in model.named_parameters() if name in quantizers}
+    masters = {name: param.detach().clone() for name, param in params.items()}
+    slopes = {}
+    with torch.no_grad():
+        for name, param in params.items():
+            values, slopes[name] = fake_quantize(masters[name], quantizers[name], sharpness)
+            param.copy_(values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(masters[name])
+                if slopes[name] is not None and param.grad is not None:
+                    param.grad *= slopes[name]
 
 
 def calibrated_matrices(model: GPT, cfg: Config, moments: dict[str, Moments]) -> dict[str, Calibrated]:
@@ -1990,9 +2049,10 @@ class Training:
         self.optimizers = Optimizers(self.model, cfg, ranks)
         self.average = new_average(self.model, cfg.average)
         self.loader = open_loader(cfg, bos_id)
+        self.quantizers = exported_grids(cfg)
         self.loss = mean_loss
         if resolve_compile(cfg.run.compile, ranks.device):
-            torch._dynamo.config.recompile_limit = 8 + 2 * len(graphs_of(cfg))
+            torch._dynamo.config.recompile_limit = 8 + 2 * len(phases_of(cfg))
             self.loss = torch.compile(mean_loss, dynamic=False, fullgraph=True)
 
     def parts(self) -> dict:
@@ -2009,27 +2069,28 @@ class Training:
             part.load_state_dict(state[name])
         self.step, self.train_ms = state["step"], state["train_ms"]
 
-    def micro_step(self, stage: Stage, passes: int, index: int) -> Tensor:
+    def micro_step(self, phase: Phase, index: int) -> Tensor:
         """Add this rank's micro-batch `index` of the step to the gradient; returns its share of the loss."""
-        micro_steps = stage.micro_batches // self.ranks.world_size
-        batch = next_batch(self.loader, stage, self.ranks)
+        micro_steps = phase.stage.micro_batches // self.ranks.world_size
+        batch = next_batch(self.loader, phase.stage, self.ranks)
         if self.cfg.model.dropout > 0:  # noise by step and micro-batch, the same for any number of ranks
             number = index * self.ranks.world_size + self.ranks.rank
             entropy = (self.cfg.run.seed % 2**64, self.step, number)
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
-        loss = self.loss(self.model, batch, passes) / micro_steps
+        loss = self.loss(self.model, batch, phase.passes) / micro_steps
         loss.backward()
         return loss.detach()
 
-    def accumulate(self, stage: Stage, passes: int, out_of_time: Callable[[], bool]) -> float | None:
+    def accumulate(self, phase: Phase, out_of_time: Callable[[], bool]) -> float | None:
         """Add up a step's gradients; returns the mean loss over ranks, or None when time ran out in it."""
         self.model.train()
         total = torch.zeros((), device=self.ranks.device)
-        for index in range(stage.micro_batches // self.ranks.world_size):
-            if index > 0 and out_of_time():
-                self.optimizers.zero_grad()
-                return None
-            total += self.micro_step(stage, passes, index)
+        with stored_weights(self.model, self.quantizers if phase.qat else {}, self.cfg.quant.qat_sharpness):
+            for index in range(phase.stage.micro_batches // self.ranks.world_size):
+                if index > 0 and out_of_time():
+                    self.optimizers.zero_grad()
+                    return None
+                total += self.micro_step(phase, index)
         return float(self.ranks.sum(total).item()) / self.ranks.world_size
 
     def update(self, elapsed_ms: float) -> None:
@@ -2041,17 +2102,13 @@ class Training:
             self.average.update()
 
 
-def graphs_of(cfg: Config) -> list[tuple[Stage, int]]:
-    """List the (stage, recurrence passes) that a run goes through, in order: each is a graph of its own."""
+def phases_of(cfg: Config) -> list[Phase]:
+    """List the phases that a run goes through, in order; each may be a compiled graph of its own."""
     steps = max(cfg.run.iterations, 1)
     starts = [stage.start if stage.start < 1 else stage.start / steps for stage in stages_of(cfg)]
-    points = sorted({0.0, *starts, *cfg.schedule.recur_start_fracs})
-    pairs = [
-        (stage_at(cfg, round(point * steps), point), recur_passes_at(cfg, point))
-        for point in points
-        if point <= 1
-    ]
-    return list(dict.fromkeys(pairs))
+    points = sorted({0.0, *starts, *cfg.schedule.recur_start_fracs, cfg.quant.qat_start})
+    phases = [phase_at(cfg, round(point * steps), point) for point in points if point <= 1]
+    return list(dict.fromkeys(phases))
 
 
 def collect_statistics(training: Training) -> dict[str, Moments]:
@@ -2098,21 +2155,20 @@ def warm_up(training: Training, log: Log) -> None:
     """Compile and time real steps before the clock starts, then restore all state; prints a projection."""
     cfg, ranks = training.cfg, training.ranks
     initial = copy.deepcopy(training.state_dict())
-    for stage, passes in graphs_of(cfg):
+    for phase in phases_of(cfg):
         for step in range(max(cfg.run.warmup_steps, 1)):
-            training.accumulate(stage, passes, lambda: False)
+            training.accumulate(phase, lambda: False)
             training.update(0.0)
             if step < cfg.run.warmup_steps:
                 log.line(f"warmup_step:{step + 1}/{cfg.run.warmup_steps}")
     clock = Clock(ranks)
     clock.start()
-    stage, passes = graphs_of(cfg)[-1]
-    training.micro_step(stage, passes, 0)
+    training.micro_step(phase, 0)
     micro_ms = clock.read_ms()
     training.update(0.0)
     update_ms = clock.stop() - micro_ms
     training.load_state_dict(initial)
-    step_seconds = (micro_ms * (stage.micro_batches // ranks.world_size) + update_ms) / 1000
+    step_seconds = (micro_ms * (phase.stage.micro_batches // ranks.world_size) + update_ms) / 1000
     seconds = min(cfg.run.max_wallclock_seconds or math.inf, cfg.run.iterations * step_seconds)
     log.line(
         f"projected_step_seconds:{step_seconds:.3f} steps:{seconds / step_seconds:.0f} seconds:{seconds:.0f}"
@@ -2144,14 +2200,13 @@ def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
             validate_now(training, log, validate)
             clock.start()
         progress = run_progress(cfg, step, elapsed_ms)
-        stage, passes = stage_at(cfg, step, progress), recur_passes_at(cfg, progress)
-        if (stage, passes) != phase and phase is not None:
+        before, phase = phase, phase_at(cfg, step, progress)
+        if before not in (None, phase):
             log.line(
-                f"phase: seq_len:{stage.seq_len} batch_tokens:{stage.batch_tokens} passes:{passes} "
-                f"step:{step} train_time:{elapsed_ms:.0f}ms"
+                f"phase: seq_len:{phase.stage.seq_len} batch_tokens:{phase.stage.batch_tokens} "
+                f"passes:{phase.passes} qat:{phase.qat} step:{step} train_time:{elapsed_ms:.0f}ms"
             )
-        phase = stage, passes
-        train_loss = training.accumulate(stage, passes, lambda: clock.read_ms() >= limit_ms)
+        train_loss = training.accumulate(phase, lambda: clock.read_ms() >= limit_ms)
         if train_loss is None:
             stopped = True
             continue
@@ -2161,7 +2216,7 @@ def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
                 "Lower optim.matrix_lr and optim.tied_embed_lr, or set optim.grad_clip_norm=1."
             )
         training.update(elapsed_ms)
-        step, num_tokens = training.step, num_tokens + stage.batch_tokens
+        step, num_tokens = training.step, num_tokens + phase.stage.batch_tokens
         training.train_ms = elapsed_ms = clock.read_ms()
         stopped = elapsed_ms >= limit_ms
         if run.train_log_every > 0 and (step <= 10 or step % run.train_log_every == 0 or stopped):
@@ -2421,7 +2476,7 @@ def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
     rows = []
     for step, elapsed in zip(steps, elapsed_ms):
         progress = run_progress(cfg, step, elapsed)
-        rates, stage = step_rates(cfg, step, elapsed), stage_at(cfg, step, progress)
+        rates, phase = step_rates(cfg, step, elapsed), phase_at(cfg, step, progress)
         rows.append(
             {
                 "step": step,
@@ -2430,10 +2485,10 @@ def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
                 "momentum": rates.momentum,
                 "decay_mul": rates.decay_mul,
                 "grad_clip_norm": rates.grad_clip_norm,
-                "seq_len": stage.seq_len,
-                "batch_tokens": stage.batch_tokens,
-                "recur_passes": recur_passes_at(cfg, progress),
-                "qat": False,
+                "seq_len": phase.stage.seq_len,
+                "batch_tokens": phase.stage.batch_tokens,
+                "recur_passes": phase.passes,
+                "qat": phase.qat,
             }
         )
     return {

@@ -5,6 +5,7 @@ one for the whole row or one a group of columns, times its column's step where c
 Writer and reader take steps from what is stored, so both see the same float32 weights bit for bit.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -136,25 +137,23 @@ def dequantize(quantized: Quantized) -> Tensor:
 
 
 def fake_quantize(
-    weight: Tensor, quantizer: Callable[[Tensor], Quantized], mix: Tensor, sharpness: Tensor | None = None
-) -> Tensor:
-    """Return weights moved by `mix` in [0, 1] to the grid that `quantizer` exports; gradients pass unchanged.
+    weight: Tensor, quantizer: Callable[[Tensor], Quantized], sharpness: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """Return the weights that `quantizer` exports, and the slope of gradients through them (None: 1).
 
-    mix is a tensor, not a flag: a compiled graph would fold a flag and never quantize. At 1 the result is
-    dequantize(quantizer(weight)) bit for bit. With sharpness a > 0 the staircase is the soft
-    floor(y) + tanh(a r) / (2 tanh(a / 2)) + 1/2, r = y - floor(y) - 1/2, and so is its gradient
-    (contest pull requests 589 and 606); a large a is plain rounding.
+    Straight-through (arXiv 1308.3432) without sharpness. With sharpness a > 0 weights are on the soft stairs
+    floor(y) + tanh(a r) / (2 tanh(a / 2)) + 1/2, r = y - floor(y) - 1/2, y in steps, and the slope is the
+    stairs' own (contest pull requests 589 and 606); clipped weights go straight through.
     """
-    with torch.no_grad():
-        quantized = quantizer(weight)
-        target = dequantize(quantized)
-    exact = torch.lerp(weight, target, mix).detach()
-    if sharpness is None:
-        return exact + (weight - weight.detach())  # adds zero, passes the gradient
+    quantized = quantizer(weight)
+    target = dequantize(quantized)
+    if not sharpness:
+        return target, None
     steps = element_steps(quantized.scales, quantized.column_steps, weight.shape[1])
     scaled = weight / steps
-    below = torch.floor(scaled.detach())
-    stairs = torch.tanh(sharpness * (scaled - below - 0.5)) / (2 * torch.tanh(sharpness / 2)) + 0.5 + below
-    inside = (target - weight.detach()).abs() <= 0.5001 * steps  # clipped weights go straight through
-    soft = torch.where(inside, stairs * steps, target + (weight - weight.detach()))
-    return torch.lerp(weight, soft, mix)
+    below = torch.floor(scaled)
+    rise = torch.tanh(sharpness * (scaled - below - 0.5))
+    height = 2 * math.tanh(sharpness / 2)
+    inside = (target - weight).abs() <= 0.5001 * steps
+    values = torch.where(inside, (below + 0.5 + rise / height) * steps, target)
+    return values, torch.where(inside, sharpness * (1 - rise.square()) / height, 1.0)

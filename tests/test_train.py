@@ -19,6 +19,7 @@ from data.shards import HEADER_BYTES, read_json
 from eval.budget import BudgetError
 from formats.recipe import with_values
 from formats.state import read_state
+from quantizers.grid import dequantize
 from train_gpt import (
     CHECKPOINT_NAME,
     Environment,
@@ -269,7 +270,7 @@ def test_stages_change_the_shape_of_steps(tiny_config, alone, tmp_path):
     rows = "0:8:128:4:1:0,0.5:16:256:4:1:0"
     cfg = with_values(tiny_config, {"schedule.stages": rows, "run.val_loss_every": -1}, "test")
     training = Training(cfg, alone, bos_id=1)
-    assert [stage.seq_len for stage, _ in train_gpt.graphs_of(cfg)] == [8, 16]
+    assert [phase.stage.seq_len for phase in train_gpt.phases_of(cfg)] == [8, 16]
     shapes = []
     loss = training.loss
     training.loss = lambda model, batch, passes: (
@@ -278,6 +279,56 @@ def test_stages_change_the_shape_of_steps(tiny_config, alone, tmp_path):
     train_gpt.train(training, Log(tmp_path, True), validate=None)
     assert shapes == [(4, 8)] * 12 + [(4, 16)] * 12
     assert "phase: seq_len:16 batch_tokens:256" in (tmp_path / "train.log").read_text()
+
+
+QAT = {
+    "quant.clip_rule": "sigmas",
+    "quant.matrix_clip": 3.0,
+    "quant.matrix_bits": 3,
+    "quant.float16_numel": 0,
+}
+
+
+@pytest.mark.parametrize("method", ["round", "gptq"])
+def test_late_in_training_gradients_see_the_stored_weights(tiny_config, alone, tmp_path, method):
+    """From qat_start on the loss is that of the exported model, embedding and all; masters stay float."""
+    fields = QAT | {"quant.method": method, "quant.qat_start": 0.5, "run.val_loss_every": -1}
+    cfg = with_values(tiny_config, fields, "test")
+    training = Training(cfg, alone, bos_id=1)
+    grids, stored, loss = train_gpt.exported_grids(cfg), [], training.loss
+
+    def watch(model, batch, passes):
+        named = dict(model.named_parameters())
+        stored.append(all(len(row.unique()) <= 7 for row in named["blocks.1.mlp.up.weight"]))
+        return loss(model, batch, passes)
+
+    training.loss = watch
+    train_gpt.train(training, Log(tmp_path, True), validate=None)
+    assert stored == [False] * 12 + [True] * 12
+    params = dict(training.model.named_parameters())
+    masters = {name: params[name].detach().clone() for name in grids}
+    with train_gpt.stored_weights(training.model, grids, 0.0):
+        for name, quantizer in grids.items():
+            assert torch.equal(params[name], dequantize(quantizer(masters[name])))
+            assert not torch.equal(params[name], masters[name])
+    assert all(torch.equal(params[name], masters[name]) for name in grids)
+    assert "embed.weight" in grids
+    assert "qat:True step:3" in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_the_switch_of_fake_quantization_changes_the_weights(tiny_config, alone, tmp_path, compiled):
+    """The contest's late QAT was folded away by torch.compile and never ran."""
+    ends = []
+    for start, sharpness in ((1.0, 0.0), (0.5, 0.0), (0.5, 4.0)):
+        fields = {"quant.qat_start": start, "quant.qat_sharpness": sharpness, "run.compile": compiled}
+        cfg = with_values(tiny_config, QAT | fields | {"run.val_loss_every": -1}, "test")
+        training = Training(cfg, alone, bos_id=1)
+        warm_up(training, Log(tmp_path, True))
+        train_gpt.train(training, Log(tmp_path, True), validate=None)
+        ends.append(training.model.state_dict()["blocks.0.mlp.up.weight"])
+    assert not torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[1], ends[2])
 
 
 def test_the_clock_stops_a_step_within_one_micro_batch(tiny_config, alone, tmp_path, monkeypatch):
