@@ -98,10 +98,13 @@ from kernels.muon import NS_TABLES, MuonSettings, Pending, Stack
 from quantizers.gptq import (
     Calibrated,
     Moments,
+    awq_column_steps,
     calibrate,
     collect_moments,
     combine_roles,
     gptq,
+    lowrank_repair,
+    output_error,
     rd_gptq,
     water_fill,
 )
@@ -114,7 +117,7 @@ from quantizers.grid import (
     fake_quantize,
     quantize,
 )
-from quantizers.rate import fit_rate
+from quantizers.rate import StorageChoice, allocate, class_entropy_bits, fit_rate
 
 PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed program here
 
@@ -313,11 +316,18 @@ class QuantConfig:
     method: str = option("round", "", "how matrices become codes", choices=("round", "gptq", "water_fill"))
     matrix_bits: int = option(8, "", "of the block matrices' codes, one scale a row", low=1, high=8)
     embed_bits: int = option(8, "", "of the embedding's and head's codes", low=1, high=8)
+    mlp_bits: int = option(0, "", "of the mlps' codes; 0: matrix_bits", low=0, high=8)
     clip_rule: str = option("quantile", "", "of a row's largest code", choices=tuple(CLIP_RULES))
     matrix_clip: float = option(0.9999984, "", "the rule's number for block matrices", low=0)
     embed_clip: float = option(0.9999984, "", "the rule's number for embedding and head", low=0)
+    mlp_clip: float = option(0.0, "", "the rule's number for the mlps; 0: matrix_clip", low=0)
     step: float = option(0.4, "", "water_fill: steps of the median matrix, in deviations", low=1e-3, high=8)
-    target_bytes: int = option(0, "", "water_fill: choose step for code + artifact of that; 0: no", low=0)
+    target_bytes: int = option(0, "", "code + artifact: water_fill fits step, gptq bits; 0: free", low=0)
+    awq_group_cols: int = option(0, "", "gptq: columns of a matrix with steps a quarter as large", low=0)
+    repair_rank: int = option(0, "", "of products added to the worst matrices (LQER); 0: none", low=0)
+    repair_top: int = option(3, "", "how many matrices are repaired", low=0)
+    repair_bits: int = option(4, "", "of the products' codes", low=2, high=8)
+    repair_outputs: bool = option(True, "", "gptq: repair the outputs' error, not the weights'")
     rate_weight: float = option(0.0, "", "water_fill: price of bits in rounding, 1: all of it", low=0)
     qat_start: float = option(1.0, "", "progress from which gradients see stored weights", low=0, high=1)
     qat_sharpness: float = option(0.0, "", "of their soft stairs; 0: straight-through", low=0)
@@ -325,6 +335,7 @@ class QuantConfig:
     calib_batches: int = option(16, "", "training micro-batches that Hessians are taken from", low=1)
     reserve_seconds: float = option(0.0, "", "of the clock that training leaves for calibration", low=0)
     float16_numel: int = option(65_536, "", "matrices of at most so many elements stay float16", low=0)
+    float16_names: str = option("", "", "patterns, with commas between, of others that stay float16")
     scale_floor: bool = option(True, "", "scales are at least 1 / largest code (contest's baseline)")
     codec: str = option(
         "zlib", "", "of the artifact's streams; rans: formats/codes.py", choices=(*STREAM_CODECS, "rans")
@@ -475,7 +486,7 @@ def check_config(cfg: Config) -> None:
     fracs_fit = len(fracs) in (0, model.recur_passes - 1) and list(fracs) == sorted(fracs)
     starts = [stage.start for stage in stages_of(cfg)]
     stages_fit = starts[0] == 0 and len({s < 1 for s in starts[1:]}) < 2 and starts == sorted(set(starts))
-    fits = cfg.quant.target_bytes == 0 or cfg.quant.method == "water_fill"
+    quant, on_grid = cfg.quant, cfg.quant.method != "water_fill"
     clock = run.max_wallclock_seconds
     reserved = cfg.quant.reserve_seconds == 0 or cfg.quant.reserve_seconds < clock
     one_average = not (cfg.average.ema_decay > 0 and cfg.average.swa_every > 0)
@@ -504,9 +515,12 @@ def check_config(cfg: Config) -> None:
         ("model.mlp_mult", model.mlp_mult * model.model_dim >= 1, "gives an empty mlp"),
         *(rule for stage in stages_of(cfg) for rule in stage_rules(cfg, stage)),
         ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
-        ("quant.codec", cfg.quant.method != "water_fill" or cfg.quant.codec == "rans", "must be rans here"),
-        ("quant.target_bytes", fits, "needs quant.method=water_fill"),
-        ("quant.matrix_bits", cfg.quant.matrix_bits > 1 or cfg.quant.method == "round", "needs method=round"),
+        ("quant.codec", on_grid or quant.codec == "rans", "must be rans for quant.method=water_fill"),
+        ("quant.qat_start", on_grid or quant.qat_start == 1, "needs quant.method=round or gptq"),
+        ("quant.repair_rank", on_grid or quant.repair_rank == 0, "needs quant.method=round or gptq"),
+        ("quant.target_bytes", quant.method != "round" or quant.target_bytes == 0, "needs another method"),
+        ("quant.awq_group_cols", quant.method == "gptq" or not quant.awq_group_cols, "needs method=gptq"),
+        ("quant.matrix_bits", quant.matrix_bits > 1 or quant.method == "round", "needs method=round"),
         ("quant.reserve_seconds", reserved, f"must be below run.max_wallclock_seconds={clock}"),
         ("run.iterations", run.iterations > 0 or run.max_wallclock_seconds > 0, "needs a step or a clock"),
     ]
@@ -1371,7 +1385,7 @@ class Rule(NamedTuple):
     optimizer: str  # matrix (optim.matrix_optimizer) | adamw
     lr: str  # field of OptimConfig
     weight_decay: str  # field of OptimConfig
-    storage: str  # matrix | embed (quantized, bits from QuantConfig) | float32
+    storage: str  # matrix | mlp | embed (quantized, bits from QuantConfig) | float32
     present: Callable[[Config], bool] = lambda cfg: True
 
 
@@ -1401,7 +1415,7 @@ PARAM_RULES = (
     Rule("head.weight", "adamw", "head_lr", *UNTIED[2:], lambda cfg: not cfg.model.tie_embeddings),
     Rule("embed_proj.weight", *PROJ, lambda cfg: cfg.model.embed_dim > 0),
     Rule("blocks.*.attn.[qkvo]*.weight", *MATRIX),
-    Rule("blocks.*.mlp.*.weight", *MATRIX),
+    Rule("blocks.*.mlp.*.weight", *MATRIX[:3], "mlp"),
     Rule("blocks.*.attn.q_gain", *SCALAR, lambda cfg: cfg.model.qk_norm),
     Rule("blocks.*.attn.value_mix", *SCALAR, has_value_mix),
     Rule("blocks.*.attn.attn_gate.*", *SCALAR, lambda cfg: cfg.model.attn_gate != "none"),
@@ -1718,25 +1732,39 @@ class TensorRow(NamedTuple):
     storage: str  # rows (codes and scales) | steps (column steps too) | float16 | float32
 
 
-@lru_cache(maxsize=1)  # a byte target packs one recipe many times
-def tensor_table(cfg: Config) -> tuple[TensorRow, ...]:
-    """List the tensors that a recipe's model has, without making them."""
+@lru_cache(maxsize=2)  # a byte target packs one recipe many times
+def tensor_table(cfg: Config, repaired: tuple[str, ...] = ()) -> tuple[TensorRow, ...]:
+    """List the tensors that a recipe's model has, without making them.
+
+    A repaired matrix is followed by its two factors, NAME/left (rank, rows) and NAME/right (rank, cols).
+    """
     with torch.device("meta"):
         named = list(GPT(cfg.model, cfg.data.vocab_size).named_parameters())
-    rules = match_rules(cfg, [name for name, _ in named])
-    coded = "steps" if cfg.quant.method == "water_fill" else "rows"
+    rules, quant = match_rules(cfg, [name for name, _ in named]), cfg.quant
+    coded = "steps" if quant.method == "water_fill" or quant.awq_group_cols else "rows"
+    kept = [pattern for pattern in quant.float16_names.split(",") if pattern]
     rows = []
     for name, param in named:
-        quantized = "float16" if param.numel() <= cfg.quant.float16_numel else coded
+        is_kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in kept)
+        quantized = "float16" if is_kept or param.numel() <= quant.float16_numel else coded
         storage = "float32" if rules[name].storage == "float32" else quantized
         rows.append(TensorRow(name, list(param.shape), storage))
+        if name in repaired and storage == coded and quant.repair_rank:
+            rank = min(quant.repair_rank, *param.shape)
+            sides = zip(REPAIR_SIDES, param.shape)
+            rows += [TensorRow(name + side, [rank, size], "rows") for side, size in sides]
     return tuple(rows)
 
 
+ALLOCATED_BITS = (2, 3, 4, 5, 6, 7, 8)
+REPAIR_SIDES = ("/left", "/right")
+
+
 def grid_of(storage: str, cfg: QuantConfig) -> Grid:
-    """Return the grid of tensors stored as `matrix` or `embed`."""
-    bits, clip = getattr(cfg, f"{storage}_bits"), getattr(cfg, f"{storage}_clip")
-    return Grid(bits, cfg.clip_rule, clip, scale_floor=cfg.scale_floor)
+    """Return the grid of tensors stored as `matrix`, `mlp` or `embed`."""
+    bits = {"matrix": cfg.matrix_bits, "mlp": cfg.mlp_bits or cfg.matrix_bits, "embed": cfg.embed_bits}
+    clip = {"matrix": cfg.matrix_clip, "mlp": cfg.mlp_clip or cfg.matrix_clip, "embed": cfg.embed_clip}
+    return Grid(bits[storage], cfg.clip_rule, clip[storage], scale_floor=cfg.scale_floor)
 
 
 def quantized_names(cfg: Config) -> dict[str, str]:
@@ -1781,9 +1809,13 @@ def stored_weights(
 
 
 def calibrated_matrices(model: GPT, cfg: Config, moments: dict[str, Moments]) -> dict[str, Calibrated]:
-    """Put weights and their statistics together; a tied embedding has two roles."""
+    """Put weights and their statistics together; a tied embedding has two roles. Rounding needs none."""
     params, matrices = dict(model.named_parameters()), {}
     for name in quantized_names(cfg):
+        if cfg.quant.method == "round":
+            check_weight(params[name], name)
+            matrices[name] = Calibrated(params[name].detach().float())
+            continue
         kept = moments[name]
         roles = kept.hessian, kept.row_weights
         if name == "embed.weight" and "readout" in moments:
@@ -1796,18 +1828,50 @@ def quantize_model(
     model: GPT, cfg: Config, moments: dict[str, Moments], size_of: Callable[[dict], int]
 ) -> dict[str, Quantized]:
     """Quantize every matrix as cfg.quant says; size_of weighs the code and the artifact of a result."""
-    quant, names = cfg.quant, quantized_names(cfg)
-    if quant.method == "round":
-        params = dict(model.named_parameters())
-        for name in names:
-            check_weight(params[name], name)
-        return {name: quantize(params[name], grid_of(storage, quant)) for name, storage in names.items()}
     matrices = calibrated_matrices(model, cfg, moments)
-    if quant.method == "gptq":
-        return {
-            name: gptq(matrix.weight, matrix.factor, grid_of(names[name], quant))
-            for name, matrix in matrices.items()
-        }
+    if cfg.quant.method == "water_fill":
+        return fill_matrices(matrices, cfg.quant, size_of)
+    if cfg.quant.method == "gptq" and cfg.quant.target_bytes:
+        return allocate_bits(matrices, cfg, size_of)
+    grids = {name: grid_of(storage, cfg.quant) for name, storage in quantized_names(cfg).items()}
+    quantized = {name: to_grid(matrix, grids[name], cfg.quant) for name, matrix in matrices.items()}
+    return repair_worst(quantized, matrices, cfg.quant)
+
+
+def to_grid(matrix: Calibrated, grid: Grid, quant: QuantConfig) -> Quantized:
+    """Round a matrix to a grid, or with statistics of its inputs solve for it."""
+    if quant.method == "round":
+        return quantize(matrix.weight, grid)
+    columns = None
+    if quant.awq_group_cols:
+        columns = awq_column_steps(matrix.weight, matrix.factor, quant.awq_group_cols)
+    return gptq(matrix.weight, matrix.factor, grid, columns)
+
+
+def repair_worst(
+    quantized: dict[str, Quantized], matrices: dict[str, Calibrated], quant: QuantConfig
+) -> dict[str, Quantized]:
+    """Add products of low rank to the matrices that lose most (LQER, contest pull request 1797)."""
+    if not quant.repair_rank:
+        return quantized
+    factors = {name: matrix.factor if quant.repair_outputs else None for name, matrix in matrices.items()}
+
+    def lost(name: str) -> float:
+        error = matrices[name].weight - dequantize(quantized[name])
+        factor = factors[name]
+        return float(output_error(error, factor.hessian).sum() if factor else error.square().sum())
+
+    worst = sorted(quantized, key=lost, reverse=True)[: quant.repair_top]
+    shape = quant.repair_rank, quant.repair_bits
+    return quantized | {
+        name: lowrank_repair(matrices[name].weight, quantized[name], *shape, factors[name]) for name in worst
+    }
+
+
+def fill_matrices(
+    matrices: dict[str, Calibrated], quant: QuantConfig, size_of: Callable[[dict], int]
+) -> dict[str, Quantized]:
+    """Quantize with water-filled steps, as fine as the byte target allows."""
     steps = water_fill(matrices)
 
     def filled(step: float) -> dict[str, Quantized]:
@@ -1817,8 +1881,36 @@ def quantize_model(
 
     if not quant.target_bytes:
         return filled(quant.step)
-    fit = fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.1, 8.0)
-    return filled(fit.knob)
+    return filled(fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.1, 8.0).knob)
+
+
+def allocate_bits(
+    matrices: dict[str, Calibrated], cfg: Config, size_of: Callable[[dict], int]
+) -> dict[str, Quantized]:
+    """Choose the bits of each matrix by what they save: the least predicted loss within the byte target."""
+    quant, ways, choices = cfg.quant, {}, {}
+    for name, storage in quantized_names(cfg).items():
+        matrix, grid = matrices[name], grid_of(storage, quant)
+        ways[name] = [to_grid(matrix, grid._replace(bits=bits), quant) for bits in ALLOCATED_BITS]
+        choices[name] = [
+            StorageChoice(
+                round(class_entropy_bits(way.codes) / 8) + 2 * len(way.scales),
+                float(
+                    output_error(matrix.weight - dequantize(way), matrix.factor.hessian) @ matrix.row_weights
+                ),
+            )
+            for way in ways[name]
+        ]
+    least, most = (
+        sum(pick(way.size_bytes for way in rows) for rows in choices.values()) for pick in (min, max)
+    )
+
+    def allocated(shrink: float) -> dict[str, Quantized]:
+        chosen = allocate(choices, max(round(most / shrink), least))
+        return repair_worst({name: ways[name][index] for name, index in chosen.items()}, matrices, quant)
+
+    fit = fit_rate(lambda shrink: size_of(allocated(shrink)), quant.target_bytes, 1.0, most / max(least, 1))
+    return allocated(fit.knob)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1849,22 +1941,31 @@ STORAGE_PARTS: dict[str, Callable[[list[int]], list[tuple[str, list[int]]]]] = {
 def artifact_parts(model: GPT, cfg: Config, quantized: dict[str, Quantized]) -> dict[str, list[np.ndarray]]:
     """Sort what the tensors are stored as into the streams; refuses weights that are not finite."""
     params = dict(model.named_parameters())
+    coded = dict(quantized)
+    for name in repaired_names(quantized):
+        coded |= {name + side: factor for side, factor in zip(REPAIR_SIDES, quantized[name].repair)}
     raw: dict[str, list[np.ndarray]] = {name: [] for name in STREAM_DTYPES}
-    for row in tensor_table(cfg):
+    for row in tensor_table(cfg, repaired_names(quantized)):
+        if row.name in coded:
+            codes, scales, columns, _ = coded[row.name]
+            raw["codes"].append(codes.cpu().numpy())
+            raw["scales"].append(scales.cpu().numpy())
+            if columns is not None:
+                raw["columns"].append(columns.cpu().numpy())
+            continue
         weight = params[row.name].detach().cpu()
         if not torch.isfinite(weight).all():
             raise UserError(f"{row.name} is not finite: the run diverged. Lower the learning rates.")
         if row.storage == "float32":
             raw["floats"].append(weight.float().numpy())
-        elif row.storage == "float16":
-            raw["halves"].append(weight.half().numpy())
         else:
-            codes, scales, columns, _ = quantized[row.name]
-            raw["codes"].append(codes.cpu().numpy())
-            raw["scales"].append(scales.cpu().numpy())
-            if columns is not None:
-                raw["columns"].append(columns.cpu().numpy())
+            raw["halves"].append(weight.half().numpy())
     return raw
+
+
+def repaired_names(quantized: dict[str, Quantized]) -> tuple[str, ...]:
+    """Name the matrices that a product of low rank repairs."""
+    return tuple(name for name, matrix in quantized.items() if matrix.repair)
 
 
 def pack_model(
@@ -1879,7 +1980,8 @@ def pack_model(
     if cfg.quant.codec == "rans":
         streams["codes"] = encode_codes(raw["codes"])
         streams["scales"] = encode_halves([part.ravel() for part in raw["scales"]])
-    header = {"recipe": recipe_of(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": tensor_table(cfg)}
+    table = tensor_table(cfg, repaired_names(quantized))
+    header = {"recipe": recipe_of(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": table}
     return pack_artifact(header, streams, stream_codec(cfg))
 
 
@@ -1946,14 +2048,20 @@ def read_tensors(streams: dict[str, Stream], table: tuple[TensorRow, ...], cfg: 
     left = {name: iter(found) for name, found in pieces.items()}
     for row, stream, shape in parts:
         tensors[row.name][stream] = torch.from_numpy(next(left[stream]).copy()).view(shape)
-    return {name: restore_tensor(**piece) for name, piece in tensors.items()}
+    found = {name: restore_tensor(**piece) for name, piece in tensors.items()}
+    for name in {name.rpartition("/")[0] for name in found} - {""}:
+        found[name] = found[name]._replace(repair=tuple(found.pop(name + side) for side in REPAIR_SIDES))
+    return {
+        name: dequantize(part) if isinstance(part, Quantized) else part.float()
+        for name, part in found.items()
+    }
 
 
-def restore_tensor(codes=None, scales=None, columns=None, halves=None, floats=None) -> Tensor:
-    """Return the float32 weights of one tensor from the pieces that its storage keeps."""
+def restore_tensor(codes=None, scales=None, columns=None, halves=None, floats=None) -> Quantized | Tensor:
+    """Put together one tensor from the pieces that its storage keeps."""
     if codes is not None:
-        return dequantize(Quantized(codes, scales[:, None], columns))
-    return (halves if halves is not None else floats).float()
+        return Quantized(codes, scales[:, None], columns)
+    return halves if halves is not None else floats
 
 
 def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple[GPT, Config, dict]:
@@ -1967,7 +2075,8 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
         raise UserError(f"{path}: no such artifact. Train one with `make run` or train_gpt.py.")
     header, streams = unpack_artifact(path.read_bytes(), path)
     cfg = read_recipe_of(header, live, path)
-    table = tensor_table(cfg)
+    names = [str(row[0]) for row in header["tensors"] if isinstance(row, list) and row]
+    table = tensor_table(cfg, tuple(name for name in names if name + REPAIR_SIDES[0] in names))
     if header["tensors"] != [list(row) for row in table]:
         raise ArtifactError(f"{path}: the tensor table is not that of the recipe in it.")
     model = make_gpt(cfg, device)

@@ -303,8 +303,8 @@ class Calibrated(NamedTuple):
     """A matrix and what calibration knows of it."""
 
     weight: Tensor  # (rows, cols) float32
-    factor: Factor
-    row_weights: Tensor  # (rows,) what an error of each row weighs, see Moments
+    factor: Factor | None = None  # of its inputs
+    row_weights: Tensor | None = None  # (rows,) what an error of each row weighs, see Moments
 
 
 def calibrate(

@@ -26,15 +26,18 @@ from formats.artifact import (
     unpack_artifact,
 )
 from formats.recipe import with_values
+from quantizers.gptq import output_error
 from quantizers.grid import dequantize, quantize
 from train_gpt import (
     Training,
     build_model,
+    calibrated_matrices,
     collect_statistics,
     grid_of,
     load_artifact,
     pack_model,
     quantize_model,
+    quantized_names,
     write_artifact,
 )
 
@@ -97,6 +100,10 @@ CODINGS = [
     {"quant.codec": "rans", "quant.method": "water_fill"},
     {"quant.codec": "best", "quant.method": "gptq", "quant.clip_rule": "sigmas", "quant.matrix_clip": 12.85,
      "quant.embed_clip": 20.0, "quant.matrix_bits": 6},
+    {"quant.codec": "rans", "quant.method": "gptq", "quant.mlp_bits": 4, "quant.repair_rank": 2},
+    {"quant.codec": "zstd", "quant.method": "gptq", "quant.awq_group_cols": 8, "quant.repair_rank": 3,
+     "quant.repair_outputs": False, "quant.matrix_bits": 4},
+    {"quant.codec": "lzma", "quant.repair_rank": 1, "quant.repair_top": 99, "quant.float16_names": "embed.*"},
 ]  # fmt: skip
 
 
@@ -114,6 +121,8 @@ def test_every_coding_gives_back_the_weights_that_it_quantized(tiny_config, alon
     loaded, _, _ = load_artifact(tmp_path / "coded.bin", cfg, alone.device)
     back = dict(loaded.named_parameters())
     assert len(quantized) > 15
+    repaired = [name for name, stored in quantized.items() if stored.repair]
+    assert len(repaired) == (min(cfg.quant.repair_top, len(quantized)) if cfg.quant.repair_rank else 0)
     for name, stored in quantized.items():
         assert torch.equal(back[name], dequantize(stored)), name
 
@@ -136,6 +145,65 @@ def test_water_filling_meets_a_target_of_bytes(tiny_config, alone, tmp_path):
     ledger = write_artifact(training.model, cfg, quantized, "f" * 64, tmp_path / "fitted.bin")
     assert 0.998 * 30_000 <= 1000 + sum(size for _, size in ledger) <= 30_000
     assert len(sizes) <= 16
+
+
+def shaken(cfg, alone) -> Training:
+    """A training whose weights are not those of the start, some matrices larger than others."""
+    training = Training(cfg, alone, bos_id=1)
+    with torch.no_grad():
+        for index, param in enumerate(training.model.parameters()):
+            noise = torch.randn(param.shape, generator=torch.Generator().manual_seed(index))
+            param.add_(0.02 * (1 + index % 4) * noise)
+    return training
+
+
+def test_bits_are_given_where_they_save_most(tiny_config, alone):
+    """One byte target, bits by matrix: the predicted loss is below that of equal bits at no more bytes."""
+    fields = {"quant.method": "gptq", "quant.codec": "rans", "quant.calib_batches": 2, "model.model_dim": 64}
+    fields |= {"quant.clip_rule": "max", "quant.matrix_clip": 1.0, "quant.embed_clip": 1.0}
+    fields |= {"quant.matrix_bits": 5, "quant.embed_bits": 5, "quant.scale_floor": False}
+    cfg = with_values(tiny_config, fields, "test")
+    training = shaken(cfg, alone)
+    moments = collect_statistics(training)
+    matrices = calibrated_matrices(training.model, cfg, moments)
+
+    def size_of(quantized) -> int:
+        return len(pack_model(training.model, cfg, quantized, "f" * 64)[0])
+
+    def loss_of(quantized) -> float:
+        return sum(
+            float(output_error(m.weight - dequantize(quantized[n]), m.factor.hessian) @ m.row_weights)
+            for n, m in matrices.items()
+        )
+
+    equal = quantize_model(training.model, cfg, moments, size_of)
+    target = with_values(cfg, {"quant.target_bytes": size_of(equal)}, "test")
+    given = quantize_model(training.model, target, moments, size_of)
+    assert 0.95 * size_of(equal) < size_of(given) <= size_of(equal)
+    assert loss_of(given) < 0.8 * loss_of(equal)
+    with pytest.raises(UserError, match=r"Raise quant\.target_bytes"):
+        quantize_model(
+            training.model, with_values(cfg, {"quant.target_bytes": 5000}, "test"), moments, size_of
+        )
+
+
+def test_classes_have_their_own_bits_and_clips(tiny_config):
+    """Attention, mlp and embedding are quantized as their fields say; names can be left out."""
+    fields = {
+        "quant.clip_rule": "sigmas",
+        "quant.matrix_bits": 6,
+        "quant.matrix_clip": 13.0,
+        "quant.mlp_bits": 5,
+    }
+    fields |= {"quant.mlp_clip": 11.5, "quant.embed_bits": 7, "quant.float16_names": "blocks.2.attn.k.*,none"}
+    cfg = with_values(tiny_config, fields, "test")
+    names = quantized_names(cfg)
+    assert names["blocks.1.mlp.up.weight"] == "mlp" and names["blocks.2.attn.q.weight"] == "matrix"
+    assert "blocks.2.attn.k.weight" not in names and names["embed.weight"] == "embed"
+    grids = {storage: grid_of(storage, cfg.quant) for storage in ("matrix", "mlp", "embed")}
+    assert [(grid.bits, grid.clip) for grid in grids.values()] == [(6, 13.0), (5, 11.5), (7, 0.9999984)]
+    plain = with_values(cfg, {"quant.mlp_bits": 0, "quant.mlp_clip": 0.0}, "test")
+    assert grid_of("mlp", plain.quant) == grid_of("matrix", plain.quant)
 
 
 @pytest.fixture
