@@ -2637,7 +2637,8 @@ def estimate_artifact_bytes(cfg: Config) -> int:
             bits = 8.0 * STREAM_DTYPES[stream].itemsize
             if stream == "codes":
                 filled = 0.5 * math.log2(2 * math.pi * math.e) - math.log2(cfg.quant.step)
-                bits = filled if row.storage == "steps" else grid_of(quantized[row.name], cfg.quant).bits
+                is_filled = cfg.quant.method == "water_fill"
+                bits = filled if is_filled else grid_of(quantized[row.name], cfg.quant).bits
             total += bits * math.prod(shape) / 8
     return round(total)
 
