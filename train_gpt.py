@@ -95,19 +95,7 @@ from formats.state import map_leaves, read_state, write_state
 from kernels.attention import BACKENDS, AttentionMask, Reach, attend, mask_of, resolve_attention
 from kernels.context import ContextRule, attend_compressed
 from kernels.muon import NS_TABLES, MuonSettings, Pending, Stack
-from quantizers.gptq import (
-    Calibrated,
-    Moments,
-    awq_column_steps,
-    calibrate,
-    collect_moments,
-    combine_roles,
-    gptq,
-    lowrank_repair,
-    output_error,
-    rd_gptq,
-    water_fill,
-)
+from quantizers.gptq import Calibrated, Moments, calibrate, collect_moments, combine_roles
 from quantizers.grid import (
     CLIP_RULES,
     Grid,
@@ -117,7 +105,7 @@ from quantizers.grid import (
     fake_quantize,
     quantize,
 )
-from quantizers.rate import StorageChoice, allocate, class_entropy_bits, fit_rate
+from quantizers.methods import METHODS, grid_of, quantize_matrices
 
 PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed program here
 
@@ -313,7 +301,7 @@ class AverageConfig:
 class QuantConfig:
     """How weights are stored and how many bytes they may take."""
 
-    method: str = option("round", "", "how matrices become codes", choices=("round", "gptq", "water_fill"))
+    method: str = option("round", "", "how matrices become codes", choices=METHODS)
     matrix_bits: int = option(8, "", "of the block matrices' codes, one scale a row", low=1, high=8)
     embed_bits: int = option(8, "", "of the embedding's and head's codes", low=1, high=8)
     mlp_bits: int = option(0, "", "of the mlps' codes; 0: matrix_bits", low=0, high=8)
@@ -1756,17 +1744,6 @@ def tensor_table(cfg: Config, repaired: tuple[str, ...] = ()) -> tuple[TensorRow
     return tuple(rows)
 
 
-ALLOCATED_BITS = (2, 3, 4, 5, 6, 7, 8)
-REPAIR_SIDES = ("/left", "/right")
-
-
-def grid_of(storage: str, cfg: QuantConfig) -> Grid:
-    """Return the grid of tensors stored as `matrix`, `mlp` or `embed`."""
-    bits = {"matrix": cfg.matrix_bits, "mlp": cfg.mlp_bits or cfg.matrix_bits, "embed": cfg.embed_bits}
-    clip = {"matrix": cfg.matrix_clip, "mlp": cfg.mlp_clip or cfg.matrix_clip, "embed": cfg.embed_clip}
-    return Grid(bits[storage], cfg.clip_rule, clip[storage], scale_floor=cfg.scale_floor)
-
-
 def quantized_names(cfg: Config) -> dict[str, str]:
     """Map every quantized parameter to its storage, matrix or embed, in parameter order."""
     table = tensor_table(cfg)
@@ -1774,29 +1751,25 @@ def quantized_names(cfg: Config) -> dict[str, str]:
     return {row.name: rules[row.name].storage for row in table if row.storage in ("rows", "steps")}
 
 
-def exported_grids(cfg: Config) -> dict[str, Callable[[Tensor], Quantized]]:
-    """Map every quantized parameter to what puts it on the grid of its stored codes."""
-    return {
-        name: partial(quantize, grid=grid_of(storage, cfg.quant))
-        for name, storage in quantized_names(cfg).items()
-    }
+def exported_grids(cfg: Config) -> dict[str, Grid]:
+    """Map every quantized parameter to the grid of its stored codes."""
+    return {name: grid_of(storage, cfg.quant) for name, storage in quantized_names(cfg).items()}
 
 
 @contextmanager
-def stored_weights(
-    model: nn.Module, quantizers: dict[str, Callable[[Tensor], Quantized]], sharpness: float
-) -> Iterator[None]:
+def stored_weights(model: nn.Module, grids: dict[str, Grid], sharpness: float) -> Iterator[None]:
     """Take gradients at the weights as they will be stored, then bring the masters back.
 
     The gradient there is the masters' (see fake_quantize). Weights change in place: a compiled graph reads
     their memory, while it would fold a flag and never quantize.
     """
-    params = {name: param for name, param in model.named_parameters() if name in quantizers}
+    params = {name: param for name, param in model.named_parameters() if name in grids}
     masters = {name: param.detach().clone() for name, param in params.items()}
     slopes = {}
     with torch.no_grad():
         for name, param in params.items():
-            values, slopes[name] = fake_quantize(masters[name], quantizers[name], sharpness)
+            quantizer = partial(quantize, grid=grids[name])
+            values, slopes[name] = fake_quantize(masters[name], quantizer, sharpness)
             param.copy_(values)
     try:
         yield
@@ -1829,88 +1802,7 @@ def quantize_model(
 ) -> dict[str, Quantized]:
     """Quantize every matrix as cfg.quant says; size_of weighs the code and the artifact of a result."""
     matrices = calibrated_matrices(model, cfg, moments)
-    if cfg.quant.method == "water_fill":
-        return fill_matrices(matrices, cfg.quant, size_of)
-    if cfg.quant.method == "gptq" and cfg.quant.target_bytes:
-        return allocate_bits(matrices, cfg, size_of)
-    grids = {name: grid_of(storage, cfg.quant) for name, storage in quantized_names(cfg).items()}
-    quantized = {name: to_grid(matrix, grids[name], cfg.quant) for name, matrix in matrices.items()}
-    return repair_worst(quantized, matrices, cfg.quant)
-
-
-def to_grid(matrix: Calibrated, grid: Grid, quant: QuantConfig) -> Quantized:
-    """Round a matrix to a grid, or with statistics of its inputs solve for it."""
-    if quant.method == "round":
-        return quantize(matrix.weight, grid)
-    columns = None
-    if quant.awq_group_cols:
-        columns = awq_column_steps(matrix.weight, matrix.factor, quant.awq_group_cols)
-    return gptq(matrix.weight, matrix.factor, grid, columns)
-
-
-def repair_worst(
-    quantized: dict[str, Quantized], matrices: dict[str, Calibrated], quant: QuantConfig
-) -> dict[str, Quantized]:
-    """Add products of low rank to the matrices that lose most (LQER, contest pull request 1797)."""
-    if not quant.repair_rank:
-        return quantized
-    factors = {name: matrix.factor if quant.repair_outputs else None for name, matrix in matrices.items()}
-
-    def lost(name: str) -> float:
-        error = matrices[name].weight - dequantize(quantized[name])
-        factor = factors[name]
-        return float(output_error(error, factor.hessian).sum() if factor else error.square().sum())
-
-    worst = sorted(quantized, key=lost, reverse=True)[: quant.repair_top]
-    shape = quant.repair_rank, quant.repair_bits
-    return quantized | {
-        name: lowrank_repair(matrices[name].weight, quantized[name], *shape, factors[name]) for name in worst
-    }
-
-
-def fill_matrices(
-    matrices: dict[str, Calibrated], quant: QuantConfig, size_of: Callable[[dict], int]
-) -> dict[str, Quantized]:
-    """Quantize with water-filled steps, as fine as the byte target allows."""
-    steps = water_fill(matrices)
-
-    def filled(step: float) -> dict[str, Quantized]:
-        return {
-            name: rd_gptq(matrix, steps[name], step, quant.rate_weight) for name, matrix in matrices.items()
-        }
-
-    if not quant.target_bytes:
-        return filled(quant.step)
-    return filled(fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.1, 8.0).knob)
-
-
-def allocate_bits(
-    matrices: dict[str, Calibrated], cfg: Config, size_of: Callable[[dict], int]
-) -> dict[str, Quantized]:
-    """Choose the bits of each matrix by what they save: the least predicted loss within the byte target."""
-    quant, ways, choices = cfg.quant, {}, {}
-    for name, storage in quantized_names(cfg).items():
-        matrix, grid = matrices[name], grid_of(storage, quant)
-        ways[name] = [to_grid(matrix, grid._replace(bits=bits), quant) for bits in ALLOCATED_BITS]
-        choices[name] = [
-            StorageChoice(
-                round(class_entropy_bits(way.codes) / 8) + 2 * len(way.scales),
-                float(
-                    output_error(matrix.weight - dequantize(way), matrix.factor.hessian) @ matrix.row_weights
-                ),
-            )
-            for way in ways[name]
-        ]
-    least, most = (
-        sum(pick(way.size_bytes for way in rows) for rows in choices.values()) for pick in (min, max)
-    )
-
-    def allocated(shrink: float) -> dict[str, Quantized]:
-        chosen = allocate(choices, max(round(most / shrink), least))
-        return repair_worst({name: ways[name][index] for name, index in chosen.items()}, matrices, quant)
-
-    fit = fit_rate(lambda shrink: size_of(allocated(shrink)), quant.target_bytes, 1.0, most / max(least, 1))
-    return allocated(fit.knob)
+    return quantize_matrices(matrices, exported_grids(cfg), cfg.quant, size_of)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1918,6 +1810,8 @@ def allocate_bits(
 # ----------------------------------------------------------------------------------------------------------
 # formats/artifact.py owns the file; here is what goes into it: the recipe, the tokenizer's sha256, a table of
 # tensors in parameter order, and their codes, scales, column steps, halves and floats as a stream each.
+
+REPAIR_SIDES = ("/left", "/right")  # names of a repaired matrix's factors, after its own
 
 # Raw streams, in file order, and the numpy dtype of their elements.
 STREAM_DTYPES = {
@@ -2158,7 +2052,7 @@ class Training:
         self.optimizers = Optimizers(self.model, cfg, ranks)
         self.average = new_average(self.model, cfg.average)
         self.loader = open_loader(cfg, bos_id)
-        self.quantizers = exported_grids(cfg)
+        self.grids = exported_grids(cfg)
         self.loss = mean_loss
         if resolve_compile(cfg.run.compile, ranks.device):
             torch._dynamo.config.recompile_limit = 8 + 2 * len(phases_of(cfg))
@@ -2194,7 +2088,7 @@ class Training:
         """Add up a step's gradients; returns the mean loss over ranks, or None when time ran out in it."""
         self.model.train()
         total = torch.zeros((), device=self.ranks.device)
-        with stored_weights(self.model, self.quantizers if phase.qat else {}, self.cfg.quant.qat_sharpness):
+        with stored_weights(self.model, self.grids if phase.qat else {}, self.cfg.quant.qat_sharpness):
             for index in range(phase.stage.micro_batches // self.ranks.world_size):
                 if index > 0 and out_of_time():
                     self.optimizers.zero_grad()
