@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data.codecs import load_codec
 from data.errors import UserError, run_command
+from data.selection import FILTERS, ORDERS, Selection
 from data.shards import MANIFEST_NAME, read_manifest, sha256_file, write_json, write_shard
 
 MANIFEST_FORMAT = 1
@@ -464,6 +465,14 @@ def describe_files(files: list[str]) -> list[dict]:
     return [{"file": Path(path).name, "bytes": Path(path).stat().st_size} for path in files]
 
 
+def add_selection_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train-filter", choices=FILTERS, help="keep only such training documents")
+    parser.add_argument(
+        "--train-order", choices=ORDERS, help="write training documents in this order; needs memory for all"
+    )
+    parser.add_argument("--val-filter", "--val-order", dest="val_selection", help=argparse.SUPPRESS)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare",
@@ -504,7 +513,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="encoding threads (default: all cores)",
     )
+    add_selection_options(parser)
     options = parser.parse_args(argv)
+    if options.val_selection:
+        raise UserError(
+            "validation documents are scored whole and in their order, or the score compares with no other: "
+            "found an option that selects them. --train-filter and --train-order select training documents."
+        )
     for name in ("val_docs", "shard_tokens", "num_threads"):
         value = vars(options)[name]
         if value is not None and value < 1:
@@ -528,10 +543,12 @@ def main(argv: list[str] | None = None) -> None:
             "first_documents",
             itertools.islice(train, options.val_docs or choose_val_docs(options.input)),
         )
+    selection = Selection(options.train_filter, options.train_order)
+    sources["train_selection"] = selection.facts
     manifest = write_dataset(
         options.out,
         codec,
-        train,
+        selection.apply(train),
         val,
         sources,
         split=split,

@@ -15,6 +15,7 @@ from fixtures_data import small_texts
 
 from data.errors import UserError, run_command
 from data.prepare import Document, ShardWriter, main, read_documents, write_dataset
+from data.selection import difficulty, is_good
 from data.shards import find_shards, read_manifest, read_shard, sha256_file, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +58,62 @@ def prepare(lossless_model, tmp_path):
         return out
 
     return run
+
+
+# ---- Selection of training documents ----------------------------------------------------------------
+
+
+GOOD = " ".join(f"word{i}" for i in range(50))
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (GOOD, True),
+        (GOOD.removesuffix(" word49"), False),  # 49 words
+        (" ".join(f"w{i % 20}" for i in range(80)), True),  # 20 / 80 = 0.25
+        (" ".join(f"w{i % 19}" for i in range(80)), False),
+        (GOOD + " Click here, sign up", True),
+        (GOOD + " Click here, sign up, privacy policy", False),
+    ],
+)
+def test_the_quality_filter_has_system_bs_bounds(text, kept):
+    """50 words, a quarter of them different, two marks of boilerplate: each bound is inclusive."""
+    assert is_good(text) is kept
+
+
+def test_difficulty_is_system_bs_formula():
+    """Six words, five different, 3.5 characters each, two sentences."""
+    assert difficulty("The cat sat. The big dogs!") == pytest.approx(0.3 * 3.5 / 10 + 0.4 * 5 / 6 + 0.3 * 0.1)
+    assert difficulty(" \n") == 0.0
+
+
+@pytest.mark.parametrize("val_first", [True, False])
+def test_selection_changes_training_documents_alone(prepare, tmp_path, lossless_codec, val_first):
+    """A validation set that is filtered or sorted is another one: system B's score compared with none."""
+    rng = np.random.default_rng(3)
+    texts = [" ".join(f"w{n}" for n in rng.integers(0, 60, size)) + "." for size in range(30, 90)]
+    source, val = tmp_path / "source.jsonl", tmp_path / "val.jsonl"
+    source.write_bytes(json_lines(texts))
+    val.write_bytes(json_lines(TEXTS[:3] + ["short"]))
+    choice = ["--val-docs", 10] if val_first else ["--val-input", val]
+    out = prepare("--input", source, *choice, "--train-filter", "quality", "--train-order", "difficulty")
+    train = texts[10:] if val_first else texts
+    kept = [text for text in train if is_good(text)]
+    assert texts_of(out, "train", lossless_codec) == sorted(kept, key=difficulty) != kept
+    assert texts_of(out, "val", lossless_codec) == (texts[:10] if val_first else [*TEXTS[:3], "short"])
+    manifest = read_manifest(out)
+    facts = {"filter": "quality", "order": "difficulty", "dropped": len(train) - len(kept)}
+    assert manifest["sources"]["train_selection"] == facts and len(kept) < len(train)
+    first, last = manifest["train"]["documents"]
+    assert last - first == len(kept)
+
+
+@pytest.mark.parametrize("option", ["--val-filter", "--val-order"])
+def test_selecting_validation_documents_is_refused(prepare, source, option):
+    """System B's filter ran over validation too and took 2.7 % of its bytes away."""
+    with pytest.raises(UserError, match="scored whole"):
+        prepare("--input", source, option, "quality")
 
 
 # ---- What is written --------------------------------------------------------------------------------
