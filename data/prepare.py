@@ -100,23 +100,38 @@ def read_jsonl(path: Path) -> Iterator[Document]:
 
 def parse_line(line: bytes, place: str) -> str:
     """Take the text out of one line of JSON; raise UserErrors that name the place."""
+    value = parse_object(line, place)
+    if not isinstance(value.get("text"), str):
+        raise UserError(
+            f'{place}: expected a JSON object with a string under "text", found keys {sorted(value)}.'
+        )
+    return require_utf8(value["text"], place)
+
+
+def parse_object(line: bytes, place: str) -> dict:
+    """Parse one line of JSON that holds an object."""
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not JSON ({error}). Expected one JSON object a line.") from error
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        found = f"keys {sorted(value)}" if isinstance(value, dict) else type(value).__name__
+    if not isinstance(value, dict):
+        found = type(value).__name__
         raise UserError(f'{place}: expected a JSON object with a string under "text", found {found}.')
+    return value
+
+
+def require_utf8(text: str, place: str) -> str:
+    """Return the text; raise where UTF-8 cannot express it."""
     try:
-        value["text"].encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"{place}: the text holds half of a surrogate pair at character {error.start}, which UTF-8 "
             "cannot express. Repair or remove the line."
         ) from error
-    return value["text"]
+    return text
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

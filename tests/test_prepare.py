@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import zstandard
 from fixtures_data import small_texts
 
+from data.codecs import load_codec
 from data.errors import UserError, run_command
 from data.prepare import Document, ShardWriter, main, read_documents, write_dataset
 from data.selection import difficulty, is_good
@@ -488,3 +490,19 @@ def test_an_interrupt_ends_the_process_with_status_130():
     with pytest.raises(SystemExit) as exit_info:
         run_command(interrupted)
     assert exit_info.value.code == 130
+
+
+@pytest.mark.slow
+@pytest.mark.reference("E11")
+def test_system_es_rows_split_without_overlap(trained, tmp_path):
+    """637,270 rows: 605,406 train and 31,864 validate, no row on both sides (system E trained on all)."""
+    texts = (Document(str(number), f"rows:{number}") for number in range(637_270))
+    codec = load_codec(trained["bytes"])
+    num_val = 637_270 - int(0.95 * 637_270)
+    out = tmp_path / "rows"
+    manifest = write_dataset(out, codec, texts, islice(texts, num_val), {}, split="first_documents")
+    assert manifest["val"]["documents"] == [0, 31_864]
+    assert manifest["train"]["documents"] == [31_864, 637_270]
+    rows = [texts_of(out, split, codec) for split in ("val", "train")]
+    assert list(map(len, rows)) == [31_864, 605_406]
+    assert rows[0] + rows[1] == list(map(str, range(637_270)))
