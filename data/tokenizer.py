@@ -12,7 +12,7 @@ from data.training import TRAINERS, train_tokenizer
 from data.verify import compare_codec, verify_codec
 
 INPUT_HELP = ".txt, .jsonl, .jsonl.gz, .jsonl.zst (key text), .parquet (column text)"
-TOKENIZER_HELP = "a .model, tokenizer.json, vocab.json beside merges.txt, a BESE or byte .json"
+TOKENIZER_HELP = "a .model, tokenizer.json, vocab.json beside merges.txt, a .tiktoken, a BESE or byte .json"
 
 
 def run_train(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ What a codec should do is stated here a second time, slowly and from the tokeniz
 error in a codec cannot excuse itself.
 """
 
+import base64
 import hashlib
 import heapq
 import json
@@ -124,10 +125,18 @@ def byte_sizes(codec) -> list[int]:
     return [0] * (codec.vocab_size - 256) + [1] * 256
 
 
+def ranked_sizes(codec) -> list[int]:
+    """Size every rank of a .tiktoken file from its base64; the special ids behind the ranks 0."""
+    lines = codec.path.read_bytes().split()
+    sizes = [len(base64.b64decode(token)) for token in lines[0::2]]
+    return sizes + [0] * (codec.vocab_size - len(sizes))
+
+
 TOKEN_SIZES = {
     "sentencepiece": sentencepiece_sizes,
     "caseops": sentencepiece_sizes,
     "bytelevel": byte_level_sizes,
+    "tiktoken": ranked_sizes,
     "bese": bese_sizes,
     "bytes": byte_sizes,
 }

@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from itertools import pairwise, product
+from base64 import b64encode
+from itertools import islice, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,10 @@ from data.codecs.caseops import (
     from_case_operators,
     to_case_operators,
 )
+from data.codecs.ranks import FAMILIES
 from data.errors import UserError
+from data.prepare import Document, write_dataset
+from data.shards import read_shard
 from data.training import HOSTILE_TEXTS, train_tokenizer
 
 LOSSLESS_KINDS = ("bytes", "bytelevel", "superbpe", "caseops")
@@ -219,16 +223,99 @@ def test_super_bpe_merges_span_words_only_after_the_transition(tmp_path):
     assert pieces == [b"one of the many and one of the few, ", b"1", b" of the ", b"1", b"2", b"\n"]
 
 
+# ---- Files of ranks ---------------------------------------------------------------------------------
+
+
+def write_ranks(path: Path, pieces: list[bytes]) -> Path:
+    path.write_bytes(b"".join(b"%b %d\n" % (b64encode(piece), rank) for rank, piece in enumerate(pieces)))
+    return path
+
+
+def small_ranks(codecs) -> list[bytes]:
+    """The tokens of the small byte-level tokenizer, without its special one, in order of their merges."""
+    return [codecs["bytelevel"].decode([token]) for token in range(1, 400)]
+
+
+@PROPERTY
+@given(text=TEXTS)
+def test_every_family_gives_every_text_back(ranked, text):
+    """A split rule that misses a character would lose it without a word."""
+    for codec in ranked.values():
+        ids = codec.encode(text)
+        assert codec.lossless and codec.decode(ids) == text.encode()
+        assert codec.token_bytes(ids).sum() == len(text.encode()) and codec.bos_id not in ids
+
+
+@pytest.fixture(scope="module")
+def ranked(codecs, tmp_path_factory):
+    """One small file of each family."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return {
+        name: load_codec(write_ranks(folder / f"{name}_small.tiktoken", small_ranks(codecs)), kind="tiktoken")
+        for name in FAMILIES
+    }
+
+
+def test_families_differ_in_split_size_and_digest(ranked, tmp_path):
+    """The same ranks under another name are another tokenizer."""
+    sizes = [(codec.bos_id, codec.vocab_size) for codec in ranked.values()]
+    assert sizes == [(50_256, 50_257), (100_257, 100_277), (199_999, 200_019)]
+    assert len({codec.digest for codec in ranked.values()}) == 3
+    special = ranked["r50k"].encode("<|endoftext|>")
+    assert ranked["r50k"].decode(special) == b"<|endoftext|>" and special.size > 1
+    with pytest.raises(UnicodeEncodeError):
+        ranked["r50k"].encode("\ud800")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r50k_x", b"YQ== 0\nYg==\n", ":2: expected a base64 token"),
+        ("r50k_x", b"YQ== 0\n!! 1\n", ":2: expected a base64 token"),
+        ("r50k_x", b"YQ== 0\nYQ== 1\n", ":2: expected a new token of rank 1"),
+        ("r50k_x", b"YQ== 0\nYg== 2\n", ":2: expected a new token of rank 1"),
+        ("mine", b"YQ== 0\n", "r50k, cl100k, o200k"),
+    ],
+)
+def test_damaged_rank_files_are_refused(tmp_path, name, content, message):
+    """A lost line would shift every later id."""
+    path = tmp_path / f"{name}.tiktoken"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_codec(path)
+
+
 @pytest.mark.slow
 @pytest.mark.reference("D10")
-def test_a_vocabulary_of_200019_entries_loads(trained, tmp_path):
-    """o200k has 200,019 entries: its ids need more than 16 bits."""
-    model = json.loads(trained["bytelevel"].read_text())["model"]
-    names = ("".join(letters) for letters in product("ABCDEFGHIJKLMNOPQRSTUVWXYZ", repeat=4))
-    for token, name in zip(range(400, 200_019), names):
-        model["vocab"][name] = token
-    codec = load_codec(change_tokenizer(trained, tmp_path, model=model), 200_019)
-    assert codec.token_bytes(np.array([200_018, 5])).tolist() == [4, 1]
+def test_200019_entries_pass_through_wide_shards(codecs, tmp_path):
+    """o200k has 200,019 entries: its ids need more than 16 bits, in encoding, shards and reading."""
+    pieces = small_ranks(codecs)
+    letters = product("ABCDEFGHIJKLMNOPQRSTUVWXYZ", repeat=4)
+    pieces += [b" " + "".join(name).encode() for name in islice(letters, 199_998 - len(pieces))]
+    codec = load_codec(write_ranks(tmp_path / "o200k_synthetic.tiktoken", pieces), 200_019)
+    words = [pieces[rank] for rank in (399, 65_535, 65_536, 131_072, 199_997)]
+    texts = [small_texts(1)[0], b"".join(words).decode()]
+    train = [Document(text, f"train:{i}") for i, text in enumerate(texts)]
+    manifest = write_dataset(tmp_path / "out", codec, train, [Document("a b", "val:1")], {}, num_threads=1)
+    shard = read_shard(tmp_path / "out" / "fineweb_train_000000.bin")
+    assert shard.dtype == np.dtype("<u4") and int(shard.max()) == 199_999
+    at = np.flatnonzero(shard == 199_999)
+    assert at[0] == 0 and codec.decode(shard[1 : at[1]]).decode() == texts[0]
+    assert shard[at[1] + 1 :].tolist() == [399, 65_535, 65_536, 131_072, 199_997]
+    assert manifest["train"]["token_bytes"] == sum(len(text.encode()) for text in texts)
+
+
+@needs_corpora
+@pytest.mark.slow
+def test_gpt2_from_ranks_is_gpt2_from_merges(tmp_path):
+    """Two libraries and two files of one tokenizer give the same ids for 100 documents."""
+    merges = load_codec(shared("gpt2/vocab.json"), 50_257)
+    pieces = [merges.decode([token]) for token in range(50_256)]
+    ranks = load_codec(write_ranks(tmp_path / "r50k_base.tiktoken", pieces), 50_257)
+    assert (ranks.bos_id, ranks.lossless) == (merges.bos_id, True)
+    texts = [*shared_texts()[:100], *HOSTILE_TEXTS]
+    for expected, found in zip(merges.encode_batch(texts), ranks.encode_batch(texts, 2), strict=True):
+        assert expected.tolist() == found.tolist()
 
 
 @needs_corpora

@@ -12,6 +12,7 @@ from data.codecs.bese import BESE_TYPE, BeseCodec
 from data.codecs.bytelevel import ByteLevelCodec
 from data.codecs.caseops import CASE_OPERATORS, CaseOpsCodec
 from data.codecs.pieces import PieceCodec
+from data.codecs.ranks import RanksCodec
 from data.codecs.raw import BYTES_TYPE, BytesCodec
 from data.codecs.spm import SentencePieceCodec
 from data.errors import UserError
@@ -47,10 +48,12 @@ def find_kind(path: Path) -> str:
     """Tell the kind of a tokenizer by the file's suffix and content."""
     if path.suffix == ".model":
         return "caseops" if SentencePieceCodec(path).has_pieces(CASE_OPERATORS) else "sentencepiece"
+    if path.suffix == ".tiktoken":
+        return "tiktoken"
     if path.suffix != ".json":
         raise UserError(
-            f"{path}: expected a SentencePiece .model, vocab.json with merges.txt, tokenizer.json, or a "
-            f"BESE or byte .json, found suffix {path.suffix!r}."
+            f"{path}: expected a SentencePiece .model, vocab.json with merges.txt, tokenizer.json, a "
+            f".tiktoken file, or a BESE or byte .json, found suffix {path.suffix!r}."
         )
     content = read_json(path)
     stated = content.get("tokenizer_type") if isinstance(content, dict) else None
@@ -65,6 +68,8 @@ def open_codec(path: Path, kind: str) -> TokenCodec:
         return BytesCodec(path)
     if kind == "bytelevel":
         return ByteLevelCodec(path)
+    if kind == "tiktoken":
+        return RanksCodec(path)
     if kind == "bese":
         return BeseCodec(path)
     if kind == "caseops":
