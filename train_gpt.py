@@ -110,7 +110,7 @@ from quantizers.methods import METHODS, grid_of, quantize_matrices
 PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed program here
 
 ARTIFACT_NAME, CHECKPOINT_NAME = "artifact.bin", "checkpoint.safetensors"
-TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "bese")
+TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "tiktoken", "bese")
 
 # Arithmetic of activations and products; masters are float32, or float64 with it.
 DTYPES = ("float32", "bfloat16", "float64")
