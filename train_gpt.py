@@ -1352,10 +1352,12 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> st
     return resolve_attention(cfg.run.attention, device, dtype, heads, reach).backend
 
 
-def make_gpt(cfg: Config, device: torch.device) -> GPT:
+def make_gpt(cfg: Config, device: torch.device, weights_on: str = "cpu") -> GPT:
     """Make a model that computes on `device`, in that dtype and with that attention backend."""
     dtype = resolve_dtype(cfg.model.compute_dtype, device)
-    model = GPT(cfg.model, cfg.data.vocab_size, dtype, resolve_backend(cfg, device, dtype))
+    backend = resolve_backend(cfg, device, dtype)
+    with torch.device(weights_on):
+        model = GPT(cfg.model, cfg.data.vocab_size, dtype, backend)
     return model.double() if dtype == torch.float64 else model
 
 
@@ -1812,6 +1814,11 @@ def quantize_model(
 # tensors in parameter order, and their codes, scales, column steps, halves and floats as a stream each.
 
 REPAIR_SIDES = ("/left", "/right")  # names of a repaired matrix's factors, after its own
+# What an artifact may ask for: far beyond any model of the contest, little enough to be refused in a second.
+LARGEST_SIZE, LARGEST_DEPTH = 1 << 20, 256
+LARGEST_FILE = 1 << 30
+# Elements that a file of so many bytes may hold: a lane of rANS, 4 bytes, codes 16,384 equal weights.
+LARGEST_NUMEL, NUMEL_A_BYTE = 1 << 24, 4096
 
 # Raw streams, in file order, and the numpy dtype of their elements.
 STREAM_DTYPES = {
@@ -1904,11 +1911,26 @@ def read_recipe_of(header: dict, live: Config, path: Path) -> Config:
     ]
     if stray:
         raise ArtifactError(f"{path}: {stray[0]} is not an artifact's to set. The file is not one of ours.")
-    cfg = with_values(only_live(live), recipe, str(path))
-    check_config(cfg)
-    if cfg.model.num_layers > len(header["tensors"]):
-        raise ArtifactError(f"{path}: expected tensors for {cfg.model.num_layers} layers, found too few.")
+    try:
+        cfg = with_values(only_live(live), recipe, str(path))
+        check_config(cfg)
+    except (ArithmeticError, TypeError) as error:  # rows where numbers belong, steps of no tokens
+        raise ArtifactError(f"{path}: the recipe in it cannot be checked ({error}).") from error
+    check_extent(cfg, path)
     return cfg
+
+
+def check_extent(cfg: Config, path: Path) -> None:
+    """Refuse a recipe whose mere description would take long or overflow, before a module is made."""
+    sizes = {name: getattr(cfg.model, name) for name in vars(cfg.model) if name != "rope_base"}
+    sizes = {name: size for name, size in sizes.items() if isinstance(size, (int, float))}
+    name, size = max({**sizes, "vocab_size": cfg.data.vocab_size}.items(), key=lambda item: item[1])
+    visits = cfg.model.num_layers * max(1, cfg.model.recur_passes)
+    if size > LARGEST_SIZE or visits > LARGEST_DEPTH:
+        raise ArtifactError(
+            f"{path}: expected at most {LARGEST_DEPTH} visits of layers and sizes of {LARGEST_SIZE}, found "
+            f"{visits} visits and {name} {size}. The file is not one of ours."
+        )
 
 
 def read_tensors(streams: dict[str, Stream], table: tuple[TensorRow, ...], cfg: Config) -> dict[str, Tensor]:
@@ -1967,15 +1989,25 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such artifact. Train one with `make run` or train_gpt.py.")
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise ArtifactError(f"{path}: expected at most {LARGEST_FILE:,} bytes, found {size:,}.")
     header, streams = unpack_artifact(path.read_bytes(), path)
     cfg = read_recipe_of(header, live, path)
     names = [str(row[0]) for row in header["tensors"] if isinstance(row, list) and row]
     table = tensor_table(cfg, tuple(name for name in names if name + REPAIR_SIDES[0] in names))
     if header["tensors"] != [list(row) for row in table]:
         raise ArtifactError(f"{path}: the tensor table is not that of the recipe in it.")
-    model = make_gpt(cfg, device)
-    model.load_state_dict(read_tensors(streams, table, cfg))
-    return model.to(device).eval(), cfg, header
+    numel = sum(math.prod(row.shape) for row in table)
+    if numel > LARGEST_NUMEL + NUMEL_A_BYTE * size:
+        raise ArtifactError(f"{path}: its {size:,} bytes cannot hold the {numel:,} weights of its recipe.")
+    tensors = read_tensors(streams, table, cfg)
+    wild = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wild:
+        raise ArtifactError(f"{path}: {wild[0]} has values that are not finite; it is damaged.")
+    model = make_gpt(cfg, device, "meta").to_empty(device=device)  # no weights are drawn for nothing
+    model.load_state_dict(tensors)
+    return model.eval(), cfg, header
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ ARTIFACT_MAGIC = b"PGOLF\n"
 ARTIFACT_VERSION = 1
 ARTIFACT_PREFIX = struct.Struct("<6sHII")  # magic, version, header bytes stored, header bytes raw
 CHECKSUM_BYTES = 16
-MAX_HEADER_BYTES = 1 << 24
+MAX_HEADER_BYTES = 1 << 20
 MAX_STREAM_BYTES = 1 << 32
 # Codes of weights have no context that literals or positions could tell.
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
@@ -194,7 +194,7 @@ def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Stream]]:
             raise TypeError("recipe or tokenizer_sha256")
         if not isinstance(header["tensors"], list):
             raise TypeError("tensors")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"{path}: the header cannot be read ({error!r}). {again}") from error
     sane = all(stored >= 0 and 0 <= raw <= MAX_STREAM_BYTES for _, stored, raw in table)
     if not sane or sum(stored for _, stored, _ in table) != len(body) - offset:

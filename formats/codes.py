@@ -171,7 +171,7 @@ def side_tables(bell: Bell, rows: int, cols: int) -> tuple[np.ndarray, np.ndarra
 
 def element_tables(bell: Bell, rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return which table codes each element, flat uint8, and the tables of all classes in use."""
-    classes = np.clip(bell.base + rows[:, None].astype(int) + cols, 0, NUM_CLASSES - 1).astype(np.uint8)
+    classes = np.clip(bell.base + rows[:, None].astype(np.int32) + cols, 0, NUM_CLASSES - 1).astype(np.uint8)
     used = np.flatnonzero(np.bincount(classes.ravel(), minlength=NUM_CLASSES))
     index = np.zeros(NUM_CLASSES, np.uint8)
     index[used] = np.arange(len(used))

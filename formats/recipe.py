@@ -86,7 +86,7 @@ def with_values(config, values: dict, source: str):
         section, key = name.split(".")
         try:
             changed = {key: parse_value(value, known[name].type)}
-        except (ValueError, OverflowError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             env = known[name].metadata["env"]
             alias = f" ({env})" if env else ""
             kind = known[name].type.__name__

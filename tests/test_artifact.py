@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from data.errors import UserError
 from formats.artifact import (
+    ARTIFACT_MAGIC,
     ARTIFACT_PREFIX,
+    ARTIFACT_VERSION,
     CHECKSUM_BYTES,
     PLAIN_CODECS,
     STREAM_CODECS,
@@ -277,17 +279,31 @@ def test_a_flipped_bit_anywhere_is_refused(artifact):
             unpack_artifact(bytes(damaged), path)
 
 
-def forge(path, change) -> None:
-    """Rewrite an artifact's header through `change` with lengths and checksum made right."""
-    blob = path.read_bytes()
-    magic, version, stored, _ = ARTIFACT_PREFIX.unpack_from(blob)
+def take_apart(blob: bytes) -> tuple[dict, bytes]:
+    """Return an artifact's header and its streams back to back."""
+    _, _, stored, _ = ARTIFACT_PREFIX.unpack_from(blob)
     header = json.loads(zlib.decompress(blob[ARTIFACT_PREFIX.size : ARTIFACT_PREFIX.size + stored]))
-    change(header)
+    return header, blob[ARTIFACT_PREFIX.size + stored : -CHECKSUM_BYTES]
+
+
+def sign(body: bytes) -> bytes:
+    """Add the checksum that a body asks for."""
+    return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES]
+
+
+def put_together(header: dict, streams: bytes) -> bytes:
+    """Return a file of this header and these streams with lengths and checksum made right."""
     raw = json.dumps(header).encode()
     packed = zlib.compress(raw, 9)
-    streams = blob[ARTIFACT_PREFIX.size + stored : -CHECKSUM_BYTES]
-    body = ARTIFACT_PREFIX.pack(magic, version, len(packed), len(raw)) + packed + streams
-    path.write_bytes(body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES])
+    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed), len(raw))
+    return sign(prefix + packed + streams)
+
+
+def forge(path, change) -> None:
+    """Rewrite an artifact's header through `change`."""
+    header, streams = take_apart(path.read_bytes())
+    change(header)
+    path.write_bytes(put_together(header, streams))
 
 
 @pytest.mark.parametrize(
