@@ -1,8 +1,11 @@
 """Speed of the main parts, each against a yardstick measured in the same run (`make bench`).
 
     python -m dev.bench                 all parts, a table
-    python -m dev.bench --only step     one of: step, scoring, packing, loader
+    python -m dev.bench --only step     one of: step, scoring, packing, loader, codec
     python -m dev.bench --json          one JSON object
+
+`--only codec` codes the contest's quantization of a trained model: of the CPU track's, trained for 45 s on
+the built-in corpus, or with `--artifact PATH` of an artifact file or of a run folder with a checkpoint.
 
 Ratios travel between machines, seconds do not: compare the last column. Figures are medians.
 """
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 
 from data.errors import run_command
 from data.shards import write_shard
+from dev.codec import measure_codec
 from dev.pack import pack
 from eval.sliding import ScoreOptions, plan_windows, score_windows
 from formats.recipe import with_values
@@ -173,29 +177,49 @@ PARTS: dict[str, Callable[[Ranks], list[Measurement]]] = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", choices=PARTS, help="measure one part")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    args = parser.parse_args(argv)
-    ranks = Ranks(Environment({}), "auto")
-    rows = []
-    for name in [args.only] if args.only else PARTS:
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        rows += PARTS[name](ranks)
-    if args.json:
-        print(json.dumps({row.part: row._asdict() | {"ratio": row.ratio} for row in rows}))
-        return
+def codec_rows(found: dict) -> list[Measurement]:
+    """Lay out what measure_codec found as rows: bytes against the entropy, seconds against each other."""
+    sizes = [(name, found[name]) for name in found if name.endswith("_bytes") and name != "h0_bytes"]
+    rows = [
+        Measurement(f"codec {name}", size, "bytes", "order-0 entropy", found["h0_bytes"])
+        for name, size in sizes
+        if size is not None
+    ]
+    return [*rows, Measurement("codec encode_s", found["encode_s"], "s", "decode_s", found["decode_s"])]
+
+
+def print_table(rows: list[Measurement]) -> None:
+    """Print the rows for people."""
     threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, device {ranks.device.type}, {threads} threads; medians")
+    print(f"torch {torch.__version__}, {threads} threads; medians")
     print(f"{'part':<28}{'value':>14} {'unit':<9}{'yardstick':>14}  {'(what)':<24}{'ratio':>8}")
     for row in rows:
         print(
             f"{row.part:<28}{row.value:>14,.1f} {row.unit:<9}{row.yardstick_value:>14,.1f}  "
-            f"{row.yardstick:<24}{row.ratio:>8.2f}"
+            f"{row.yardstick:<24}{row.ratio:>8.3f}"
         )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dev.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=[*PARTS, "codec"], help="measure one part")
+    parser.add_argument("--artifact", type=Path, help="codec: an artifact, or a run folder with a checkpoint")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args(argv)
+    ranks = Ranks(Environment({}), "auto")
+    rows, found = [], {}
+    for name in [args.only] if args.only else [*PARTS, "codec"]:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        if name == "codec":
+            found = measure_codec(args.artifact, ranks)
+        else:
+            rows += PARTS[name](ranks)
+    if args.json:
+        print(json.dumps({row.part: row._asdict() | {"ratio": row.ratio} for row in rows} | found))
+        return
+    print_table(rows + (codec_rows(found) if found else []))
 
 
 if __name__ == "__main__":
