@@ -40,8 +40,8 @@ doctor: data ## look for damage in the built-in corpus's shards
 train: setup ## train RECIPE=... without the reload in a fresh process
 	$(PY) train_gpt.py --recipe $(RECIPE)
 
-eval: setup ## reproduce the val_bpb of the newest complete run; fails when it differs
-	$(PY) -m eval
+eval: setup ## reproduce the val_bpb of the newest run, or of RECORD=... (ARTIFACT=...); fails when it differs
+	$(PY) -m eval $(RECORD) $(if $(ARTIFACT),--artifact $(ARTIFACT))
 
 audit: setup ## check the record folder RECORD=... before it is submitted
 	$(PY) -m eval.audit $(RECORD)
