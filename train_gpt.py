@@ -714,13 +714,26 @@ class ValidationText(NamedTuple):
     raw_bytes: int | None  # of the text itself, where a manifest states it
 
 
-def load_validation(cfg: DataConfig, pattern: str = "", tokenizer_sha256: str = "") -> ValidationText:
-    """Load all validation shards with the byte count of every target; refuses a wrong byte total.
+def read_sidecar(path: Path, num_tokens: int) -> np.ndarray:
+    """Read the original bytes of each of a shard's tokens, (N,), from the file beside it."""
+    path = path.with_name(path.name.replace("val_", "val_bytes_"))
+    sizes = read_shard(path)
+    if sizes.size != num_tokens:
+        raise UserError(
+            f"{path}: expected the bytes of {num_tokens:,} tokens, found {sizes.size:,}. It belongs to "
+            "another shard; make the data again."
+        )
+    return sizes
 
-    tokenizer_sha256 is that of the tokenizer which the model was trained with, where one is known.
+
+def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "") -> ValidationText:
+    """Load all validation shards, or the chosen ones, with the byte count of every target.
+
+    Refuses a byte total, or without a choice shards, that are not the manifest's. tokenizer_sha256 is that
+    of the tokenizer which the model was trained with, where one is known.
     """
     codec = load_codec(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
-    pattern = pattern or str(Path(cfg.data_path) / VAL_GLOB)
+    pattern = chosen or str(Path(cfg.data_path) / VAL_GLOB)
     files = find_shards(pattern)
     manifest = read_manifest(files[0].parent) or {}
     made_with = tokenizer_sha256 or manifest.get("tokenizer", {}).get("sha256", codec.digest)
@@ -738,12 +751,18 @@ def load_validation(cfg: DataConfig, pattern: str = "", tokenizer_sha256: str = 
             f"{pattern}: expected 2 or more validation tokens, found {tokens.size}. Make the data again."
         )
     if codec.needs_sidecar:  # the text's own sizes, which the tokens cannot tell
-        sidecars = [path.with_name(path.name.replace("val_", "val_bytes_")) for path in files]
-        token_bytes = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
+        sidecars = [read_sidecar(path, shard.size) for path, shard in zip(files, shards)]
+        token_bytes = np.concatenate(sidecars).astype(np.int32)
     else:
         token_bytes = codec.token_bytes(tokens)
     stated = manifest.get("val", {})
-    is_whole = [path.name for path in files] == [shard["file"] for shard in stated.get("shards", [])]
+    expected = [shard["file"] for shard in stated.get("shards", [])]
+    is_whole = expected == [path.name for path in files]
+    if expected and not is_whole and not chosen:
+        raise UserError(
+            f"{pattern}: the manifest names {len(expected)} validation shards, found {len(files)} others or "
+            "fewer. Make or download them again, or name those to score with --val."
+        )
     if is_whole and stated["expected_token_bytes"] != token_bytes.sum():
         raise UserError(
             f"{pattern}: the manifest expects {stated['expected_token_bytes']:,} bytes, the tokens have "
