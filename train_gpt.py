@@ -759,9 +759,10 @@ def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "
     expected = [shard["file"] for shard in stated.get("shards", [])]
     is_whole = expected == [path.name for path in files]
     if expected and not is_whole and not chosen:
+        odd = min({*expected} ^ {path.name for path in files})
         raise UserError(
-            f"{pattern}: the manifest names {len(expected)} validation shards, found {len(files)} others or "
-            "fewer. Make or download them again, or name those to score with --val."
+            f"{pattern}: expected the manifest's {len(expected)} validation shards, found {len(files)}; {odd} "
+            "is in one list only. Make the data again, or name the shards to score: python -m eval --val."
         )
     if is_whole and stated["expected_token_bytes"] != token_bytes.sum():
         raise UserError(
