@@ -1,0 +1,423 @@
+"""`python -m eval`: what it takes from where, what it reproduces, compares and breaks down."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures_model import make_documents, run_python
+
+import train_gpt
+from data.codecs import load_codec
+from data.errors import UserError
+from data.prepare import Document, write_dataset
+from data.shards import read_json, sha256_file, write_json
+from eval.__main__ import document_range, main, take_documents
+from eval.adaptive import plan_documents
+from eval.audit.probes import Event, coverage, order_of_events
+from eval.breakdown import BYTE_CLASSES, break_down, byte_shares, class_of, cost_of
+from eval.compare import document_costs
+from eval.modes import Scoring
+from eval.runs import find_target, newest_run
+from formats.recipe import config_fields, with_values
+from train_gpt import (
+    Config,
+    Log,
+    build_model,
+    finish,
+    load_artifact,
+    load_validation,
+    prepare_folder,
+    quantize_model,
+    score_model,
+    write_artifact,
+)
+
+ADAPTIVE = {
+    "eval.mode": "sgd-ttt", "eval.keep_tail": True, "eval.sgd_chunk_tokens": 64, "eval.sgd_batch_seqs": 2,
+    "eval.sgd_epochs": 1, "eval.sgd_lr": 0.05,
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_run(tiny_config, alone, tmp_path):
+    """Make complete run folders of untrained models: what a run leaves, without training and packing."""
+
+    def make(name: str, changes: dict | None = None) -> Path:
+        changes = {"eval.mode": "sliding", "eval.keep_tail": True} | (changes or {})
+        cfg = with_values(tiny_config, {"run.run_id": name, **changes}, "test")
+        folder = tmp_path / "runs" / name
+        prepare_folder(folder, cfg, False)
+        text = load_validation(cfg.data)
+        torch.manual_seed(sum(name.encode()))
+        model = build_model(cfg, alone.device)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.copy_(torch.randn(param.shape) * 0.3)
+        quantized = quantize_model(model, cfg, {}, None)
+        ledger = write_artifact(model, cfg, quantized, text.tokenizer_sha256, folder / "artifact.bin")
+        model, stored, _ = load_artifact(folder / "artifact.bin", cfg, alone.device)
+        score = score_model(model, stored, text, alone, Scoring())._asdict()
+        facts = {"steps": 0, "train_ms": 0.0, "tokens_per_second": 0.0, "score": score, "ledger": ledger}
+        finish(folder, cfg, facts | {"seconds": {"scoring": score["seconds"]}}, Log(folder, False))
+        return folder
+
+    return make
+
+
+def evaluate(capsys, *args) -> dict:
+    """Run the command in this process; returns its JSON object."""
+    capsys.readouterr()
+    assert main([*map(str, args), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# ---- What comes from where ---------------------------------------------------------------------------
+
+
+def test_the_environment_cannot_change_what_the_artifact_stores(make_run, tiny_config, monkeypatch, capsys):
+    """A score is the artifact's; a variable left over in a shell must not move or break it."""
+    folder = make_run("run")
+    monkeypatch.setenv("DATA_PATH", tiny_config.data.data_path)
+    monkeypatch.setenv("TOKENIZER_PATH", tiny_config.data.tokenizer_path)
+    recorded = read_json(folder / "result.json")["score"]["val_bpb"]
+    fields = config_fields(Config).values()
+    stored = [item.metadata["env"] for item in fields if item.metadata["env"] and not item.metadata["live"]]
+    assert {"EVAL_STRIDE", "NUM_LAYERS", "VOCAB_SIZE", "TTT_LR"} <= set(stored)
+    for value in ("3", "nonsense"):
+        for name in stored:
+            monkeypatch.setenv(name, value)
+        for target in (folder, folder / "artifact.bin"):
+            part = ["--set", "run.val_batch_tokens=512"]
+            assert evaluate(capsys, target, *part)["val_bpb"] == recorded
+
+
+def test_the_command_line_changes_scoring_and_nothing_else(make_run, capsys):
+    """--set reaches every [eval] field and live ones; what the artifact stores is out of reach."""
+    folder = make_run("run")
+    stored = evaluate(capsys, folder)
+    changed = evaluate(
+        capsys, folder, "--mode", "doc", "--set", "stride=4", "eval.context_len=8", "run.compile=off"
+    )
+    assert (changed["mode"], changed["stride"], changed["context_len"]) == ("doc", 4, 8)
+    assert stored["difference"] == 0 and changed["difference"] is None
+    named = evaluate(capsys, folder, "--mode", "doc", "--stride", "4", "--context-len", "8")
+    assert named["val_bpb"] == changed["val_bpb"] != stored["val_bpb"]
+    assert evaluate(capsys, folder, "--tilt", "2.0")["tilt"] == 2.0
+    with pytest.raises(UserError, match=r"model\.num_layers: the artifact stores it"):
+        main([str(folder), "--set", "model.num_layers=2"])
+    with pytest.raises(UserError, match=r"Did you mean eval\.lora_rank"):
+        main([str(folder), "--set", "lora_rang=2"])
+
+
+def test_json_is_one_object_and_the_rest_goes_to_standard_error(make_run, tmp_path, capsys):
+    """Programs read standard output; people see how long it will take, and the events go to a file."""
+    folder, log = make_run("run", ADAPTIVE), tmp_path / "events.jsonl"
+    assert main([str(folder), "--json", "--event-log", str(log), "--set", "deadline_s=1000"]) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 1
+    score = json.loads(printed.out)
+    assert abs(score["implied_bytes"] / score["num_bytes"] - 1) < 1e-9
+    assert "projected_seconds:" in printed.err and "limit:600.0" in printed.err
+    assert "deadline_s:1000 switch_at:" in printed.err and "by the clock" in printed.err
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert list(rows[0]) == ["seq", "rank", "kind", "lo", "hi", "doc", "seconds"]
+    events = [Event(row["kind"], row["lo"], row["hi"]) for row in rows]
+    assert {event.kind for event in events} == {"score", "update"}
+    assert coverage(events, score["num_tokens"]).verdict == "PASS"
+    assert order_of_events(events, score["num_tokens"]).verdict == "PASS"
+
+
+# ---- Recorded scores ---------------------------------------------------------------------------------
+
+
+def test_a_score_cut_by_the_deadline_is_replayed_bitwise(make_run, monkeypatch, capsys):
+    """Where the clock ended adaptation is stored; without a clock the same number comes out again."""
+    with monkeypatch.context() as patch:
+        ticks = itertools.count()
+        patch.setattr("eval.adaptive.time.perf_counter", lambda: float(next(ticks)))
+        folder = make_run("cut", ADAPTIVE | {"eval.deadline_s": 60.0, "eval.limit_seconds": 1e9})
+    recorded = read_json(folder / "result.json")["score"]
+    assert 0 < recorded["switch_at"] < recorded["num_units"]
+    again = evaluate(capsys, folder)
+    assert (again["val_bpb"], again["switch_at"]) == (recorded["val_bpb"], recorded["switch_at"])
+    told = evaluate(capsys, folder, "--switch-at", recorded["switch_at"])
+    assert told["difference"] == 0
+    other = evaluate(capsys, folder, "--switch-at", 0)
+    assert other["difference"] is None and other["val_bpb"] != recorded["val_bpb"]
+
+
+@pytest.fixture
+def record(make_run, tmp_path, monkeypatch):
+    """A record folder of one seed, with its run in runs/ and no artifact of its own."""
+    monkeypatch.chdir(tmp_path)
+    run, folder = make_run("seed7"), tmp_path / "record"
+    folder.mkdir()
+    shutil.copy(run / "recipe.toml", folder)
+    (folder / "README.md").write_text("x")
+    places = read_json(run / "result.json")["places"]
+    monkeypatch.setenv("DATA_PATH", places["data.data_path"])
+    monkeypatch.setenv("TOKENIZER_PATH", places["data.tokenizer_path"])
+    bpb = read_json(run / "result.json")["score"]["val_bpb"]
+    row = {"val_bpb": bpb, "artifact_sha256": sha256_file(run / "artifact.bin")}
+    write_json(folder / "submission.json", {"seed_results": {"7": row}})
+    return folder, run
+
+
+def test_a_record_is_scored_from_the_artifact_that_it_states(record, tmp_path, capsys):
+    """Its own file, or the run's with that hash, or the one that is named; others are refused."""
+    folder, run = record
+    assert evaluate(capsys, folder)["artifact"] == str(Path("runs/seed7/artifact.bin"))
+    kept = shutil.move(run / "artifact.bin", tmp_path / "kept.bin")
+    assert evaluate(capsys, folder, "--artifact", kept)["difference"] == 0
+    other = tmp_path / "other.bin"
+    other.write_bytes(Path(kept).read_bytes() + b"x")
+    with pytest.raises(UserError, match=r"expected an artifact that .* states"):
+        find_target(folder, other)
+    shutil.copy(kept, folder / "artifact.bin")
+    assert evaluate(capsys, folder)["artifact"] == str(folder / "artifact.bin")
+
+
+def test_a_record_without_its_artifact_says_how_to_train_it(record):
+    """Weights of the contest's size are not committed: the way out is the recipe and the seed."""
+    folder, run = record
+    (run / "artifact.bin").unlink()
+    with pytest.raises(UserError, match=r"train_gpt\.py --recipe .*record/recipe\.toml run\.seed=7"):
+        find_target(folder)
+    (folder / "submission.json").unlink()
+    with pytest.raises(UserError, match=r"train_gpt\.py --recipe .*record/recipe\.toml$"):
+        find_target(folder)
+    (folder / "README.md").unlink()
+    with pytest.raises(UserError, match="a complete run"):
+        find_target(folder)
+
+
+@pytest.mark.parametrize(("stated", "status"), [(None, 1), (1e-3, 0), (1e-5, 1)])
+def test_a_difference_above_the_stated_tolerance_fails(record, stated, status, capsys):
+    """The record may state its tolerance: other devices round otherwise; unstated it is 1e-6."""
+    folder, _ = record
+    facts = read_json(folder / "submission.json")
+    facts["seed_results"]["7"]["val_bpb"] += 1e-4
+    write_json(folder / "submission.json", facts | ({"tolerance_bpb": stated} if stated else {}))
+    assert main([str(folder)]) == status
+    assert ("not reproduced" in capsys.readouterr().err) == bool(status)
+
+
+def test_the_newest_complete_run_is_the_default(make_run, tmp_path):
+    """An unfinished run is passed over."""
+    with pytest.raises(UserError, match="no complete run"):
+        newest_run(tmp_path / "runs")
+    make_run("old")
+    newest = make_run("new")
+    (make_run("unfinished") / "result.json").unlink()
+    assert newest_run(tmp_path / "runs") == newest
+
+
+# ---- Documents, comparison, breakdown ----------------------------------------------------------------
+
+
+def test_documents_are_scored_as_within_the_whole_text(make_run, capsys):
+    """Shares of the documents add up to all of them, where documents do not see each other."""
+    folder = make_run("run")
+    doc = [folder, "--mode", "doc"]
+    whole, first, rest = (
+        evaluate(capsys, *doc, *part) for part in ([], ["--documents", "3"], ["--documents", "3:"])
+    )
+    for name in ("num_tokens", "num_bytes"):
+        assert first[name] + rest[name] == whole[name]
+    nats = [part["val_loss"] * part["num_tokens"] for part in (whole, first, rest)]
+    assert nats[0] == pytest.approx(nats[1] + nats[2], rel=1e-5)
+    assert evaluate(capsys, *doc, "--documents", "3:99")["num_bytes"] == rest["num_bytes"]
+    with pytest.raises(UserError, match="found none in the range"):
+        main([str(folder), "--documents", "50:60"])
+
+
+@pytest.mark.parametrize("text", ["", ":", "x", "3:2", "0", "-1", "2:2", "-3:2"])
+def test_ranges_of_documents_that_mean_nothing_are_refused(text):
+    """An empty score would be taken for a good one."""
+    with pytest.raises(Exception, match="expected"):
+        document_range(text)
+
+
+def test_a_run_equals_itself(make_run, capsys):
+    """The one comparison whose outcome is known: no difference, no interval."""
+    folder = make_run("run")
+    report = evaluate(capsys, "--compare", folder, folder)
+    assert report["difference"] == 0 and report["interval"]["low"] == report["interval"]["high"] == 0
+    assert len(report["documents"]) == 8
+    assert main(["--compare", str(folder), str(folder)]) == 0
+    assert "A - B  +0.00000000 bpb" in capsys.readouterr().out
+
+
+def test_runs_with_different_tokenizers_are_compared_by_the_bytes_of_documents(
+    make_run, trained, tmp_path, capsys
+):
+    """Tokens differ, documents and bytes do not; another text is refused whatever the tokenizer."""
+    folders = {}
+    for name, seed in (("same", 2), ("other", 3)):
+        documents = [Document(text, f"{i}") for i, text in enumerate(make_documents(8, seed=seed))]
+        training = [Document("a text to train on", "0")]
+        codec = load_codec(trained["bytes"])
+        write_dataset(tmp_path / name, codec, training, documents, {}, num_threads=1)
+        places = {"data.data_path": tmp_path / name, "data.tokenizer_path": trained["bytes"]}
+        kind = {"data.vocab_size": 260, "data.tokenizer_kind": "bytes", "eval.keep_tail": True}
+        folders[name] = make_run(name, kind | {key: str(value) for key, value in places.items()})
+    pieces = make_run("pieces")
+    report = evaluate(capsys, "--compare", pieces, folders["same"])
+    alone = [evaluate(capsys, run)["val_bpb"] for run in (pieces, folders["same"])]
+    assert report["val_bpb"] == pytest.approx(alone, rel=1e-12)
+    assert all(a == b for a, b in (row["bytes"] for row in report["documents"]))
+    low, high = (report["interval"][end] for end in ("low", "high"))
+    assert low < report["difference"] < high
+    rows = report["documents"]
+    assert sum(row["bits_saved"] > 0 for row in rows) == report["documents_better"]
+    with pytest.raises(UserError, match="document 0: expected the same text on both sides"):
+        main(["--compare", str(pieces), str(folders["other"])])
+
+
+@pytest.mark.parametrize("mode", ["chunked", "sliding", "doc", "lora-ttt"])
+def test_a_breakdown_adds_up(make_run, capsys, mode):
+    """Every table is the same total, cut another way; without tails nothing is left over either."""
+    args = ["--mode", mode, "--set", "keep_tail=0", "lora_rank=2", "lora_chunk_tokens=8", "lora_sites=mlp"]
+    facts = evaluate(capsys, make_run("run"), "--breakdown", *args)
+    tables = facts["breakdown"]
+    assert ("tokens in the window" in tables) == (mode != "lora-ttt")
+    bits = facts["val_loss"] * facts["num_tokens"] / np.log(2)
+    for rows in tables.values():
+        assert sum(row["targets"] for row in rows) == pytest.approx(facts["num_tokens"])
+        assert sum(row["num_bytes"] for row in rows) == pytest.approx(facts["num_bytes"])
+        assert sum(row["bits"] for row in rows) == pytest.approx(bits, rel=1e-6)
+
+
+def test_a_breakdown_equals_a_loop_over_targets(lossless_codec):
+    """Context, place, length and kind of byte of each target, counted one by one."""
+    texts = ["caf\u00e9 42, x\n" * 30, "a", "", "the model reads bytes 1024\n" * 3]
+    bos = lossless_codec.bos_id
+    parts = [np.concatenate([[bos], lossless_codec.encode(text)]) for text in texts]
+    tokens = np.concatenate([*parts, [bos]]).astype(np.uint16)
+    sizes = lossless_codec.token_bytes(tokens)[1:]
+    nats = np.random.default_rng(0).uniform(0, 5, len(sizes)).astype(np.float32)
+    costs = cost_of(nats, sizes)
+    tables = break_down(costs, tokens, lossless_codec, ("chunked", 16, 0))
+    expected: dict[str, dict[str, float]] = {title: {} for title in tables}
+    documents = plan_documents(tokens, bos)
+    octaves = [1, 3, 7, 15, 31, 63, 127, 255, 511, 1023]
+    for lo, hi in documents:
+        for i in range(lo, hi):
+            bits, last = costs.bits[i], f"{octaves[np.searchsorted(octaves, i - lo + 1)]}"
+            seen = f"{octaves[np.searchsorted(octaves, i % 16 + 1)]}"
+            length = sizes[lo:hi].sum()
+            kinds = [(last, "tokens of the document"), (seen, "tokens in the window")]
+            kinds.append(("256-1,023" if length >= 256 else "0-255", "bytes of the document"))
+            for name, title in kinds:
+                expected[title][name] = expected[title].get(name, 0.0) + bits
+            piece = lossless_codec.decode(tokens[i + 1 : i + 2])
+            table = expected["bytes of the target"]
+            for name in [BYTE_CLASSES[class_of(byte)] for byte in piece] or ["no bytes"]:
+                table[name] = table.get(name, 0.0) + bits / max(len(piece), 1)
+    for title, rows in tables.items():
+        if title.startswith("tokens"):  # names end in the longest context that there is
+            assert [row.bits for row in rows] == pytest.approx(list(expected[title].values()))
+        else:
+            assert {row.name: row.bits for row in rows} == pytest.approx(expected[title])
+
+
+def test_kinds_of_bytes_are_the_same_for_every_tokenizer(codecs, normalising_case_ops):
+    """Shares come from decoded pieces: byte tokens, leading spaces and operators included."""
+    for codec in (*codecs.values(), normalising_case_ops):
+        shares = byte_shares(codec)
+        assert shares.sum(1) == pytest.approx(1)
+        assert shares[codec.bos_id, BYTE_CLASSES.index("no bytes")] == 1
+        ids = codec.encode("a 7")
+        assert (shares[ids].sum(0)[:3] > 0).all() and shares[ids][:, 3:5].sum() == 0
+    assert [BYTE_CLASSES[class_of(byte)] for byte in b"aZ7 \n.\xc3\x00"] == [
+        "letters", "letters", "digits", "whitespace", "whitespace", "punctuation", "non-ASCII", "punctuation",
+    ]  # fmt: skip
+
+
+def test_documents_of_no_bytes_cost_bits_all_the_same():
+    """Empty documents have no bits per byte of their own, and may not vanish from the sum."""
+    tokens = np.array([1, 5, 1, 1, 6, 7, 1], dtype=np.uint16)
+    costs = document_costs(np.ones(6, np.float32), np.array([1, 0, 0, 2, 2, 0]), tokens, 1)
+    assert (costs.bits * np.log(2)).tolist() == pytest.approx([2, 1, 3])
+    assert costs.num_bytes.tolist() == [1, 0, 4]
+    assert [ids.tolist() for ids in costs.tokens] == [[5], [], [6, 7]]
+
+
+def test_taken_documents_keep_their_bytes(tiny_config):
+    """Tokens and byte counts are cut at the same places."""
+    text = load_validation(tiny_config.data)
+    part = take_documents(text, slice(2, 4))
+    lo, hi = plan_documents(text.tokens, text.bos_id)[[2, 3], [0, 1]]
+    assert np.array_equal(part.tokens, text.tokens[lo : hi + 1])
+    assert np.array_equal(part.target_bytes, text.target_bytes[lo:hi])
+
+
+# ---- Fresh processes ---------------------------------------------------------------------------------
+
+OFFLINE = """
+import runpy, sys
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo") or (event == "open" and "_train_" in str(args[0])):
+        raise RuntimeError(f"{event} {args[0]}")
+sys.addaudithook(refuse)
+"""
+
+
+@pytest.mark.slow
+def test_packed_program_source_and_command_agree_offline_without_training_shards(make_run, tmp_path):
+    """One artifact, one validation shard, three programs in fresh processes: one number, bit for bit."""
+    folder = make_run("run", ADAPTIVE)
+    recorded = read_json(folder / "result.json")
+    data = tmp_path / "validation only"
+    data.mkdir()
+    for path in Path(recorded["places"]["data.data_path"]).iterdir():
+        if "_train_" not in path.name:
+            shutil.copy(path, data)
+    program = tmp_path / "elsewhere" / "train_gpt.py"
+    program.parent.mkdir()
+    train_gpt_packed = run_python("-m", "dev.pack", "--recipe", folder / "recipe.toml", "--out", program)
+    assert train_gpt_packed.returncode == 0, train_gpt_packed.stderr
+    score = f"""
+names = runpy.run_path(sys.argv[1], run_name="scorer")
+live = names["with_values"](names["Config"](), {{"data.data_path": {str(data)!r},
+    "data.tokenizer_path": {str(data / "tokenizer.model")!r}}}, "test")
+live = names["with_values"](live, {{"run.val_batch_tokens": 512}}, "test")
+ranks = names["Ranks"](names["Environment"]({{}}), "cpu")
+model, cfg, header = names["load_artifact"]({str(folder / "artifact.bin")!r}, live, ranks.device)
+text = names["load_validation"](cfg.data, "", header["tokenizer_sha256"])
+print(repr(names["score_model"](model, cfg, text, ranks).val_bpb))
+"""
+    found = []
+    for path in (program, Path(train_gpt.__file__)):
+        result = run_python("-c", OFFLINE + score, path, cwd=path.parent)
+        assert result.returncode == 0, result.stderr
+        found.append(float(result.stdout.splitlines()[-1]))
+    command = "sys.argv[1:1] = []; runpy.run_module('eval', run_name='__main__', alter_sys=True)"
+    arguments = [folder / "artifact.bin", "--val", data / "fineweb_val_*.bin", "--json"]
+    arguments += ["--tokenizer", data / "tokenizer.model", "--set", "run.val_batch_tokens=512"]
+    result = run_python("-c", OFFLINE + command, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert [*found, json.loads(result.stdout)["val_bpb"]] == [recorded["score"]["val_bpb"]] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, ADAPTIVE], ids=["sliding", "sgd-ttt"])
+def test_two_and_four_ranks_give_the_score_of_one(make_run, tmp_path, changes):
+    """torchrun -m eval: plain scores bitwise, adaptive ones to 1e-5; one object, one log a rank."""
+    folder = make_run("run", changes)
+    recorded = read_json(folder / "result.json")["score"]["val_bpb"]
+    for world_size in (2, 4):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+        log = tmp_path / f"{world_size}.jsonl"
+        result = run_python(*launcher, "-m", "eval", folder, "--json", "--event-log", log)
+        assert result.returncode == 0, result.stderr
+        score = json.loads(result.stdout)
+        assert score["val_bpb"] == pytest.approx(recorded, abs=1e-5 if changes else 0)
+        logs = [log, *(Path(f"{log}.{rank}") for rank in range(1, world_size))]
+        rows = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
+        events = [Event(row["kind"], row["lo"], row["hi"]) for row in rows if row["kind"] == "score"]
+        assert coverage(sorted(events, key=lambda event: event.lo), score["num_tokens"]).verdict == "PASS"
