@@ -33,7 +33,7 @@ ADAPTER_SITES = {
     "v": ("v",),
     "o": ("out",),
     "mlp": ("up", "down"),
-    "head": ("head", "tied_head"),
+    "head": ("head", "readout"),
 }
 
 

@@ -448,7 +448,7 @@ def test_adaptation_pays_on_text_that_repeats_itself(name):
         assert adapted.mean() < SCORERS["lora"](Toy(), make_session(tokens)).nats.mean()
 
 
-@pytest.mark.parametrize("site", ["q", "k", "v", "o", "mlp"])
+@pytest.mark.parametrize("site", ["q", "k", "v", "o", "mlp", "head"])
 def test_every_site_adapts(tiny_model, site):
     """Each choice reaches a module of the real model, and its adapters learn."""
     tokens = make_text((40,))
@@ -674,7 +674,7 @@ def test_mistakes_are_named(tiny_model):
     session = make_session(make_text())
     with pytest.raises(UserError, match=r"'blocks\.9\.\*'"):
         score_sgd(tiny_model, session, SGD._replace(frozen=("blocks.9.*",)))
-    with pytest.raises(UserError, match=r"adapters on 'bias'.*q, k, v, o, mlp"):
+    with pytest.raises(UserError, match=r"adapters on 'bias'.*q, k, v, o, mlp, head"):
         score_lora(tiny_model, session, LORA._replace(sites=("q", "bias")), PhaseOptions())
     with pytest.raises(UserError, match="chunk of 17 tokens"):
         score_lora(tiny_model, session, LORA._replace(sites=("q",), chunk_tokens=17), PhaseOptions())
