@@ -63,8 +63,18 @@ from data.shards import (
 from eval.adaptive import Reports, Session, Settings
 from eval.bpb import BpbMeter
 from eval.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
-from eval.modes import EVAL_MODES, Scoring, score_session, scoring_cost
-from eval.sliding import ProgressLines, ScoreOptions, plain_cost
+from eval.modes import (
+    EVAL_MODES,
+    Aids,
+    Scoring,
+    aid_limits,
+    make_table,
+    read_aids,
+    score_session,
+    scoring_cost,
+    write_aids,
+)
+from eval.sliding import ProgressLines, ScoreOptions, newton_step, plain_cost, scale_sums
 from formats.artifact import (
     STREAM_CODECS,
     ArtifactError,
@@ -111,6 +121,8 @@ PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed pro
 
 ARTIFACT_NAME, CHECKPOINT_NAME = "artifact.bin", "checkpoint.safetensors"
 TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "tiktoken", "bese")
+
+NEWTON_STEPS = 2  # of fit_scales: the cost is nearly a parabola there
 
 # Arithmetic of activations and products; masters are float32, or float64 with it.
 DTYPES = ("float32", "bfloat16", "float64")
@@ -341,6 +353,12 @@ class EvalConfig:
     keep_tail: bool = option(False, "", "score the targets past the last whole window too")
     deadline_s: float = option(0.0, "", "end adaptation so that scoring takes so long; 0: never", low=0)
     tilt_online: float = option(0.0, "", "strength of hints from the text scored so far, times share", low=0)
+    tilt_static_entries: int = option(0, "", "most n-grams of training text in the artifact; 0: none", low=0)
+    tilt_static_lengths: tuple = option((3,), "", "tokens of their prefixes")
+    tilt_static_strength: float = option(1.0, "", "strength of their hints", low=0)
+    tilt_static_tokens: int = option(10_000_000, "", "training tokens that they are counted on", low=2)
+    tilt_legacy: bool = option(False, "", "system B: they guess the token just seen; the score is invalid")
+    fit_scales: bool = option(False, "", "scale logits by sign, fitted to training text after training")
     sgd_lr: float = option(0.005, "TTT_LR", "learning rate of sgd-ttt and of phases", low=0)
     sgd_momentum: float = option(0.9, "TTT_MOMENTUM", "their momentum", low=0, high=1)
     sgd_epochs: int = option(3, "TTT_EPOCHS", "their passes over a scored chunk", low=1)
@@ -479,6 +497,9 @@ def check_config(cfg: Config) -> None:
     reserved = cfg.quant.reserve_seconds == 0 or cfg.quant.reserve_seconds < clock
     one_average = not (cfg.average.ema_decay > 0 and cfg.average.swa_every > 0)
     rotated = model.rope_dims or head_dim
+    lengths = cfg.eval.tilt_static_lengths
+    hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
+    narrow = not cfg.eval.tilt_static_entries or data.vocab_size <= 1 << 16
     rules = [
         ("model.model_dim", model.model_dim % model.num_heads == 0, "must be a multiple of num_heads"),
         ("model.model_dim", head_dim % 2 == 0, f"gives head_dim {head_dim}, which must be even for RoPE"),
@@ -510,6 +531,8 @@ def check_config(cfg: Config) -> None:
         ("quant.awq_group_cols", quant.method == "gptq" or not quant.awq_group_cols, "needs method=gptq"),
         ("quant.matrix_bits", quant.matrix_bits > 1 or quant.method == "round", "needs method=round"),
         ("quant.reserve_seconds", reserved, f"must be below run.max_wallclock_seconds={clock}"),
+        ("eval.tilt_static_lengths", hints_fit, "must be whole numbers from 1 on"),
+        ("eval.tilt_static_entries", narrow, "needs data.vocab_size of at most 65,536"),
         ("run.iterations", run.iterations > 0 or run.max_wallclock_seconds > 0, "needs a step or a clock"),
     ]
     for name, holds, constraint in rules:
@@ -1217,6 +1240,7 @@ class GPT(nn.Module):
         if cfg.tie_embeddings:
             self.readout = TiedHead(cfg.embed_dim or cfg.model_dim, vocab_size)
         self.softcap = AsymmetricSoftcap(cfg.logit_softcap) if cfg.asymmetric_softcap else None
+        self.aids = Aids()  # for the scorer; in the artifact beside the weights
         self.init_weights()
 
     @torch.no_grad()
@@ -1901,6 +1925,8 @@ def pack_model(
     if cfg.quant.codec == "rans":
         streams["codes"] = encode_codes(raw["codes"])
         streams["scales"] = encode_halves([part.ravel() for part in raw["scales"]])
+    if cfg.eval.tilt_static_entries or cfg.eval.fit_scales:
+        streams |= write_aids(model.aids)
     table = tensor_table(cfg, repaired_names(quantized))
     header = {"recipe": recipe_of(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": table}
     return pack_artifact(header, streams, stream_codec(cfg))
@@ -2000,6 +2026,17 @@ def restore_tensor(codes=None, scales=None, columns=None, halves=None, floats=No
     return halves if halves is not None else floats
 
 
+def load_aids(streams: dict[str, Stream], cfg: Config) -> Aids:
+    """Take what the scorer needs out of the streams; lengths are checked before anything is allocated."""
+    limits = aid_limits(cfg.eval)
+    aids = {name: streams.pop(name) for name in limits if name in streams}
+    sizes = {name: stream.raw_bytes for name, stream in aids.items()}
+    if set(aids) != set(limits) or any(sizes[name] > limits[name] for name in limits):
+        raise ArtifactError(f"artifact: expected streams of at most {limits} bytes, found {sizes}.")
+    raw = {name: decompress(stream, stream_codec(cfg)) for name, stream in aids.items()}
+    return read_aids(raw, cfg.eval, cfg.data.vocab_size)
+
+
 def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple[GPT, Config, dict]:
     """Load a model from an artifact file.
 
@@ -2021,12 +2058,14 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     numel = sum(math.prod(row.shape) for row in table)
     if numel > LARGEST_NUMEL + NUMEL_A_BYTE * size:
         raise ArtifactError(f"{path}: its {size:,} bytes cannot hold the {numel:,} weights of its recipe.")
+    aids = load_aids(streams, cfg) if cfg.eval.tilt_static_entries or cfg.eval.fit_scales else None
     tensors = read_tensors(streams, table, cfg)
     wild = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if wild:
         raise ArtifactError(f"{path}: {wild[0]} has values that are not finite; it is damaged.")
     model = make_gpt(cfg, device, "meta").to_empty(device=device)  # no weights are drawn for nothing
     model.load_state_dict(tensors)
+    model.aids = aids
     return model.eval(), cfg, header
 
 
@@ -2070,7 +2109,7 @@ def score_model(
     tokens = text.tokens[: num_targets + 1]
     batch_tokens = cfg.run.val_batch_tokens // cfg.data.micro_batches
     options = ScoreOptions(text.bos_id, batch_tokens, ranks.device, ranks.rank, ranks.world_size)
-    options = options._replace(cost=scoring_cost(settings, tokens))
+    options = options._replace(cost=scoring_cost(settings, tokens, model.aids))
     windows = Settings(context_len, settings.stride, settings.deadline_s, scoring.switch_at)
     session = Session(tokens, windows, options, ranks, scoring.reports)
     if options.cost is not plain_cost:
@@ -2185,6 +2224,30 @@ def collect_statistics(training: Training) -> dict[str, Moments]:
     for kept in moments.values():
         kept.merge(training.ranks.sum)
     return moments
+
+
+def fit_scales(training: Training) -> tuple[float, ...]:
+    """Fit the scorer's factors of positive and of negative logits to the next training text, all ranks."""
+    model, cfg = training.model.eval(), training.cfg
+    stage = stages_of(cfg)[-1]
+    batches = [next_batch(training.loader, stage, training.ranks) for _ in range(cfg.quant.calib_batches)]
+    scales = torch.ones(2, dtype=torch.float64, device=training.ranks.device)
+    for _ in range(NEWTON_STEPS):
+        sums = torch.zeros(6, dtype=torch.float64, device=scales.device)
+        for batch in batches:
+            with torch.no_grad():
+                scores = model(batch.tokens, batch.starts_doc).float().flatten(0, 1)
+            sums += scale_sums(scores, batch.targets.flatten(), scales)
+        scales = newton_step(scales, training.ranks.sum(sums))
+    return tuple(scales.tolist())
+
+
+def collect_aids(training: Training) -> Aids:
+    """Make what the scorer takes from training text; rank 0, which writes the artifact, counts n-grams."""
+    settings, table = training.cfg.eval, None
+    if settings.tilt_static_entries and training.ranks.is_main:
+        table = make_table(settings, training.loader.shards)
+    return Aids(table, fit_scales(training) if settings.fit_scales else ())
 
 
 def save_checkpoint(training: Training, path: Path) -> None:
@@ -2461,9 +2524,10 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
     sha256 is the tokenizer's.
     """
     model, cfg, started = training.model, training.cfg, time.perf_counter()
-    moments = {}
-    if cfg.quant.method != "round":
-        moments = collect_statistics(training)
+    moments = collect_statistics(training) if cfg.quant.method != "round" else {}
+    if cfg.eval.tilt_static_entries or cfg.eval.fit_scales:
+        model.aids = collect_aids(training)
+    if cfg.quant.method != "round" or cfg.eval.tilt_static_entries or cfg.eval.fit_scales:
         calibration = 1000 * (time.perf_counter() - started)
         log.line(f"calibration_time:{calibration:.0f}ms reserve:{1000 * cfg.quant.reserve_seconds:.0f}ms")
         over = training.train_ms + calibration - 1000 * cfg.run.max_wallclock_seconds

@@ -15,16 +15,22 @@ from data.errors import UserError
 
 NO_HINT = -1
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
-KEY_DTYPE = np.dtype("<u4")
-NEXT_DTYPE = np.dtype("<u2")  # of continuations: tables are for vocabularies up to 65,536
+KEY_DTYPE, NEXT_DTYPE = np.dtype("<u4"), np.dtype("<u2")  # of a table's keys and continuations
+TAG_BITS = 4  # by which a table's keys are longer than its numbers of entries need
+LEGACY_ALIGNMENT = "static hints are misaligned as in system B: they guess the token just seen"
 
 
 class NgramTable(NamedTuple):
-    """The likeliest continuation of frequent prefixes of 1, 2, ... tokens; a row of each tuple a length."""
+    """The likely continuations of frequent prefixes, found by the first bits of the prefix's hash.
 
-    vocab_size: int
-    keys: tuple[np.ndarray, ...]  # (M,) ascending; tokens of the prefix as digits in base vocab_size
-    tokens: tuple[np.ndarray, ...]  # (M,) continuation of each key
+    A prefix that is not in it finds a stranger's hint once in about 2^TAG_BITS: legal, because it reads the
+    prefix alone, and cheap, because an unlikely token that gets likelier takes little from the others.
+    """
+
+    lengths: tuple[int, ...]  # tokens of its prefixes
+    key_bits: int
+    keys: np.ndarray  # (M,) KEY_DTYPE, ascending
+    tokens: np.ndarray  # (M,) NEXT_DTYPE: the continuation of each key
 
 
 class OnlineRule(NamedTuple):
@@ -77,67 +83,106 @@ def join_tilts(*tilts: Tilt) -> Tilt:
     return Tilt(*(np.concatenate(columns, axis=1) for columns in zip(*tilts)))
 
 
-def prefix_keys(tokens: np.ndarray, length: int, vocab_size: int) -> np.ndarray:
-    """Number the prefixes of `length` tokens that end at positions length - 1, length, ...; int64."""
-    count = max(len(tokens) - length + 1, 0)
-    keys = np.zeros(count, dtype=np.int64)
-    for offset in range(length):
-        keys = keys * vocab_size + tokens[offset : offset + count]
-    return keys
+def hash_contexts(tokens: np.ndarray, order: int) -> np.ndarray:
+    """Hash the `order` tokens that end at positions order - 1, order, ...; uint64, a polynomial mod 2^64."""
+    count = max(len(tokens) - order + 1, 0)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset in range(order):
+        hashes = hashes * np.uint64(HASH_MULTIPLIER) + tokens[offset : offset + count].astype(np.uint64) + 1
+    return hashes
+
+
+def key_bits_of(max_entries: int) -> int:
+    """Return the bits of a key in a table of up to max_entries."""
+    return (max_entries - 1).bit_length() + TAG_BITS
+
+
+def prefix_keys(hashes: np.ndarray, key_bits: int) -> np.ndarray:
+    """Shorten (n,) uint64 hashes to keys; the product carries the last token into the first bits."""
+    return (hashes * np.uint64(HASH_MULTIPLIER) >> np.uint64(64 - key_bits)).astype(KEY_DTYPE)
+
+
+def count_of(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Count how often each of (m,) wanted is among (n,) values, which hold all of them; int64."""
+    distinct, counts = np.unique(values, return_counts=True)
+    return counts[np.searchsorted(distinct, wanted)]
+
+
+def rank_continuations(
+    tokens: np.ndarray, length: int, min_count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return hash, likeliest continuation and worth of the prefixes of `length` tokens; each (m,).
+
+    worth = n KL(share || s), n the prefix's count, share its continuation's, discounted for what a few
+    counts overstate, s that share after the prefix without its first token and elsewhere: the nats that
+    a reader of the shorter prefix would save. Prefixes with less than min_count such pairs are left out.
+    """
+    prefixes, pairs = hash_contexts(tokens[:-1], length), hash_contexts(tokens, length + 1)
+    _, first, hits = np.unique(pairs, return_index=True, return_counts=True)
+    order = np.lexsort((tokens[first + length], -hits, prefixes[first]))
+    leads = np.ones(len(order), dtype=bool)
+    leads[1:] = np.diff(prefixes[first][order]) != 0
+    best = order[leads & (hits[order] >= min_count)]
+    first, hits = first[best], hits[best]
+    seen = count_of(prefixes, prefixes[first])
+    short_pairs, short = hash_contexts(tokens, length), hash_contexts(tokens[:-1], length - 1)
+    other_hits = count_of(short_pairs, short_pairs[first + 1]) - hits
+    others = count_of(short, short[first + 1]) - seen
+    share, expected = (hits - 0.6) / (seen + 0.5), (other_hits + 0.5) / (others + 50)
+    saved = share * np.log(share / expected) + (1 - share) * np.log((1 - share) / (1 - expected))
+    worth = np.where(share > expected, seen * saved, 0.0)
+    return prefixes[first], tokens[first + length], worth
 
 
 def build_table(
-    tokens: np.ndarray, vocab_size: int, max_entries: tuple[int, ...], min_count: int = 2
+    tokens: np.ndarray, lengths: tuple[int, ...], max_entries: int, min_count: int = 2
 ) -> NgramTable:
-    """Count training tokens; keep for each prefix length the entries seen most often.
+    """Count training tokens; keep the max_entries prefixes of these lengths that are worth most.
 
-    max_entries[n - 1] bounds the prefixes of n tokens. Ties go to the smaller token and the smaller key.
+    Equal worth goes to the shorter prefix. Needs about 100 bytes a token.
     """
-    keys, nexts = [], []
-    for length, limit in enumerate(max_entries, start=1):
-        prefixes = prefix_keys(tokens[:-1], length, vocab_size)
-        pairs, counts = np.unique(prefixes * vocab_size + tokens[length:], return_counts=True)
-        by_prefix = np.lexsort((-counts, pairs // vocab_size))
-        sorted_keys = pairs[by_prefix] // vocab_size
-        best = by_prefix[np.diff(sorted_keys, prepend=-1) != 0]
-        best = best[counts[best] >= min_count]
-        best = np.sort(best[np.argsort(-counts[best], kind="stable")[:limit]])
-        keys.append((pairs[best] // vocab_size).astype(KEY_DTYPE))
-        nexts.append((pairs[best] % vocab_size).astype(NEXT_DTYPE))
-    return NgramTable(vocab_size, tuple(keys), tuple(nexts))
+    ranked = [rank_continuations(tokens, length, min_count) for length in lengths]
+    hashes, nexts, worth = (np.concatenate(parts) for parts in zip(*ranked))
+    best = np.argsort(-worth, kind="stable")[:max_entries]
+    key_bits = key_bits_of(max_entries)
+    keys, first = np.unique(prefix_keys(hashes[best], key_bits), return_index=True)
+    return NgramTable(lengths, key_bits, keys, nexts[best][first].astype(NEXT_DTYPE))
+
+
+def planes(numbers: np.ndarray) -> bytes:
+    """Lay numbers out as all their first bytes, then all their second ones: the last are mostly zero."""
+    return numbers.view(np.uint8).reshape(-1, numbers.itemsize).T.tobytes()
+
+
+def from_planes(raw: bytes, dtype: np.dtype) -> np.ndarray:
+    """Undo `planes`."""
+    return np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T.copy().view(dtype).ravel()
 
 
 def write_table(table: NgramTable) -> dict[str, bytes]:
     """Lay a table out as named byte strings for the artifact; keys as differences, which compress."""
-    streams = {}
-    for length, (keys, nexts) in enumerate(zip(table.keys, table.tokens), start=1):
-        streams[f"ngram{length}.keys"] = np.diff(keys, prepend=KEY_DTYPE.type(0)).tobytes()
-        streams[f"ngram{length}.tokens"] = nexts.tobytes()
-    return streams
+    steps = np.diff(table.keys, prepend=KEY_DTYPE.type(0))
+    return {"ngram keys": planes(steps), "ngram tokens": planes(table.tokens)}
 
 
-def read_table(streams: dict[str, bytes], vocab_size: int) -> NgramTable:
-    """Restore what write_table laid out; raises UserError where the bytes are no table of this vocabulary."""
-    keys, nexts = [], []
-    for length in range(1, len(streams) // 2 + 1):
-        names = f"ngram{length}.keys", f"ngram{length}.tokens"
-        parts = [streams.get(name, b"?") for name in names]
-        if len(parts[0]) != 2 * len(parts[1]) or len(parts[0]) % KEY_DTYPE.itemsize:
-            raise UserError(
-                f"n-gram table: expected {names[0]} and {names[1]} of matching lengths, found "
-                f"{len(parts[0])} and {len(parts[1])} bytes. The artifact is damaged; write it again."
-            )
-        steps = np.frombuffer(parts[0], KEY_DTYPE).astype(np.int64)
-        key, after = steps.cumsum(), np.frombuffer(parts[1], NEXT_DTYPE)
-        rising = (steps[1:] > 0).all() and (key < vocab_size**length).all()
-        if not rising or (after >= vocab_size).any():
-            raise UserError(
-                f"n-gram table: expected rising keys and tokens below {vocab_size} in {names[0]}, found "
-                "others. The table belongs to another vocabulary; write the artifact again."
-            )
-        keys.append(key.astype(KEY_DTYPE))
-        nexts.append(after)
-    return NgramTable(vocab_size, tuple(keys), tuple(nexts))
+def read_table(
+    streams: dict[str, bytes], lengths: tuple[int, ...], max_entries: int, vocab_size: int
+) -> NgramTable:
+    """Restore what write_table laid out; raises UserError where the bytes are no such table."""
+    keys, nexts = streams["ngram keys"], streams["ngram tokens"]
+    if KEY_DTYPE.itemsize * len(nexts) != NEXT_DTYPE.itemsize * len(keys) or len(keys) % KEY_DTYPE.itemsize:
+        raise UserError(
+            f"n-gram table: expected {KEY_DTYPE.itemsize} bytes of keys and {NEXT_DTYPE.itemsize} of tokens "
+            f"an entry, found {len(keys)} and {len(nexts)}. The artifact is damaged; write it again."
+        )
+    steps, tokens = from_planes(keys, KEY_DTYPE).astype(np.int64), from_planes(nexts, NEXT_DTYPE)
+    key_bits, rising = key_bits_of(max_entries), steps.cumsum()
+    if (steps[1:] <= 0).any() or (rising >= 1 << key_bits).any() or (tokens >= vocab_size).any():
+        raise UserError(
+            f"n-gram table: expected rising keys of {key_bits} bits and tokens below {vocab_size}, found "
+            "others. The table belongs to another recipe; write the artifact again."
+        )
+    return NgramTable(lengths, key_bits, rising.astype(KEY_DTYPE), tokens)
 
 
 def static_tilt(
@@ -149,24 +194,16 @@ def static_tilt(
     reproduces system B (contest pull request 1666): there it reads the prefix that ends one token
     earlier, and so guesses the token just seen.
     """
-    hints = np.full((len(tokens) - 1, len(table.keys)), NO_HINT, dtype=np.int32)
-    for column, (keys, nexts) in enumerate(zip(table.keys, table.tokens)):
-        prefixes = prefix_keys(tokens[:-1], column + 1, table.vocab_size)
-        if len(keys) and len(prefixes):
-            at = np.searchsorted(keys, prefixes).clip(max=len(keys) - 1)
-            hints[column:, column] = np.where(keys[at] == prefixes, nexts[at].astype(np.int32), NO_HINT)
+    hints = np.full((len(tokens) - 1, len(table.lengths)), NO_HINT, dtype=np.int32)
+    for column, length in enumerate(table.lengths):
+        wanted = prefix_keys(hash_contexts(tokens[:-1], length), table.key_bits)
+        if len(table.keys) and len(wanted):
+            at = np.searchsorted(table.keys, wanted).clip(max=len(table.keys) - 1)
+            found = np.where(table.keys[at] == wanted, table.tokens[at].astype(np.int32), NO_HINT)
+            hints[length - 1 :, column] = found
     if legacy_alignment:
         hints = np.concatenate([np.full_like(hints[:1], NO_HINT), hints[:-1]])
     return Tilt(hints, np.full(hints.shape, strength, dtype=np.float32))
-
-
-def hash_contexts(tokens: np.ndarray, order: int) -> np.ndarray:
-    """Hash the `order` tokens that end at positions order - 1, order, ...; uint64, a polynomial mod 2^64."""
-    count = max(len(tokens) - order + 1, 0)
-    hashes = np.zeros(count, dtype=np.uint64)
-    for offset in range(order):
-        hashes = hashes * np.uint64(HASH_MULTIPLIER) + tokens[offset : offset + count].astype(np.uint64) + 1
-    return hashes
 
 
 def group_starts(values: np.ndarray) -> np.ndarray:

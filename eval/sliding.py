@@ -56,6 +56,38 @@ def plain_cost(scores: torch.Tensor, targets: torch.Tensor, places: torch.Tensor
     return F.cross_entropy(scores, targets, reduction="none")
 
 
+def scale_logits(scores: torch.Tensor, positive: float, negative: float) -> torch.Tensor:
+    """Multiply positive logits by one factor and negative ones by another: equal ones are a temperature."""
+    return torch.where(scores > 0, positive * scores, negative * scores)
+
+
+class ScaledCost(NamedTuple):
+    """A cost of scaled logits (after contest pull request 1923)."""
+
+    positive: float
+    negative: float
+    cost: Cost
+
+    def __call__(self, scores: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return self.cost(scale_logits(scores, self.positive, self.negative), targets, places)
+
+
+def scale_sums(scores: torch.Tensor, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Add up gradient and Hessian of the cost in the two scales over (R, V) logits; (6,) float64."""
+    parts = torch.stack([scores.clamp_min(0), scores.clamp_max(0)])  # (2, R, V): their sum is scores
+    chances = torch.einsum("s,srv->rv", scales.to(scores), parts).softmax(-1)
+    means = torch.einsum("srv,rv->sr", parts, chances)
+    hits = parts.gather(-1, targets.expand(2, -1).unsqueeze(-1)).squeeze(-1)
+    squares = torch.einsum("srv,trv,rv->str", parts, parts, chances)
+    hessian = squares - means.unsqueeze(0) * means.unsqueeze(1)
+    return torch.cat([(means - hits).double().sum(-1), hessian.double().sum(-1).flatten()])
+
+
+def newton_step(scales: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Move the two scales to where gradient and Hessian of all targets put the least cost."""
+    return scales - torch.linalg.pinv(sums[2:].view(2, 2), hermitian=True) @ sums[:2]
+
+
 class ScoreOptions(NamedTuple):
     """How windows are batched and charged, and which of the batches this process scores."""
 

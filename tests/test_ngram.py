@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import UserError
+from eval.modes import Aids, aid_limits, write_aids
 from eval.ngram import (
     NO_HINT,
     ONLINE_RULES,
-    NgramTable,
+    TAG_BITS,
     OnlineRule,
     Tilt,
     build_table,
@@ -25,7 +26,29 @@ from eval.ngram import (
     tilted_nats,
     write_table,
 )
-from eval.sliding import ScoreOptions, plan_windows, score_windows
+from eval.sliding import (
+    ScaledCost,
+    ScoreOptions,
+    newton_step,
+    plain_cost,
+    plan_windows,
+    scale_logits,
+    scale_sums,
+    score_windows,
+)
+from formats.artifact import ArtifactError, Stream
+from formats.recipe import with_values
+from train_gpt import (
+    Log,
+    Training,
+    load_aids,
+    load_artifact,
+    load_validation,
+    pack_model,
+    quantize_model,
+    score_model,
+    store_model,
+)
 
 SMALL_RULES = (OnlineRule(3, 0.5, 2), OnlineRule(2, 0.6, 1))
 
@@ -113,9 +136,8 @@ def test_without_strength_or_hint_nothing_changes(silent):
 @pytest.mark.reference("B16")
 def test_alignment_shows_in_the_sign_of_the_gain():
     """Where the next token is always the table's guess the tilt must help; system B's may not."""
-    successor = np.array([1, 2, 3, 4, 5, 6, 0], dtype=np.uint16)
-    table = NgramTable(7, (np.arange(7, dtype=np.uint32),), (successor,))
     tokens = (np.arange(60) % 7).astype(np.uint16)
+    table = build_table(tokens, (1,), 1 << 16)
     windows, options = plan_windows(59, 16), ScoreOptions(0, 64)
 
     def logits(tokens, starts_doc, first):
@@ -156,7 +178,7 @@ def test_long_contexts_speak_when_text_comes_back():
 def test_hints_and_gates_read_the_prefix_alone(cut):
     """Contest rule C1: neither the target nor what follows may move a hint or its strength."""
     tokens = random_tokens(200, 4)
-    table = build_table(random_tokens(500, 4, seed=3), 4, (4, 10))
+    table = build_table(random_tokens(500, 4, seed=3), (1, 2), 14)
     changed = tokens.copy()
     changed[cut:] = (changed[cut:] + 1 + random_tokens(200 - cut, 3, seed=9)) % 4
     for make in (
@@ -173,51 +195,89 @@ def test_hints_and_gates_read_the_prefix_alone(cut):
             assert np.array_equal(whole.strengths[:cut], other.strengths[:cut])
 
 
-def test_table_holds_the_likeliest_continuation_of_each_frequent_prefix():
-    """Sorting and counting against a dictionary of counters."""
+def slow_worth(tokens, length, min_count):
+    """Rank prefixes with dictionaries: {prefix: (continuation, worth)}, the formula written out."""
+    after, shorter = defaultdict(Counter), defaultdict(Counter)
+    for i in range(length, len(tokens)):
+        after[tuple(tokens[i - length : i])][tokens[i]] += 1
+    for i in range(length - 1, len(tokens)):
+        shorter[tuple(tokens[i - length + 1 : i])][tokens[i]] += 1
+    found = {}
+    for prefix, counts in after.items():
+        hits = max(counts.values())
+        if hits < min_count:
+            continue
+        best = min(token for token, count in counts.items() if count == hits)
+        seen, short = counts.total(), shorter[prefix[1:]]
+        share = (hits - 0.6) / (seen + 0.5)
+        other = (short[best] - hits + 0.5) / (short.total() - seen + 50)
+        saved = share * math.log(share / other) + (1 - share) * math.log((1 - share) / (1 - other))
+        found[prefix] = best, seen * saved if share > other else 0.0
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_table_holds_the_likeliest_continuation_of_each_frequent_prefix(length):
+    """Hashing, sorting and counting against a dictionary of counters."""
     tokens = random_tokens(300, 6)
-    table = build_table(tokens, 6, (6, 1000), min_count=2)
-    for length, (keys, nexts) in enumerate(zip(table.keys, table.tokens), start=1):
-        after = defaultdict(Counter)
-        for i in range(length, len(tokens)):
-            after[tuple(tokens[i - length : i].tolist())][int(tokens[i])] += 1
-        expected = {
-            sum(token * 6**power for power, token in enumerate(reversed(prefix))): min(
-                token for token, count in counts.items() if count == max(counts.values())
-            )
-            for prefix, counts in after.items()
-            if max(counts.values()) >= 2
-        }
-        assert dict(zip(keys.tolist(), nexts.tolist())) == expected
-    assert [len(keys) for keys in build_table(tokens, 6, (3, 5)).keys] == [3, 5]
+    expected = slow_worth(tokens.tolist(), length, min_count=2)
+    table = build_table(tokens, (length,), 1 << 20)  # keys long enough for no two prefixes to share one
+    assert len(table.keys) == len(expected)
+    hints = static_tilt(table, tokens, 1.0).hints[:, 0]
+    for i in range(len(tokens) - 1):
+        known = expected.get(tuple(tokens[max(i + 1 - length, 0) : i + 1].tolist()), (NO_HINT,))
+        assert hints[i] == (known[0] if i + 1 >= length else NO_HINT)
+
+
+def test_a_small_table_keeps_what_saves_most():
+    """Bytes are dear: what a reader of shorter prefixes knows already has no place in it."""
+    rng = np.random.default_rng(0)
+    tokens = rng.choice(9, 4000, p=[0.4] + [0.075] * 8).astype(np.uint16)
+    tokens[100:3000:50], tokens[101:3000:50], tokens[102:3000:50] = 3, 5, 7  # 5 after 3 foretells 7
+    worth = slow_worth(tokens.tolist(), 2, 2)
+    table = build_table(tokens, (2,), 8)
+    best = sorted(worth, key=lambda prefix: -worth[prefix][1])[:5]  # of eight: two of all may share a key
+    text = np.array([token for prefix in best for token in (*prefix, 8)], dtype=np.uint16)
+    assert static_tilt(table, text, 1.0).hints[1::3, 0].tolist() == [worth[prefix][0] for prefix in best]
+    assert best[0] == (3, 5) and len(table.keys) <= 8
+
+
+def test_a_stranger_finds_a_hint_as_rarely_as_the_tag_promises():
+    """Keys are short because a wrong hint is cheap; how rare it is is their only promise."""
+    table = build_table(random_tokens(20_000, 300), (2,), 4096, min_count=1)
+    assert 0.9 * 4096 < len(table.keys) <= 4096
+    strangers = random_tokens(20_000, 300, seed=1) + np.uint16(300)
+    share = float((static_tilt(table, strangers, 1.0).hints >= 0).mean())
+    assert share * 2**TAG_BITS == pytest.approx(len(table.keys) / 4096, rel=0.15)
 
 
 def test_static_hints_come_from_the_tokens_before_the_target():
-    """Column n holds the guess from n + 1 tokens of prefix; the start of the text has none."""
-    table = NgramTable(
-        10, (np.array([3], np.uint32), np.array([34], np.uint32)), (np.array([4], np.uint16),) * 2
-    )
+    """Column n holds the guess from the n-th prefix length; the start of the text has none."""
     tokens = np.array([3, 4, 3, 4, 9], dtype=np.uint16)
+    table = build_table(np.array([3, 4, 3, 4, 3, 4], dtype=np.uint16), (1, 2), 1 << 20)
     tilt = static_tilt(table, tokens, 0.5)
-    assert tilt.hints.tolist() == [[4, -1], [-1, 4], [4, -1], [-1, 4]]
+    assert tilt.hints.tolist() == [[4, -1], [3, 3], [4, 4], [3, 3]]
     legacy = static_tilt(table, tokens, 0.5, legacy_alignment=True)
-    assert legacy.hints.tolist() == [[-1, -1], [4, -1], [-1, 4], [4, -1]]
+    assert legacy.hints.tolist() == [[-1, -1], [4, -1], [3, 3], [4, 4]]
     joined = join_tilts(tilt, legacy)
     assert joined.hints.shape == joined.strengths.shape == (4, 4)
 
 
 def test_a_table_survives_the_artifact_and_a_damaged_one_is_refused():
     """It travels as plain arrays whose lengths, order and range are checked, because files lie."""
-    table = build_table(random_tokens(400, 20), 20, (20, 100))
+    table = build_table(random_tokens(400, 20), (1, 2), 120)
     streams = write_table(table)
-    again = read_table(streams, 20)
-    for before, after in zip((*table.keys, *table.tokens), (*again.keys, *again.tokens)):
-        assert np.array_equal(before, after)
-    cut = streams | {"ngram2.tokens": streams["ngram2.tokens"][:-2]}
-    missing = {name: raw for name, raw in streams.items() if name != "ngram1.keys"} | {"x": b""}
-    for bad, vocab_size in ((cut, 20), (missing, 20), (streams, 5)):
+    again = read_table(streams, (1, 2), 120, 20)
+    assert (again.lengths, again.key_bits) == (table.lengths, table.key_bits)
+    assert np.array_equal(again.keys, table.keys) and np.array_equal(again.tokens, table.tokens)
+    cut = streams | {"ngram tokens": streams["ngram tokens"][:-2]}
+    odd = {"ngram keys": b"abc", "ngram tokens": b""}
+    same = streams | {"ngram keys": bytes(len(streams["ngram keys"]))}
+    for bad, entries, vocab_size in ((cut, 120, 20), (odd, 120, 20), (same, 120, 20), (streams, 12, 20)):
         with pytest.raises(UserError, match="n-gram table"):
-            read_table(bad, vocab_size)
+            read_table(bad, (1, 2), entries, vocab_size)
+    with pytest.raises(UserError, match="tokens below 5"):
+        read_table(streams, (1, 2), 120, 5)
 
 
 def test_random_text_costs_at_least_its_entropy():
@@ -225,10 +285,113 @@ def test_random_text_costs_at_least_its_entropy():
     tokens = random_tokens(20_001, 16)
     cost = join_tilts(
         online_tilt(tokens, 2.0, SMALL_RULES),
-        static_tilt(build_table(tokens[:5000], 16, (16, 256)), tokens, 0.3),
+        static_tilt(build_table(tokens[:5000], (1, 2), 272), tokens, 0.3),
     )
     windows = plan_windows(20_000, 100)[50:]  # past what the table was counted on
     options = ScoreOptions(0, 4000, cost=cost)
     nats = score_windows(lambda t, s, first: torch.zeros(*t[:, first:].shape, 16), tokens, windows, options)
     assert nats[5000:].mean() > math.log(16.0) - 4 * float(nats[5000:].std()) / math.sqrt(15_000)
     assert nats[5000:].mean() > math.log(16.0)
+
+
+# In the artifact
+
+
+AIDED = {
+    "eval.tilt_static_entries": 60,
+    "eval.tilt_static_lengths": (2, 3),
+    "eval.fit_scales": True,
+    "eval.keep_tail": True,
+    "quant.calib_batches": 2,
+}
+
+
+@pytest.fixture
+def aided(tiny_config, tiny_data, alone, tmp_path):
+    """A run's end without any validation text in reach: settings, model with aids, artifact, ledger."""
+    folder = tmp_path / "training_text_only"
+    folder.mkdir()
+    for path in tiny_data.glob("fineweb_train_*.bin"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    cfg = with_values(tiny_config, AIDED | {"data.data_path": str(folder)}, "test")
+    training = Training(cfg, alone, bos_id=1)
+    with torch.no_grad():
+        for param in training.model.parameters():
+            param.add_(0.3 * torch.sin(torch.arange(param.numel()).float()).view(param.shape))
+    ledger = store_model(training, Log(tmp_path, is_main=True), "f" * 64, code_bytes=0)
+    return cfg, training.model, tmp_path / "artifact.bin", ledger
+
+
+def test_aids_come_from_training_text_and_travel_in_the_artifact(aided, alone, tmp_path):
+    """Made where no validation text exists, weighed byte by byte, restored to the last bit."""
+    cfg, model, path, ledger = aided
+    parts = dict(ledger)
+    assert parts["weights: ngram keys"] > 0 and parts["weights: ngram tokens"] > 0
+    assert sum(parts.values()) == path.stat().st_size
+    model.aids = Aids()
+    bare = with_values(cfg, {"eval.tilt_static_entries": 0, "eval.fit_scales": False}, "test")
+    blob, _ = pack_model(model, bare, quantize_model(model, cfg, {}, len), "f" * 64)
+    assert len(blob) < path.stat().st_size  # what a target of bytes sees
+    loaded, loaded_cfg, _ = load_artifact(path, cfg, alone.device)
+    table = loaded.aids.table
+    assert loaded_cfg.eval == cfg.eval and 50 < len(table.keys) <= 60 and table.lengths == (2, 3)
+    assert "calibration_time:" in (tmp_path / "train.log").read_text()
+    assert len(loaded.aids.scales) == 2 and loaded.aids.scales != (1.0, 1.0)
+
+
+def test_the_artifacts_table_and_scales_are_what_scores(aided, alone, tiny_data):
+    """The score from the file is that of the cost put together by hand; the legacy form is invalid."""
+    cfg, _, path, _ = aided
+    model, cfg, _ = load_artifact(path, cfg, alone.device)
+    text = load_validation(with_values(cfg, {"data.data_path": str(tiny_data)}, "test").data)
+    table, scales = model.aids
+    cost = ScaledCost(*scales, static_tilt(table, text.tokens, cfg.eval.tilt_static_strength))
+    windows = plan_windows(len(text.tokens) - 1, 16)
+
+    def by_hand(cost):
+        return float(
+            score_windows(model, text.tokens, windows, ScoreOptions(text.bos_id, 128, cost=cost)).mean()
+        )
+
+    score = score_model(model, cfg, text, alone)
+    assert score.val_loss == pytest.approx(by_hand(cost), rel=1e-6) and score.invalid == ""
+    plain = with_values(cfg, {"eval.tilt_static_entries": 0, "eval.fit_scales": False}, "test")
+    assert score_model(model, plain, text, alone).val_loss == pytest.approx(by_hand(plain_cost), rel=1e-6)
+    assert by_hand(plain_cost) != pytest.approx(by_hand(cost), rel=1e-6)
+    legacy = with_values(cfg, {"eval.tilt_legacy": True}, "test")
+    assert "system B" in score_model(model, legacy, text, alone).invalid
+    model.aids = Aids()
+    for name in ("tilt_static_entries", "fit_scales"):
+        lacking = with_values(plain, {f"eval.{name}": 1}, "test")
+        with pytest.raises(UserError, match=f"eval.{name}"):
+            score_model(model, lacking, text, alone)
+
+
+def test_aids_that_are_too_long_or_missing_are_refused(aided):
+    """A stream's stated length is bounded by the recipe before anything is decompressed."""
+    cfg, model, _, _ = aided
+    good = {name: Stream(b"", len(raw)) for name, raw in write_aids(model.aids).items()}
+    assert set(good) == set(aid_limits(cfg.eval))
+    for bad in (good | {"ngram keys": Stream(b"", 1 << 30)}, {"ngram keys": good["ngram keys"]}):
+        with pytest.raises(ArtifactError, match="at most"):
+            load_aids(dict(bad), cfg)
+
+
+def test_scales_are_fitted_to_the_least_cost():
+    """Newton's steps against a fine grid around the optimum; without positive logits that factor stays 1."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(600, 11, generator=generator) * 2
+    targets = torch.multinomial((scores * torch.where(scores > 0, 0.8, 1.3)).softmax(-1), 1).squeeze(-1)
+    scales = torch.ones(2, dtype=torch.float64)
+    for _ in range(4):
+        scales = newton_step(scales, scale_sums(scores, targets, scales))
+
+    def cost(positive, negative):
+        return float(F.cross_entropy(scale_logits(scores.double(), positive, negative), targets))
+
+    best = cost(*scales.tolist())
+    for move in ((0.01, 0), (-0.01, 0), (0, 0.01), (0, -0.01)):
+        assert cost(*(scales + torch.tensor(move)).tolist()) > best
+    below = scores.clamp_max(0)
+    stepped = newton_step(torch.ones(2, dtype=torch.float64), scale_sums(below, targets, torch.ones(2)))
+    assert stepped[0] == 1.0 and stepped[1] != 1.0
