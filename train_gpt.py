@@ -784,8 +784,8 @@ def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "
     if expected and not is_whole and not chosen:
         odd = min({*expected} ^ {path.name for path in files})
         raise UserError(
-            f"{pattern}: expected the manifest's {len(expected)} validation shards, found {len(files)}; {odd} "
-            "is in one list only. Make the data again, or name the shards to score: python -m eval --val."
+            f"{pattern}: expected the manifest's {len(expected)} validation shards, found {len(files)}; "
+            f"{odd} is in one list only. Make the data again, or name the shards to score: python -m eval --val."
         )
     if is_whole and stated["expected_token_bytes"] != token_bytes.sum():
         raise UserError(
@@ -2058,7 +2058,7 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     numel = sum(math.prod(row.shape) for row in table)
     if numel > LARGEST_NUMEL + NUMEL_A_BYTE * size:
         raise ArtifactError(f"{path}: its {size:,} bytes cannot hold the {numel:,} weights of its recipe.")
-    aids = load_aids(streams, cfg) if cfg.eval.tilt_static_entries or cfg.eval.fit_scales else None
+    aids = load_aids(streams, cfg) if cfg.eval.tilt_static_entries or cfg.eval.fit_scales else Aids()
     tensors = read_tensors(streams, table, cfg)
     wild = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if wild:
