@@ -54,7 +54,7 @@ def train_small_kind(kind: str, folder: Path) -> Path:
 
 
 class FakeHub:
-    """Serves `files` as one dataset repository, and misbehaves on demand."""
+    """Serves `files` as every repository, and misbehaves on demand."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
@@ -87,7 +87,7 @@ class FakeHubHandler(http.server.BaseHTTPRequestHandler):
 
     def start(self) -> tuple[str, bytes]:
         """Send the head of the answer; returns the file's path and what remains to be sent of it."""
-        match = re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/[^/]+/([^?]+).*", self.path)
+        match = re.fullmatch(r"/(?:datasets/)?[^/]+/[^/]+/resolve/[^/]+/([^?]+).*", self.path)
         path = match[1] if match else ""
         if path not in self.owner.files:
             self.send_response(404)

@@ -1,0 +1,86 @@
+"""Drawing tokens: filters, seeds, ends, and text that grows by whole characters."""
+
+import pytest
+import torch
+from fixtures_model import run_python
+
+from data.errors import UserError
+from eval.generate import Sampling, draw_tokens, stream_text, token_probs
+
+LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        (Sampling(), [0.5, 0.3, 0.15, 0.05]),
+        (Sampling(top_k=2), [0.625, 0.375, 0, 0]),
+        (Sampling(top_k=9), [0.5, 0.3, 0.15, 0.05]),
+        (Sampling(top_p=0.79), [0.625, 0.375, 0, 0]),
+        (Sampling(top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        (Sampling(top_p=1e-9), [1, 0, 0, 0]),
+        (Sampling(temperature=0), [1, 0, 0, 0]),
+        (Sampling(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+        (Sampling(temperature=0.5, top_k=1), [1, 0, 0, 0]),
+    ],
+)
+def test_filters_leave_what_they_say(sampling, expected):
+    """Against probabilities worked out by hand, whatever the order of the logits."""
+    order = torch.tensor([2, 0, 3, 1])
+    assert token_probs(LOGITS, sampling).tolist() == pytest.approx(expected, abs=1e-6)
+    shuffled = token_probs(LOGITS[order], sampling)
+    assert shuffled.tolist() == pytest.approx([expected[i] for i in order], abs=1e-6)
+
+
+def test_draws_follow_the_probabilities():
+    """10,000 draws within four deviations."""
+    drawn = list(draw_tokens(lambda tokens: LOGITS, [], Sampling(10_000, seed=3), end_id=-1))
+    counts = torch.bincount(torch.tensor(drawn), minlength=4) / 10_000
+    assert (counts - LOGITS.exp()).abs().max() < 4 * (0.25 / 10_000) ** 0.5
+
+
+def test_drawing_stops_at_the_end_token_and_at_the_limit():
+    """The end token is not part of the text; each draw sees all tokens before it."""
+    seen = []
+
+    def script(tokens: list[int]) -> torch.Tensor:
+        seen.append(list(tokens))
+        return torch.nn.functional.one_hot(torch.tensor(len(tokens)), 9).float() * 100
+
+    assert list(draw_tokens(script, [0, 1], Sampling(9), end_id=5)) == [2, 3, 4]
+    assert seen[-1] == [0, 1, 2, 3, 4]
+    assert list(draw_tokens(script, [0, 1], Sampling(2), end_id=5)) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_tokens": -1}]
+)
+def test_settings_out_of_range_are_named(wrong):
+    """Before anything is drawn."""
+    with pytest.raises(UserError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
+        next(draw_tokens(lambda tokens: LOGITS, [], Sampling()._replace(**wrong), 0))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytelevel", "superbpe", "caseops", "bese"])
+def test_streamed_text_is_the_decoded_text(codecs, kind):
+    """Token by token, with characters of several bytes; the prompt is left out."""
+    codec = codecs[kind]
+    prompt, rest = (
+        ("the Model reads ", "Caf\u00e9 \u4e2d\u6587 \U0001f600 Text") if kind != "bese" else ("the ", "cat")
+    )
+    ids = codec.encode(rest).tolist()
+    expected = codec.decode(codec.encode(prompt).tolist() + ids)[len(codec.decode(codec.encode(prompt))) :]
+    pieces = list(stream_text(codec, prompt, iter(ids)))
+    assert "".join(pieces) == expected.decode() and "\ufffd" not in "".join(pieces)
+
+
+def test_a_character_that_never_ends_is_replaced(codecs):
+    """Half of a character at the end must not be lost in silence."""
+    ids = codecs["bytes"].encode("\U0001f600").tolist()[:2]
+    assert "".join(stream_text(codecs["bytes"], "", iter(ids))) == "\ufffd"
+
+
+def test_the_command_explains_a_missing_run():
+    """One line, no traceback."""
+    result = run_python("-m", "eval.sample", "runs/none/at_all", "--prompt", "x")
+    assert result.returncode == 1 and "OWNER/NAME" in result.stderr and "Traceback" not in result.stderr
