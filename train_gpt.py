@@ -217,6 +217,7 @@ class ModelConfig:
     context_ratio_min: int = option(2, "", "tokens a mean of the nearest compressed chunk", low=1)
     context_keep: int = option(2, "", "chunks at either end that stay exact", low=1)
     tie_embeddings: bool = option(True, "TIE_EMBEDDINGS", "output head = token embedding")
+    vocab_pad: int = option(0, "", "rows of the token tables beyond the tokenizer's entries", low=0)
     embed_dim: int = option(0, "", "width of a factorised embedding; 0: model_dim", low=0)
     embed_init_std: float = option(0.005, "TIED_EMBED_INIT_STD", "of the initial tied embedding", low=0)
     untied_embed_init_std: float = option(1.0, "", "of the initial untied embedding", low=0)
@@ -1223,6 +1224,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.compute_dtype = compute_dtype
         self.attention = attention
+        vocab_size += cfg.vocab_pad
         self.embed = nn.Embedding(vocab_size, cfg.embed_dim or cfg.model_dim)
         self.embed_proj = CastLinear(cfg.embed_dim, cfg.model_dim) if cfg.embed_dim else None
         self.bigram = BigramHash(cfg) if cfg.bigram_buckets else None
