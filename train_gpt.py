@@ -104,6 +104,7 @@ from formats.recipe import (
 from formats.state import map_leaves, read_state, write_state
 from kernels.attention import BACKENDS, AttentionMask, Reach, attend, mask_of, resolve_attention
 from kernels.context import ContextRule, attend_compressed
+from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
 from kernels.muon import NS_TABLES, MuonSettings, Pending, Stack
 from quantizers.gptq import Calibrated, Moments, calibrate, collect_moments, combine_roles
 from quantizers.grid import (
@@ -136,6 +137,10 @@ POSITIONS = {
     "bwetaf051": ("interleaved", None),
     "none": (None, None),
 }
+
+# What may compute in 8 bits: queries, keys, values, output, gate and up, down. Embeddings, norms, head and
+# softmax stay in the compute dtype; masters, optimizer state, gradient sums and the loss in float32.
+FP8_MODULES = ("blocks.*.attn.[qkv]", "blocks.*.attn.out", "blocks.*.mlp.up", "blocks.*.mlp.down")
 
 # Initial output projections: their factor in a model of so many layers.
 OUT_INITS = {
@@ -254,6 +259,13 @@ class ModelConfig:
     asymmetric_softcap: bool = option(False, "", "learned caps of positive and of negative logits")
     checkpoint_every: int = option(0, "", "recompute every n-th visit in backward; 0: none", low=0)
     compute_dtype: str = option("auto", "", "of activations and matrix products", choices=("auto", *DTYPES))
+    fp8: str = option(
+        "off", "", "8-bit products in training; emulate: anywhere", choices=("off", "emulate", "gemm")
+    )
+    fp8_margin: int = option(0, "", "octaves of headroom of their scales", low=0)
+    fp8_history: int = option(16, "", "steps whose amax their scales remember", low=1)
+    fp8_amax: str = option("max", "", "which amax of the history", choices=("max", "most_recent"))
+    fp8_calibration_steps: int = option(0, "", "first steps without them, which only record", low=0)
 
 
 @dataclass(frozen=True)
@@ -785,8 +797,8 @@ def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "
     if expected and not is_whole and not chosen:
         odd = min({*expected} ^ {path.name for path in files})
         raise UserError(
-            f"{pattern}: expected the manifest's {len(expected)} validation shards, found {len(files)}; "
-            f"{odd} is in one list only. Make the data again, or name the shards to score: python -m eval --val."
+            f"{pattern}: expected the manifest's {len(expected)} shards, found {len(files)}; {odd} "
+            "is in one list only. Make the data again, or name the shards: python -m eval --val."
         )
     if is_whole and stated["expected_token_bytes"] != token_bytes.sum():
         raise UserError(
@@ -833,9 +845,14 @@ class CastLinear(nn.Linear):
     def __init__(self, in_dim: int, out_dim: int, bias: bool = False):
         super().__init__(in_dim, out_dim, bias=bias)
         self.adapter: nn.Module | None = None  # attached by eval/adaptive.py while it scores, else None
+        self.fp8: Fp8Gemm | None = None  # attached by attach_fp8: the product in training
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.fp8 is not None and self.training:
+            y = self.fp8(x, self.weight)
+            return y if bias is None else y + bias
+        y = F.linear(x, self.weight.to(x.dtype), bias)
         return y if self.adapter is None else y + self.adapter(x)
 
 
@@ -1372,6 +1389,26 @@ def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
     flags = cpu_info.read_text().split() if cpu_info.is_file() else []
     native = device.type == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
     return torch.bfloat16 if native else torch.float32
+
+
+def fp8_linears(model: GPT) -> dict[str, CastLinear]:
+    """Return the Linears whose products may be 8-bit: those of attention and mlp; all else stays wider."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in FP8_MODULES)
+    }
+
+
+def attach_fp8(model: GPT, cfg: ModelConfig, device: torch.device) -> Fp8State:
+    """Give the blocks' Linears 8-bit products with one shared state; refuses what the device cannot do."""
+    rule = Fp8Rule(cfg.fp8, cfg.fp8_margin, cfg.fp8_history, cfg.fp8_amax, cfg.fp8_calibration_steps)
+    linears = fp8_linears(model)
+    require_fp8(rule, {name: tuple(module.weight.shape) for name, module in linears.items()}, device)
+    state = Fp8State(len(linears), rule, device)
+    for index, module in enumerate(linears.values()):
+        module.fp8 = Fp8Gemm(state, index)
+    return state
 
 
 def resolve_compile(requested: str, device: torch.device) -> bool:
@@ -2147,14 +2184,17 @@ class Training:
         self.loader = open_loader(cfg, bos_id)
         self.grids = exported_grids(cfg)
         self.loss = mean_loss
-        if resolve_compile(cfg.run.compile, ranks.device):
+        self.fp8 = None if cfg.model.fp8 == "off" else attach_fp8(self.model, cfg.model, ranks.device)
+        # 8-bit products record their amax in place, which a compiled graph may not.
+        if self.fp8 is None and resolve_compile(cfg.run.compile, ranks.device):
             torch._dynamo.config.recompile_limit = 8 + 2 * len(phases_of(cfg))
             self.loss = torch.compile(mean_loss, dynamic=False, fullgraph=True)
 
     def parts(self) -> dict:
         """Name the parts whose state survives a step."""
         parts = {"model": self.model, "optimizers": self.optimizers, "loader": self.loader}
-        return parts | {"average": self.average} if self.average else parts
+        parts |= {"average": self.average} if self.average else {}
+        return parts | {"fp8": self.fp8} if self.fp8 else parts
 
     def state_dict(self) -> dict:
         state = {name: part.state_dict() for name, part in self.parts().items()}
@@ -2193,6 +2233,9 @@ class Training:
         """Change the weights with the accumulated gradients and count the step."""
         rates = step_rates(self.cfg, self.step, elapsed_ms)
         self.optimizers.step(rates)
+        if self.fp8 is not None:
+            every = self.ranks.start_gather(self.fp8.seen[None].contiguous()).wait()
+            self.fp8.roll(every.amax(0))
         self.step += 1
         if isinstance(self.average, Ema) or takes_snapshot(self.cfg.average, self.step, rates.lr_mul):
             self.average.update()
