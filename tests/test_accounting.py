@@ -109,7 +109,7 @@ def test_shards_that_the_manifest_does_not_name_are_refused_unless_chosen(datase
     cfg = dataset("bytes")
     folder = Path(cfg.data_path)
     (folder / "fineweb_val_000001.bin").unlink()
-    with pytest.raises(UserError, match=r"validation shards, found .*; fineweb_val_000001\.bin is in one"):
+    with pytest.raises(UserError, match=r"shards, found .*; fineweb_val_000001\.bin is in one"):
         load_validation(cfg)
     chosen = load_validation(cfg, str(folder / "fineweb_val_000000.bin"))
     assert chosen.raw_bytes is None and len(chosen.tokens) == 700

@@ -1,0 +1,143 @@
+"""Train the scaled-down twins of the reference systems on the built-in corpus.
+
+    python -m dev.twins            all of them, one after the other
+    python -m dev.twins A E        systems A and E
+    python -m dev.twins --data     only collect the text, train the tokenizers, write the shards
+
+A twin has its system's switches at a size that two cores train in a minute, and a tokenizer of its kind.
+It learned something when its loss is below the entropy of single tokens of the validation text.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import train_gpt
+from data.builtin import describe_sources, find_modules, make_corpus, parse_modules, write_document
+from data.codecs import load_codec
+from data.errors import CommandParser, UserError, run_command
+from data.prepare import Document, write_dataset
+from data.shards import VAL_GLOB, find_shards, read_json, read_manifest, read_shard
+from data.training import TRAINERS, train_tokenizer
+from formats.recipe import read_recipe, with_values
+from train_gpt import Config, Environment, check_config
+
+ROOT = Path(__file__).resolve().parent.parent
+SYSTEMS = ROOT / "records" / "reference_systems"
+TRAIN_BYTES, VAL_BYTES = 6_000_000, 100_000  # of text, whole documents, the last one past the mark
+
+
+class Twin(NamedTuple):
+    """A system's folder, the kind of its tokenizer and the twin's vocabulary."""
+
+    folder: str
+    kind: str
+    vocab_size: int
+
+
+TWINS = {
+    "A": Twin("A_bwetaf53", "bytelevel", 1021),
+    "B": Twin("B_bese288", "bese", 288),
+    "C": Twin("C_pr281", "contest", 1024),
+    "D": Twin("D_exp01", "bytelevel", 1021),
+    "E": Twin("E_yxanul197_ultra10", "superbpe", 1024),
+}
+
+
+def twin_config(letter: str, data: Path, out_dir: Path | str = "runs") -> Config:
+    """Resolve a twin's recipe with its data below the folder `data`."""
+    twin, dataset = TWINS[letter], dataset_folder(TWINS[letter], data)
+    places = {"data.data_path": str(dataset), "run.out_dir": str(out_dir), "run.run_id": f"twin_{letter}"}
+    places["data.tokenizer_path"] = str(dataset / tokenizer_name(twin))
+    cfg = with_values(Config(), read_recipe(SYSTEMS / twin.folder / "recipe.small.toml"), twin.folder)
+    cfg = with_values(cfg, places, "twin")
+    check_config(cfg)
+    return cfg
+
+
+def dataset_folder(twin: Twin, data: Path) -> Path:
+    """Name the dataset of a tokenizer: twins of one kind share it."""
+    return data / f"builtin_{twin.kind}{twin.vocab_size}"
+
+
+def tokenizer_name(twin: Twin) -> str:
+    """Name the tokenizer's file."""
+    return f"tokenizer{TRAINERS[twin.kind].suffix}"
+
+
+def first_bytes(documents: list[Document], num_bytes: int) -> list[Document]:
+    """Take documents until they have so many bytes."""
+    sizes = np.cumsum([len(document.text.encode()) for document in documents])
+    return documents[: int(np.searchsorted(sizes, num_bytes)) + 1]
+
+
+def prepare(letters: list[str], data: Path) -> None:
+    """Write the datasets of these twins that are not there yet; the corpus is read at most once."""
+    missing = []
+    for twin in {dataset_folder(TWINS[letter], data): TWINS[letter] for letter in letters}.values():
+        manifest = read_manifest(dataset_folder(twin, data)) or {}
+        if manifest.get("sources") != describe_sources(twin.vocab_size):
+            missing.append(twin)
+    if not missing:
+        return
+    corpus = make_corpus(parse_modules(find_modules()))
+    train = first_bytes([write_document(chapter) for chapter in corpus.train], TRAIN_BYTES)
+    val = first_bytes([write_document(chapter) for chapter in corpus.val], VAL_BYTES)
+    for twin in missing:
+        out = dataset_folder(twin, data)
+        out.mkdir(parents=True, exist_ok=True)
+        texts = (document.text for document in train)
+        train_tokenizer(texts, twin.vocab_size, out / tokenizer_name(twin), twin.kind)
+        codec = load_codec(out / tokenizer_name(twin))
+        write_dataset(out, codec, train, val, describe_sources(twin.vocab_size))
+
+
+def unigram_entropy(dataset: Path) -> float:
+    """Return the entropy of single validation tokens in nats: the loss of the best model without context."""
+    tokens = np.concatenate([read_shard(path) for path in find_shards(dataset / VAL_GLOB)])[1:]
+    probs = np.bincount(tokens) / len(tokens)
+    probs = probs[probs > 0]
+    return float(-(probs * np.log(probs)).sum())
+
+
+def train_twin(letter: str, data: Path, out_dir: Path | str = "runs") -> dict:
+    """Train a twin and return what its README states: parameters, losses, sizes, seconds."""
+    cfg = twin_config(letter, data, out_dir)
+    train_gpt.run(cfg, Environment({}))
+    folder = Path(cfg.run.out_dir) / cfg.run.run_id
+    result = read_json(folder / "result.json")
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = [event for event in map(json.loads, lines) if event["kind"] == "val"][-1]
+    return {
+        "system": letter,
+        "steps": result["steps"],
+        "val_loss": round(last["val_loss"], 4),  # of the live weights, whole rows
+        "artifact_loss": round(result["score"]["val_loss"], 4),
+        "val_bpb": round(result["score"]["val_bpb"], 4),
+        "unigram_entropy": round(unigram_entropy(Path(cfg.data.data_path)), 4),
+        "artifact_bytes": sum(size for _, size in result["ledger"][1:]),
+        "tokens_per_second": round(result["tokens_per_second"]),
+        "train_seconds": round(result["train_ms"] / 1000, 1),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command: one JSON object a twin."""
+    parser = CommandParser(prog="python -m dev.twins", description=__doc__)
+    parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="of A, B, C, D, E; default: all")
+    parser.add_argument("--folder", type=Path, default=Path("data/datasets"), help="default: %(default)s")
+    parser.add_argument("--data", action="store_true", help="make the data and stop")
+    args = parser.parse_args(argv)
+    letters = args.systems or list(TWINS)
+    for letter in letters:
+        if letter not in TWINS:
+            raise UserError(f"{letter}: expected a system of {', '.join(TWINS)}.")
+    prepare(letters, args.folder)
+    for letter in [] if args.data else letters:
+        print(json.dumps(train_twin(letter, args.folder)), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
