@@ -15,7 +15,7 @@ SCORE = re.compile(rf"(.*?)\s*val_loss[:=]\s*{NUMBER}\s+val_bpb[:=]\s*{NUMBER}(.
 SECONDS = re.compile(rf"(?:eval_time|elapsed)[:=]\s*{NUMBER}(ms|s)")
 STEP = re.compile(r"step:|\d+/\d+\b")
 PREFIX = re.compile(r"\d{10}\.\d+ ")  # unix time
-PAIRS = re.compile(r"[a-z_0-9]+:[^\s:]+(?: [a-z_0-9]+:[^\s:]+)*")
+PAIRS = re.compile(r"(?!projected_)[a-z_0-9]+:[^\s:]+(?: [a-z_0-9]+:[^\s:]+)*")  # a projection is no setting
 DUMPED = re.compile(r"  ([a-z_0-9]+): (.*)")
 SOURCE = re.compile(r"""[{}"']""")  # a score's label holds none of these
 # (field, pattern); the value is the last match of the log.
