@@ -186,11 +186,13 @@ def _local_files(folder: Folder, node: ast.AST) -> Iterator[str]:
 
 
 def _named_files(folder: Folder, text: str) -> list[str]:
-    """The folder's files that a string names, by path or by bare name."""
+    """The folder's files that a string names: by path, else by bare name."""
     plain = text.removeprefix("./")
     if not plain or len(plain) > 200 or "." not in plain:
         return []
-    return [path for path in folder.files if path == plain or path.rpartition("/")[2] == plain]
+    if plain in folder.files:
+        return [plain]
+    return [path for path in folder.files if path.rpartition("/")[2] == plain]
 
 
 def third_party_imports(program: Program) -> set[str]:
