@@ -1,0 +1,364 @@
+"""Make a record: train every seed, score each from its artifact, compare, audit, write the folder.
+
+    make record RECIPE=records/track_cpu/NAME/recipe.toml SEEDS=1337,42,2025
+    python -m dev.record --recipe R --seeds 1337,42,2025 --against records/track_cpu/OLD
+    python -m dev.record --recipe R --name 2026-11-21_Longer --data DIR run.max_wallclock_seconds=300
+
+All seeds run one packed program, byte for byte the train_gpt.py of the record. Stopped and started again it
+goes on where it was: runs/NAME keeps the program, a run folder a seed, and what a fresh process measured.
+Nothing is written to --out while seeds disagree or the audit has a FAIL.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections import deque
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.errors import CommandParser, UserError, run_command
+from data.shards import TRAIN_GLOB, VAL_GLOB, atomic_file, find_shards, read_json, sha256_file, write_json
+from dev.pack import ENTRY, pack
+from dev.submission import Record, Run, audit_folder, audit_program, kept_run, merge_checks, write_record
+from eval.audit.checks import FOLDER_NAME
+from eval.audit.folder import TRACKS
+from eval.logs import parse_log, stable_config
+from eval.stats import compare, read_scores
+from formats.recipe import config_fields, config_hash, config_value, format_toml, read_recipe, with_values
+from train_gpt import ARTIFACT_NAME, PLACE_FIELDS, Config, load_config, read_environment, recipe_of, stages_of
+
+PRIVATE_FIELDS = (*PLACE_FIELDS, "run.seed")  # what the seeds of a record may differ in
+TAIL_LINES = 20  # of a crashed run that the error shows
+
+
+class Plan(NamedTuple):
+    """What is to be made; the seed of `cfg` means nothing."""
+
+    name: str  # of the record's folder: YYYY-MM-DD_Name
+    recipe: Path
+    cfg: Config
+    seeds: list[int]
+    out: Path  # records/TRACK
+
+    @property
+    def work(self) -> Path:
+        """The folder of everything on the way: program, run folders, the folder before it is published."""
+        return Path(self.cfg.run.out_dir) / self.name
+
+    @property
+    def program(self) -> Path:
+        return self.work / ENTRY.name
+
+    @property
+    def target(self) -> Path:
+        return self.out / self.name
+
+    def run_folder(self, seed: int) -> Path:
+        return self.work / f"seed{seed}"
+
+
+def say(text: str) -> None:
+    """Write a line of progress at once."""
+    print(text, flush=True)
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment without the contest's names: a child runs what the plan says and no more."""
+    names = {item.metadata["env"] for item in config_fields(Config).values()}
+    return {name: value for name, value in os.environ.items() if name not in names}
+
+
+def run_logged(command: list[str], label: str) -> None:
+    """Run a command and show its lines; raise with the last ones where it fails."""
+    tail = deque(maxlen=TAIL_LINES)
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, env=child_environment(), **settings) as process:
+        for line in process.stdout:
+            tail.append(line)
+            say(f"{label}: {line.rstrip()}")
+    if process.returncode != 0:
+        raise UserError(
+            f"{label}: expected success, found exit status {process.returncode} of "
+            f"`{shlex.join(command)}`. Its last lines:\n{''.join(tail)}"
+            "Put that right and start again: complete seeds are not trained again."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Plan and program
+# ----------------------------------------------------------------------------------------------------------
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read comma-separated seeds, each once."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts) or len({*map(int, parts)}) < len(parts):
+        raise UserError(f"--seeds: expected different numbers like 1337,42,2025, found {text!r}.")
+    return [int(part) for part in parts]
+
+
+def make_plan(args: Namespace) -> Plan:
+    """Resolve the command line; every setting, place and name is checked before work starts."""
+    places = {}
+    if args.data:
+        places = {"data.data_path": str(args.data)}
+        if (args.data / "tokenizer.model").is_file():
+            places["data.tokenizer_path"] = str(args.data / "tokenizer.model")
+    overrides = [f"{name}={value}" for name, value in places.items()] + args.overrides
+    cfg = load_config(str(args.recipe), read_environment().overrides, overrides)
+    home = args.recipe.resolve().parent.name
+    name = args.name or (home if FOLDER_NAME.fullmatch(home) else f"{date.today()}_{home}")
+    if not FOLDER_NAME.fullmatch(name):
+        raise UserError(f"--name: expected YYYY-MM-DD_Name without spaces, found {name!r}.")
+    if args.out.name not in TRACKS:
+        raise UserError(f"--out: expected records/ and one of {', '.join(TRACKS)}, found {args.out}.")
+    plan = Plan(name, args.recipe, cfg, parse_seeds(args.seeds), args.out)
+    check_target(plan)
+    for pattern in (TRAIN_GLOB, VAL_GLOB):
+        find_shards(Path(cfg.data.data_path) / pattern)
+    if not Path(cfg.data.tokenizer_path).is_file():
+        raise UserError(f"{cfg.data.tokenizer_path}: no such tokenizer. Name it: data.tokenizer_path=FILE.")
+    return plan
+
+
+def check_target(plan: Plan) -> None:
+    """Raise where the record would replace another; it may fill the folder of its own, unchanged recipe."""
+    if not plan.target.exists():
+        return
+    at_home = plan.target.resolve() == plan.recipe.resolve().parent
+    if not at_home or not is_unchanged(plan):
+        reason = "its recipe is not the one that would run" if at_home else "it exists"
+        raise UserError(f"{plan.target}: {reason}. Give the record another --name.")
+
+
+def settings(cfg: Config) -> dict:
+    """Return {"section.key": value} of what all seeds of a record share."""
+    return {name: config_value(cfg, name) for name in config_fields(Config) if name not in PRIVATE_FIELDS}
+
+
+def is_unchanged(plan: Plan) -> bool:
+    """Whether the recipe file alone, without environment and command line, gives the plan's settings."""
+    return settings(with_values(Config(), read_recipe(plan.recipe), "recipe")) == settings(plan.cfg)
+
+
+def shared_recipe(plan: Plan) -> bytes:
+    """Spell out every setting that the seeds share as TOML."""
+    recipe = recipe_of(plan.cfg, live=True)
+    for section, key in (name.split(".") for name in PRIVATE_FIELDS):
+        recipe[section].pop(key)
+    return format_toml(recipe).encode()
+
+
+def make_program(plan: Plan) -> None:
+    """Pack the source with the shared recipe: the one program that all seeds run."""
+    say("packing the program that all seeds run")
+    with atomic_file(plan.work / "recipe.toml") as file:
+        file.write(shared_recipe(plan))
+    report = pack(plan.work / "recipe.toml", plan.program)
+    for step in report.steps_left_out:
+        say(f"packing left out {step}; the size is that of the file as written")
+    say(f"program: {plan.program}, {report.packed_bytes:,} bytes")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Seeds
+# ----------------------------------------------------------------------------------------------------------
+
+
+def num_ranks(cfg: Config) -> int:
+    """Return the most GPUs of this machine that can share every step's micro-batches; 1 without any."""
+    count = torch.cuda.device_count() if cfg.run.device != "cpu" else 0
+    fits = (n for n in range(count, 0, -1) if all(row.micro_batches % n == 0 for row in stages_of(cfg)))
+    return next(fits, 1)
+
+
+def training_command(plan: Plan, seed: int) -> list[str]:
+    """Spell out how a seed is trained: by torchrun on several GPUs."""
+    data, ranks = plan.cfg.data, num_ranks(plan.cfg)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [
+        sys.executable,
+        *(torchrun if ranks > 1 else ()),
+        str(plan.program),
+        f"run.seed={seed}",
+        f"run.run_id={plan.run_folder(seed).name}",
+        f"run.out_dir={plan.work}",
+        f"data.data_path={data.data_path}",
+        f"data.tokenizer_path={data.tokenizer_path}",
+    ]
+
+
+def differences(plan: Plan, seed: int) -> list[str]:
+    """Say in what a complete run folder is not the plan's run of a seed."""
+    folder = plan.run_folder(seed)
+    result, expected = read_json(folder / "result.json"), settings(plan.cfg)
+    found = settings(with_values(Config(), read_recipe(folder / "recipe.toml"), str(folder)))
+    places = {name: config_value(plan.cfg, name) for name in PLACE_FIELDS if name.startswith("data.")}
+    found |= {name: result["places"][name] for name in places} | {"run.seed": result["seed"]}
+    expected |= places | {"run.seed": seed}
+    changed = [
+        f"{name} is {found[name]}, not {value}" for name, value in expected.items() if found[name] != value
+    ]
+    if not changed and result["config_hash"] != config_hash(plan.cfg):
+        changed.append(f"config_hash is {result['config_hash']}, not {config_hash(plan.cfg)}")
+    if sha256_file(folder / ARTIFACT_NAME) != result["artifact_sha256"]:
+        changed.append(f"{ARTIFACT_NAME} is not the file that result.json describes")
+    if not changed and sha256_file(folder / ENTRY.name) != sha256_file(plan.program):
+        changed.append(f"{ENTRY.name} is another program than the source packs to now")
+    return changed
+
+
+def train_seed(plan: Plan, seed: int) -> None:
+    """Train a seed unless its run folder is complete; raise where that is a run of something else."""
+    folder, label = plan.run_folder(seed), f"seed {seed}"
+    if not (folder / "result.json").is_file():
+        say(f"{label}: training, {plan.seeds.index(seed) + 1} of {len(plan.seeds)}")
+        run_logged(training_command(plan, seed), label)
+    changed = differences(plan, seed)
+    if changed:
+        raise UserError(
+            f"{folder}: a complete run of another configuration: {'; '.join(changed)}. Delete the folder to "
+            "train the seed again, or give the record another --name."
+        )
+    say(f"{label}: complete, {folder}")
+
+
+def evaluate_seed(plan: Plan, seed: int) -> Run:
+    """Score a seed's artifact in a fresh process, once; returns all that is known of the seed."""
+    folder = plan.run_folder(seed)
+    path, result = folder / "evaluation.json", read_json(folder / "result.json")
+    if not path.is_file() or read_json(path)["artifact_sha256"] != result["artifact_sha256"]:
+        say(f"seed {seed}: scoring the artifact in a fresh process")
+        part = folder / "evaluation.part"
+        command = [sys.executable, "-m", "eval", str(folder), "--json"]
+        with open(part, "w", encoding="utf-8") as file:
+            child = subprocess.run(command, stdout=file, env=child_environment(), check=False)
+        if child.returncode != 0:
+            raise UserError(
+                f"seed {seed}: expected val_bpb {result['score']['val_bpb']:.8f} again in a fresh process, "
+                f"found what stands above. `{shlex.join(command)}` repeats it."
+            )
+        write_json(path, read_json(part))
+        part.unlink()
+    text = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
+    return Run(seed, folder, result, read_json(path), parse_log(f"train_seed{seed}.log", text))
+
+
+def check_agreement(runs: list[Run]) -> None:
+    """Raise unless all seeds ran one configuration and were scored on one text."""
+    facts = [
+        stable_config(run.log)
+        | {f"score {name}": run.evaluation[name] for name in ("num_tokens", "num_bytes", "mode")}
+        for run in runs
+    ]
+    keys = sorted({key for row in facts for key in row if len({str(other.get(key)) for other in facts}) > 1})
+    if keys:
+        lines = [f"  {key}: " + ", ".join(f"{row.get(key)}" for row in facts) for key in keys]
+        seeds = ", ".join(str(run.seed) for run in runs)
+        raise UserError(
+            f"seeds {seeds}: expected one configuration, found differences:\n"
+            + "\n".join(lines)
+            + "\nDelete the run folders of the odd ones and start again on one machine."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Record
+# ----------------------------------------------------------------------------------------------------------
+
+
+def build(plan: Plan, runs: list[Run], args: Namespace) -> Path:
+    """Write the folder in runs/NAME, audit it, write what the audit says into it; returns the folder.
+
+    Raises where a check FAILs.
+    """
+    staged = plan.work / "staged" / plan.out.name / plan.name
+    shutil.rmtree(staged, ignore_errors=True)
+    scores = read_scores([run.folder / "train.log" for run in runs])
+    comparison = compare(scores, read_scores(args.against)) if args.against else None
+    recipe = plan.recipe if is_unchanged(plan) else plan.work / "recipe.toml"
+    about = {"author": args.author, "github_id": args.github_id, "blurb": args.blurb}
+    record = Record(
+        plan.name,
+        TRACKS[plan.out.name],
+        plan.cfg,
+        recipe,
+        plan.recipe.parent / "README.md",
+        runs,
+        comparison,
+        about,
+    )
+    write_record(staged, record, [])
+    say(f"auditing {staged}")
+    reports = []
+    if args.audit == "all":
+        reports += audit_program(plan.program), audit_folder(staged, args.against, kept_run(runs).folder)
+    checks = merge_checks(*reports, audit_folder(staged, args.against))
+    write_record(staged, record, checks)
+    checks = merge_checks(checks, audit_folder(staged, args.against))
+    for check in checks:
+        if check["verdict"] in ("FAIL", "SUSPECT"):
+            say(f"{check['id']} {check['verdict']}: {'; '.join(check['evidence'])}")
+    failed = [check["id"] for check in checks if check["verdict"] == "FAIL"]
+    if failed:
+        raise UserError(
+            f"{staged}: no record is written: the audit FAILs {', '.join(failed)} (evidence above). "
+            f"`python -m eval.audit {staged}` repeats it."
+        )
+    return staged
+
+
+def build_parser() -> CommandParser:
+    """Declare the command line."""
+    parser = CommandParser(prog="python -m dev.record", description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True, help="recipe.toml")
+    parser.add_argument("--seeds", default="1337,42,2025", help="comma-separated (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("records/track_cpu"), help="track (%(default)s)")
+    parser.add_argument("--name", default="", help="YYYY-MM-DD_Name; default: the recipe's folder")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        action="append",
+        help="record, run folder or log of the row to beat; repeatable",
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder of shards and tokenizer.model; default: the recipe's"
+    )
+    parser.add_argument(
+        "--audit",
+        choices=("all", "folder"),
+        default="all",
+        help="folder: seconds, without what runs the program",
+    )
+    for name in ("author", "github-id", "blurb"):
+        parser.add_argument(f"--{name}", default="", help=f"`{name.replace('-', '_')}` of submission.json")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make a record, or go on making it."""
+    args = build_parser().parse_args(argv)
+    plan = make_plan(args)
+    say(f"record {plan.target}: seeds {', '.join(map(str, plan.seeds))}; work in {plan.work}")
+    make_program(plan)
+    for seed in plan.seeds:
+        train_seed(plan, seed)
+    runs = [evaluate_seed(plan, seed) for seed in plan.seeds]
+    check_agreement(runs)
+    staged = build(plan, runs, args)
+    shutil.copytree(staged, plan.target, dirs_exist_ok=True)
+    say(f"record written: {plan.target}")
+    if not (args.author and args.github_id):
+        say("submission.json names nobody: set author and github_id before you open a pull request")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,405 @@
+"""Write the folder of a record in the contest's format from finished runs and what an audit found.
+
+Nothing is stated that was not measured: scores come from result.json and from a fresh process, sizes from
+files, compliance from verdicts of checks, and a check that did not run leaves its line null.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.errors import UserError
+from data.shards import sha256_file, write_json
+from dev.pack import ENTRY, collect
+from eval.audit.folder import Folder, Track
+from eval.audit.program import read_program, third_party_imports
+from eval.audit.table import CHECKS
+from eval.logs import RunLog
+from eval.stats import Sample, SeedScore, compare, read_scores, summarize
+from formats.recipe import config_fields, config_value
+from train_gpt import ARTIFACT_NAME, Config
+
+ROOT = ENTRY.parent
+SOURCES = (ENTRY, ROOT / "dev" / "pack.py", ROOT / "eval" / "__main__.py")  # with all that they import
+NOTICES = ("LICENSE", "THIRD_PARTY_NOTICES.md")
+BASELINE = "baseline.json"  # the scores of the row to beat
+KEPT_BYTES = 1_000_000  # code + artifact up to this: the folder keeps an artifact
+AUDIT_STATUS = (0, 3, 4)  # eval.audit's, by the worst verdict
+ORDER = ("NOT RUN", "PASS", "SUSPECT", "FAIL")  # what counts where two reports speak of one check
+
+# Keys of `compliance`, and the checks that must all PASS for true.
+COMPLIANCE = (
+    ("train_under_{train:.0f}s", ("K5",)),
+    ("eval_under_{eval:.0f}s", ("K5",)),
+    ("artifact_under_{limit:.0f}mb", ("K6",)),
+    ("three_seeds", ("K7",)),
+    ("no_slot", ("K13",)),
+    ("no_pre_quant_ttt", ("K11",)),
+    ("no_etlb", ("K13", "K15")),
+    ("no_ngram_cache", ("K12",)),
+    ("score_first_ttt", ("K13", "K15")),
+)
+
+
+class Run(NamedTuple):
+    """A seed: its run folder, what the run recorded, what a fresh process measured, its log."""
+
+    seed: int
+    folder: Path
+    result: dict
+    evaluation: dict
+    log: RunLog
+
+    @property
+    def val_bpb(self) -> float:
+        return self.result["score"]["val_bpb"]
+
+    @property
+    def model_bytes(self) -> int:
+        return (self.folder / ARTIFACT_NAME).stat().st_size
+
+    @property
+    def total_bytes(self) -> int:
+        return self.model_bytes + (self.folder / ENTRY.name).stat().st_size
+
+
+class Record(NamedTuple):
+    """All that a folder is written from."""
+
+    name: str
+    track: Track
+    cfg: Config
+    recipe: Path  # the file that becomes recipe.toml
+    intro: Path  # a README whose text above its first "## " opens the record's; may be missing
+    runs: list[Run]
+    old: list[SeedScore]  # the row to beat; empty without one
+    about: dict[str, str]  # author, github_id, blurb
+
+    def sample(self, key: str) -> Sample:
+        """Summarize val_bpb or val_loss over the seeds."""
+        return summarize([run.result["score"][key] for run in self.runs])
+
+    @property
+    def comparison(self) -> dict | None:
+        """The tests against the row to beat, as `python -m eval.stats` makes them from the logs."""
+        logs = [run.folder / "train.log" for run in self.runs]
+        return compare(read_scores(logs), self.old) if self.old else None
+
+
+def kept_run(runs: list[Run]) -> Run:
+    """Return the run whose score is the nearest to the mean: its artifact is the one to look at."""
+    mean = summarize([run.val_bpb for run in runs]).mean
+    return min(runs, key=lambda run: abs(run.val_bpb - mean))
+
+
+def keeps_artifact(runs: list[Run]) -> bool:
+    """Whether the folder holds an artifact: the contest's 16 MB ones stay out of the repository."""
+    return max(run.total_bytes for run in runs) <= KEPT_BYTES
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Audit
+# ----------------------------------------------------------------------------------------------------------
+
+
+def audit(*args: object) -> list[dict]:
+    """Run `python -m eval.audit ARGS --json` and return its checks."""
+    command = [sys.executable, "-m", "eval.audit", *map(str, args), "--json"]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if child.returncode not in AUDIT_STATUS:
+        raise UserError(
+            f"`{' '.join(command[1:])}` ended with status {child.returncode}; its message is above."
+        )
+    return json.loads(child.stdout)["checks"]
+
+
+def audit_folder(folder: Path, against: list[Path] | None, run_folder: Path | None = None) -> list[dict]:
+    """Audit a record folder; with a run folder its artifact's scores are probed too (minutes)."""
+    options = ["--against", *against] if against else []
+    return audit(folder, *options, *(["--artifact", run_folder / ARTIFACT_NAME] if run_folder else []))
+
+
+def audit_program(program: Path) -> list[dict]:
+    """Run a program in the audit's sandbox (minutes); nothing where the audit has no such option."""
+    command = [sys.executable, "-m", "eval.audit", "--help"]
+    described = subprocess.run(command, capture_output=True, text=True, check=True)
+    return audit("--run", program) if "--run " in described.stdout else []
+
+
+def merge_checks(*reports: list[dict]) -> list[dict]:
+    """Return one row a check: the worst verdict of those that ran."""
+    merged: dict[str, dict] = {}
+    for check in (check for report in reports for check in report):
+        known = merged.setdefault(check["id"], check)
+        if ORDER.index(check["verdict"]) > ORDER.index(known["verdict"]):
+            merged[check["id"]] = check
+    return sorted(merged.values(), key=lambda check: int(check["id"][1:]))
+
+
+def compliance(record: Record, checks: list[dict]) -> dict:
+    """Return key -> true (all its checks PASS), false (one FAILs) or null (not shown), and the checks."""
+    verdicts = {check["id"]: check["verdict"] for check in checks}
+    eval_s = record.track.eval_limit(record.runs[0].result["score"]["num_bytes"])
+    limits = {"train": record.track.train_s, "eval": eval_s, "limit": record.track.limit_bytes / 1_000_000}
+    rows, sources = {}, {}
+    for key, ids in COMPLIANCE:
+        if any(f"{{{name}:" in key and limit is None for name, limit in limits.items()):
+            continue
+        name, found = key.format_map(limits), {verdicts.get(check, "NOT RUN") for check in ids}
+        rows[name] = True if found == {"PASS"} else False if "FAIL" in found else None
+        sources[name] = list(ids)
+    if len(record.runs) < 3:
+        rows["three_seeds"] = False
+    if record.cfg.eval.tilt_online > 0:
+        rows["no_ngram_cache"] = False
+    return rows | {"checks": sources}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# submission.json
+# ----------------------------------------------------------------------------------------------------------
+
+
+def changed_settings(cfg: Config) -> dict:
+    """Return {"section.key": value} of what the recipe fixes to something else than the naive baseline."""
+    return {
+        name: config_value(cfg, name)
+        for name, item in config_fields(Config).items()
+        if not item.metadata["live"] and config_value(cfg, name) != item.default
+    }
+
+
+def hardware() -> str:
+    """Name the accelerators of this machine, else its processor and the cores that it may use."""
+    count = torch.cuda.device_count()
+    if count:
+        return f"{count}x {torch.cuda.get_device_name(0)}"
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return f"{len(os.sched_getaffinity(0))} cores, {found[1] if found else platform.processor()}"
+
+
+def seed_row(run: Run) -> dict:
+    """Return a seed's line of `seed_results`."""
+    score = run.result["score"]
+    return {
+        "val_loss": score["val_loss"],
+        "val_bpb": score["val_bpb"],
+        "val_bpb_fresh_process": run.evaluation["val_bpb"],
+        "artifact_bytes": run.total_bytes,
+        "model_bytes": run.model_bytes,
+        "artifact_sha256": run.result["artifact_sha256"],
+        "steps": run.result["steps"],
+        "train_time_s": round(run.result["train_ms"] / 1000, 3),
+        "eval_time_s": round(score["seconds"], 3),
+    }
+
+
+def submission_of(record: Record, checks: list[dict]) -> dict:
+    """Return submission.json under the keys that late records share."""
+    runs, bpb, loss = record.runs, record.sample("val_bpb"), record.sample("val_loss")
+    sizes = [run.total_bytes for run in runs]
+    title = record.name.partition("_")[2].replace("_", " ")
+    torch_line = re.search(r"Running PyTorch (\S+)", runs[0].log.text)
+    facts = {
+        "author": record.about["author"],
+        "github_id": record.about["github_id"],
+        "name": title,
+        "blurb": record.about["blurb"] or f"{title}: val_bpb {bpb.mean:.8f}, mean of {bpb.n} seeds.",
+        "date": record.name[:10],
+        "track": record.track.name,
+        "val_loss": loss.mean,
+        "val_bpb": bpb.mean,
+        "val_loss_std": loss.std,
+        "val_bpb_std": bpb.std,
+        "seeds": [run.seed for run in runs],
+        "seed_results": {str(run.seed): seed_row(run) for run in runs},
+        "bytes_total": kept_run(runs).total_bytes,
+        "bytes_code": (runs[0].folder / ENTRY.name).stat().st_size,
+        "artifact_bytes_mean": round(math.fsum(sizes) / len(sizes)),
+        "artifact_bytes_max": max(sizes),
+        "hardware": hardware(),
+        "pytorch_version": torch_line[1] if torch_line else torch.__version__,
+        "technique_summary": ", ".join(
+            f"{key}={value}" for key, value in changed_settings(record.cfg).items()
+        ),
+        "compliance": compliance(record, checks),
+        "attribution": {"notices": f"source/{NOTICES[1]}"},
+        "base_pr": None,
+    }
+    comparison = record.comparison
+    return facts | ({"comparison": comparison} if comparison else {})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# README.md
+# ----------------------------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """Lay out a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def introduction(record: Record) -> str:
+    """Return title and text above the first section of the recipe's README, else the record's name."""
+    if not record.intro.is_file():
+        return f"# {record.name.partition('_')[2].replace('_', ' ')}"
+    return record.intro.read_text(encoding="utf-8").partition("\n## ")[0].strip()
+
+
+def result_section(record: Record) -> str:
+    """State the headline, the seeds and their files."""
+    bpb, loss, kept = record.sample("val_bpb"), record.sample("val_loss"), kept_run(record.runs)
+    rows = [
+        [
+            run.seed,
+            f"{run.result['steps']:,}",
+            f"{run.result['train_ms'] / 1000:.1f}",
+            f"{run.result['score']['val_loss']:.8f}",
+            f"{run.val_bpb:.8f}",
+            f"{run.model_bytes:,}",
+            f"{run.total_bytes:,}",
+            f"{run.result['score']['seconds']:.1f}",
+            f"`{run.result['artifact_sha256']}`",
+        ]
+        for run in record.runs
+    ]
+    header = [
+        "seed",
+        "steps",
+        "training s",
+        "val_loss",
+        "val_bpb",
+        "artifact",
+        "code + artifact",
+        "scoring s",
+    ]
+    gap = max(abs(run.evaluation["val_bpb"] - run.val_bpb) for run in record.runs)
+    program = kept.folder / ENTRY.name
+    spread = "" if bpb.std is None else f", std {bpb.std:.8f}"
+    text = (
+        f"**val_bpb {bpb.mean:.8f}** (n {bpb.n}{spread}), val_loss {loss.mean:.8f} nats a token.\n\n"
+        f"{table([*header, 'sha256 of the artifact'], rows)}\n\n"
+        f"All seeds ran this folder's `{ENTRY.name}`, {program.stat().st_size:,} bytes, sha256 "
+        f"`{sha256_file(program)}`. A score is measured from the artifact's bytes; a fresh process "
+        f"measured it again, at most {gap:.1e} bits a byte away."
+    )
+    if keeps_artifact(record.runs):
+        text += f" `{ARTIFACT_NAME}` is that of seed {kept.seed}, whose score is the nearest to the mean."
+    return text
+
+
+def comparison_section(comparison: dict) -> str:
+    """State every test against the row to beat."""
+    rows = [
+        [row["test"], row["margin"], f"{row['t']:.3f}", f"{row['df']:.2f}", f"{row['p']:.3g}"]
+        for row in comparison["tests"]
+    ]
+    sides = [
+        [side, n, f"{mean:.8f}", "" if std is None else f"{std:.8f}"]
+        for side, (n, mean, std) in ((side, comparison[side].values()) for side in ("new", "old"))
+    ]
+    notes = "".join(f"\n\nWarning: {text}." for text in comparison["warnings"])
+    return (
+        f"{table(['side', 'n', 'mean val_bpb', 'std'], sides)}\n\n"
+        f"{table(['one-sided test', 'margin', 't', 'df', 'p'], rows)}{notes}"
+    )
+
+
+def audit_section(checks: list[dict]) -> str:
+    """List the verdicts; the evidence is in audit.json."""
+    titles = {check.id: check.title for check in CHECKS}
+    rows = [[check["id"], titles[check["id"]], check["verdict"]] for check in checks]
+    absent = [
+        f"{c['id']} ({c['evidence'][0]})" for c in checks if c["verdict"] == "NOT RUN" and c["evidence"]
+    ]
+    return f"{table(['check', 'of', 'verdict'], rows)}\n\nNot run: {'; '.join(absent) or 'none'}."
+
+
+def commands(record: Record) -> str:
+    """Spell out how to repeat training, score, audit and test from the repository's root."""
+    folder, kept = f"records/{record.track.name}/{record.name}", kept_run(record.runs)
+    places = kept.result["places"]
+    data = f"data.data_path={places['data.data_path']} data.tokenizer_path={places['data.tokenizer_path']}"
+    lines = [f"python {folder}/{ENTRY.name} run.seed={kept.seed} {data}"]
+    if keeps_artifact(record.runs):
+        lines.append(f"PYTHONPATH={folder}/source python -m eval {folder}")
+    against = f" --against {folder}/{BASELINE}" if record.old else ""
+    lines += [f"python -m eval.audit {folder}{against}", f"python -m eval.stats {folder}{against}"]
+    return "\n".join(lines)
+
+
+def readme_of(record: Record, checks: list[dict]) -> str:
+    """Write README.md."""
+    changed = "\n".join(f"{name} = {value}" for name, value in changed_settings(record.cfg).items())
+    sections = {"Result": result_section(record)}
+    if comparison := record.comparison:
+        sections["Against the row to beat"] = comparison_section(comparison)
+    if checks:
+        sections["Audit"] = audit_section(checks)
+    sections["Configuration"] = f"`recipe.toml`; unlike the naive baseline:\n\n```\n{changed}\n```"
+    sections["Again"] = f"On {hardware()}, requirements.txt installed:\n\n```\n{commands(record)}\n```"
+    return (
+        introduction(record) + "".join(f"\n\n## {title}\n\n{text}" for title, text in sections.items()) + "\n"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def requirements_of(folder: Path) -> str:
+    """Pin the packages that the packed program imports; those that are not installed are named only."""
+    installed = packages_distributions()
+    names = sorted(third_party_imports(read_program(Folder(folder), {}, "")))
+    pins = {
+        f"{distribution}=={version(distribution).partition('+')[0]}"
+        for name in names
+        for distribution in installed.get(name, ())[:1]
+    }
+    absent = [name for name in names if name not in installed]
+    note = (
+        f"# imported where present, absent where this was measured: {', '.join(absent)}\n" if absent else ""
+    )
+    return "".join(f"{pin}\n" for pin in sorted(pins)) + note
+
+
+def write_source(folder: Path) -> None:
+    """Copy the readable source: trainer, packer and scorer with all that they import."""
+    files = {ROOT / module.label for entry in SOURCES for module in collect(entry, ROOT)}
+    for file in files | {ROOT / name for name in NOTICES}:
+        target = folder / file.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def write_record(folder: Path, record: Record, checks: list[dict]) -> None:
+    """Write the whole folder; without checks, one that can be audited."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = kept_run(record.runs)
+    copies = {record.recipe: "recipe.toml", kept.folder / ENTRY.name: ENTRY.name}
+    copies |= {run.folder / "train.log": f"train_seed{run.seed}.log" for run in record.runs}
+    if keeps_artifact(record.runs):
+        copies |= {kept.folder / name: name for name in (ARTIFACT_NAME, "result.json")}
+    for file, name in copies.items():
+        shutil.copyfile(file, folder / name)
+    write_source(folder / "source")
+    (folder / "requirements.txt").write_text(requirements_of(folder), encoding="utf-8")
+    (folder / "README.md").write_text(readme_of(record, checks), encoding="utf-8")
+    write_json(folder / "submission.json", submission_of(record, checks))
+    write_json(folder / "audit.json", {"checks": checks})
+    if record.old:
+        write_json(folder / BASELINE, {"scores": [row._asdict() for row in record.old]})
