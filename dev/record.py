@@ -29,7 +29,7 @@ from dev.submission import Record, Run, audit_folder, audit_program, kept_run, m
 from eval.audit.checks import FOLDER_NAME
 from eval.audit.folder import TRACKS
 from eval.logs import parse_log, stable_config
-from eval.stats import compare, read_scores
+from eval.stats import read_scores
 from formats.recipe import config_fields, config_hash, config_value, format_toml, read_recipe, with_values
 from train_gpt import ARTIFACT_NAME, PLACE_FIELDS, Config, load_config, read_environment, recipe_of, stages_of
 
@@ -280,20 +280,11 @@ def build(plan: Plan, runs: list[Run], args: Namespace) -> Path:
     """
     staged = plan.work / "staged" / plan.out.name / plan.name
     shutil.rmtree(staged, ignore_errors=True)
-    scores = read_scores([run.folder / "train.log" for run in runs])
-    comparison = compare(scores, read_scores(args.against)) if args.against else None
+    old = read_scores(args.against) if args.against else []
     recipe = plan.recipe if is_unchanged(plan) else plan.work / "recipe.toml"
     about = {"author": args.author, "github_id": args.github_id, "blurb": args.blurb}
-    record = Record(
-        plan.name,
-        TRACKS[plan.out.name],
-        plan.cfg,
-        recipe,
-        plan.recipe.parent / "README.md",
-        runs,
-        comparison,
-        about,
-    )
+    track, intro = TRACKS[plan.out.name], plan.recipe.parent / "README.md"
+    record = Record(plan.name, track, plan.cfg, recipe, intro, runs, old, about)
     write_record(staged, record, [])
     say(f"auditing {staged}")
     reports = []
