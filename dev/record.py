@@ -25,11 +25,20 @@ import torch
 from data.errors import CommandParser, UserError, run_command
 from data.shards import TRAIN_GLOB, VAL_GLOB, atomic_file, find_shards, read_json, sha256_file, write_json
 from dev.pack import ENTRY, pack
-from dev.submission import Record, Run, audit_folder, audit_program, kept_run, merge_checks, write_record
+from dev.submission import (
+    Record,
+    Run,
+    audit_artifact,
+    audit_folder,
+    audit_program,
+    kept_run,
+    merge_checks,
+    write_record,
+)
 from eval.audit.checks import FOLDER_NAME
 from eval.audit.folder import TRACKS
 from eval.logs import parse_log, stable_config
-from eval.stats import read_scores
+from eval.stats import SeedScore, read_scores
 from formats.recipe import config_fields, config_hash, config_value, format_toml, read_recipe, with_values
 from train_gpt import ARTIFACT_NAME, PLACE_FIELDS, Config, load_config, read_environment, recipe_of, stages_of
 
@@ -45,6 +54,8 @@ class Plan(NamedTuple):
     cfg: Config
     seeds: list[int]
     out: Path  # records/TRACK
+    against: list[Path]
+    old: list[SeedScore]  # read from `against`: the row to beat; empty without one
 
     @property
     def work(self) -> Path:
@@ -118,7 +129,8 @@ def make_plan(args: Namespace) -> Plan:
         raise UserError(f"--name: expected YYYY-MM-DD_Name without spaces, found {name!r}.")
     if args.out.name not in TRACKS:
         raise UserError(f"--out: expected records/ and one of {', '.join(TRACKS)}, found {args.out}.")
-    plan = Plan(name, args.recipe, cfg, parse_seeds(args.seeds), args.out)
+    old = read_scores(args.against) if args.against else []
+    plan = Plan(name, args.recipe, cfg, parse_seeds(args.seeds), args.out, args.against, old)
     check_target(plan)
     for pattern in (TRAIN_GLOB, VAL_GLOB):
         find_shards(Path(cfg.data.data_path) / pattern)
@@ -280,19 +292,18 @@ def build(plan: Plan, runs: list[Run], args: Namespace) -> Path:
     """
     staged = plan.work / "staged" / plan.out.name / plan.name
     shutil.rmtree(staged, ignore_errors=True)
-    old = read_scores(args.against) if args.against else []
     recipe = plan.recipe if is_unchanged(plan) else plan.work / "recipe.toml"
     about = {"author": args.author, "github_id": args.github_id, "blurb": args.blurb}
     track, intro = TRACKS[plan.out.name], plan.recipe.parent / "README.md"
-    record = Record(plan.name, track, plan.cfg, recipe, intro, runs, old, about)
+    record = Record(plan.name, track, plan.cfg, recipe, intro, runs, plan.old, about)
     write_record(staged, record, [])
     say(f"auditing {staged}")
     reports = []
     if args.audit == "all":
-        reports += audit_program(plan.program), audit_folder(staged, args.against, kept_run(runs).folder)
-    checks = merge_checks(*reports, audit_folder(staged, args.against))
+        reports += audit_program(plan.program), audit_artifact(staged, kept_run(runs))
+    checks = merge_checks(*reports, audit_folder(staged, plan.against))
     write_record(staged, record, checks)
-    checks = merge_checks(checks, audit_folder(staged, args.against))
+    checks = merge_checks(*reports, audit_folder(staged, plan.against))
     for check in checks:
         if check["verdict"] in ("FAIL", "SUSPECT"):
             say(f"{check['id']} {check['verdict']}: {'; '.join(check['evidence'])}")
@@ -316,6 +327,7 @@ def build_parser() -> CommandParser:
         "--against",
         type=Path,
         action="append",
+        default=[],
         help="record, run folder or log of the row to beat; repeatable",
     )
     parser.add_argument(

@@ -123,17 +123,27 @@ def audit(*args: object) -> list[dict]:
     return json.loads(child.stdout)["checks"]
 
 
-def audit_folder(folder: Path, against: list[Path] | None, run_folder: Path | None = None) -> list[dict]:
-    """Audit a record folder; with a run folder its artifact's scores are probed too (minutes)."""
-    options = ["--against", *against] if against else []
-    return audit(folder, *options, *(["--artifact", run_folder / ARTIFACT_NAME] if run_folder else []))
+def audit_folder(folder: Path, against: list[Path]) -> list[dict]:
+    """Audit a record folder: seconds, nothing runs."""
+    return audit(folder, *(["--against", *against] if against else []))
+
+
+def audit_artifact(folder: Path, run: Run) -> list[dict]:
+    """Probe the scores of a run's artifact (a minute): what a folder audit leaves NOT RUN."""
+    return dynamic(audit(folder, "--artifact", run.folder / ARTIFACT_NAME))
 
 
 def audit_program(program: Path) -> list[dict]:
     """Run a program in the audit's sandbox (minutes); nothing where the audit has no such option."""
     command = [sys.executable, "-m", "eval.audit", "--help"]
     described = subprocess.run(command, capture_output=True, text=True, check=True)
-    return audit("--run", program) if "--run " in described.stdout else []
+    return dynamic(audit("--run", program)) if "--run " in described.stdout else []
+
+
+def dynamic(checks: list[dict]) -> list[dict]:
+    """Leave out what only a folder can be asked."""
+    kinds = {check.id: check.kind for check in CHECKS}
+    return [check for check in checks if kinds[check["id"]] in ("dynamic", "data")]
 
 
 def merge_checks(*reports: list[dict]) -> list[dict]:
@@ -308,8 +318,8 @@ def comparison_section(comparison: dict) -> str:
         for row in comparison["tests"]
     ]
     sides = [
-        [side, n, f"{mean:.8f}", "" if std is None else f"{std:.8f}"]
-        for side, (n, mean, std) in ((side, comparison[side].values()) for side in ("new", "old"))
+        [name, side["n"], f"{side['mean']:.8f}", "" if side["std"] is None else f"{side['std']:.8f}"]
+        for name, side in ((name, comparison[name]) for name in ("new", "old"))
     ]
     notes = "".join(f"\n\nWarning: {text}." for text in comparison["warnings"])
     return (

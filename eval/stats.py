@@ -2,6 +2,7 @@
 
     python -m eval.stats NEW... --against OLD...     logs, submission.json, result.json or folders of them
     python -m eval.stats NEW... --against 1.0810     one number: a one-sample test
+    python -m eval.stats NEW REPRODUCTION...         scores of two folders are pooled, each source shown
 
 Lower is better everywhere: a small p says that NEW beats OLD by more than the margin. Nothing is rounded
 before it is printed.
@@ -9,6 +10,7 @@ before it is printed.
 
 import json
 import math
+from bisect import bisect_left
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,11 @@ from eval.logs import config_hash, headlines, parse_log, read_seed
 MARGIN_NATS = 0.005  # a token; the contest's README asks records to beat the last one by it
 ALPHA = 0.01  # the README's; the late leaderboard used 0.25 between neighbouring rows
 FRONTIER_ALPHA = 0.25
+POWER = 0.8  # chance of showing a gain that is there
+SAME_BPB = 5e-5  # half a unit of the fourth decimal, to which claims are rounded
+SOURCES_ALPHA = 0.05  # two-sided: below, sources of one configuration do not agree
 FRACTION_TERMS = 300  # exact to 1e-13 for df up to some thousands
+POWER_STEPS = 400  # of Simpson's rule, over 10 deviations to each side
 MAX_SEEDS = 1000  # where minimum_seeds gives up
 
 
@@ -54,13 +60,14 @@ class Interval(NamedTuple):
 
 
 class SeedScore(NamedTuple):
-    """One seed's score; nats and hash are None and "" where the source does not state them."""
+    """One seed's score; nats and hash are None and "" where the file does not state them."""
 
-    source: str
+    file: str
     seed: int | None
     val_bpb: float
     val_loss: float | None
     config: str
+    source: str  # the folder it was named with: one machine's runs, or one reproduction's
 
 
 def summarize(values: list[float]) -> Sample:
@@ -150,20 +157,37 @@ def nats_to_bpb(nats: float, bytes_per_token: float) -> float:
     return nats / (math.log(2) * bytes_per_token)
 
 
-def minimum_seeds(std: float, gain: float, alpha: float = ALPHA, power: float = 0.8) -> int | None:
+def minimum_seeds(std: float, gain: float, alpha: float = ALPHA, power: float = POWER) -> int | None:
     """Return how many seeds a side make a gain over the margin show at p < alpha with this power.
 
-    Both sides get as many and share one deviation. The chance is that of a shifted t, slightly below the
-    exact noncentral one. None: not below MAX_SEEDS.
+    Both sides get as many and share one deviation. None: not below MAX_SEEDS.
     """
     if gain <= 0:
         return None
-    for n in range(2, MAX_SEEDS):
-        df = 2 * (n - 1)
-        shift = gain / (std * math.sqrt(2 / n)) if std else math.inf
-        if t_tail(critical_t(alpha, df) - shift, df) >= power:
-            return n
-    return None
+    effect = gain / std if std else math.inf
+    high = next((n for n in (8, 64, MAX_SEEDS) if chance_to_show(effect, n, alpha) >= power), None)
+    return high and bisect_left(range(high), power, lo=2, key=lambda n: chance_to_show(effect, n, alpha))
+
+
+def chance_to_show(effect: float, n: int, alpha: float) -> float:
+    """Return the chance that n seeds a side show a gain of `effect` deviations at p < alpha; rises with n."""
+    df = 2 * (n - 1)
+    return shifted_tail(critical_t(alpha, df), df, effect * math.sqrt(n / 2))
+
+
+def shifted_tail(t: float, df: float, shift: float) -> float:
+    """Return P((Z + shift) / S > t), Z standard normal, S^2 chi-squared over df: the noncentral t's tail."""
+    width = 10 / math.sqrt(2 * df)
+    low, high = max(0.0, 1 - width), 1 + width
+    step = (high - low) / POWER_STEPS
+    log_scale = math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2)
+
+    def integrand(s: float) -> float:
+        density = math.exp(log_scale + (df - 1) * math.log(s) - df * s * s / 2) if s else 0.0
+        return density * math.erfc((t * s - shift) / math.sqrt(2)) / 2
+
+    weights = (1 if k in (0, POWER_STEPS) else 4 if k % 2 else 2 for k in range(POWER_STEPS + 1))
+    return step / 3 * math.fsum(weight * integrand(low + k * step) for k, weight in enumerate(weights))
 
 
 def critical_t(alpha: float, df: float) -> float:
@@ -183,24 +207,37 @@ def critical_t(alpha: float, df: float) -> float:
 
 
 def read_scores(paths: list[Path]) -> list[SeedScore]:
-    """Read one score per seed from logs, JSON files and folders of them (their logs; else their JSON)."""
-    files = [file for path in paths for file in (_score_files(path) if path.is_dir() else [path])]
+    """Read one score per seed from logs, JSON files and folders of them (their logs; else their JSON).
+
+    The same score of the same seed counts once, wherever it is filed.
+    """
+    files = {}  # file -> its source
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file. Expected logs, JSON files, folders of them, or a number.")
+        files |= {file: _source(file) for file in (_score_files(path) if path.is_dir() else [path])}
     logs = [file for file in files if file.suffix != ".json"]
     parsed = [parse_log(str(file), file.read_text(encoding="utf-8", errors="replace")) for file in logs]
     lines = headlines(parsed)
     scores = [
-        SeedScore(log.name, log.seed, lines[log.name].val_bpb, lines[log.name].val_loss, config_hash(log))
-        for log in parsed
-        if log.name in lines
+        SeedScore(log.name, log.seed, line.val_bpb, line.val_loss, config_hash(log), files[file])
+        for file, log in zip(logs, parsed)
+        if (line := lines.get(log.name))
     ]
-    scores += [score for file in files if file.suffix == ".json" for score in _json_scores(file)]
-    scores = list(
-        {(row.seed, row.val_bpb, row.val_loss): row for row in scores}.values()
-    )  # a log filed twice
+    for file in (file for file in files if file.suffix == ".json"):
+        scores += _json_scores(file, files[file])
+    scores = list({(row.seed, row.val_bpb, row.val_loss): row for row in reversed(scores)}.values())[::-1]
     if not scores:
         names = ", ".join(map(str, paths))
         raise UserError(f"{names}: expected scores (val_loss, val_bpb), found none. Name logs or JSON files.")
     return scores
+
+
+def _source(file: Path) -> str:
+    """Name the folder of a file; run folders of this harness, a seed each, belong to the one around them."""
+    folder = file.parent
+    is_run = file.name == "train.log" and (folder / "result.json").is_file()
+    return str(folder.parent if is_run else folder)
 
 
 def _score_files(folder: Path) -> list[Path]:
@@ -209,21 +246,44 @@ def _score_files(folder: Path) -> list[Path]:
     return logs or [file for file in sorted(folder.glob("*.json")) if file.stat().st_size < 1_000_000]
 
 
-def _json_scores(file: Path) -> list[SeedScore]:
-    """Read `seed_results` of a submission.json, `score` of a result.json, or a bare val_bpb."""
+def _json_scores(file: Path, source: str) -> list[SeedScore]:
+    """Read `scores` of this command's --json, `seed_results`, `score` of a result.json, or a bare val_bpb."""
     facts = read_json(file)
     if not isinstance(facts, dict):
         return []
-    results = facts.get("seed_results")
-    if isinstance(results, dict):
+    results, scores = facts.get("seed_results"), facts.get("scores")
+    if isinstance(scores, list):
+        rows = [(read_seed(row.get("seed")), row) for row in scores if isinstance(row, dict)]
+    elif isinstance(results, dict):
         rows = [(read_seed(seed), row) for seed, row in results.items() if read_seed(seed) is not None]
     else:
         rows = [(facts.get("seed"), facts.get("score", facts))]
     return [
-        SeedScore(str(file), seed, row["val_bpb"], row.get("val_loss"), "")
+        SeedScore(
+            str(row.get("file", file)),
+            seed,
+            row["val_bpb"],
+            row.get("val_loss"),
+            row.get("config", ""),
+            row.get("source", source),
+        )
         for seed, row in rows
         if isinstance(row, dict) and isinstance(row.get("val_bpb"), float)
     ]
+
+
+def by_source(scores: list[SeedScore]) -> dict[str, list[SeedScore]]:
+    """Group scores by the folder they came from, in order."""
+    groups: dict[str, list[SeedScore]] = {}
+    for row in scores:
+        groups.setdefault(row.source, []).append(row)
+    return groups
+
+
+def by_seed(scores: list[SeedScore]) -> dict[int, float]:
+    """Return seed -> its mean score over reproductions."""
+    seeds = sorted({row.seed for row in scores if row.seed is not None})
+    return {seed: summarize([row.val_bpb for row in scores if row.seed == seed]).mean for seed in seeds}
 
 
 def bytes_per_token(scores: list[SeedScore]) -> float | None:
@@ -239,65 +299,117 @@ def warnings(scores: list[SeedScore]) -> list[str]:
         found.append(
             f"{n} score{'s' * (n > 1)}: the contest expects three seeds, a deviation from two means little"
         )
-    if len({row.seed for row in scores if row.seed is not None}) < len(
-        [r for r in scores if r.seed is not None]
-    ):
-        found.append("one seed occurs twice: the scores are not independent")
+    groups = by_source(scores)
+    for source, rows in groups.items():
+        seeds = [row.seed for row in rows if row.seed is not None]
+        if len(set(seeds)) < len(seeds):
+            found.append(f"{source}: one seed occurs twice: the scores are not independent")
+        found += selection(Path(source), rows)
+    found += disagreement(groups)
     hashes = sorted({row.config for row in scores if row.config})
     if len(hashes) > 1:
         found.append(f"the logs state {len(hashes)} different configurations: {', '.join(hashes)}")
     return found
 
 
-def compare(new: list[SeedScore], old: list[SeedScore] | float) -> dict:
-    """Test new against old (scores, or one number) at margin 0 and at MARGIN_NATS; returns a JSON object."""
-    values = [row.val_bpb for row in new]
-    per_token = bytes_per_token(new)
+def disagreement(groups: dict[str, list[SeedScore]]) -> list[str]:
+    """Say which source of a pool differs from the others by more than its noise."""
+    found = []
+    for source, rows in list(groups.items())[len(groups) == 2 :]:  # of two sources one says it
+        rest = [row.val_bpb for other in groups if other != source for row in groups[other]]
+        if len(rows) > 1 and len(rest) > 1:
+            p = welch([row.val_bpb for row in rows], rest).p
+            two_sided = 2 * min(p, 1 - p)
+            if two_sided < SOURCES_ALPHA:
+                found.append(f"{source} differs from the other sources, two-sided p {two_sided:.3g}")
+    return found
+
+
+def selection(folder: Path, scores: list[SeedScore]) -> list[str]:
+    """Say whether a folder's submission.json claims the best of its scores instead of their mean."""
+    path = folder / "submission.json"
+    claims = read_json(path) if path.is_file() else None
+    claim = claims.get("val_bpb") if isinstance(claims, dict) else None
+    values = sorted(row.val_bpb for row in scores)
+    if not isinstance(claim, float) or abs(claim - summarize(values).mean) <= SAME_BPB:
+        return []
+    best = [k for k in range(1, len(values)) if abs(summarize(values[:k]).mean - claim) <= SAME_BPB]
+    mean = summarize(values).mean
+    return [
+        f"{path}: val_bpb {claim} is of the best {k} of {len(values)} scores; their mean is {mean:.8f}"
+        for k in best[:1]
+    ]
+
+
+def describe(scores: list[SeedScore]) -> dict:
+    """Summarize one side: in bits a byte, in nats a token where it states them, and by source."""
+    side = summarize([row.val_bpb for row in scores])._asdict() | {"bytes_per_token": bytes_per_token(scores)}
+    groups = by_source(scores)
+    side["sources"] = {
+        name: summarize([row.val_bpb for row in rows])._asdict() for name, rows in groups.items()
+    }
+    return side
+
+
+def compare(new: list[SeedScore], old: list[SeedScore] | float, alpha=ALPHA, power=POWER) -> dict:
+    """Test new against old (scores, or one number) at margin 0 and at MARGIN_NATS; returns a JSON object.
+
+    The margin's bits a byte are of the new side's tokens.
+    """
+    values, side = [row.val_bpb for row in new], describe(new)
     margins = {"0": 0.0}
-    if per_token:
-        margins[f"{MARGIN_NATS} nats"] = nats_to_bpb(MARGIN_NATS, per_token)
-    report = {"new": summarize(values)._asdict(), "bytes_per_token": per_token, "warnings": warnings(new)}
+    if side["bytes_per_token"]:
+        margins[f"{MARGIN_NATS} nats"] = nats_to_bpb(MARGIN_NATS, side["bytes_per_token"])
+    report, tests = {"new": side, "warnings": warnings(new)}, {}
     if isinstance(old, float):
-        tests = {"one-sample": lambda margin: one_sample(values, old, margin)}
-        report |= {"old": {"n": 1, "mean": old, "std": None}}
+        report |= {"old": {"n": 1, "mean": old, "std": None, "bytes_per_token": None, "sources": {}}}
+        others, pairs = [old], 0
     else:
-        others = [row.val_bpb for row in old]
-        report |= {"old": summarize(others)._asdict()}
+        report |= {"old": describe(old)}
         report["warnings"] += [f"against: {text}" for text in warnings(old)]
-        tests = {}
-        if len(values) > 1 and len(others) > 1:
-            tests["Welch"] = lambda margin: welch(values, others, margin)
-        elif len(values) > 1:
-            tests["one-sample"] = lambda margin: one_sample(values, others[0], margin)
-        by_seed = [{row.seed: row.val_bpb for row in rows if row.seed is not None} for rows in (new, old)]
-        if len(by_seed[0].keys() & by_seed[1].keys()) > 1:
-            tests["paired by seed"] = lambda margin: paired(*by_seed, margin)
+        others, pairs = [row.val_bpb for row in old], len(by_seed(new).keys() & by_seed(old).keys())
+    if len(values) > 1 and len(others) > 1:
+        tests["Welch"] = lambda margin: welch(values, others, margin)
+    elif len(values) > 1:
+        tests["one-sample"] = lambda margin: one_sample(values, others[0], margin)
+    if pairs > 1:
+        tests["paired by seed"] = lambda margin: paired(by_seed(new), by_seed(old), margin)
     report["tests"] = [
         {"test": name, "margin": label, "margin_bpb": margin} | test(margin)._asdict()
         for name, test in tests.items()
         for label, margin in margins.items()
     ]
-    std = report["new"]["std"]
-    gain = report["old"]["mean"] - report["new"]["mean"]
+    gain = report["old"]["mean"] - side["mean"]
+    report |= {"alpha": alpha, "power": power}
     report["minimum_seeds"] = {
-        label: minimum_seeds(std, gain - margin) if std is not None else None
+        label: minimum_seeds(side["std"], gain - margin, alpha, power) if side["std"] is not None else None
         for label, margin in margins.items()
     }
     return report
 
 
+def format_side(name: str, side: dict) -> list[str]:
+    """Lay out one side: in both units, then each source where there are several."""
+
+    def line(label: str, sample: dict) -> str:
+        deviation = "no deviation" if sample["std"] is None else f"std {sample['std']:.8f}"
+        nats = side["bytes_per_token"] and side["bytes_per_token"] * math.log(2) * sample["mean"]
+        both = f" = {nats:.8f} nats a token" if nats else ""
+        return f"{label} n {sample['n']}  mean {sample['mean']:.8f} bpb{both}  {deviation}"
+
+    sources = side["sources"] if len(side["sources"]) > 1 else {}
+    return [
+        line(f"{name:<4}", side),
+        *(line(f"  of {source}:", sample) for source, sample in sources.items()),
+    ]
+
+
 def format_report(report: dict) -> str:
     """Lay out a comparison for a terminal."""
-    nats = report["bytes_per_token"] and report["bytes_per_token"] * math.log(2)
-    lines = []
-    for side in ("new", "old"):
-        if side in report:
-            n, mean, std = (report[side][key] for key in ("n", "mean", "std"))
-            deviation = "no deviation" if std is None else f"std {std:.8f}"
-            lines.append(f"{side:<5}n {n}  mean {mean:.8f} bpb  {deviation}")
+    lines = [line for name in ("new", "old") if name in report for line in format_side(name, report[name])]
     if "old" in report:
-        gain = report["old"]["mean"] - report["new"]["mean"]
-        both = f" = {gain * nats:.8f} nats a token" if nats else ""
+        gain, per_token = report["old"]["mean"] - report["new"]["mean"], report["new"]["bytes_per_token"]
+        both = f" = {gain * per_token * math.log(2):.8f} nats a token" if per_token else ""
         lines.append(f"gain {gain:.8f} bpb{both}")
     for row in report.get("tests", []):
         lines.append(
@@ -305,8 +417,16 @@ def format_report(report: dict) -> str:
             f"t {row['t']:.4f}  df {row['df']:.2f}  one-sided p {row['p']:.3g}"
         )
     for label, n in report.get("minimum_seeds", {}).items():
-        lines.append(f"seeds a side for p < {ALPHA} with power 0.8, margin {label}: {n or 'out of reach'}")
+        wanted = f"p < {report['alpha']} with power {report['power']}"
+        lines.append(f"seeds a side for {wanted}, margin {label}: {n or 'out of reach'}")
     return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])
+
+
+def read_against(names: list[str]) -> list[SeedScore] | float:
+    """Read the old side: one number, else files and folders."""
+    if len(names) == 1 and names[0].replace(".", "", 1).isdigit():
+        return float(names[0])
+    return read_scores([Path(name) for name in names])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -314,23 +434,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(prog="python -m eval.stats", description=__doc__)
     parser.add_argument("new", nargs="+", type=Path, help="logs, JSON files or folders of the new scores")
     parser.add_argument("--against", nargs="+", default=[], help="the old scores, or one number")
+    parser.add_argument(
+        "--alpha", type=float, default=ALPHA, help="p to reach in the minimum n (%(default)s)"
+    )
+    parser.add_argument("--power", type=float, default=POWER, help="chance to reach it (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
-    missing = [path for path in [*args.new, *map(Path, args.against)] if not path.exists()]
-    number = (
-        args.against[0] if len(args.against) == 1 and args.against[0].replace(".", "", 1).isdigit() else None
-    )
-    missing = [path for path in missing if str(path) != number]
-    if missing:
-        raise UserError(
-            f"{missing[0]}: no such file. Expected logs, JSON files, folders of them, or one number."
-        )
+    if not (0 < args.alpha < 1 and 0 < args.power < 1):
+        raise UserError(f"--alpha, --power: expected chances, found {args.alpha} and {args.power}.")
     new = read_scores(args.new)
     if args.against:
-        report = compare(new, float(number) if number else read_scores([Path(name) for name in args.against]))
+        report = compare(new, read_against(args.against), args.alpha, args.power)
     else:
-        report = {"new": summarize([row.val_bpb for row in new])._asdict()}
-        report |= {"bytes_per_token": bytes_per_token(new), "warnings": warnings(new)}
+        report = {"new": describe(new), "warnings": warnings(new)}
     report["scores"] = [row._asdict() for row in new]
     print(json.dumps(report) if args.json else format_report(report))
     return 0

@@ -11,6 +11,7 @@ from eval import stats
 
 OLD = [1.11922988, 1.12002032, 1.11888882]  # the contest's rows #549 and #1019
 NEW = [1.11508120, 1.11437394, 1.11475014]
+FIVE, FOUR = [1.0570, 1.0581, 1.0575, 1.0569, 1.0583], [1.0591, 1.0586, 1.0602, 1.0588]
 
 
 def slow_tail(t: float, df: float) -> float:
@@ -69,6 +70,65 @@ def test_one_score_is_not_a_sample(call):
     """A deviation from one value would be invented."""
     with pytest.raises(UserError, match="two scores"):
         call()
+
+
+SCIPY = [  # scipy 1.17.1: ttest_ind(equal_var=False), ttest_1samp, ttest_rel, all alternative="less"
+    ("welch", stats.welch(NEW, OLD), (-11.833877628547999, 3.306299432702501, 0.0004033883507704035)),
+    ("welch", stats.welch(NEW, OLD, 0.002), (-6.738098191635746, 3.3062994327025024, 0.002437719902562318)),
+    ("welch", stats.welch(FIVE, FOUR), (-3.5505941040848352, 6.127927363257527, 0.005822799184375177)),
+    ("one", stats.one_sample(NEW, 1.1194), (-22.832834957857553, 2.0, 0.0009563193969895386)),
+    ("one", stats.one_sample(FIVE, 1.0576), (-0.14177624100180045, 4.0, 0.44705537975860793)),
+    (
+        "paired",
+        stats.paired(dict(enumerate(NEW)), dict(enumerate(OLD))),
+        (-9.272315572326397, 2.0, 0.0057160520320959345),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "found", "expected"), SCIPY)
+def test_tests_agree_with_scipy(name, found, expected):
+    """Our own tail must not differ from the reference that reviewers use."""
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("t", "df", "expected"),
+    [  # scipy 1.17.1: t.sf(t, df)
+        (2.5, 3.31, 0.039911034020409304),
+        (-0.7, 2, 0.7218034876835673),
+        (12, 5.2, 2.7384638174027513e-05),
+        (0.01, 250, 0.4960146313027219),
+    ],
+)
+def test_tail_agrees_with_scipy(t, df, expected):
+    """Fractional degrees of freedom have no printed table."""
+    assert stats.t_tail(t, df) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "df", "expected"),
+    [(0.01, 4, 3.747), (0.005, 2, 9.925), (0.05, 10, 1.812), (0.25, 2, 0.816), (0.025, 30, 2.042)],
+)
+def test_critical_values_are_those_of_the_printed_tables(alpha, df, expected):
+    """The one-sided table that every textbook prints, to its three decimals."""
+    assert round(stats.critical_t(alpha, df), 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("std", "gain", "alpha", "power", "expected"),
+    [  # the least n with scipy 1.17.1's nct.sf(t.isf(alpha, df), df, shift) >= power
+        (0.0006, 0.002, 0.01, 0.9, 5),
+        (0.0006, 0.003, 0.01, 0.95, 4),
+        (0.0006, 0.001, 0.05, 0.5, 3),
+        (0.0006, 0.001, 0.25, 0.8, 2),
+        (0.0006, 0.0005, 0.05, 0.95, 32),
+        (0.001, 0.0003, 0.05, 0.9, 191),
+    ],
+)
+def test_minimum_seeds_agree_with_the_noncentral_t_of_scipy(std, gain, alpha, power, expected):
+    """One seed too few is a wasted run on eight GPUs."""
+    assert stats.minimum_seeds(std, gain, alpha, power) == expected
 
 
 def test_minimum_seeds_reaches_the_wanted_power():
@@ -141,6 +201,97 @@ def test_command_reads_submission_json(tmp_path, capsys):
     stats.main([str(tmp_path), "--json"])
     report = json.loads(capsys.readouterr().out)
     assert [row["val_bpb"] for row in report["scores"]] == NEW
+
+
+def test_reproductions_are_pooled_and_shown(rows, capsys):
+    """Late rows of the leaderboard rest on reproductions: no run may hide where it comes from."""
+    for seed, value in zip((1337, 42), (1.11502, 1.11441)):
+        write_log(rows / f"{seed}.log", seed, value)
+    write_log(rows / "copy.log", 2025, NEW[2])
+    paths = [rows / "new", rows / "1337.log", rows / "42.log", rows / "copy.log"]
+    stats.main([*map(str, paths), "--against", str(rows / "old"), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["new"]["n"] == 5  # the copied log adds nothing
+    assert report["new"]["mean"] == pytest.approx(sum([*NEW, 1.11502, 1.11441]) / 5)
+    sources = {name: side["n"] for name, side in report["new"]["sources"].items()}
+    assert sources == {str(rows / "new"): 3, str(rows): 2}
+    pair = next(row for row in report["tests"] if row["test"] == "paired by seed")
+    means = {1337: (NEW[0] + 1.11502) / 2, 42: (NEW[1] + 1.11441) / 2, 2025: NEW[2]}
+    assert pair["t"] == pytest.approx(stats.paired(means, dict(zip((1337, 42, 2025), OLD))).t)
+    assert report["warnings"] == []
+    stats.main([*map(str, paths)])
+    assert f"of {rows / 'new'}: n 3" in capsys.readouterr().out
+
+
+def test_sources_that_disagree_are_named(rows, capsys):
+    """Pooling two machines that differ makes neither of them reproducible."""
+    stats.main([str(rows / "new"), str(rows / "old"), "--json"])
+    assert any("differs from the other" in text for text in json.loads(capsys.readouterr().out)["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("claim", "expected"),
+    [(sum(NEW) / 3, ""), (min(NEW), "best 1 of 3"), (sum(sorted(NEW)[:2]) / 2, "best 2 of 3")],
+)
+def test_a_claim_of_the_best_runs_is_named(rows, capsys, claim, expected):
+    """The best of n runs is luck; it is not what the configuration scores."""
+    (rows / "new" / "submission.json").write_text(json.dumps({"val_bpb": claim}))
+    stats.main([str(rows / "new"), "--json"])
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert (expected in warnings[0]) if expected else warnings == []
+
+
+def test_one_seed_twice_in_a_folder_is_no_second_sample(rows, capsys):
+    """A rerun of a seed on the same machine repeats its luck."""
+    write_log(rows / "new" / "again.log", 42, NEW[1] + 1e-6)
+    stats.main([str(rows / "new"), "--json"])
+    assert any("one seed occurs twice" in text for text in json.loads(capsys.readouterr().out)["warnings"])
+
+
+def test_run_folders_of_one_place_are_one_source(rows, capsys):
+    """This harness leaves a folder a seed; they are not three reproductions."""
+    for seed, value in zip((1, 2, 3), NEW):
+        folder = rows / f"seed{seed}"
+        folder.mkdir()
+        (folder / "result.json").write_text("{}")
+        write_log(folder / "train.log", seed, value)
+    stats.main([*(str(rows / f"seed{seed}") for seed in (1, 2, 3)), "--json"])
+    assert list(json.loads(capsys.readouterr().out)["new"]["sources"]) == [str(rows)]
+
+
+def test_its_own_json_can_be_compared_again(rows, capsys):
+    """A record keeps the scores of the row to beat in one file."""
+    stats.main([str(rows / "old"), "--json"])
+    (rows / "kept.json").write_text(capsys.readouterr().out)
+    assert stats.read_scores([rows / "kept.json"]) == stats.read_scores([rows / "old"])
+
+
+def test_command_takes_the_power_that_is_wanted(rows, capsys):
+    """The default answers for p < 0.01 and four times out of five."""
+    command = [
+        str(rows / "new"),
+        "--against",
+        str(rows / "old"),
+        "--alpha",
+        "0.25",
+        "--power",
+        "0.5",
+        "--json",
+    ]
+    stats.main(command)
+    report = json.loads(capsys.readouterr().out)
+    gain = report["old"]["mean"] - report["new"]["mean"]
+    assert report["minimum_seeds"]["0"] == stats.minimum_seeds(report["new"]["std"], gain, 0.25, 0.5)
+    with pytest.raises(UserError, match="expected chances"):
+        stats.main([str(rows / "new"), "--power", "1.5"])
+
+
+def test_report_shows_both_units(rows, capsys):
+    """Nats a token and bits a byte are confused in submissions."""
+    stats.main([str(rows / "new"), "--against", str(rows / "old")])
+    printed = capsys.readouterr().out
+    assert f"mean {sum(NEW) / 3:.8f} bpb = {sum(NEW) / 3 * 1.6884:.4f}"[:-1] in printed
+    assert "margin 0.005 nats (0.0029613" in printed
 
 
 def test_command_names_what_it_misses(tmp_path):
