@@ -5,12 +5,15 @@ TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU ?= cu130
 RECIPE ?= records/track_cpu/2026-11-21_BigramHash_GrowingBatch/recipe.toml
+SEEDS ?= 1337,42,2025
+TRACK ?= track_cpu
+AGAINST ?= $(wildcard $(RECORD)/baseline.json)
 RUN_ID ?= cpu_$(shell date +%Y%m%d_%H%M%S)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help run test test-slow setup data doctor train eval audit lint size bench
+.PHONY: help run test test-slow setup data doctor train eval record audit lint size bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,8 +46,12 @@ train: setup ## train RECIPE=... without the reload in a fresh process
 eval: setup ## reproduce the val_bpb of the newest run, or of RECORD=... (ARTIFACT=...); fails when it differs
 	$(PY) -m eval $(RECORD) $(if $(ARTIFACT),--artifact $(ARTIFACT))
 
+record: setup ## train RECIPE=... with SEEDS=..., score, audit, write a record; AGAINST=, DATA=, NAME=, TRACK=
+	$(PY) -m dev.record --recipe $(RECIPE) --seeds $(SEEDS) --out records/$(TRACK) \
+		$(addprefix --against ,$(AGAINST)) $(addprefix --data ,$(DATA)) $(addprefix --name ,$(NAME))
+
 audit: setup ## check the record folder RECORD=... before it is submitted
-	$(PY) -m eval.audit $(RECORD)
+	$(PY) -m eval.audit $(RECORD) $(addprefix --against ,$(AGAINST))
 
 lint: setup ## ruff: style, imports, formatting
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

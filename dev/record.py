@@ -33,7 +33,8 @@ from dev.submission import (
     audit_program,
     kept_run,
     merge_checks,
-    write_record,
+    write_claims,
+    write_files,
 )
 from eval.audit.checks import FOLDER_NAME
 from eval.audit.folder import TRACKS
@@ -296,13 +297,14 @@ def build(plan: Plan, runs: list[Run], args: Namespace) -> Path:
     about = {"author": args.author, "github_id": args.github_id, "blurb": args.blurb}
     track, intro = TRACKS[plan.out.name], plan.recipe.parent / "README.md"
     record = Record(plan.name, track, plan.cfg, recipe, intro, runs, plan.old, about)
-    write_record(staged, record, [])
+    write_files(staged, record)
+    write_claims(staged, record, [])
     say(f"auditing {staged}")
     reports = []
     if args.audit == "all":
         reports += audit_program(plan.program), audit_artifact(staged, kept_run(runs))
     checks = merge_checks(*reports, audit_folder(staged, plan.against))
-    write_record(staged, record, checks)
+    write_claims(staged, record, checks)
     checks = merge_checks(*reports, audit_folder(staged, plan.against))
     for check in checks:
         if check["verdict"] in ("FAIL", "SUSPECT"):

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +22,11 @@ import torch
 from data.errors import UserError
 from data.shards import sha256_file, write_json
 from dev.pack import ENTRY, collect
+from eval.audit import __main__ as audit
+from eval.audit.checks import STOP_TOLERANCE_MS
 from eval.audit.folder import Folder, Track
 from eval.audit.program import read_program, third_party_imports
+from eval.audit.report import STATUS, as_json
 from eval.audit.table import CHECKS
 from eval.logs import RunLog
 from eval.stats import Sample, SeedScore, compare, read_scores, summarize
@@ -30,11 +34,13 @@ from formats.recipe import config_fields, config_value
 from train_gpt import ARTIFACT_NAME, Config
 
 ROOT = ENTRY.parent
-SOURCES = (ENTRY, ROOT / "dev" / "pack.py", ROOT / "eval" / "__main__.py")  # with all that they import
+SOURCES = (
+    ROOT / "eval" / "__main__.py",
+    ROOT / "dev" / "pack.py",
+)  # and all that they import: the trainer too
 NOTICES = ("LICENSE", "THIRD_PARTY_NOTICES.md")
 BASELINE = "baseline.json"  # the scores of the row to beat
 KEPT_BYTES = 1_000_000  # code + artifact up to this: the folder keeps an artifact
-AUDIT_STATUS = (0, 3, 4)  # eval.audit's, by the worst verdict
 ORDER = ("NOT RUN", "PASS", "SUSPECT", "FAIL")  # what counts where two reports speak of one check
 
 # Keys of `compliance`, and the checks that must all PASS for true.
@@ -63,6 +69,11 @@ class Run(NamedTuple):
     @property
     def val_bpb(self) -> float:
         return self.result["score"]["val_bpb"]
+
+    @property
+    def training_s(self) -> float:
+        """Seconds of training and of calibration, which reads training data too."""
+        return (self.result["train_ms"] + self.log.facts.get("calibration_ms", 0.0)) / 1000
 
     @property
     def model_bytes(self) -> int:
@@ -112,32 +123,31 @@ def keeps_artifact(runs: list[Run]) -> bool:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def audit(*args: object) -> list[dict]:
-    """Run `python -m eval.audit ARGS --json` and return its checks."""
-    command = [sys.executable, "-m", "eval.audit", *map(str, args), "--json"]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if child.returncode not in AUDIT_STATUS:
-        raise UserError(
-            f"`{' '.join(command[1:])}` ended with status {child.returncode}; its message is above."
-        )
-    return json.loads(child.stdout)["checks"]
-
-
 def audit_folder(folder: Path, against: list[Path]) -> list[dict]:
     """Audit a record folder: seconds, nothing runs."""
-    return audit(folder, *(["--against", *against] if against else []))
+    return as_json(folder.name, audit.audit_folder(folder, against or None))["checks"]
 
 
 def audit_artifact(folder: Path, run: Run) -> list[dict]:
     """Probe the scores of a run's artifact (a minute): what a folder audit leaves NOT RUN."""
-    return dynamic(audit(folder, "--artifact", run.folder / ARTIFACT_NAME))
+    found = audit.audit_folder(folder, artifact=run.folder / ARTIFACT_NAME)
+    return dynamic(as_json(folder.name, found)["checks"])
 
 
 def audit_program(program: Path) -> list[dict]:
     """Run a program in the audit's sandbox (minutes); nothing where the audit has no such option."""
-    command = [sys.executable, "-m", "eval.audit", "--help"]
-    described = subprocess.run(command, capture_output=True, text=True, check=True)
-    return dynamic(audit("--run", program)) if "--run " in described.stdout else []
+    command = [sys.executable, "-m", "eval.audit"]
+    described = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    if "--run " not in described.stdout:
+        return []
+    child = subprocess.run(
+        [*command, "--run", str(program), "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if child.returncode not in STATUS.values():
+        raise UserError(
+            f"`python -m eval.audit --run {program}` ended with status {child.returncode}, see above."
+        )
+    return dynamic(json.loads(child.stdout)["checks"])
 
 
 def dynamic(checks: list[dict]) -> list[dict]:
@@ -157,16 +167,27 @@ def merge_checks(*reports: list[dict]) -> list[dict]:
 
 
 def compliance(record: Record, checks: list[dict]) -> dict:
-    """Return key -> true (all its checks PASS), false (one FAILs) or null (not shown), and the checks."""
+    """Return key -> true (all its checks PASS), false (one FAILs) or null (not shown), and the checks.
+
+    A limit is also held against what the runs measured.
+    """
     verdicts = {check["id"]: check["verdict"] for check in checks}
     eval_s = record.track.eval_limit(record.runs[0].result["score"]["num_bytes"])
     limits = {"train": record.track.train_s, "eval": eval_s, "limit": record.track.limit_bytes / 1_000_000}
+    spent = {
+        "train": max(run.training_s for run in record.runs) - STOP_TOLERANCE_MS / 1000,
+        "eval": max(run.result["score"]["seconds"] for run in record.runs),
+        "limit": max(run.total_bytes for run in record.runs) / 1_000_000,
+    }
     rows, sources = {}, {}
     for key, ids in COMPLIANCE:
-        if any(f"{{{name}:" in key and limit is None for name, limit in limits.items()):
+        limit = next((name for name in limits if f"{{{name}:" in key), "")
+        if limit and limits[limit] is None:
             continue
         name, found = key.format_map(limits), {verdicts.get(check, "NOT RUN") for check in ids}
         rows[name] = True if found == {"PASS"} else False if "FAIL" in found else None
+        if limit and spent[limit] > limits[limit]:
+            rows[name] = False
         sources[name] = list(ids)
     if len(record.runs) < 3:
         rows["three_seeds"] = False
@@ -387,17 +408,23 @@ def requirements_of(folder: Path) -> str:
     return "".join(f"{pin}\n" for pin in sorted(pins)) + note
 
 
+@cache
+def source_files() -> set[Path]:
+    """Return trainer, packer and scorer with all that they import, and the licences."""
+    modules = {module.label for entry in SOURCES for module in collect(entry, ROOT)}
+    return {ROOT / label for label in (*modules, *NOTICES)}
+
+
 def write_source(folder: Path) -> None:
-    """Copy the readable source: trainer, packer and scorer with all that they import."""
-    files = {ROOT / module.label for entry in SOURCES for module in collect(entry, ROOT)}
-    for file in files | {ROOT / name for name in NOTICES}:
+    """Copy the readable source."""
+    for file in source_files():
         target = folder / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
 
 
-def write_record(folder: Path, record: Record, checks: list[dict]) -> None:
-    """Write the whole folder; without checks, one that can be audited."""
+def write_files(folder: Path, record: Record) -> None:
+    """Copy what the runs left: program, recipe, logs, artifact, source, requirements, the row to beat."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = kept_run(record.runs)
     copies = {record.recipe: "recipe.toml", kept.folder / ENTRY.name: ENTRY.name}
@@ -408,8 +435,12 @@ def write_record(folder: Path, record: Record, checks: list[dict]) -> None:
         shutil.copyfile(file, folder / name)
     write_source(folder / "source")
     (folder / "requirements.txt").write_text(requirements_of(folder), encoding="utf-8")
+    if record.old:
+        write_json(folder / BASELINE, {"scores": [row._asdict() for row in record.old]})
+
+
+def write_claims(folder: Path, record: Record, checks: list[dict]) -> None:
+    """Write README.md, submission.json and audit.json; without checks, claims that can be audited."""
     (folder / "README.md").write_text(readme_of(record, checks), encoding="utf-8")
     write_json(folder / "submission.json", submission_of(record, checks))
     write_json(folder / "audit.json", {"checks": checks})
-    if record.old:
-        write_json(folder / BASELINE, {"scores": [row._asdict() for row in record.old]})

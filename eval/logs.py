@@ -25,6 +25,7 @@ FACTS = (
     ("train_shards", re.compile(r"(?:train_loader:.*\b)?train_shards:\s*(\d+)$")),
     ("stop_ms", re.compile(rf"stopping_early: wallclock_cap train_time:\s*{NUMBER}ms")),
     ("hessian_s", re.compile(rf"GPTQ:collected \d+ Hessians in {NUMBER}s")),
+    ("calibration_ms", re.compile(rf"calibration_time:\s*{NUMBER}ms")),
     ("eval_s", re.compile(rf"total_eval_time:\s*{NUMBER}s")),
     ("model_bytes", re.compile(r"Serialized model \S.*?: (\d+) bytes")),
     ("total_bytes", re.compile(r"Total submission size \S.*?: (\d+) bytes")),
