@@ -28,9 +28,8 @@ from dev.pack import ENTRY, pack
 from dev.submission import (
     Record,
     Run,
-    audit_artifact,
+    audit_deep,
     audit_folder,
-    audit_program,
     kept_run,
     merge_checks,
     write_claims,
@@ -133,6 +132,7 @@ def make_plan(args: Namespace) -> Plan:
     old = read_scores(args.against) if args.against else []
     plan = Plan(name, args.recipe, cfg, parse_seeds(args.seeds), args.out, args.against, old)
     check_target(plan)
+    check_limits(plan)
     for pattern in (TRAIN_GLOB, VAL_GLOB):
         find_shards(Path(cfg.data.data_path) / pattern)
     if not Path(cfg.data.tokenizer_path).is_file():
@@ -148,6 +148,18 @@ def check_target(plan: Plan) -> None:
     if not at_home or not is_unchanged(plan):
         reason = "its recipe is not the one that would run" if at_home else "it exists"
         raise UserError(f"{plan.target}: {reason}. Give the record another --name.")
+
+
+def check_limits(plan: Plan) -> None:
+    """Raise where the settings allow a run more than the track does."""
+    track = TRACKS[plan.out.name]
+    for name, limit in (
+        ("run.max_wallclock_seconds", track.train_s),
+        ("quant.limit_bytes", track.limit_bytes),
+    ):
+        value = config_value(plan.cfg, name)
+        if limit is not None and value > limit:
+            raise UserError(f"{name}={value} is over the limit of {track.name}: set it to {limit} or less.")
 
 
 def settings(cfg: Config) -> dict:
@@ -300,9 +312,7 @@ def build(plan: Plan, runs: list[Run], args: Namespace) -> Path:
     write_files(staged, record)
     write_claims(staged, record, [])
     say(f"auditing {staged}")
-    reports = []
-    if args.audit == "all":
-        reports += audit_program(plan.program), audit_artifact(staged, kept_run(runs))
+    reports = audit_deep(staged, kept_run(runs)) if args.audit == "all" else []
     checks = merge_checks(*reports, audit_folder(staged, plan.against))
     write_claims(staged, record, checks)
     checks = merge_checks(*reports, audit_folder(staged, plan.against))

@@ -6,7 +6,6 @@ files, compliance from verdicts of checks, and a check that did not run leaves i
 
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -128,26 +127,26 @@ def audit_folder(folder: Path, against: list[Path]) -> list[dict]:
     return as_json(folder.name, audit.audit_folder(folder, against or None))["checks"]
 
 
-def audit_artifact(folder: Path, run: Run) -> list[dict]:
-    """Probe the scores of a run's artifact (a minute): what a folder audit leaves NOT RUN."""
-    found = audit.audit_folder(folder, artifact=run.folder / ARTIFACT_NAME)
-    return dynamic(as_json(folder.name, found)["checks"])
+def audit_deep(folder: Path, run: Run) -> list[list[dict]]:
+    """Attack the scores of a run's artifact, run the program in a sandbox, examine the data (minutes).
 
-
-def audit_program(program: Path) -> list[dict]:
-    """Run a program in the audit's sandbox (minutes); nothing where the audit has no such option."""
+    Returns a report of each; the program is left out where the audit has no option to run one.
+    """
     command = [sys.executable, "-m", "eval.audit"]
-    described = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
-    if "--run " not in described.stdout:
-        return []
-    child = subprocess.run(
-        [*command, "--run", str(program), "--json"], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if child.returncode not in STATUS.values():
-        raise UserError(
-            f"`python -m eval.audit --run {program}` ended with status {child.returncode}, see above."
+    described = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    places = run.result["places"]
+    data = ["--data", places["data.data_path"], "--tokenizer", places["data.tokenizer_path"]]
+    wanted = [[folder, "--artifact", run.folder / ARTIFACT_NAME]]
+    wanted += [["--run", folder / ENTRY.name, *data]] if "--run " in described else []
+    reports = []
+    for options in wanted:
+        child = subprocess.run(
+            [*command, *map(str, options), "--json"], stdout=subprocess.PIPE, text=True, check=False
         )
-    return dynamic(json.loads(child.stdout)["checks"])
+        if child.returncode not in STATUS.values():
+            raise UserError(f"`python -m eval.audit` ended with status {child.returncode}: see above.")
+        reports.append(dynamic(json.loads(child.stdout)["checks"]))
+    return reports
 
 
 def dynamic(checks: list[dict]) -> list[dict]:
@@ -211,13 +210,13 @@ def changed_settings(cfg: Config) -> dict:
 
 
 def hardware() -> str:
-    """Name the accelerators of this machine, else its processor and the cores that it may use."""
+    """Name the accelerators of this machine, else its processor and the threads that torch uses."""
     count = torch.cuda.device_count()
     if count:
         return f"{count}x {torch.cuda.get_device_name(0)}"
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return f"{len(os.sched_getaffinity(0))} cores, {found[1] if found else platform.processor()}"
+    return f"{torch.get_num_threads()} threads, {found[1] if found else platform.processor()}"
 
 
 def seed_row(run: Run) -> dict:
@@ -233,6 +232,7 @@ def seed_row(run: Run) -> dict:
         "steps": run.result["steps"],
         "train_time_s": round(run.result["train_ms"] / 1000, 3),
         "eval_time_s": round(score["seconds"], 3),
+        "switch_at": score["switch_at"],
     }
 
 
