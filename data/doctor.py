@@ -14,6 +14,7 @@ import numpy as np
 
 from data.codecs import TokenCodec, load_codec
 from data.errors import CommandParser, UserError, run_command
+from data.prepare import CONTEST_VAL_DOCS
 from data.shards import read_manifest, read_shard, sha256_file
 
 SPLITS = ("train", "val")
@@ -26,7 +27,6 @@ BLOCK_TOKENS = 1 << 22
 OVERLAP_SHARE = 0.5  # of a document's windows; below it a passage is common, not the document
 NUM_NAMED = 5  # places that a finding names
 # The contest's validation set: its first 50,000 documents, whatever the tokenizer.
-CONTEST_DOCUMENTS = 50_000
 CONTEST_BYTES = (151_060_000, 151_100_000)
 
 
@@ -180,7 +180,7 @@ def check_totals(dataset: Dataset, split: str) -> Finding:
         problems.append(f"expected {stated['token_bytes']:,} bytes, the tokens have {found:,}")
     if split == "val" and not stated and found is not None:
         documents = sum(int((shard == dataset.bos_id).sum()) for shard in dataset.shards[split].values())
-        if documents == CONTEST_DOCUMENTS and not CONTEST_BYTES[0] <= found <= CONTEST_BYTES[1]:
+        if documents == CONTEST_VAL_DOCS and not CONTEST_BYTES[0] <= found <= CONTEST_BYTES[1]:
             problems.append(f"the contest's 50,000 documents have 151.06 to 151.10 MB, found {found:,} bytes")
     size = "bytes not counted: give --tokenizer" if found is None else f"{found:,} bytes"
     return judge(f"{split} totals", problems, f"{tokens:,} tokens, {size}")

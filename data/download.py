@@ -1,7 +1,8 @@
 """Fetch the contest's published shards and tokenizer: `python -m data.download --help`.
 
 Every file is checked by size, header and SHA-256 before it takes its name, and again before a later
-run trusts it. Files take the contest's layout below --out: datasets/NAME/, tokenizers/, manifest.json.
+run trusts it. Files take the contest's layout below --out: datasets/NAME/, tokenizers/, manifest.json, and
+docs_selected.jsonl, the text itself.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.errors import UserError, run_command
-from data.shards import MANIFEST_NAME, atomic_file, read_shard, sha256_file, write_json
+from data.prepare import CONTEST_VAL_DOCS, DOCS_MANIFEST_NAME, DOCS_NAME
+from data.shards import MANIFEST_NAME, atomic_file, read_json, read_shard, sha256_file, write_json
 
 DEFAULT_REPO_ID = "willdepueoai/parameter-golf"
 DEFAULT_ROOT_PREFIX = "datasets"
@@ -25,8 +27,36 @@ DEFAULT_TRAIN_SHARDS = 80  # the contest's own default: 8 billion tokens
 NUM_WORKERS = 4
 NUM_TRIES = 2
 RECORD_NAME = "download.json"
-VARIANT = re.compile(r"sp[0-9]+|byte260")
+VARIANT = re.compile(r"sp[0-9]+|byte260|caseops8192")
 SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub's name for a large file; small ones go by a shorter git hash
+
+
+class Source(NamedTuple):
+    """Where a variant was published, under which name, and whether byte sidecars lie beside validation."""
+
+    repo_id: str = DEFAULT_REPO_ID
+    name: str = ""  # behind DATASET_PREFIX; default: the variant's own
+    has_sidecars: bool = False
+
+
+# The contest's own repository publishes the others.
+SOURCES = {
+    "sp4096": Source("kevclark/parameter-golf"),
+    "sp8192": Source("kevclark/parameter-golf"),
+    "caseops8192": Source(
+        "romeerp/parameter-golf-caseops-v1", "sp8192_lossless_caps_caseops_v1_reserved", True
+    ),
+}
+
+
+def find_source(variant: str) -> Source:
+    """Return where a variant is published; raise for a name that could be no variant's."""
+    if not VARIANT.fullmatch(variant):
+        raise UserError(
+            f"--variant: expected a name such as caseops8192, sp1024, sp8192 or byte260, found {variant!r}."
+        )
+    source = SOURCES.get(variant, Source())
+    return source._replace(name=source.name or variant)
 
 
 class Hub(NamedTuple):
@@ -44,10 +74,13 @@ class Item(NamedTuple):
     is_shard: bool
 
 
-def hub_from_environment() -> Hub:
-    """Read the contest's own two variables; the only reader of the environment here."""
+def hub_from_environment(repo_id: str) -> Hub:
+    """Read the contest's own two variables, the repository's being repo_id unless one says otherwise.
+
+    The only reader of the environment here.
+    """
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_ROOT_PREFIX)
-    return Hub(os.environ.get("MATCHED_FINEWEB_REPO_ID", DEFAULT_REPO_ID), prefix.strip("/"))
+    return Hub(os.environ.get("MATCHED_FINEWEB_REPO_ID", repo_id), prefix.strip("/"))
 
 
 # ---- Fetching ---------------------------------------------------------------------------------------
@@ -80,7 +113,8 @@ def hub_fetch(hub: Hub, remote: str, *, force: bool = False) -> Path:
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
         raise UserError(
             f"{name}: not found in dataset {hub.repo_id} ({first_line(error)}). "
-            "MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another place."
+            "MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another place; --with-docs "
+            "fetches the text, and data.prepare makes shards of it."
         ) from error
     except Exception as error:  # the HTTP library behind it differs between versions of huggingface_hub
         raise UserError(
@@ -168,7 +202,9 @@ def find_entry(manifest: dict, section: str, name: str) -> dict:
     return entries[name]
 
 
-def plan_items(manifest: dict, dataset_name: str, num_train_shards: int) -> list[Item]:
+def plan_items(
+    manifest: dict, dataset_name: str, num_train_shards: int, has_sidecars: bool = False
+) -> list[Item]:
     """List the files of a dataset: all of validation, the first training shards, its tokenizer."""
     dataset = find_entry(manifest, "datasets", dataset_name)
     stats = dataset["stats"]
@@ -178,7 +214,8 @@ def plan_items(manifest: dict, dataset_name: str, num_train_shards: int) -> list
             f"{dataset_name} has {num_published} training shards, asked for {num_train_shards}. "
             f"Choose --train-shards from 0 to {num_published}."
         )
-    counts = {"val": int(stats["files_val"]), "train": num_train_shards}
+    num_val = int(stats["files_val"])
+    counts = {"val": num_val, "val_bytes": num_val if has_sidecars else 0, "train": num_train_shards}
     folder = f"datasets/{dataset_name}"
     names = [f"{folder}/fineweb_{split}_{i:06d}.bin" for split, n in counts.items() for i in range(n)]
     tokenizer = find_entry(manifest, "tokenizers", dataset["tokenizer_name"])
@@ -248,18 +285,34 @@ class Download:
         return num_fetched
 
 
-def download(hub: Hub, variant: str, num_train_shards: int, out: Path) -> tuple[int, int]:
+def check_docs(docs: Path, stated: dict) -> None:
+    """Raise unless the text is the one that its own description names, with the official validation."""
+    found = {"docs_sha256": sha256_file(docs), "docs_val": CONTEST_VAL_DOCS}
+    for key, value in found.items():
+        if stated.get(key) != value:
+            raise UserError(
+                f"{docs}: expected {key} {value}, {DOCS_MANIFEST_NAME} states {stated.get(key)}. "
+                "Delete both files and run this again."
+            )
+
+
+def download(
+    hub: Hub, variant: str, num_train_shards: int, out: Path, with_docs: bool = False
+) -> tuple[int, int]:
     """Bring a variant's files below `out`; returns how many were fetched and how many kept."""
-    if not VARIANT.fullmatch(variant):
-        raise UserError(f"--variant: expected a name such as sp1024, sp8192 or byte260, found {variant!r}.")
-    dataset_name = DATASET_PREFIX + variant
+    source = find_source(variant)
+    dataset_name = DATASET_PREFIX + source.name
     manifest = fetch_manifest(hub)
     try:
-        items = plan_items(manifest, dataset_name, num_train_shards)
+        items = plan_items(manifest, dataset_name, num_train_shards, source.has_sidecars)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{MANIFEST_NAME} of dataset {hub.repo_id}: unknown layout ({error!r}).") from error
     write_json(out / MANIFEST_NAME, manifest)
+    docs = [DOCS_NAME, DOCS_MANIFEST_NAME] if with_docs else []
+    items += [Item(name, name, False) for name in docs]
     num_fetched = Download(hub, dataset_name, out).run(items)
+    if with_docs:
+        check_docs(out / DOCS_NAME, read_json(out / DOCS_MANIFEST_NAME))
     return num_fetched, len(items) - num_fetched
 
 
@@ -272,11 +325,17 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m data.download",
         description="Download the contest's published token shards and tokenizer. Files are checked; run it "
         "again after an interruption and it goes on where it stopped.",
-        epilog="A training shard is about 200 MB. The repository can be changed with MATCHED_FINEWEB_REPO_ID "
+        epilog="A training shard is about 200 MB, the text 48 GB. sp4096, sp8192 and caseops8192 come from "
+        "the repositories that records used. The repository can be changed with MATCHED_FINEWEB_REPO_ID "
         "and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX, the server with HF_ENDPOINT.",
     )
     parser.add_argument(
-        "--variant", default="sp1024", help="tokenizer: sp1024, sp8192, byte260 (default: %(default)s)"
+        "--variant",
+        default="sp1024",
+        help="tokenizer: sp1024, sp4096, sp8192, caseops8192, byte260 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--with-docs", action="store_true", help="also the text, docs_selected.jsonl, to tokenize anew"
     )
     parser.add_argument(
         "--train-shards",
@@ -287,9 +346,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
     options = parser.parse_args(argv)
-    hub = hub_from_environment()
-    num_fetched, num_kept = download(hub, options.variant, options.train_shards, options.out)
-    dataset = options.out / "datasets" / (DATASET_PREFIX + options.variant)
+    source = find_source(options.variant)
+    hub = hub_from_environment(source.repo_id)
+    num_fetched, num_kept = download(
+        hub, options.variant, options.train_shards, options.out, options.with_docs
+    )
+    dataset = options.out / "datasets" / (DATASET_PREFIX + source.name)
     print(f"{dataset}: {num_fetched} files fetched, {num_kept} checked and kept")
 
 

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ READ_BYTES = 1 << 17
 ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=27` to `--long=31` files need more than the default window
 MIN_VAL_DOCUMENTS = 50
 VAL_FRAC = 0.01
+DOCS_NAME = "docs_selected.jsonl"  # the contest's text: its first documents are the validation set
+DOCS_MANIFEST_NAME = "docs_selected.source_manifest.json"
+CONTEST_VAL_DOCS = 50_000
 SIDECAR_SPLIT = "val_bytes"  # the contest's name: fineweb_val_bytes_000000.bin
 ALL_SHARDS_GLOB = "fineweb_*.bin"
 # Marks a folder whose shards are being replaced. Without it, shards without a manifest are not ours.
@@ -470,9 +474,25 @@ def print_table(out: str | Path, manifest: dict) -> None:
 
 
 def choose_val_docs(files: list[str]) -> int:
-    """Default number of validation documents; reads all input once, which also checks it."""
+    """Default number of validation documents: the contest's for its text, else a share of the input.
+
+    The share takes one reading of all input, which also checks it.
+    """
+    if Path(files[0]).name == DOCS_NAME:
+        return CONTEST_VAL_DOCS
     total = sum(1 for _ in tqdm(read_documents(files), desc="count", unit=" documents", mininterval=1.0))
     return max(MIN_VAL_DOCUMENTS, int(total * VAL_FRAC))
+
+
+def note_other_validation(options: argparse.Namespace) -> None:
+    """Say so where the contest's text is given another validation set than the contest's."""
+    is_contest = any(Path(path).name == DOCS_NAME for path in options.input)
+    if is_contest and (options.val_input or options.val_docs not in (None, CONTEST_VAL_DOCS)):
+        print(
+            f"note: the contest's validation set is the first {CONTEST_VAL_DOCS:,} documents of {DOCS_NAME}; "
+            "scores on this one compare with none of its records",
+            file=sys.stderr,
+        )
 
 
 def describe_files(files: list[str]) -> list[dict]:
@@ -510,7 +530,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="take the first N documents of --input for validation "
-        "(default: the larger of 50 and 1 percent of the documents)",
+        f"(default: {CONTEST_VAL_DOCS:,} of {DOCS_NAME}, else the larger of 50 and 1 percent)",
     )
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer file")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for shards and manifest.json")
@@ -548,6 +568,7 @@ def main(argv: list[str] | None = None) -> None:
     codec = load_codec(options.tokenizer)
     check_inputs(options.input + (options.val_input or []))
     check_folder(Path(options.out), codec.digest)
+    note_other_validation(options)
     sources = {"input": describe_files(options.input)}
     train = read_documents(options.input)
     if options.val_input:

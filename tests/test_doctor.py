@@ -151,7 +151,7 @@ def test_another_tokenizers_ids_are_found(dataset, trained):
 def test_the_contests_total_is_known(dataset, monkeypatch):
     """50,000 documents of 151.08 MB: another total is another text or another count."""
     (dataset / "manifest.json").unlink()
-    monkeypatch.setattr(doctor, "CONTEST_DOCUMENTS", 200)
+    monkeypatch.setattr(doctor, "CONTEST_VAL_DOCS", 200)
     assert "151.06 to 151.10 MB" in faults(dataset, dataset / "bytes.json")["val totals"]
 
 

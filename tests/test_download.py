@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fixtures_data import FakeHub, serve_fake_hub
 
-from data.download import Hub, download, local_path, plan_items
+from data.download import Hub, download, find_source, hub_from_environment, local_path, plan_items
 from data.errors import UserError
 from data.shards import write_shard
 
@@ -67,15 +67,26 @@ def environment(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
     }
 
 
-def command(tmp_path: Path, num_train_shards: int) -> list[str]:
+def command(tmp_path: Path, num_train_shards: int, *more: str) -> list[str]:
     out = str(tmp_path / "out")
-    return [sys.executable, "-m", "data.download", "--train-shards", str(num_train_shards), "--out", out]
+    return [
+        sys.executable,
+        "-m",
+        "data.download",
+        "--train-shards",
+        str(num_train_shards),
+        "--out",
+        out,
+        *more,
+    ]
 
 
-def run_download(hub: FakeHub, tmp_path: Path, num_train_shards: int = 1) -> subprocess.CompletedProcess:
+def run_download(
+    hub: FakeHub, tmp_path: Path, num_train_shards: int = 1, *more: str
+) -> subprocess.CompletedProcess:
     """Run the command in a process of its own: the hub's client reads its settings when imported."""
     return subprocess.run(
-        command(tmp_path, num_train_shards),
+        command(tmp_path, num_train_shards, *more),
         env=environment(hub, tmp_path),
         cwd=ROOT,
         capture_output=True,
@@ -200,6 +211,74 @@ def test_a_hub_that_does_not_answer_is_one_error_that_says_what_to_do(hub, tmp_p
     hub.server.shutdown()
     hub.server.server_close()
     assert_unreachable_hub_is_explained(run_download(hub, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("variant", "repo_id", "name"),
+    [
+        ("sp1024", "willdepueoai/parameter-golf", "sp1024"),
+        ("byte260", "willdepueoai/parameter-golf", "byte260"),
+        ("sp4096", "kevclark/parameter-golf", "sp4096"),
+        ("sp8192", "kevclark/parameter-golf", "sp8192"),
+        ("caseops8192", "romeerp/parameter-golf-caseops-v1", "sp8192_lossless_caps_caseops_v1_reserved"),
+    ],
+)
+def test_variants_come_from_where_records_took_them(variant, repo_id, name, monkeypatch):
+    """The contest's own repository lacks the larger vocabularies; the contest's variables come first."""
+    for key in ("MATCHED_FINEWEB_REPO_ID", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"):
+        monkeypatch.delenv(key, raising=False)
+    source = find_source(variant)
+    assert source.name == name
+    assert hub_from_environment(source.repo_id) == Hub(repo_id, "datasets")
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "someone/else")
+    assert hub_from_environment(source.repo_id).repo_id == "someone/else"
+
+
+def publish_case_ops(hub: FakeHub) -> str:
+    """Put a CaseOps dataset with its byte sidecar on the hub; returns its folder."""
+    name = f"fineweb10B_{find_source('caseops8192').name}"
+    entry = MANIFEST["datasets"][0] | {"name": name, "stats": {"files_train": 1, "files_val": 1}}
+    hub.files["root/manifest.json"] = json.dumps(MANIFEST | {"datasets": [entry]}).encode()
+    for split in ("val", "val_bytes", "train"):
+        hub.files[f"root/datasets/{name}/fineweb_{split}_000000.bin"] = hub.files[f"root/{VAL}"]
+    return f"datasets/{name}"
+
+
+def test_case_ops_brings_its_byte_sidecar(hub, tmp_path):
+    """Without it the bytes of the validation tokens cannot be counted: a missing one is an error."""
+    folder = publish_case_ops(hub)
+    done = run_download(hub, tmp_path, 1, "--variant", "caseops8192")
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "out" / folder).glob("*.bin")}
+    assert names == {f"fineweb_{split}_000000.bin" for split in ("val", "val_bytes", "train")}
+    del hub.files[f"root/{folder}/fineweb_val_bytes_000000.bin"]
+    missing = run_download(hub, tmp_path / "again", 1, "--variant", "caseops8192")
+    assert missing.returncode == 1 and "fineweb_val_bytes_000000.bin: not found" in missing.stderr
+
+
+def publish_docs(hub: FakeHub, **changes) -> bytes:
+    """Put the contest's text with its description on the hub."""
+    docs = b'{"text": "a document"}\n' * 3
+    stated = {"num_docs": 3, "docs_val": 50_000, "docs_sha256": hashlib.sha256(docs).hexdigest()} | changes
+    hub.files["root/docs_selected.jsonl"] = docs
+    hub.files["root/docs_selected.source_manifest.json"] = json.dumps(stated).encode()
+    return docs
+
+
+def test_the_text_comes_with_its_description(hub, tmp_path):
+    """It is what another tokenizer is trained on and validated with."""
+    docs = publish_docs(hub)
+    done = run_download(hub, tmp_path, 0, "--with-docs")
+    assert "5 files fetched" in done.stdout, done.stderr
+    assert (tmp_path / "out" / "docs_selected.jsonl").read_bytes() == docs
+
+
+@pytest.mark.parametrize("changes", [{"docs_sha256": "0" * 64}, {"docs_val": 10_000}])
+def test_a_text_that_is_not_the_described_one_is_refused(hub, tmp_path, changes):
+    """Another text, or a text whose validation set has another size, gives a score of its own."""
+    publish_docs(hub, **changes)
+    done = run_download(hub, tmp_path, 0, "--with-docs")
+    assert done.returncode == 1 and f"expected {next(iter(changes))}" in done.stderr
 
 
 @pytest.mark.parametrize("variant", ["sp", "gpt2", "../sp1024", "sp1024/..", "byte261", ""])

@@ -191,6 +191,20 @@ def test_validation_is_fifty_documents_or_one_percent(prepare, tmp_path):
         assert read_manifest(prepare("--input", path))["val"]["documents"] == [0, num_val]
 
 
+def test_the_contests_text_has_the_contests_validation_set(prepare, tmp_path, monkeypatch, capsys):
+    """Its first 50,000 documents, nothing else without a word: 10,000 were a leak (issue 2127)."""
+    monkeypatch.setattr("data.prepare.CONTEST_VAL_DOCS", 30)
+    path = tmp_path / "docs_selected.jsonl"
+    path.write_bytes(json_lines(TEXTS))
+    out = prepare("--input", path)
+    assert read_manifest(out)["val"]["documents"] == [0, 30]
+    assert read_manifest(out)["train"]["documents"] == [30, 70]
+    assert "compare with none" not in capsys.readouterr().err
+    prepare("--input", path, "--val-docs", 10)
+    assert read_manifest(out)["val"]["documents"] == [0, 10]
+    assert "first 30 documents of docs_selected.jsonl; scores on this one" in capsys.readouterr().err
+
+
 def test_a_separate_validation_input_counts_from_zero_and_is_all_used(
     prepare, source, tmp_path, lossless_codec
 ):
