@@ -27,8 +27,9 @@ from tqdm import tqdm
 from data.codecs import load_codec
 from data.errors import UserError, run_command
 from data.prepare import Document, mark_unfinished, print_table, write_dataset
-from data.shards import MANIFEST_NAME, read_manifest, sha256_file
+from data.shards import MANIFEST_NAME, REPORT_NAME, read_manifest, sha256_file, write_json
 from data.training import train_tokenizer
+from data.verify import verify_codec
 
 CORPUS_NAME = "builtin"
 CORPUS_VERSION = 1  # raise it when a change of this file changes the text
@@ -297,11 +298,12 @@ def describe_sources(vocab_size: int) -> dict:
 
 
 def is_complete(out: Path, manifest: dict) -> bool:
-    """Tell whether the files that a manifest names are there: shards by size, the tokenizer by hash."""
+    """Tell whether the files of a dataset are there: shards by size, the tokenizer by hash, its report."""
     shards = manifest["train"]["shards"] + manifest["val"]["shards"]
     tokenizer = out / manifest["tokenizer"]["file"]
     return (
         all((out / s["file"]).is_file() and (out / s["file"]).stat().st_size == s["bytes"] for s in shards)
+        and (out / REPORT_NAME).is_file()
         and tokenizer.is_file()
         and sha256_file(tokenizer) == manifest["tokenizer"]["sha256"]
     )
@@ -346,7 +348,9 @@ def build(out: str | Path, vocab_size: int, list_modules: Callable[[], list[Modu
     sources["sha256"] = digest.hexdigest()
     sources["train_bytes"] = sum(len(document.text.encode()) for document in train)
     sources["val_bytes"] = sum(len(document.text.encode()) for document in val)
-    write_dataset(out, load_codec(tokenizer), train, val, sources)
+    codec = load_codec(tokenizer)
+    write_dataset(out, codec, train, val, sources)
+    write_json(out / REPORT_NAME, verify_codec(codec, val))
     return True
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from data.codecs import TokenCodec, load_codec
 from data.errors import CommandParser, UserError, run_command
 from data.prepare import CONTEST_VAL_DOCS
-from data.shards import read_manifest, read_shard, sha256_file
+from data.shards import UNFINISHED_NAME, read_manifest, read_shard, sha256_file
 
 SPLITS = ("train", "val")
 SIDECAR_MARK = "_bytes_"
@@ -93,6 +93,8 @@ class Dataset:
 def check_files(dataset: Dataset) -> Finding:
     """Every shard has a whole header and as many tokens as it says; both splits have one."""
     problems = list(dataset.unreadable)
+    if (dataset.folder / UNFINISHED_NAME).is_file():
+        problems.append(f"{UNFINISHED_NAME}: the command that writes the folder was cut off")
     problems += [f"no {split} shard" for split in SPLITS if not dataset.shards[split]]
     count = sum(len(shards) for shards in dataset.shards.values()) + len(dataset.sidecars)
     return judge("files", problems, f"{count} shards")

@@ -25,8 +25,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import UserError
-from data.shards import check_token_ids, find_shards, read_shard
+from data.shards import check_stated_shards, check_token_ids, find_shards, read_shard
 
+EDGE_TOKENS = 1 << 20  # of each shard are checked before work starts, the others when they are read
 GOLDEN_FRAC = (5**0.5 - 1) / 2  # steps of this share of a circle spread most evenly over it
 
 
@@ -54,6 +55,9 @@ class TokenLoader:
         self.pattern, self.cfg = pattern, cfg
         self.files = find_shards(pattern)
         self.shards = [np.asarray(read_shard(path)) for path in self.files]  # mapped: a file handle each
+        check_stated_shards(self.files, "train")
+        for path, shard in zip(self.files, self.shards):
+            check_token_ids(shard[:EDGE_TOKENS], cfg.vocab_size, path)
         self.sizes = [shard.size for shard in self.shards]
         self.epoch = self.position = 0
         if sum(self.sizes) == 0:

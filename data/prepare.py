@@ -22,7 +22,15 @@ from tqdm import tqdm
 from data.codecs import load_codec
 from data.errors import UserError, run_command
 from data.selection import FILTERS, ORDERS, Selection
-from data.shards import MANIFEST_NAME, read_manifest, sha256_file, write_json, write_shard
+from data.shards import (
+    MANIFEST_NAME,
+    REPORT_NAME,
+    UNFINISHED_NAME,
+    read_manifest,
+    sha256_file,
+    write_json,
+    write_shard,
+)
 
 MANIFEST_FORMAT = 1
 SHARD_TOKENS = 100_000_000  # the contest's shard length
@@ -36,8 +44,6 @@ DOCS_MANIFEST_NAME = "docs_selected.source_manifest.json"
 CONTEST_VAL_DOCS = 50_000
 SIDECAR_SPLIT = "val_bytes"  # the contest's name: fineweb_val_bytes_000000.bin
 ALL_SHARDS_GLOB = "fineweb_*.bin"
-# Marks a folder whose shards are being replaced. Without it, shards without a manifest are not ours.
-UNFINISHED_NAME = "unfinished.json"
 
 
 class Document(NamedTuple):
@@ -376,7 +382,8 @@ def write_split(
 def mark_unfinished(out: Path) -> None:
     """Take the manifest away, so that a folder half rewritten is not mistaken for a dataset."""
     write_json(out / UNFINISHED_NAME, {"note": "shards are being written; run the same command again"})
-    (out / MANIFEST_NAME).unlink(missing_ok=True)
+    for name in (MANIFEST_NAME, REPORT_NAME):
+        (out / name).unlink(missing_ok=True)
 
 
 def check_folder(out: Path, digest: str) -> None:

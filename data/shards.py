@@ -5,6 +5,7 @@ little-endian: uint16 in version 1, the contest's; uint32 in version 2, for voca
 Each document in it starts with the tokenizer's BOS id.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -19,10 +20,14 @@ from data.errors import UserError
 SHARD_MAGIC = 20240520
 SHARD_DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # version -> tokens; the narrowest first
 HEADER_INTS = 256
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 HEADER_BYTES = HEADER_INTS * 4
 TRAIN_GLOB = "fineweb_train_*.bin"
 VAL_GLOB = "fineweb_val_*.bin"
 MANIFEST_NAME = "manifest.json"
+# Marks a folder whose shards are being replaced. Without it, shards without a manifest are not ours.
+UNFINISHED_NAME = "unfinished.json"
+REPORT_NAME = "tokenizer_report.json"  # what `python -m data.tokenizer verify --out` found, beside shards
 
 
 @contextmanager
@@ -37,8 +42,12 @@ def atomic_file(path: str | Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise UserError(
+                f"{path}: not written, the disk is full. Free space and run this again."
+            ) from error
         raise
 
 
@@ -114,8 +123,33 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> N
         )
 
 
+def check_stated_shards(files: list[Path], split: str) -> None:
+    """Raise unless shards are those of the manifest beside them, by name and size; cheap, reads no token."""
+    stated = (read_manifest(files[0].parent) or {}).get(split, {}).get("shards")
+    if stated is None:
+        return
+    expected = {entry["file"]: entry["bytes"] for entry in stated}
+    found = {path.name: path.stat().st_size for path in files}
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, size = expected.get(name, "none by the manifest"), found.get(name, "none")
+        if wanted != size:
+            raise UserError(
+                f"{files[0].with_name(name)}: expected bytes: {wanted}, found: {size}. `python -m "
+                f"data.doctor {files[0].parent}` says more; make the data again."
+            )
+
+
 def find_shards(pattern: str | Path) -> list[Path]:
-    """List the shards of a glob pattern in name order; at least one. Byte sidecars are left out."""
+    """List the shards of a glob pattern in name order; at least one. Byte sidecars are left out.
+
+    Raises for a folder that a writer did not finish.
+    """
+    unfinished = Path(pattern).parent / UNFINISHED_NAME
+    if unfinished.is_file():
+        raise UserError(
+            f"{unfinished}: expected a finished dataset, found one whose writing was cut off. Run the "
+            "command that makes it again."
+        )
     files = sorted(Path(name) for name in glob.glob(str(pattern)) if "_bytes_" not in Path(name).name)
     if not files:
         raise UserError(
@@ -139,3 +173,27 @@ def read_manifest(folder: str | Path) -> dict | None:
     """Read the manifest that lies beside a folder's shards; None where there is none."""
     path = Path(folder) / MANIFEST_NAME
     return read_json(path) if path.is_file() else None
+
+
+def digest_of_report(report: dict) -> str:
+    """Hash all that a tokenizer report says but its digest: SHA-256 of its JSON with sorted keys."""
+    stated = {key: value for key, value in report.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+
+
+def read_report(folder: str | Path, tokenizer_sha256: str) -> str:
+    """Return the digest of the tokenizer report beside shards; "none" where there is none.
+
+    Raises for one that was altered, is of another tokenizer or found a fault.
+    """
+    path = Path(folder) / REPORT_NAME
+    if not path.is_file():
+        return "none"
+    report = read_json(path)
+    named = report.get("tokenizer", {}).get("sha256")
+    if report.get("digest") != digest_of_report(report) or named != tokenizer_sha256 or not report["passed"]:
+        raise UserError(
+            f"{path}: expected a report that passed on tokenizer {tokenizer_sha256[:16]}, found one altered, "
+            f"failed or of tokenizer {str(named)[:16]}. Make it again: python -m data.tokenizer verify --out."
+        )
+    return report["digest"]

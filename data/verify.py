@@ -7,7 +7,6 @@ error in a codec cannot excuse itself.
 import base64
 import hashlib
 import heapq
-import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from data.codecs import TokenCodec
 from data.codecs.caseops import CASE_OPERATORS, from_case_operators, to_case_operators
 from data.prepare import Document, batched, describe_codec
-from data.shards import read_json
+from data.shards import digest_of_report, read_json
 from data.training import HOSTILE_TEXTS
 
 NUM_WORST = 5  # documents that the report names
@@ -255,7 +254,7 @@ def verify_codec(codec: TokenCodec, documents: Iterable[Document], num_threads: 
     )
     is_kept = not codec.lossless or not report["round_trip_failures"]
     report["passed"] = is_kept and report["space_token"] and not any(report[key] for key in failures)
-    return report | {"digest": hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()}
+    return report | {"digest": digest_of_report(report)}
 
 
 # ---- Comparison -------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The built-in corpus: made from sources that are never run, the same everywhere, nothing leaked."""
 
+import json
 import textwrap
 
 import pytest
@@ -26,7 +27,7 @@ from data.builtin import (
 from data.codecs import load_codec
 from data.errors import UserError
 from data.prepare import write_dataset
-from data.shards import find_shards, read_manifest, read_shard
+from data.shards import find_shards, read_manifest, read_report, read_shard
 
 LONG = "A sentence that is long enough to be worth remembering, and therefore worth keeping apart."
 
@@ -202,6 +203,10 @@ def test_the_corpus_is_built_whole_and_a_second_time_nothing_is_done(tmp_path, l
         ids = read_shard(shards[0])
         assert int((ids == codec.bos_id).sum()) == row["documents"][1] > 0
     assert "left out" not in codec.decode(ids).decode()
+
+    report = json.loads((out / "tokenizer_report.json").read_text())
+    assert report["documents"] == manifest["val"]["documents"][1]
+    assert read_report(out, codec.digest) == report["digest"]
 
     def unexpected():
         raise AssertionError("sources were read again")

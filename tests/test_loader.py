@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data.loader
 from data.errors import UserError
 from data.loader import LOADERS, LoaderSettings, make_loader, segment_starts
 from data.shards import write_shard
@@ -110,8 +111,9 @@ def test_a_rank_reads_its_own_rows_and_no_others(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_ids_of_another_tokenizer_stop_the_run_and_name_the_file(kind):
-    """An id beyond the embedding is a crash without a name on a GPU."""
+def test_ids_of_another_tokenizer_stop_the_run_and_name_the_file(kind, monkeypatch):
+    """An id beyond the embedding is a crash without a name on a GPU, also deep in a shard."""
+    monkeypatch.setattr(data.loader, "EDGE_TOKENS", 10)
     with shards([50, 50]) as pattern:
         loader = make_loader(pattern, LoaderSettings(kind, 60, BOS, 0))
         with pytest.raises(UserError, match=r"fineweb_train_000001\.bin: token id .* vocabulary size 60"):
@@ -296,3 +298,15 @@ def test_document_starts_are_marked_in_windows():
         batches = [loader.take(5, 5, 0, 1) for _ in range(7)]
     assert all(np.array_equal(batch.starts_segment, batch.tokens == BOS) for batch in batches)
     assert sum(batch.starts_segment.sum() for batch in batches) == 1
+
+
+def test_a_wrong_dataset_is_refused_before_the_first_step():
+    """Other ids, or other shards than the manifest's, an hour into a run cost that hour."""
+    with shards([40, 40]) as pattern:
+        settings = LoaderSettings("sequential", 79, BOS, 0)
+        with pytest.raises(UserError, match="token id 79 at position 39 is not below"):
+            make_loader(pattern, settings)
+        entries = [{"file": path.name, "bytes": path.stat().st_size} for path in pattern.parent.glob("*.bin")]
+        (pattern.parent / "manifest.json").write_text(json.dumps({"train": {"shards": entries[:1]}}))
+        with pytest.raises(UserError, match="none by the manifest"):
+            open_loader(pattern)

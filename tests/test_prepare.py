@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from itertools import islice
@@ -15,6 +16,7 @@ import zstandard
 from fixtures_data import small_texts
 
 from data.codecs import load_codec
+from data.doctor import examine
 from data.errors import UserError, run_command
 from data.prepare import Document, ShardWriter, main, read_documents, write_dataset
 from data.selection import difficulty, is_good
@@ -436,6 +438,48 @@ def test_a_run_that_fails_leaves_no_manifest_and_the_next_one_succeeds(prepare, 
     assert read_manifest(out) is None
     prepare("--input", source)
     assert read_manifest(out)["train"]["documents"] == [50, 70]
+
+
+STOPS_AT_THE_FIRST_TRAINING_SHARD = """
+import sys, time
+import data.prepare
+
+write = data.prepare.write_shard
+
+def write_and_stop(path, *rest):
+    write(path, *rest)
+    if "train" in path.name:
+        print("half way", flush=True)
+        time.sleep(60)
+
+data.prepare.write_shard = write_and_stop
+data.prepare.main(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_half_way_is_not_read_and_completes_when_run_again(lossless_model, source, tmp_path):
+    """A machine that vanishes leaves whole shards of half a dataset: a loader must not take them."""
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    arguments = ["--tokenizer", lossless_model, "--input", source, "--shard-tokens", 500, "--num-threads", 1]
+    arguments = list(map(str, arguments))
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPS_AT_THE_FIRST_TRAINING_SHARD, *arguments, "--out", str(out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with process:
+        assert process.stdout.readline() == b"half way\n"
+        process.send_signal(signal.SIGKILL)
+    assert list(out.glob("fineweb_train_*.bin")) and read_manifest(out) is None
+    with pytest.raises(UserError, match="writing was cut off"):
+        find_shards(out / "fineweb_train_*.bin")
+    assert "cut off" in {row.check: row.detail for row in examine(out)}["files"]
+    for folder in (out, whole):
+        main([*arguments, "--out", str(folder)])
+    names = sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in names)
 
 
 def test_shards_of_another_tokenizer_are_not_replaced(prepare, source, tmp_path):

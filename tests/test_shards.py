@@ -1,7 +1,9 @@
 """The shard format: what is written is read back, what is damaged is refused, nothing is half written."""
 
+import errno
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,12 @@ from data.errors import UserError
 from data.shards import (
     HEADER_BYTES,
     atomic_file,
+    check_stated_shards,
     check_token_ids,
+    digest_of_report,
     find_shards,
     read_manifest,
+    read_report,
     read_shard,
     write_json,
     write_shard,
@@ -147,3 +152,68 @@ def test_a_manifest_is_read_back_and_a_damaged_one_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 1})[:-2])
     with pytest.raises(UserError, match="not valid JSON"):
         read_manifest(tmp_path)
+
+
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path):
+    """Not a traceback from the middle of an hour of tokenizing; the old file stays."""
+    path = tmp_path / "fineweb_train_000000.bin"
+    message = r"fineweb_train_000000\.bin: not written, the disk is full"
+    with pytest.raises(UserError, match=message), atomic_file(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(PermissionError), atomic_file(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_the_error_of_a_device_without_space_is_known(tmp_path):
+    """The number is the system's: a write to a full device must give one of those that are told apart."""
+    (tmp_path / ".x.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="the disk is full"), atomic_file(tmp_path / "x") as file:
+        file.write(b"text")
+
+
+def test_a_folder_whose_writing_was_cut_off_is_not_read(shard):
+    """Its shards are whole, but not all of them, or of two datasets."""
+    assert find_shards(shard) == [shard]
+    write_json(shard.with_name("unfinished.json"), {})
+    with pytest.raises(UserError, match="writing was cut off"):
+        find_shards(shard)
+
+
+def test_shards_are_the_manifests_by_name_and_size(shard, tmp_path):
+    """A copy that lost or gained a shard trains on other data without a word."""
+    check_stated_shards([shard], "train")
+    entry = {"file": shard.name, "bytes": shard.stat().st_size}
+    write_json(tmp_path / "manifest.json", {"train": {"shards": [entry]}})
+    check_stated_shards([shard], "train")
+    other = shard.with_name("fineweb_train_000009.bin")
+    other.write_bytes(b"")
+    with pytest.raises(UserError, match=r"000009\.bin: expected bytes: none by the manifest, found: 0"):
+        check_stated_shards([shard, other], "train")
+    write_json(tmp_path / "manifest.json", {"train": {"shards": [entry | {"bytes": 7}]}})
+    with pytest.raises(UserError, match="expected bytes: 7, found: 1224"):
+        check_stated_shards([shard], "train")
+    lost = {"file": "fineweb_train_000005.bin", "bytes": 7}
+    write_json(tmp_path / "manifest.json", {"train": {"shards": [entry, lost]}})
+    with pytest.raises(UserError, match=r"000005\.bin: expected bytes: 7, found: none"):
+        check_stated_shards([shard], "train")
+
+
+def test_a_tokenizer_report_vouches_for_one_tokenizer_and_cannot_be_edited(tmp_path):
+    """Runs and records carry its digest."""
+    assert read_report(tmp_path, "ab" * 32) == "none"
+    report = {"passed": True, "documents": 3, "tokenizer": {"sha256": "ab" * 32}}
+    report["digest"] = digest_of_report(report)
+    write_json(tmp_path / "tokenizer_report.json", report)
+    assert read_report(tmp_path, "ab" * 32) == report["digest"]
+    with pytest.raises(UserError, match="report that passed on tokenizer cdcd"):
+        read_report(tmp_path, "cd" * 32)
+    for changes in ({"documents": 4}, {"passed": False}):
+        write_json(tmp_path / "tokenizer_report.json", report | changes)
+        with pytest.raises(UserError, match="altered"):
+            read_report(tmp_path, "ab" * 32)
+    failed = {"passed": False, "tokenizer": {"sha256": "ab" * 32}}
+    write_json(tmp_path / "tokenizer_report.json", failed | {"digest": digest_of_report(failed)})
+    with pytest.raises(UserError, match="failed"):
+        read_report(tmp_path, "ab" * 32)
