@@ -56,6 +56,7 @@ from data.shards import (
     check_token_ids,
     find_shards,
     read_manifest,
+    read_report,
     read_shard,
     sha256_file,
     write_json,
@@ -2449,6 +2450,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"train_loader:dataset:{name} train_shards:{len(training.loader.files)}\n"
         f"val_loader:shards pattern={text.pattern} tokens:{seen}\n"
         f"val_bytes:{text.target_bytes.sum()} raw_bytes:{text.raw_bytes or 'unknown, no manifest'}\n"
+        f"tokenizer_report:{read_report(Path(text.pattern).parent, text.tokenizer_sha256)}\n"
         f"model_params:{sum(param.numel() for param in model.parameters())}\n"
         f"world_size:{ranks.world_size} grad_accum_steps:{cfg.data.micro_batches // ranks.world_size}\n"
         f"device:{ranks.device.type} compute_dtype:{dtype} compile:{training.loss is not mean_loss}\n"
@@ -2625,6 +2627,7 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     if ranks.is_main:
         seconds = {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
         result = {**facts, "score": score._asdict(), "ledger": ledger, "seconds": seconds}
+        result["tokenizer_report"] = read_report(Path(text.pattern).parent, text.tokenizer_sha256)
         finish(log.folder, cfg, result, log)
 
 

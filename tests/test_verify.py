@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,15 @@ import pytest
 from fixtures_data import SIZES, small_texts
 
 import data.tokenizer
+import train_gpt
 from data.codecs import load_codec
 from data.codecs.caseops import CASE_OPERATORS, to_case_operators
+from data.errors import UserError
 from data.prepare import Document
+from data.shards import write_json
 from data.training import CONTEST_OPTIONS, train_sentencepiece, train_tokenizer
 from data.verify import compare_codec, verify_codec
+from formats.recipe import with_values
 
 TEXTS = [*small_texts(12, seed=5), "A Title, caf\u00e9! \u201cx\u201d", " a  b "]
 DOCUMENTS = [Document(text, f"memory:{i}") for i, text in enumerate(TEXTS, start=1)]
@@ -225,3 +230,22 @@ def test_shared_tokenizers_pass_on_shared_text(name, token_bytes, capsys):
     arguments = ["--tokenizer", str(folder / "tokenizers" / name), "--input", str(folder / "c4_val.jsonl")]
     assert data.tokenizer.main(["verify", *arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["token_bytes"] == token_bytes
+
+
+def test_a_run_carries_the_digest_of_the_report_beside_its_shards(
+    tiny_config, tiny_data, tmp_path, monkeypatch
+):
+    """A reader of a result must find which proof of its tokenizer it rests on; a false one stops the run."""
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_data, folder)
+    report = verify_codec(load_codec(folder / "tokenizer.model"), DOCUMENTS)
+    write_json(folder / "tokenizer_report.json", report)
+    cfg = with_values(tiny_config, {"data.data_path": str(folder), "run.iterations": 1}, "test")
+    monkeypatch.setattr(train_gpt, "weigh_code", lambda folder: (1, ""))
+    train_gpt.run(cfg, train_gpt.Environment({}))
+    run = Path(cfg.run.out_dir) / cfg.run.run_id
+    assert json.loads((run / "result.json").read_text())["tokenizer_report"] == report["digest"]
+    assert f"tokenizer_report:{report['digest']}\n" in (run / "train.log").read_text()
+    write_json(folder / "tokenizer_report.json", report | {"documents": 1})
+    with pytest.raises(UserError, match="altered"):
+        train_gpt.run(cfg, train_gpt.Environment({}))
