@@ -85,7 +85,7 @@ from formats.artifact import (
     require_codec,
     unpack_artifact,
 )
-from formats.codes import decode_codes, decode_halves, largest_stream
+from formats.codes import decode_codes, decode_halves, largest_halves, largest_stream
 from formats.codes_encode import encode_codes, encode_halves
 from formats.recipe import (
     check_ranges,
@@ -2033,9 +2033,9 @@ def read_tensors(streams: dict[str, Stream], table: tuple[TensorRow, ...], cfg: 
     if found != needed or len(streams) != len(STREAM_DTYPES):
         raise ArtifactError(f"artifact: expected streams of {needed} bytes, found {found}.")
     sizes = [math.prod(shape) for shape in shapes["scales"]]
-    limits = {"codes": shapes["codes"], "scales": [(1, size) for size in (*sizes, sum(sizes))]}
+    limits = {"codes": largest_stream(shapes["codes"]), "scales": largest_halves(sizes)}
     for name in coded:  # before anything of that length is allocated
-        if streams[name].raw_bytes > largest_stream(limits[name]):
+        if streams[name].raw_bytes > limits[name]:
             raise ArtifactError(f"artifact: {streams[name].raw_bytes} bytes are too many for its {name}.")
     raw = {name: decompress(stream, stream_codec(cfg)) for name, stream in streams.items()}
     values = {name: np.frombuffer(raw[name], STREAM_DTYPES[name]) for name in needed}

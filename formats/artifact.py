@@ -18,7 +18,7 @@ from typing import NamedTuple
 from data.errors import UserError
 
 ARTIFACT_MAGIC = b"PGOLF\n"
-ARTIFACT_VERSION = 1
+ARTIFACT_VERSION = 2
 ARTIFACT_PREFIX = struct.Struct("<6sHII")  # magic, version, header bytes stored, header bytes raw
 CHECKSUM_BYTES = 16
 MAX_HEADER_BYTES = 1 << 20

@@ -3,8 +3,9 @@
 A code of row i and column j is coded with the table of spread class base + row class i + column class j; a
 class is an eighth of an octave. The encoder chooses the classes by total bytes, and they are coded too. No
 table is stored: it is a symmetric bell around a center, with a tail and a zero of the matrix's own, computed
-in integers only. A row with a lag is the difference from the row so far above it: embeddings of tokens that
-never occur are alike. All matrices share one stream and its lanes; each may be of another kind.
+in integers only; where it pays, tables count the codes that they coded and are drawn anew in between. A row
+with a lag is the difference from the row so far above it: embeddings of tokens that never occur are alike.
+All matrices share one stream and its lanes; each may be of another kind.
 
 Layout, little-endian 16-bit words: the lanes' states, two words each; the words that refill them; from the
 end backwards, the codes without a symbol. In coding order: a row of parameters for each matrix, as
@@ -25,7 +26,8 @@ STATE_FLOOR = 1 << 16  # states live in [2^16, 2^32)
 CODES_A_LANE = 16384  # a lane costs two bytes and shortens the loop
 CENTER, ESCAPE, NUM_SYMBOLS = 127, 255, 256  # symbols stand for -127 .. 127 from the center, and the escape
 NUM_CLASSES = 88  # class k has spread 2^((k - 20) / 8): 0.18 to 330 codes
-MAX_TAIL = 7
+MAX_TAIL, MAX_LEARN = 7, 16
+FIRST_PART, MOST_PART = 1024, 1 << 15  # codes between two drawings of tables that learn
 CLASS_BELL = 2  # tail of the tables of classes and parameters
 PARAMETER_CLASS = 28
 LOW_BITS = 6  # of a float16: the last bits of the fraction, as good as noise
@@ -44,6 +46,7 @@ class Bell(NamedTuple):
     column_class: int = 0  # class whose table codes the column classes
     row_class: int = 0  # of the row classes
     lag_class: int = 0  # of the lags
+    learn: int = 0  # tables learn from what they coded: the bell weighs 2^learn codes; 0: they stay
 
 
 CLASS_TABLES = Bell(low=-127, high=127, tail=CLASS_BELL)
@@ -59,11 +62,52 @@ def bell_tables(bell: Bell, classes: np.ndarray) -> np.ndarray:
         weights = np.minimum(weights, np.uint64(0xFFFFFFFF)) ** 2 >> np.uint64(32)
     weights[:, CENTER] = bell.zero << 29
     weights[:, (steps < bell.low) | (steps > bell.high)] = 0
+    return as_frequencies(weights)
+
+
+def as_frequencies(weights: np.ndarray) -> np.ndarray:
+    """Return frequencies (classes, NUM_SYMBOLS) uint32 in proportion to uint64 weights; 1 is the escape's."""
+    weights[:, ESCAPE] = 0
     room = np.uint64((1 << TABLE_BITS) - 1)
     tables = (weights * room // np.maximum(weights.sum(1, keepdims=True), 1)).astype(np.uint32)
     tables[:, ESCAPE] = 1
-    tables[:, CENTER] += np.uint32(1 << TABLE_BITS) - tables.sum(1, dtype=np.uint32)
+    rest = np.uint32(1 << TABLE_BITS) - tables.sum(1, dtype=np.uint32)
+    tables[np.arange(len(tables)), tables.argmax(1)] += rest
     return tables
+
+
+def symbols_of(values: np.ndarray) -> np.ndarray:
+    """Map int16 values to symbols; what lies beyond them all is an escape."""
+    return np.where(np.abs(values.astype(np.int32)) <= CENTER, values + CENTER, ESCAPE).astype(np.uint8)
+
+
+class LearningTables:
+    """The tables of a matrix: bells that count the codes which they have coded."""
+
+    def __init__(self, bells: np.ndarray, learn: int):
+        self.bells, self.learn = bells, learn
+        self.counts = np.zeros(bells.shape, np.uint64)
+
+    def parts(self, size: int) -> list[slice]:
+        """Cut so many codes where the tables are drawn anew: at powers of two, then at equal distances."""
+        if not self.learn:
+            return [slice(0, size)]
+        powers = (FIRST_PART << k for k in range((MOST_PART // FIRST_PART).bit_length() - 1))
+        ends = [end for end in (*powers, *range(MOST_PART, size, MOST_PART)) if end < size]
+        return [slice(first, last) for first, last in zip([0, *ends], [*ends, size])]
+
+    def draw(self) -> np.ndarray:
+        """Return the frequencies (classes, NUM_SYMBOLS) for the next part."""
+        if not self.learn:
+            return self.bells
+        bells = self.bells.astype(np.uint64) << np.uint64(self.learn)
+        return as_frequencies(bells + (self.counts << np.uint64(TABLE_BITS)))
+
+    def count(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Count values int16 and the tables that coded them, (classes, NUM_SYMBOLS) uint64."""
+        entries = rows.astype(np.intp) * NUM_SYMBOLS + symbols_of(values)
+        counts = np.bincount(entries, minlength=self.counts.size)
+        return counts.reshape(self.counts.shape).astype(np.uint64)
 
 
 def num_lanes(shapes: Sequence[tuple[int, int]]) -> int:
@@ -117,6 +161,14 @@ class CodeReader:
             values[escaped] = self.words[self.take(-len(escaped))][::-1].astype(np.int16)
         return values
 
+    def read_learning(self, rows: np.ndarray, bells: np.ndarray, learn: int) -> np.ndarray:
+        """Return the values int16, as many as there are `rows`, of bells that learn."""
+        tables, values = LearningTables(bells, learn), np.empty(len(rows), np.int16)
+        for part in tables.parts(len(rows)):
+            values[part] = self.read(tables.draw(), rows[part])
+            tables.counts += tables.count(rows[part], values[part])
+        return values
+
     def finish(self) -> None:
         """Check that the stream ends where the codes do: the states are as the encoder found them."""
         if self.first != self.last or (self.states != STATE_FLOOR).any():
@@ -138,8 +190,8 @@ def decode_codes(blob: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.ndar
         bell = check_bell(Bell(*fields.tolist()))
         sides = reader.read(*side_tables(bell, rows, cols))
         column_classes, row_classes, lags = np.split(sides, [cols, cols + rows])
-        classes, tables = element_tables(bell, row_classes, column_classes)
-        values = add_lagged(reader.read(tables, classes).reshape(rows, cols), lags)
+        values = reader.read_learning(*element_tables(bell, row_classes, column_classes), bell.learn)
+        values = add_lagged(values.reshape(rows, cols), lags)
         matrices.append(values * np.int16(bell.step) + np.int16(bell.center))
     reader.finish()
     return matrices
@@ -148,7 +200,12 @@ def decode_codes(blob: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.ndar
 def check_bell(bell: Bell) -> Bell:
     """Raise ArtifactError unless the parameters are within what the tables allow."""
     classes = (bell.base, bell.column_class, bell.row_class, bell.lag_class)
-    spread = bell.low <= 0 <= bell.high and 0 <= bell.tail <= MAX_TAIL and 0 <= bell.zero <= 255
+    spread = (
+        bell.low <= 0 <= bell.high
+        and 0 <= bell.tail <= MAX_TAIL
+        and 0 <= bell.zero <= 255
+        and 0 <= bell.learn <= MAX_LEARN
+    )
     if not spread or not all(0 <= k < NUM_CLASSES for k in classes):
         raise ArtifactError(f"artifact: {bell} describes no table of codes.")
     return bell
@@ -178,11 +235,24 @@ def element_tables(bell: Bell, rows: np.ndarray, cols: np.ndarray) -> tuple[np.n
     return index[classes.ravel()], bell_tables(bell, used)
 
 
+def largest_halves(sizes: Sequence[int]) -> int:
+    """Return the bytes that no stream of these vectors exceeds."""
+    return 2 + largest_stream([(1, size) for size in (*sizes, sum(sizes))])
+
+
 def decode_halves(blob: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
     """Return the float16 vectors that encode_halves was given, as many elements as `sizes` says.
 
+    The first two bytes say how many different values there are: then follow, as codes, the rank of each
+    element and the differences of the sorted values; or 0: then the high bits by vector and all low bits.
     Raises ArtifactError like decode_codes.
     """
-    *highs, lows = decode_codes(blob, [(1, size) for size in (*sizes, sum(sizes))])
-    halves = (np.concatenate([np.empty((1, 0), np.int16), *highs], 1)[0] << LOW_BITS) | lows[0]
+    known = int.from_bytes(blob[:2], "little")
+    if known > sum(sizes):
+        raise ArtifactError(f"artifact: expected at most {sum(sizes)} different scales, found {known}.")
+    *vectors, rest = decode_codes(blob[2:], [(1, size) for size in (*sizes, known or sum(sizes))])
+    whole = np.concatenate([np.empty((1, 0), np.int16), *vectors], 1)[0]
+    if known and whole.size and not 0 <= whole.min() <= whole.max() < known:
+        raise ArtifactError(f"artifact: a scale's rank lies outside its list of {known}.")
+    halves = np.cumsum(rest[0], dtype=np.int16)[whole] if known else whole << LOW_BITS | rest[0]
     return np.split(halves.view(np.float16), np.cumsum(sizes)[:-1]) if sizes else []

@@ -11,6 +11,7 @@ from formats.codes import (
     CLASS_TABLES,
     ESCAPE,
     LOW_BITS,
+    MAX_LEARN,
     MAX_TAIL,
     NUM_CLASSES,
     NUM_SYMBOLS,
@@ -18,16 +19,19 @@ from formats.codes import (
     STATE_FLOOR,
     TABLE_BITS,
     Bell,
+    LearningTables,
     bell_tables,
     element_tables,
     num_lanes,
     side_tables,
+    symbols_of,
 )
 
 ALL_CLASSES = np.arange(NUM_CLASSES)
 TAILS = range(1, MAX_TAIL + 1)
 ZEROS = (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 48, 128)
 FIT_ROUNDS = 2
+LEARNS = (0, 4, 6, 8, 10, 12)
 MAX_LAG = 8
 ALIKE = 0.7  # of its size; rows that share no part differ by 1.0 (binary) to 1.4 (bell) of it
 OFFSETS = np.arange(-40, 41)
@@ -42,11 +46,6 @@ def table_costs(tables: np.ndarray) -> np.ndarray:
     bits = np.where(tables > 0, bits, bits[:, ESCAPE:] + ESCAPE_BITS)
     bits[:, ESCAPE] += ESCAPE_BITS
     return np.rint(BIT * bits)
-
-
-def symbols_of(values: np.ndarray) -> np.ndarray:
-    """Map int16 values to symbols; what lies beyond them all is an escape."""
-    return np.where(np.abs(values.astype(np.int32)) <= CENTER, values + CENTER, ESCAPE).astype(np.uint8)
 
 
 class CodeWriter:
@@ -66,6 +65,13 @@ class CodeWriter:
         self.chunks.append(
             tuple(part.ravel().astype(np.uint16)[entry + symbols] for part in (tables, starts))
         )
+
+    def write_learning(self, rows: np.ndarray, bells: np.ndarray, values: np.ndarray, learn: int) -> None:
+        """Add values of bells that learn; CodeReader.read_learning reads them."""
+        tables = LearningTables(bells, learn)
+        for part in tables.parts(len(rows)):
+            self.write(tables.draw(), rows[part], values[part])
+            tables.counts += tables.count(rows[part], values[part])
 
     def finish(self, lanes: int) -> bytes:
         """Return the stream."""
@@ -149,6 +155,20 @@ def fit_bell(values: np.ndarray, bell: Bell) -> tuple[Bell, np.ndarray, np.ndarr
     return bell, rows, cols
 
 
+def choose_learning(rows: np.ndarray, bells: np.ndarray, values: np.ndarray) -> int:
+    """Return how much the bells should weigh against what they coded, by the bits of these values."""
+    tables = LearningTables(bells, MAX_LEARN)
+    found = [tables.count(rows[part], values[part]) for part in tables.parts(len(rows))]
+    bits = []
+    for learn in LEARNS:
+        tables = LearningTables(bells, learn)
+        bits.append(0.0)
+        for counts in found:
+            bits[-1] += (table_costs(tables.draw()) * counts).sum()
+            tables.counts += counts
+    return LEARNS[int(np.argmin(bits))]
+
+
 def choose_lags(values: np.ndarray) -> np.ndarray:
     """Return for each row how far above it the row is from which it differs least; 0 if none is like it."""
     size = np.abs(values.astype(np.int32)).sum(1)
@@ -170,7 +190,9 @@ def encode_codes(matrices: Sequence[np.ndarray]) -> bytes:
         values = (values // step).astype(np.int16)  # modulo 2^16, like the reader
         lags = choose_lags(values)
         values[lags > 0] -= values[np.flatnonzero(lags) - lags[lags > 0]]
-        fitted.append((values, lags, *fit_bell(values, Bell(center, step, lag_class=side_class(lags)))))
+        bell, rows, cols = fit_bell(values, Bell(center, step, lag_class=side_class(lags)))
+        learn = choose_learning(*element_tables(bell, rows, cols), values.ravel())
+        fitted.append((values, lags, bell._replace(learn=learn), rows, cols))
     fields = np.array([Bell(), *(bell for _, _, bell, _, _ in fitted)], np.int64)
     writer = CodeWriter()
     changes = np.diff(fields, axis=0).astype(np.int16).ravel()
@@ -178,16 +200,23 @@ def encode_codes(matrices: Sequence[np.ndarray]) -> bytes:
     writer.write(table, np.zeros(len(changes), np.uint8), changes)
     for values, lags, bell, rows, cols in fitted:
         writer.write(*side_tables(bell, *values.shape), np.concatenate([cols, rows, lags]))
-        classes, tables = element_tables(bell, rows, cols)
-        writer.write(tables, classes, values.ravel())
+        writer.write_learning(*element_tables(bell, rows, cols), values.ravel(), bell.learn)
     return writer.finish(num_lanes([codes.shape for codes in matrices]))
 
 
 def encode_halves(vectors: Sequence[np.ndarray]) -> bytes:
-    """Code float16 vectors, such as scales: high bits by vector, low bits of all together."""
+    """Code float16 vectors, such as scales, as decode_halves says, in the way of the fewest bytes."""
     bits = [vector.view(np.int16)[None] for vector in vectors]
-    lows = np.concatenate([np.empty((1, 0), np.int16), *bits], 1) & ((1 << LOW_BITS) - 1)
-    return encode_codes([*(part >> LOW_BITS for part in bits), lows])
+    whole = np.concatenate([np.empty((1, 0), np.int16), *bits], 1)
+    lows = whole & ((1 << LOW_BITS) - 1)
+    blob = b"\0\0" + encode_codes([*(part >> LOW_BITS for part in bits), lows])
+    known = np.unique(whole)
+    if 0 < 2 * len(known) < whole.size:
+        ranks = [np.searchsorted(known, part).astype(np.int16) for part in bits]
+        steps = np.diff(known, prepend=np.int16(0))[None]
+        listed = len(known).to_bytes(2, "little") + encode_codes([*ranks, steps])
+        blob = min(blob, listed, key=len)
+    return blob
 
 
 def is_smaller_plain(codes: np.ndarray, compress: Callable[[bytes], bytes]) -> bool:
