@@ -66,16 +66,26 @@ from eval.bpb import BpbMeter
 from eval.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
 from eval.modes import (
     EVAL_MODES,
+    PLAIN_MODES,
     Aids,
     Scoring,
     aid_limits,
     make_table,
+    plan_plain,
     read_aids,
+    rehearse,
     score_session,
     scoring_cost,
     write_aids,
 )
-from eval.sliding import ProgressLines, ScoreOptions, newton_step, plain_cost, scale_sums
+from eval.sliding import (
+    CompiledWindows,
+    ProgressLines,
+    ScoreOptions,
+    newton_step,
+    plain_cost,
+    scale_sums,
+)
 from formats.artifact import (
     STREAM_CODECS,
     ArtifactError,
@@ -2145,16 +2155,23 @@ def score_model(
             f"{text.pattern}: expected at least one window of {context_len} + 1 validation tokens, found "
             f"{len(text.tokens):,}. Make the validation set larger or eval.context_len smaller."
         )
-    started = time.perf_counter()
     tokens = text.tokens[: num_targets + 1]
     batch_tokens = cfg.run.val_batch_tokens // cfg.data.micro_batches
     options = ScoreOptions(text.bos_id, batch_tokens, ranks.device, ranks.rank, ranks.world_size)
-    options = options._replace(cost=scoring_cost(settings, tokens, model.aids))
     windows = Settings(context_len, settings.stride, settings.deadline_s, scoring.switch_at)
     session = Session(tokens, windows, options, ranks, scoring.reports)
-    if options.cost is not plain_cost:
+    scorer = model.eval()
+    if scoring.warms_up:
+        if settings.mode in PLAIN_MODES and resolve_compile(cfg.run.compile, ranks.device):
+            plan = plan_plain(settings, context_len, tokens, text.bos_id)
+            scorer = CompiledWindows(model, plan, batch_tokens)
+        rehearse(model, scorer, session, settings, cfg.data.vocab_size)
+    ranks.synchronize()
+    started = time.perf_counter()
+    session.start(scoring_cost(settings, tokens, model.aids))
+    if session.options.cost is not plain_cost:
         session.referee.event("precompute", 0, num_targets)  # hints: each reads its own prefix
-    outcome = score_session(model.eval(), session, settings)
+    outcome = score_session(scorer, session, settings)
     nats = ranks.sum(outcome.nats).numpy()
     meter = BpbMeter()
     meter.add(nats, text.target_bytes[: len(nats)])
@@ -2609,7 +2626,9 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     phase("set-up and warm-up")
 
     plain = dataclasses.replace(cfg, eval=EvalConfig(context_len=cfg.data.seq_len))
-    facts = train(training, log, lambda: score_model(training.model, plain, text, ranks))
+    facts = train(
+        training, log, lambda: score_model(training.model, plain, text, ranks, Scoring(warms_up=False))
+    )
     log.line(
         f"peak memory allocated: {ranks.peak_memory_mib()} MiB reserved: {ranks.reserved_memory_mib()} MiB"
     )

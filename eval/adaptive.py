@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.errors import UserError
-from eval.sliding import Logits, ScoreOptions, plan_batches, plan_windows, score_batch
+from eval.sliding import Cost, Logits, ScoreOptions, plain_cost, plan_batches, plan_windows, score_batch
 
 # What a recipe calls a place for an adapter -> the attributes of the modules that take one.
 ADAPTER_SITES = {
@@ -157,6 +157,11 @@ class Session:
         self.num_done = 0
         self.checked_at = self.referee.started
         self.score_seconds, self.score_tokens = 0.0, 0  # of forward passes on this rank
+
+    def start(self, cost: Cost) -> None:
+        """Start the clock and charge targets by `cost` from here on."""
+        self.options = self.options._replace(cost=cost)
+        self.referee.started = self.checked_at = time.perf_counter()
 
     def is_mine(self, index: int) -> bool:
         """Whether this rank does unit `index`."""
@@ -445,7 +450,7 @@ class DocumentLora(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         down, up = (part[self.visit, : x.size(0)].to(x.dtype) for part in (self.down, self.up))
         self.visit = (self.visit + 1) % len(self.down)
-        return (x @ down) @ up * self.scale
+        return (x @ down) * self.scale @ up  # the scale on the narrow side
 
 
 class VisitCounter(nn.Module):
@@ -529,7 +534,7 @@ class LoraScorer:
             module.adapter = DocumentLora(start, len(batch), module.out_features, scale)
             params += [module.adapter.down, module.adapter.up]
         if params:
-            rates = {"lr": self.lora.lr, "weight_decay": self.lora.weight_decay, "eps": 1e-10}
+            rates = {"lr": self.lora.lr, "weight_decay": self.lora.weight_decay, "eps": 1e-10, "fused": True}
             optimizer = torch.optim.AdamW(params, betas=(0.0, self.lora.beta2), **rates)
         lengths = np.diff(self.documents[batch]).ravel()
         chunk = chunk_tokens_of(int(lengths[0]), self.lora)
@@ -559,10 +564,13 @@ class LoraScorer:
         inputs, targets = tokens[:, :-1], tokens[:, 1 + first :]
         with torch.set_grad_enabled(learns):
             scores = self.model(inputs, inputs == options.bos_id, first).float()  # (B, T - first, V)
+            losses = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
+            losses = losses.view_as(targets)
         places = torch.from_numpy(span[:, first:-1])
         real = places < torch.from_numpy(hi)
         chosen = real.to(options.device)
-        with torch.no_grad():
+        nats = losses.detach()[chosen]
+        if options.cost is not plain_cost:
             nats = options.cost(scores.detach()[chosen], targets[chosen], places[real])
         self.session.record(places[real], nats.float().cpu(), began, inputs.numel())
         for doc, (low, high) in zip(docs, np.minimum(np.hstack([lo + start, lo + end]), hi)):
@@ -571,9 +579,8 @@ class LoraScorer:
             for doc, low in zip(docs[goes_on], lo[goes_on, 0] + start):
                 self.session.referee.update(low, low + chunk, doc)
             rows = torch.from_numpy(goes_on).to(options.device)
-            losses = F.cross_entropy(scores[rows].flatten(0, 1), targets[rows].flatten(), reduction="none")
             optimizer.zero_grad()
-            (losses.sum() / chunk).backward()  # documents share no weight: a sum keeps them independent
+            (losses[rows].sum() / chunk).backward()  # documents share no weight: a sum keeps them independent
             optimizer.step()
 
     def learn_phase(self, docs: np.ndarray, sgd: SgdOptions) -> None:

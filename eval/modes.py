@@ -22,6 +22,7 @@ from eval.adaptive import (
     score_plain,
     score_pre_eval,
     score_sgd,
+    weights_digest,
 )
 from eval.ngram import (
     KEY_DTYPE,
@@ -35,10 +36,11 @@ from eval.ngram import (
     static_tilt,
     write_table,
 )
-from eval.sliding import Cost, ScaledCost, plain_cost, plan_windows
+from eval.sliding import Cost, Logits, ScaledCost, plain_cost, plan_windows
 
 AID_DTYPE = np.dtype("<f4")
-EVAL_MODES = ("chunked", "sliding", "doc", "sgd-ttt", "lora-ttt", "phased", "legacy_pre_eval")
+PLAIN_MODES = ("chunked", "sliding", "doc")
+EVAL_MODES = (*PLAIN_MODES, "sgd-ttt", "lora-ttt", "phased", "legacy_pre_eval")
 
 
 class Scoring(NamedTuple):
@@ -46,6 +48,7 @@ class Scoring(NamedTuple):
 
     reports: Reports = Reports()
     switch_at: int = -1  # replay: units that adapt; -1: settings.deadline_s decides
+    warms_up: bool = True  # before the clock starts; compiled graphs need it
 
 
 def options_of(kind: type, settings, prefix: str, **others):
@@ -112,17 +115,41 @@ def scoring_cost(settings, tokens: np.ndarray, aids: Aids) -> Cost:
     return ScaledCost(*aids.scales, cost) if settings.fit_scales else cost
 
 
+def plan_plain(settings, context_len: int, tokens: np.ndarray, bos_id: int) -> np.ndarray:
+    """Lay the windows of a mode that does not adapt."""
+    if settings.mode == "doc":
+        return plan_document_windows(plan_documents(tokens, bos_id), context_len, settings.stride)
+    return plan_windows(len(tokens) - 1, context_len, settings.stride if settings.mode == "sliding" else 0)
+
+
+def rehearse(model: nn.Module, scorer: Logits, session: Session, settings, vocab_size: int) -> None:
+    """Score random tokens as settings.mode will the text: what is built at first use is built here.
+
+    `session` is the text's, which stays as it is; so do the model's weights, or it raises.
+    """
+    context_len, options = session.settings.context_len, session.options._replace(cost=plain_cost)
+    num_tokens = 2 * context_len + 1
+    if settings.mode in PLAIN_MODES:  # a whole batch
+        stride = context_len if settings.mode == "chunked" else settings.stride
+        num_tokens += options.batch_tokens // context_len * stride
+    tokens = np.random.default_rng(0).integers(0, vocab_size, min(num_tokens, len(session.tokens)))
+    tokens = tokens.astype(session.tokens.dtype)
+    before = weights_digest(model)
+    rehearsal = Session(tokens, session.settings, options, session.ranks, Reports())
+    score_session(scorer, rehearsal, settings)
+    if weights_digest(model) != before:
+        raise ValueError("warming up moved the model's weights")
+    session.referee.event("load", 0, 0)
+
+
 def score_session(model: nn.Module, session: Session, settings) -> Outcome:
     """Score a session's text as settings.mode says."""
     if settings.tilt_static_entries and settings.tilt_legacy:
         session.referee.invalid = LEGACY_ALIGNMENT
-    context_len, stride = session.settings.context_len, session.settings.stride
-    if settings.mode in ("chunked", "sliding"):
-        stride = stride if settings.mode == "sliding" else 0
-        return score_plain(model, session, plan_windows(session.num_targets, context_len, stride))
-    if settings.mode == "doc":
-        documents = plan_documents(session.tokens, session.options.bos_id)
-        return score_plain(model, session, plan_document_windows(documents, context_len, stride))
+    context_len = session.settings.context_len
+    if settings.mode in PLAIN_MODES:
+        windows = plan_plain(settings, context_len, session.tokens, session.options.bos_id)
+        return score_plain(model, session, windows)
     frozen = tuple(f"blocks.{i}.*" for i in range(settings.sgd_freeze_blocks))
     sgd = options_of(SgdOptions, settings, "sgd_", frozen=frozen)
     if settings.mode == "sgd-ttt":

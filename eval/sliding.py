@@ -6,6 +6,7 @@ no ranks and no model class.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -97,6 +98,22 @@ class ScoreOptions(NamedTuple):
     rank: int = 0
     world_size: int = 1
     cost: Cost = plain_cost
+
+
+class CompiledWindows:
+    """A model compiled for the commonest shape of a plan's batches; all other shapes run as they are."""
+
+    def __init__(self, model: Logits, windows: np.ndarray, batch_tokens: int):
+        shapes = [
+            (len(rows), *np.diff(windows[rows[0], :2]).tolist(), int(windows[rows[0], 2]))
+            for rows in plan_batches(windows, batch_tokens)
+        ]
+        self.model, self.graph = model, torch.compile(model, dynamic=False)
+        self.shape = max(shapes, key=Counter(shapes).__getitem__)  # (B, T, first)
+
+    def __call__(self, tokens: torch.Tensor, starts_doc: torch.Tensor, first: int) -> torch.Tensor:
+        run = self.graph if (*tokens.shape, first) == self.shape else self.model
+        return run(tokens, starts_doc, first)
 
 
 class ProgressLines:

@@ -1,13 +1,19 @@
 """Window plans and scoring against the slow reference."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.adaptive import Reports, Session, Settings, weights_digest
+from eval.modes import EVAL_MODES, Scoring, rehearse
 from eval.reference import score_reference, visible_start
-from eval.sliding import ScoreOptions, plan_batches, plan_windows, score_windows
+from eval.sliding import CompiledWindows, ScoreOptions, plan_batches, plan_windows, score_windows
+from formats.recipe import with_values
+from train_gpt import EvalConfig, load_validation, score_model
 
 BOS = 1
 
@@ -103,3 +109,78 @@ def test_future_tokens_never_move_earlier_scores(tiny_model, position):
         score_windows(tiny_model, text, windows, ScoreOptions(BOS, 64)) for text in (tokens, changed)
     )
     assert torch.equal(before[:position], after[:position])
+
+
+def scored_settings(mode):
+    """What the scorers read of a recipe's [eval] section, small."""
+    return dataclasses.replace(
+        EvalConfig(), mode=mode, stride=4, lora_sites="q,head", lora_rank=2, lora_chunk_tokens=8, phase_docs=2
+    )
+
+
+def session_of(tokens, events):
+    return Session(tokens, Settings(16, 4), ScoreOptions(BOS, 64), None, Reports(events.append))
+
+
+@pytest.mark.parametrize("mode", EVAL_MODES)
+def test_rehearsing_leaves_weights_and_text_alone(tiny_model, alone, mode):
+    """Warm-up before the clock is legal: it reads random tokens and moves nothing (pull request 1530)."""
+    tokens, events, read = np.full(200, 299, dtype=np.uint16), [], []
+    session = session_of(tokens, events)
+    session.ranks = alone
+    before = weights_digest(tiny_model)
+    hook = tiny_model.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].clone()))
+    rehearse(tiny_model, tiny_model, session, scored_settings(mode), vocab_size=299)
+    hook.remove()
+    assert read and max(int(part.max()) for part in read) < 299  # the text's only token was never read
+    assert weights_digest(tiny_model) == before and not session.referee.scored.any()
+    assert [event["kind"] for event in events] == ["load"]
+
+
+def test_a_rehearsal_that_moves_weights_is_found_out(tiny_model, alone, monkeypatch):
+    """The proof by hash must be able to fail."""
+
+    def careless(model, session, settings):
+        next(iter(tiny_model.parameters())).data.add_(1e-3)
+
+    monkeypatch.setattr("eval.modes.score_session", careless)
+    session = session_of(np.full(200, 5, dtype=np.uint16), [])
+    session.ranks = alone
+    with pytest.raises(ValueError, match="moved the model's weights"):
+        rehearse(tiny_model, tiny_model, session, scored_settings("sliding"), 300)
+
+
+@pytest.mark.slow
+def test_one_shape_is_compiled_once_and_scores_the_same(tiny_model, alone, monkeypatch):
+    """Rehearsal builds the graph of the commonest shape; the text then builds none, whatever its tail."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_model(*a, **k, backend=counting))
+    torch.compiler.reset()
+    tokens = np.random.default_rng(0).integers(2, 300, 205).astype(np.uint16)
+    windows, session = plan_windows(204, 16, 4), session_of(tokens, [])
+    session.ranks = alone
+    scorer = CompiledWindows(tiny_model, windows, 64)
+    assert scorer.shape == (4, 16, 12)
+    rehearse(tiny_model, scorer, session, scored_settings("sliding"), 300)
+    assert len(graphs) == 1
+    nats = score_windows(scorer, tokens, windows, ScoreOptions(BOS, 64))
+    assert len(graphs) == 1
+    torch.testing.assert_close(nats, score_windows(tiny_model, tokens, windows, ScoreOptions(BOS, 64)))
+
+
+def test_the_clock_of_a_score_leaves_the_rehearsal_out(tiny_config, tiny_model, alone):
+    """Contest practice: what is built at first use is no part of scoring; precomputing hints is."""
+    text = load_validation(tiny_config.data)
+    events = []
+    cfg = with_values(tiny_config, {"eval.mode": "sliding", "eval.tilt_online": 1.0}, "test")
+    score = score_model(tiny_model, cfg, text, alone, Scoring(Reports(events.append)))
+    assert [event["kind"] for event in events[:3]] == ["load", "precompute", "score"]
+    assert events[1]["seconds"] <= events[-1]["seconds"] <= score.seconds
+    cold = score_model(tiny_model, cfg, text, alone, Scoring(warms_up=False))
+    assert cold.val_bpb == score.val_bpb
