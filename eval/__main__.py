@@ -329,7 +329,11 @@ def build_parser() -> CommandParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Score or compare artifacts."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    single = ("target", "artifact", "breakdown", "budget", "event_log", "switch_at")
+    if args.compare and any(vars(args)[name] != parser.get_default(name) for name in single):
+        parser.error(f"--compare takes two artifacts and none of {', '.join(single)}")
     environment = read_environment()._replace(overrides={})
 
     def ranks_of(target: Target) -> KeepingRanks:

@@ -8,6 +8,7 @@ import pytest
 from data.errors import UserError
 from eval.bpb import BpbMeter
 from eval.budget import BudgetError, check_bytes, check_seconds, format_ledger
+from eval.logs import RunLog, ScoreLine
 
 
 def test_a_uniform_byte_model_costs_exactly_eight_bits_a_byte():
@@ -25,6 +26,27 @@ def test_bits_per_byte_is_a_ratio_of_sums_not_a_mean_of_ratios():
     meter.add(np.array([math.log(2.0)] * 3), np.array([2, 3, 4]))
     assert meter.val_bpb == pytest.approx(4 / 10)
     assert (meter.num_tokens, meter.num_bytes) == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("val_loss", "val_bpb", "num_tokens", "tokens_per_byte", "num_bytes"),
+    [
+        pytest.param(
+            1.61403749, 1.18169806, 74_582_016, 0.507479, 146_965_620, marks=pytest.mark.reference("B14")
+        ),
+        pytest.param(
+            1.95838065, 1.15986333, 62_021_632, 0.410521, 151_080_360, marks=pytest.mark.reference("C9")
+        ),
+    ],
+)
+def test_the_bytes_that_a_published_score_divides_by(
+    val_loss, val_bpb, num_tokens, tokens_per_byte, num_bytes
+):
+    """Two printed numbers betray the denominator: what systems B and C scored, against our arithmetic."""
+    line = ScoreLine("final", val_loss, val_bpb, True, None)
+    log = RunLog("log", [line], {"val_tokens": num_tokens}, {}, "")
+    assert 1 / line.bytes_per_token == pytest.approx(tokens_per_byte, abs=5e-7)
+    assert log.implied_bytes(line) == pytest.approx(num_bytes, abs=10)
 
 
 def test_a_nan_is_named_with_its_position():

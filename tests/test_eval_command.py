@@ -131,6 +131,17 @@ def test_json_is_one_object_and_the_rest_goes_to_standard_error(make_run, tmp_pa
     assert order_of_events(events, score["num_tokens"]).verdict == "PASS"
 
 
+def test_a_score_against_the_rules_says_so_in_every_output(make_run, capsys):
+    """Training on the text before scoring it: a number that must not be mistaken for a score."""
+    folder = make_run("run", ADAPTIVE)
+    args = [str(folder), "--mode", "legacy_pre_eval", "--documents", "3"]
+    assert "before they were scored" in evaluate(capsys, *args)["invalid"]
+    assert main(args) == 0
+    assert capsys.readouterr().out.startswith("INVALID ")
+    assert main(["--compare", str(folder), *args]) == 0  # the changed mode is that of both sides
+    assert capsys.readouterr().out.count("INVALID: an update read") == 2
+
+
 # ---- Recorded scores ---------------------------------------------------------------------------------
 
 
@@ -250,6 +261,8 @@ def test_a_run_equals_itself(make_run, capsys):
     assert len(report["documents"]) == 8
     assert main(["--compare", str(folder), str(folder)]) == 0
     assert "A - B  +0.00000000 bpb" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # what would be ignored is refused
+        main(["--compare", str(folder), str(folder), "--breakdown"])
 
 
 def test_runs_with_different_tokenizers_are_compared_by_the_bytes_of_documents(
