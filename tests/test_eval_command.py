@@ -19,7 +19,7 @@ from eval.__main__ import document_range, main, take_documents
 from eval.adaptive import plan_documents
 from eval.audit.probes import Event, coverage, order_of_events
 from eval.breakdown import BYTE_CLASSES, break_down, byte_shares, class_of, cost_of
-from eval.compare import document_costs
+from eval.compare import are_alike, document_costs
 from eval.modes import Scoring
 from eval.runs import find_target, newest_run
 from formats.recipe import config_fields, with_values
@@ -289,6 +289,17 @@ def test_runs_with_different_tokenizers_are_compared_by_the_bytes_of_documents(
     assert sum(row["bits_saved"] > 0 for row in rows) == report["documents_better"]
     with pytest.raises(UserError, match="document 0: expected the same text on both sides"):
         main(["--compare", str(pieces), str(folders["other"])])
+
+
+@pytest.mark.parametrize(("a", "b", "alike"), [
+    ("", "", True), ("", "ab", True), ("a", "the model reads many bytes", False),
+    ("themodelreadsmanybytesofthetextandmore", "themodelreadsmanybytesoftmthetextandmore", True),
+    ("themodelreadsmanybytesofthetextandmore", "anothermodelwritesfewtokensofthecorpus", False),
+    ("themodelreadsmanybytesofthetextandmore", "themodelreadsmany", False),
+])  # fmt: skip
+def test_what_tokenizers_lose_makes_no_other_document(a, b, alike):
+    """A sign that one tokenizer spells out and another drops is not another text; half a text is."""
+    assert are_alike(a, b) == are_alike(b, a) == alike
 
 
 @pytest.mark.parametrize("mode", ["chunked", "sliding", "doc", "lora-ttt"])
