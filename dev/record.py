@@ -43,6 +43,7 @@ from formats.recipe import config_fields, config_hash, config_value, format_toml
 from train_gpt import ARTIFACT_NAME, PLACE_FIELDS, Config, load_config, read_environment, recipe_of, stages_of
 
 PRIVATE_FIELDS = (*PLACE_FIELDS, "run.seed")  # what the seeds of a record may differ in
+RUN_FILES = ("recipe.toml", "train.log", ENTRY.name, ARTIFACT_NAME)  # of a complete run, with result.json
 TAIL_LINES = 20  # of a crashed run that the error shows
 
 
@@ -222,6 +223,9 @@ def training_command(plan: Plan, seed: int) -> list[str]:
 def differences(plan: Plan, seed: int) -> list[str]:
     """Say in what a complete run folder is not the plan's run of a seed."""
     folder = plan.run_folder(seed)
+    missing = [name for name in RUN_FILES if not (folder / name).is_file()]
+    if missing:
+        return [f"{', '.join(missing)} missing"]
     result, expected = read_json(folder / "result.json"), settings(plan.cfg)
     found = settings(with_values(Config(), read_recipe(folder / "recipe.toml"), str(folder)))
     places = {name: config_value(plan.cfg, name) for name in PLACE_FIELDS if name.startswith("data.")}
@@ -248,7 +252,7 @@ def train_seed(plan: Plan, seed: int) -> None:
     changed = differences(plan, seed)
     if changed:
         raise UserError(
-            f"{folder}: a complete run of another configuration: {'; '.join(changed)}. Delete the folder to "
+            f"{folder}: not a complete run of this record: {'; '.join(changed)}. Delete the folder to "
             "train the seed again, or give the record another --name."
         )
     say(f"{label}: complete, {folder}")

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from fixtures_model import TINY, run_python
+from fixtures_model import TINY, make_documents, run_python
 
+from data.codecs import load_codec
 from data.errors import UserError
+from data.prepare import Document, write_dataset
 from data.shards import read_json, sha256_file, write_json
 from dev import record, submission
 from dev.pack import PackReport
@@ -231,6 +233,9 @@ CHANGES = {
     "run.seed is 43, not 42": lambda folder: edit_result(folder, seed=43),
     "config_hash is 00, not": lambda folder: edit_result(folder, config_hash="00"),
     "artifact.bin is not the file": lambda folder: (folder / "artifact.bin").write_bytes(b"other"),
+    "train.log, artifact.bin missing": lambda folder: [
+        (folder / name).unlink() for name in ("train.log", "artifact.bin")
+    ],
     "train_gpt.py is another program": lambda folder: (folder / "train_gpt.py").write_bytes(b"other"),
     "data.data_path is elsewhere, not": lambda folder: edit_result(
         folder, places={"data.data_path": "elsewhere", "data.tokenizer_path": "elsewhere"}
@@ -373,11 +378,18 @@ def test_checks_that_ran_twice_keep_the_worse_verdict():
 @pytest.mark.timeout(1200)
 def test_a_record_from_training_to_audit(tiny_data, tmp_path):
     """The whole chain as a user starts it: pack, train, score, audit; then score the folder again."""
-    values = TINY | LIMITS | {"run.out_dir": str(tmp_path / "runs"), "eval.mode": "sliding"}
+    shutil.copytree(tiny_data, tmp_path / "data")
+    texts = {kind: make_documents(100, seed) for kind, seed in (("train", 1), ("val", 2))}
+    documents = [[Document(text, f"{kind}:{i}") for i, text in enumerate(texts[kind])] for kind in texts]
+    codec = load_codec(tiny_data / "tokenizer.model")
+    write_dataset(tmp_path / "data", codec, *documents, {"made_by": "tests"}, num_threads=1)
+    values = TINY | LIMITS | {"run.out_dir": str(tmp_path / "runs"), "run.val_batch_tokens": 16_384}
+    values |= {"eval.mode": "sliding", "eval.keep_tail": True}
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(format_toml(recipe_of(with_values(Config(), values, "test"), live=True)))
     track = tmp_path / "records" / "track_cpu"
-    args = ["--recipe", recipe, "--out", track, "--name", NAME, "--data", tiny_data, "--seeds", "1,2,3"]
+    args = ["--recipe", recipe, "--out", track, "--name", NAME, "--seeds", "1,2,3"]
+    args += ["--data", tmp_path / "data"]
     assert record.main([str(arg) for arg in args]) == 0
     folder, runs = track / NAME, tmp_path / "runs" / NAME
     found = verdicts(folder)
