@@ -97,6 +97,7 @@ from formats.artifact import (
 )
 from formats.codes import decode_codes, decode_halves, largest_halves, largest_stream
 from formats.codes_encode import encode_codes, encode_halves
+from formats.events import EVENTS_NAME, append_scalars
 from formats.recipe import (
     check_ranges,
     config_fields,
@@ -409,6 +410,16 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """What a run shows and keeps on its way. Part of the recipe, so that a packed program leaves it out."""
+
+    tensorboard: bool = option(False, "", "write TensorBoard events: tensorboard --logdir runs")
+    keep_checkpoints: int = option(0, "", "numbered checkpoints to keep, the best of them; 0: none", low=0)
+    sample_every: int = option(0, "", "steps between printed samples; 0: none", low=0)
+    sample_tokens: int = option(64, "", "most tokens of a sample", low=1)
+
+
+@dataclass(frozen=True)
 class Config:
     """All sections."""
 
@@ -420,6 +431,7 @@ class Config:
     average: AverageConfig = AverageConfig()
     quant: QuantConfig = QuantConfig()
     eval: EvalConfig = EvalConfig()
+    watch: WatchConfig = WatchConfig()
 
 
 # Live fields that say where somebody keeps things: they stay out of what is packed and weighed.
@@ -702,9 +714,10 @@ class Clock:
 class Log:
     """The run's log: lines for people and the contest's patterns, events for programs. Rank 0 writes."""
 
-    def __init__(self, folder: Path, is_main: bool):
+    def __init__(self, folder: Path, is_main: bool, tensorboard: bool = False):
         self.folder = folder
         self.is_main = is_main
+        self.tensorboard = tensorboard
 
     def line(self, text: str, console: bool = True) -> None:
         """Write a line to train.log and, unless told otherwise, to standard output; nothing if empty."""
@@ -719,6 +732,8 @@ class Log:
         if self.is_main:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+            if self.tensorboard:
+                append_scalars(self.folder / EVENTS_NAME, time.time(), values)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2517,7 +2532,11 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
 def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
     """Make the run folder and write its recipe; an older run of the name gives way, a resumed one stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("result.json", ARTIFACT_NAME, *(() if is_resumed else ("train.log", "metrics.jsonl"))):
+    for name in (
+        "result.json",
+        ARTIFACT_NAME,
+        *(() if is_resumed else ("train.log", "metrics.jsonl", EVENTS_NAME)),
+    ):
         (folder / name).unlink(missing_ok=True)
     recipe = recipe_of(cfg, live=True)
     for section, key in (name.split(".") for name in PLACE_FIELDS):
@@ -2569,7 +2588,7 @@ def open_run(
     training = Training(cfg, ranks, text.bos_id)
     if checkpoint_path:
         resume(training, checkpoint_path)
-    log = Log(Path(cfg.run.out_dir) / run_id, ranks.is_main)
+    log = Log(Path(cfg.run.out_dir) / run_id, ranks.is_main, cfg.watch.tensorboard)
     code_bytes, packing_note = 0, ""
     if ranks.is_main:
         prepare_folder(log.folder, cfg, checkpoint_path is not None)
