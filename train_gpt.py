@@ -113,6 +113,7 @@ from formats.recipe import (
     recipe_of,
     with_values,
 )
+from formats.rotation import BEST_NAME, LOSSES_NAME, NUMBERED_GLOB, rotate_checkpoints
 from formats.state import map_leaves, read_state, write_state
 from kernels.attention import BACKENDS, AttentionMask, Reach, attend, mask_of, resolve_attention
 from kernels.context import ContextRule, attend_compressed
@@ -2333,6 +2334,8 @@ def save_checkpoint(training: Training, path: Path) -> None:
     state = map_leaves(training.state_dict(), Tensor, lambda tensor: tensor.cpu().numpy())
     if training.ranks.is_main:
         write_state(path, state, {"config_hash": config_hash(training.cfg)})
+        if training.cfg.watch.keep_checkpoints > 0:
+            rotate_checkpoints(path.parent, (path, training.step), {}, training.cfg.watch.keep_checkpoints)
     training.ranks.barrier()
 
 
@@ -2379,6 +2382,8 @@ def validate_now(training: Training, log: Log, validate: Callable[[], Score]) ->
         f"val_bpb:{score.val_bpb:.4f} train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
     )
     log.event(kind="val", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb, train_ms=train_ms)
+    if training.cfg.watch.keep_checkpoints > 0 and log.is_main:
+        rotate_checkpoints(log.folder, None, {step: score.val_loss}, training.cfg.watch.keep_checkpoints)
 
 
 def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
@@ -2538,6 +2543,9 @@ def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
         *(() if is_resumed else ("train.log", "metrics.jsonl", EVENTS_NAME)),
     ):
         (folder / name).unlink(missing_ok=True)
+    if cfg.watch.keep_checkpoints > 0 and not is_resumed:
+        for name in (BEST_NAME, LOSSES_NAME, *(path.name for path in folder.glob(NUMBERED_GLOB))):
+            (folder / name).unlink(missing_ok=True)
     recipe = recipe_of(cfg, live=True)
     for section, key in (name.split(".") for name in PLACE_FIELDS):
         recipe[section].pop(key)
