@@ -1,0 +1,174 @@
+"""What nothing needs: locals, methods, rows of tables and imports."""
+
+import ast
+import re
+from collections import Counter, defaultdict
+
+from dev.fold.facts import Program
+from dev.fold.scopes import Scopes
+from dev.fold.syntax import constant_body, is_pure, local_values, matched
+from dev.names import Function, last_name
+
+
+def drop_dead_locals(node: Function) -> None:
+    """Drop assignments to names that the function never reads."""
+    inner = list(ast.walk(node))
+    if any(isinstance(one, ast.Global | ast.Nonlocal) for one in inner):
+        return
+    read = {one.id for one in inner if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Store)}
+    if "locals" in read:
+        return
+    for holder in [node, *(one for one in inner if isinstance(one, ast.stmt) and one is not node)]:
+        if isinstance(holder, ast.ClassDef):
+            continue
+        for name in ("body", "orelse", "finalbody"):
+            body = getattr(holder, name, None)
+            if isinstance(body, list):
+                made = [kept for one in body if (kept := _live_part(one, read)) is not None]
+                setattr(holder, name, made or ([ast.Pass()] if body and name != "orelse" else []))
+
+
+def _live_part(node: ast.stmt, read: set[str]) -> ast.stmt | None:
+    """Return an assignment without the pairs whose name is never read; None when nothing is left."""
+    if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not is_pure(node.value):
+        return node
+    pairs = list(matched(node.targets[0], node.value))
+    if any(value is None for _, value in pairs):
+        names = [target.id for target, _ in pairs if isinstance(target, ast.Name)]
+        return node if len(names) < len(pairs) or read & set(names) or _unpacks(node) else None
+    kept = [(t, value) for t, value in pairs if not isinstance(t, ast.Name) or t.id in read]
+    if len(kept) == len(pairs):
+        return node
+    if not kept:
+        return None
+    targets, values = [t for t, _ in kept], [value for _, value in kept]
+    if len(kept) == 1:
+        return ast.copy_location(ast.Assign(targets, values[0]), node)
+    made = ast.Assign([ast.Tuple(targets, ast.Store())], ast.Tuple(values, ast.Load()))
+    return ast.copy_location(made, node)
+
+
+def _unpacks(node: ast.Assign) -> bool:
+    """Whether an assignment unpacks what is not spelled out: that may fail."""
+    return isinstance(node.targets[0], ast.Tuple | ast.List)
+
+
+def drop_members(tree: ast.Module) -> None:
+    """Drop methods that nothing names, and constants stored in attributes that nothing reads.
+
+    Only in classes whose bases are of this program, NamedTuple or, for attributes, nn.Module: other
+    libraries call and read by name.
+    """
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+            read |= set(re.findall(r"[A-Za-z_]\w*", node.value))
+    own = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    for node in own.values():
+        bases = {last_name(base) for base in node.bases}
+        if not bases <= {"NamedTuple", "Module"} or node.keywords:
+            continue
+        for method in [one for one in node.body if isinstance(one, Function)]:
+            if not bases & {"Module"} and not method.name.startswith("__") and method.name not in read:
+                node.body.remove(method)
+                continue
+            for inner in ast.walk(method):
+                body = getattr(inner, "body", None)
+                if isinstance(body, list):
+                    inner.body = [one for one in body if not _stores_unread(one, read)] or [ast.Pass()]
+        node.body = node.body or [ast.Pass()]
+
+
+def _stores_unread(node: ast.stmt, read: set[str]) -> bool:
+    """Whether a statement only stores a constant in an attribute of self that nothing reads."""
+    match node:
+        case ast.Assign(targets=[ast.Attribute(value=ast.Name(id="self"), attr=attr)], value=ast.Constant()):
+            return attr not in read
+    return False
+
+
+def drop_rows(program: Program) -> None:
+    """Drop rows of tables that every use of the table passes over."""
+    filters: dict[str, list[str]] = defaultdict(list)  # table: by the call of which field a use filters it
+    uses: Counter = Counter()
+    for node in ast.walk(program.tree):
+        match node:
+            case ast.comprehension(
+                target=ast.Name(id=row),
+                iter=ast.Name(id=table),
+                ifs=[ast.Call(func=ast.Attribute(value=ast.Name(id=called), attr=attr)), *_],
+            ) if row == called:
+                filters[table].append(attr)
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                drop_loop_rows(node)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            uses[node.id] += 1
+    for name, fields in filters.items():
+        table = program.values.get(name)
+        if len(fields) == uses[name] and len(set(fields)) == 1 and isinstance(table, ast.Tuple | ast.List):
+            table.elts = [row for row in table.elts if not _fails(program, row, fields[0])]
+
+
+def _fails(program: Program, row: ast.expr, key: str) -> bool:
+    """Whether a table's row, a call, has in a field a function that returns False."""
+    if not isinstance(row, ast.Call) or not isinstance(row.func, ast.Name):
+        return False
+    if row.func.id not in program.classes:
+        return False
+    value = Scopes(program).arguments(row.func.id, row)[1].get(key)
+    if isinstance(value, ast.Name) and value.id in program.functions:
+        value = constant_body(program.functions[value.id])
+    result = value.body if isinstance(value, ast.Lambda) else value
+    return isinstance(result, ast.Constant) and not result.value
+
+
+def drop_loop_rows(function: Function) -> None:
+    """Drop the rows of a spelled out list for which the loop over it does nothing."""
+    for loop in [node for node in ast.walk(function) if isinstance(node, ast.For)]:
+        if len(loop.body) != 1 or not isinstance(loop.body[0], ast.If) or loop.body[0].orelse or loop.orelse:
+            continue
+        test, is_negated = loop.body[0].test, False
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            test, is_negated = test.operand, True
+        names = [item.id for item in getattr(loop.target, "elts", []) if isinstance(item, ast.Name)]
+        rows = _rows_of(loop.iter, function)
+        if rows is None or not isinstance(test, ast.Name) or names.count(test.id) != 1:
+            continue
+        position = names.index(test.id)
+        rows.elts = [row for row in rows.elts if not _is_passed_over(row, len(names), position, is_negated)]
+
+
+def _rows_of(node: ast.expr, function: Function) -> ast.List | ast.Tuple | None:
+    """Return the display that a loop goes over: itself, or the one value of a name used once."""
+    if isinstance(node, ast.List | ast.Tuple):
+        return node
+    if isinstance(node, ast.Name):
+        found = local_values(function).get(node.id, [])
+        uses = sum(isinstance(inner, ast.Name) and inner.id == node.id for inner in ast.walk(function))
+        if len(found) == 1 and uses == 2 and isinstance(found[0][1], ast.List | ast.Tuple):
+            return found[0][1]
+    return None
+
+
+def _is_passed_over(row: ast.expr, width: int, position: int, is_negated: bool) -> bool:
+    """Whether a row's item at a position is a constant for which the loop's condition is false."""
+    if not isinstance(row, ast.Tuple) or len(row.elts) != width or not is_pure(row):
+        return False
+    try:
+        return bool(ast.literal_eval(row.elts[position])) == is_negated
+    except ValueError:
+        return False
+
+
+def drop_imports(tree: ast.Module) -> None:
+    """Drop imports at the top level whose names nothing reads."""
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in list(tree.body):
+        if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__":
+            node.names = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) in read]
+            if not node.names:
+                tree.body.remove(node)
