@@ -19,7 +19,6 @@ Shapes: B batch, T time, D model, H query heads, G kv heads, K head dim, F mlp h
 # ----------------------------------------------------------------------------------------------------------
 
 import copy
-import dataclasses
 import fnmatch
 import itertools
 import json
@@ -84,7 +83,9 @@ from eval.sliding import (
     ScoreOptions,
     newton_step,
     plain_cost,
+    plan_windows,
     scale_sums,
+    score_windows,
 )
 from formats.artifact import (
     STREAM_CODECS,
@@ -453,11 +454,12 @@ class Stage(NamedTuple):
 def stages_of(cfg: Config) -> list[Stage]:
     """List the curriculum; without one, the only stage is that of the data section."""
     data = cfg.data
-    whole = Stage(0, data.seq_len, data.batch_tokens, data.micro_batches, 1.0, cfg.optim.grad_clip_norm)
-    bad = [row for row in cfg.schedule.stages if not isinstance(row, tuple) or len(row) != len(Stage._fields)]
-    if bad:
-        raise UserError(f"schedule.stages: expected rows of {', '.join(Stage._fields)}, found {bad[0]}.")
-    return [Stage(*row) for row in cfg.schedule.stages] or [whole]
+    if not cfg.schedule.stages:
+        return [Stage(0, data.seq_len, data.batch_tokens, data.micro_batches, 1.0, cfg.optim.grad_clip_norm)]
+    for row in cfg.schedule.stages:
+        if not isinstance(row, tuple) or len(row) != len(Stage._fields):
+            raise UserError(f"schedule.stages: expected rows of {', '.join(Stage._fields)}, found {row}.")
+    return [Stage(*row) for row in cfg.schedule.stages]
 
 
 class Environment(NamedTuple):
@@ -2157,40 +2159,63 @@ class Score(NamedTuple):
     invalid: str  # why the score cannot be part of a record; empty when it can
 
 
-def score_model(
-    model: nn.Module, cfg: Config, text: ValidationText, ranks: Ranks, scoring: Scoring | None = None
-) -> Score:
-    """Score a validation text as cfg.eval says, with all ranks; every rank returns the same score."""
-    settings, scoring = cfg.eval, scoring or Scoring()
-    context_len = settings.context_len or cfg.data.seq_len
+def scored_tokens(text: ValidationText, context_len: int, keep_tail: bool) -> np.ndarray:
+    """Return the tokens to score, whole windows only unless the tail is kept; at least one window."""
     num_targets = len(text.tokens) - 1
-    if not settings.keep_tail:
+    if not keep_tail:
         num_targets -= num_targets % context_len
     if num_targets < 1:
         raise UserError(
             f"{text.pattern}: expected at least one window of {context_len} + 1 validation tokens, found "
             f"{len(text.tokens):,}. Make the validation set larger or eval.context_len smaller."
         )
-    tokens = text.tokens[: num_targets + 1]
+    return text.tokens[: num_targets + 1]
+
+
+def score_options(cfg: Config, text: ValidationText, ranks: Ranks) -> ScoreOptions:
+    """Return how a scoring is batched and which batches are this rank's."""
     batch_tokens = cfg.run.val_batch_tokens // cfg.data.micro_batches
-    options = ScoreOptions(text.bos_id, batch_tokens, ranks.device, ranks.rank, ranks.world_size)
+    return ScoreOptions(text.bos_id, batch_tokens, ranks.device, ranks.rank, ranks.world_size)
+
+
+def measure(nats: Tensor, text: ValidationText, ranks: Ranks) -> BpbMeter:
+    """Put the ranks' nats of the first targets together, in bits per byte."""
+    nats = ranks.sum(nats).numpy()
+    meter = BpbMeter()
+    meter.add(nats, text.target_bytes[: len(nats)])
+    return meter
+
+
+def validate(model: nn.Module, cfg: Config, text: ValidationText, ranks: Ranks) -> BpbMeter:
+    """Score whole rows of data.seq_len tokens, as the contest does while it trains."""
+    tokens = scored_tokens(text, cfg.data.seq_len, keep_tail=False)
+    windows = plan_windows(len(tokens) - 1, cfg.data.seq_len)
+    return measure(score_windows(model.eval(), tokens, windows, score_options(cfg, text, ranks)), text, ranks)
+
+
+def score_model(
+    model: nn.Module, cfg: Config, text: ValidationText, ranks: Ranks, scoring: Scoring | None = None
+) -> Score:
+    """Score a validation text as cfg.eval says, with all ranks; every rank returns the same score."""
+    settings, scoring = cfg.eval, scoring or Scoring()
+    context_len = settings.context_len or cfg.data.seq_len
+    tokens = scored_tokens(text, context_len, settings.keep_tail)
+    options = score_options(cfg, text, ranks)
     windows = Settings(context_len, settings.stride, settings.deadline_s, scoring.switch_at)
     session = Session(tokens, windows, options, ranks, scoring.reports)
     scorer = model.eval()
     if scoring.warms_up:
         if settings.mode in PLAIN_MODES and resolve_compile(cfg.run.compile, ranks.device):
             plan = plan_plain(settings, context_len, tokens, text.bos_id)
-            scorer = CompiledWindows(model, plan, batch_tokens)
+            scorer = CompiledWindows(model, plan, options.batch_tokens)
         rehearse(model, scorer, session, settings, cfg.data.vocab_size)
     ranks.synchronize()
     started = time.perf_counter()
     session.start(scoring_cost(settings, tokens, model.aids))
     if session.options.cost is not plain_cost:
-        session.referee.event("precompute", 0, num_targets)  # hints: each reads its own prefix
+        session.referee.event("precompute", 0, len(tokens) - 1)  # hints: each reads its own prefix
     outcome = score_session(scorer, session, settings)
-    nats = ranks.sum(outcome.nats).numpy()
-    meter = BpbMeter()
-    meter.add(nats, text.target_bytes[: len(nats)])
+    meter = measure(outcome.nats, text, ranks)
     seconds = ranks.agree(time.perf_counter() - started)
     totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
     stride = 0 if settings.mode == "chunked" else settings.stride
@@ -2374,7 +2399,7 @@ def warm_up(training: Training, log: Log) -> None:
     )
 
 
-def validate_now(training: Training, log: Log, validate: Callable[[], Score]) -> None:
+def validate_now(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> None:
     """Score the validation text with the clock stopped and log the result."""
     score, step, train_ms = validate(), training.step, training.train_ms
     log.line(
@@ -2386,7 +2411,7 @@ def validate_now(training: Training, log: Log, validate: Callable[[], Score]) ->
         rotate_checkpoints(log.folder, None, {step: score.val_loss}, training.cfg.watch.keep_checkpoints)
 
 
-def train(training: Training, log: Log, validate: Callable[[], Score]) -> dict:
+def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dict:
     """Run the training loop under the clock, then apply the average; returns steps, time and speed."""
     cfg, run = training.cfg, training.cfg.run
     limit_ms = training_ms(cfg)
@@ -2652,10 +2677,7 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     warm_up(training, log)
     phase("set-up and warm-up")
 
-    plain = dataclasses.replace(cfg, eval=EvalConfig(context_len=cfg.data.seq_len))
-    facts = train(
-        training, log, lambda: score_model(training.model, plain, text, ranks, Scoring(warms_up=False))
-    )
+    facts = train(training, log, lambda: validate(training.model, cfg, text, ranks))
     log.line(
         f"peak memory allocated: {ranks.peak_memory_mib()} MiB reserved: {ranks.reserved_memory_mib()} MiB"
     )

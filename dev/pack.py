@@ -33,7 +33,9 @@ METHODS = ("brotli", "lzma", "none")
 RECIPE_NAME = "PACKED_RECIPE"
 IMPORTS_LABEL = "third-party imports"
 # torch.library and Triton read argument annotations (schemas, tl.constexpr); singledispatch reads types.
-ANNOTATION_READERS = {"custom_op", "triton_op", "jit", "singledispatch", "singledispatchmethod"}
+DISPATCHERS = {"singledispatch", "singledispatchmethod"}
+ANNOTATION_READERS = {"custom_op", "triton_op", "jit"} | DISPATCHERS
+ENTRY_POINT = "main"  # the one global name that keeps its spelling
 # The program is registered in linecache so that inspect.getsource (Triton, torch.compile) and traceback
 # find its lines; an entry without a modification time outlives linecache.checkcache. The file name holds
 # a checksum: two packed programs in one process keep their own lines.
@@ -447,22 +449,16 @@ def read_recipe(path: Path) -> dict:
 
 
 def minify(source: str, hoist_literals: bool | None = None) -> str:
-    """Shorten `source`: no comments, docstrings or unread annotations, short local names.
+    """Shorten `source`: no comments, docstrings or unread annotations, short local and global names.
 
-    Global, attribute and class field names stay: they are state_dict keys, configuration keys and
-    keyword arguments. Repeated literals are hoisted to global names, or not (None: whichever compresses
+    Attribute and class field names stay: they are state_dict keys, configuration keys and keyword
+    arguments. Repeated literals are hoisted to global names, or not (None: whichever compresses
     better).
     """
     import python_minifier
 
     tree = ast.parse(source)
-    decorated = {
-        last_name(decorator)
-        for node in ast.walk(tree)
-        if isinstance(node, Definition)
-        for decorator in node.decorator_list
-    }
-    keeps_annotations = bool(decorated & ANNOTATION_READERS)
+    _drop_annotations(tree)
     kernel_names = _triton_names(tree)
     reads_docstrings = _shorten_docstrings(tree)
     bare = ast.unparse(tree)
@@ -473,18 +469,35 @@ def minify(source: str, hoist_literals: bool | None = None) -> str:
             bare,
             remove_annotations=python_minifier.RemoveAnnotationsOptions(
                 remove_variable_annotations=True,
-                remove_return_annotations=not keeps_annotations,
-                remove_argument_annotations=not keeps_annotations,
+                remove_return_annotations=False,
+                remove_argument_annotations=False,
                 remove_class_attribute_annotations=False,
             ),
             remove_literal_statements=not reads_docstrings,
             rename_locals=True,
             preserve_locals=sorted(kernel_names),
+            rename_globals=not kernel_names,
+            preserve_globals=[ENTRY_POINT],
             hoist_literals=hoist,
         )
         for hoist in (choices if not kernel_names else (False,))
     ]
     return min(texts, key=lambda text: len(wrap(text, best_method()))) if len(texts) > 1 else texts[0]
+
+
+def _drop_annotations(tree: ast.Module) -> None:
+    """Drop the annotations of functions where nothing reads them."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
+    readers = {
+        id(node): ANNOTATION_READERS & {last_name(one) for one in node.decorator_list} for node in functions
+    }
+    if any(read & DISPATCHERS for read in readers.values()):
+        return
+    for node in functions:
+        if not readers[id(node)]:
+            node.returns = None
+            for argument in (inner for inner in ast.walk(node.args) if isinstance(inner, ast.arg)):
+                argument.annotation = None
 
 
 def _triton_names(tree: ast.Module) -> set[str]:
@@ -532,7 +545,7 @@ def compress(data: bytes, method: str) -> bytes:
     if method == "brotli":
         import brotli
 
-        made = [brotli.compress(data, quality=11, lgwin=lgwin) for lgwin in (16, 18, 22)]
+        made = [brotli.compress(data, quality=11, lgwin=lgwin) for lgwin in (16, 18)]
     else:
         preset = 9 | lzma.PRESET_EXTREME
         filters = [

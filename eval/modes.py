@@ -51,10 +51,35 @@ class Scoring(NamedTuple):
     warms_up: bool = True  # before the clock starts; compiled graphs need it
 
 
-def options_of(kind: type, settings, prefix: str, **others):
-    """Fill a scorer's options from the fields of the same names behind a prefix."""
-    named = {name: getattr(settings, prefix + name) for name in kind._fields if name not in others}
-    return kind(**named, **others)
+def sgd_options(settings) -> SgdOptions:
+    """Return the settings of SGD on scored text."""
+    return SgdOptions(
+        lr=settings.sgd_lr,
+        momentum=settings.sgd_momentum,
+        epochs=settings.sgd_epochs,
+        chunk_tokens=settings.sgd_chunk_tokens,
+        batch_seqs=settings.sgd_batch_seqs,
+        clip_norm=settings.sgd_clip_norm,
+        frozen=tuple(f"blocks.{i}.*" for i in range(settings.sgd_freeze_blocks)),
+    )
+
+
+def lora_options(settings) -> LoraOptions:
+    """Return the settings of documents' adapters."""
+    return LoraOptions(
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        sites=tuple(settings.lora_sites.split(",")),
+        lr=settings.lora_lr,
+        beta2=settings.lora_beta2,
+        weight_decay=settings.lora_weight_decay,
+        chunk_tokens=settings.lora_chunk_tokens,
+        short_chunks=settings.lora_short_chunks,
+        batch_docs=settings.lora_batch_docs,
+        warm_lanes=settings.lora_warm_lanes,
+        max_doc_tokens=settings.lora_max_doc_tokens,
+        seed=settings.lora_seed,
+    )
 
 
 class Aids(NamedTuple):
@@ -150,12 +175,10 @@ def score_session(model: nn.Module, session: Session, settings) -> Outcome:
     if settings.mode in PLAIN_MODES:
         windows = plan_plain(settings, context_len, session.tokens, session.options.bos_id)
         return score_plain(model, session, windows)
-    frozen = tuple(f"blocks.{i}.*" for i in range(settings.sgd_freeze_blocks))
-    sgd = options_of(SgdOptions, settings, "sgd_", frozen=frozen)
     if settings.mode == "sgd-ttt":
-        return score_sgd(model, session, sgd)
+        return score_sgd(model, session, sgd_options(settings))
     if settings.mode == "legacy_pre_eval":
-        return score_pre_eval(model, session, sgd)
-    lora = options_of(LoraOptions, settings, "lora_", sites=tuple(settings.lora_sites.split(",")))
-    in_phases = PhaseOptions(settings.phase_docs, settings.phase_count, sgd)
-    return score_lora(model, session, lora, in_phases if settings.mode == "phased" else PhaseOptions())
+        return score_pre_eval(model, session, sgd_options(settings))
+    in_phases = settings.mode == "phased"
+    phases = PhaseOptions(settings.phase_docs, settings.phase_count, sgd_options(settings))
+    return score_lora(model, session, lora_options(settings), phases if in_phases else PhaseOptions())

@@ -2,7 +2,7 @@
 
 import ast
 
-from dev.fold.facts import Fact, Instance, Known, Program
+from dev.fold.facts import Fact, Instance, Known, Program, Table
 from dev.fold.scopes import Scopes
 from dev.fold.syntax import is_option, literal
 from dev.names import last_name
@@ -83,12 +83,24 @@ def _is_within(program: Program, value, settings: dict[str, ast.expr]) -> bool:
 
 
 def _choices(program: Program, node: ast.expr) -> Fact:
-    """Return what a bound is; `tuple(TABLE)` is the table's keys."""
+    """Return what a bound is; `tuple(TABLE)` and `(*TABLE, ...)` hold the table's keys."""
     match node:
-        case ast.Call(func=ast.Name(id="tuple"), args=[ast.Name(id=name)]) if isinstance(
-            program.values.get(name), ast.Dict
-        ):
-            return Known(
-                tuple(key.value for key in program.values[name].keys if isinstance(key, ast.Constant))
-            )
+        case ast.Call(func=ast.Name(id="tuple"), args=[ast.Name() as name]):
+            return _choices(program, ast.Tuple([ast.Starred(name)]))
+        case ast.Tuple(elts=items) if any(isinstance(item, ast.Starred) for item in items):
+            found = [_spread(program, item) for item in items]
+            return None if None in found else Known(sum(found, ()))
     return Scopes(program).look(node)
+
+
+def _spread(program: Program, item: ast.expr) -> tuple | None:
+    """Return what an item of a tuple display adds to it."""
+    fact = Scopes(program).look(item.value if isinstance(item, ast.Starred) else item)
+    if not isinstance(item, ast.Starred):
+        return (fact.value,) if isinstance(fact, Known) else None
+    if isinstance(fact, Table):
+        return tuple(one.value for one in fact.node.keys)
+    value = program.values.get(item.value.id) if isinstance(item.value, ast.Name) else None
+    if isinstance(value, ast.Dict) and all(isinstance(one, ast.Constant) for one in value.keys):
+        return tuple(one.value for one in value.keys)
+    return fact.value if isinstance(fact, Known) and isinstance(fact.value, tuple) else None

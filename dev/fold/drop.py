@@ -9,6 +9,8 @@ from dev.fold.scopes import Scopes
 from dev.fold.syntax import constant_body, is_pure, local_values, matched
 from dev.names import Function, last_name
 
+MODULE_HOOKS = {"forward", "extra_repr", "train"}  # methods that torch.nn.Module calls
+
 
 def drop_dead_locals(node: Function) -> None:
     """Drop assignments to names that the function never reads."""
@@ -36,14 +38,16 @@ def _live_part(node: ast.stmt, read: set[str]) -> ast.stmt | None:
     if any(value is None for _, value in pairs):
         names = [target.id for target, _ in pairs if isinstance(target, ast.Name)]
         return node if len(names) < len(pairs) or read & set(names) or _unpacks(node) else None
-    kept = [(t, value) for t, value in pairs if not isinstance(t, ast.Name) or t.id in read]
+    return with_pairs(node, pairs, [(t, v) for t, v in pairs if not isinstance(t, ast.Name) or t.id in read])
+
+
+def with_pairs(node: ast.stmt, pairs: list[tuple], kept: list[tuple]) -> ast.stmt | None:
+    """Return an assignment of (target, value) pairs that does only those kept; None when there is none."""
     if len(kept) == len(pairs):
         return node
-    if not kept:
-        return None
-    targets, values = [t for t, _ in kept], [value for _, value in kept]
-    if len(kept) == 1:
-        return ast.copy_location(ast.Assign(targets, values[0]), node)
+    if len(kept) < 2:
+        return ast.copy_location(ast.Assign([kept[0][0]], kept[0][1]), node) if kept else None
+    targets, values = (list(part) for part in zip(*kept, strict=True))
     made = ast.Assign([ast.Tuple(targets, ast.Store())], ast.Tuple(values, ast.Load()))
     return ast.copy_location(made, node)
 
@@ -73,21 +77,33 @@ def drop_members(tree: ast.Module) -> None:
         if not bases <= {"NamedTuple", "Module"} or node.keywords:
             continue
         for method in [one for one in node.body if isinstance(one, Function)]:
-            if not bases & {"Module"} and not method.name.startswith("__") and method.name not in read:
+            if not method.name.startswith("__") and method.name not in read | MODULE_HOOKS:
                 node.body.remove(method)
                 continue
             for inner in ast.walk(method):
                 body = getattr(inner, "body", None)
                 if isinstance(body, list):
-                    inner.body = [one for one in body if not _stores_unread(one, read)] or [ast.Pass()]
+                    kept = [left for one in body if (left := _without_unread(one, read)) is not None]
+                    inner.body = kept or [ast.Pass()]
         node.body = node.body or [ast.Pass()]
 
 
-def _stores_unread(node: ast.stmt, read: set[str]) -> bool:
-    """Whether a statement only stores a constant in an attribute of self that nothing reads."""
-    match node:
-        case ast.Assign(targets=[ast.Attribute(value=ast.Name(id="self"), attr=attr)], value=ast.Constant()):
-            return attr not in read
+def _without_unread(node: ast.stmt, read: set[str]) -> ast.stmt | None:
+    """Return an assignment without what it stores in attributes of self that nothing reads."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+        return node
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    pairs = list(matched(targets[0], node.value))
+    if len(targets) > 1 or any(value is None for _, value in pairs):
+        return node
+    return with_pairs(node, pairs, [pair for pair in pairs if not _is_unread(*pair, read)])
+
+
+def _is_unread(target: ast.expr, value: ast.expr, read: set[str]) -> bool:
+    """Whether a value without effects goes into an attribute of self that nothing reads."""
+    match target:
+        case ast.Attribute(value=ast.Name(id="self"), attr=attr):
+            return attr not in read and is_pure(value)
     return False
 
 

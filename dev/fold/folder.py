@@ -314,9 +314,15 @@ class Folder(ast.NodeTransformer, Scopes):
         table = self.look(node.value)
         if isinstance(table, Table):
             chosen = select(table.node, self.look(node.slice))
-            if chosen is not None and (table.node is node.value or self.is_stable(chosen)):
+            if chosen is not None and (table.node is node.value or self.means_here(node.value, chosen)):
                 return self.visit(clone(chosen))
         return node
+
+    def means_here(self, table: ast.expr, node: ast.expr) -> bool:
+        """Whether an entry of a table means here what it means in the table."""
+        if isinstance(table, ast.Name) and self.is_global(table.id):
+            return all(self.is_global(child.id) for child in ast.walk(node) if isinstance(child, ast.Name))
+        return self.is_stable(node)
 
     def is_stable(self, node: ast.expr) -> bool:
         """Whether an expression means the same anywhere in this function."""
@@ -373,10 +379,12 @@ class Folder(ast.NodeTransformer, Scopes):
         for one in node.keywords:
             one.value = self.visit(one.value)
         self.observe(name, node)
-        if isinstance(node.func, ast.Lambda) and not (
-            node.args or node.keywords or parameters(node.func.args)
-        ):
-            return node.func.body
+        if isinstance(node.func, ast.Lambda):
+            is_called_bare = not (node.args or node.keywords or parameters(node.func.args))
+            if is_called_bare or (isinstance(node.func.body, ast.Constant) and all(map(is_pure, node.args))):
+                return node.func.body
+        if name == "isinstance" and self.look(node.args[0]) == Known(None):
+            return ast.Constant(False)
         if name == "getattr" and len(node.args) == 2 and isinstance(node.args[1], ast.Constant):
             attr = node.args[1].value
             if isinstance(attr, str) and attr.isidentifier() and name not in self.program.values:

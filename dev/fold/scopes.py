@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 from dev.fold.facts import Fact, Instance, Items, Known, Program, Table, join
@@ -96,6 +97,10 @@ class Scopes:
                 return Instance() if not isinstance(node, ast.JoinedStr) else self.evaluate(node)
             case ast.Dict():
                 return Table(node) if is_table(node) else Instance()
+            case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+                tables = [self.look(left), self.look(right)]
+                if all(isinstance(table, Table) for table in tables):
+                    return merged(*tables)
             case ast.ListComp() | ast.GeneratorExp() | ast.List():
                 return self.items(node) or (Instance() if not isinstance(node, ast.GeneratorExp) else None)
         return self.evaluate(node)
@@ -114,9 +119,9 @@ class Scopes:
         value = self.program.values.get(name)
         if value is None:
             return Instance() if name in self.program.functions or name in self.program.classes else None
-        if isinstance(value, ast.Dict | ast.List):
-            return Instance()  # somebody may change what it holds
-        return Scopes(self.program).look(value)
+        fact = Scopes(self.program).look(value)
+        is_changing = isinstance(value, ast.List) or (isinstance(fact, Table) and not name.isupper())
+        return Instance() if is_changing else fact
 
     def look_call(self, node: ast.Call) -> Fact:
         """Return what a call gives: an instance, what the annotation says, or the value itself."""
@@ -234,10 +239,21 @@ def is_table(node: ast.Dict) -> bool:
     return plain and len({one.value for one in node.keys}) == len(node.keys)
 
 
+def merged(first: Table, second: Table) -> Table:
+    """Return what `first | second` holds."""
+    pairs = {one.value: (one, value) for table in (first, second) for one, value in entries(table.node)}
+    return Table(ast.Dict([one for one, _ in pairs.values()], [value for _, value in pairs.values()]))
+
+
+def entries(node: ast.Dict) -> Iterator[tuple[ast.Constant, ast.expr]]:
+    """Yield the (key, value) pairs of a table."""
+    return zip(node.keys, node.values, strict=True)
+
+
 def select(node: ast.Dict, key: Fact) -> ast.expr | None:
     """Return the entry of a table under a key, where that is known."""
     if isinstance(key, Known):
-        for one, value in zip(node.keys, node.values, strict=True):
+        for one, value in entries(node):
             if repr(one.value) == repr(key.value):
                 return value
     return None
