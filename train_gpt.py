@@ -102,7 +102,6 @@ from formats.events import EVENTS_NAME, append_scalars
 from formats.recipe import (
     check_ranges,
     config_fields,
-    config_hash,
     config_value,
     describe_fields,
     environment_values,
@@ -111,6 +110,7 @@ from formats.recipe import (
     option,
     parse_overrides,
     read_recipe,
+    recipe_hash,
     recipe_of,
     with_values,
 )
@@ -177,9 +177,9 @@ class RunConfig:
     run_id: str = option("", "RUN_ID", "name of the run folder; empty: time and seed", live=True)
     out_dir: str = option("runs", "", "where run folders go", live=True)
     seed: int = option(1337, "SEED", "seed of the initial weights", live=True)
-    device: str = option("auto", "", "where to compute", live=True, choices=("auto", "cpu", "cuda"))
-    compile: str = option("auto", "", "torch.compile", live=True, choices=("auto", "on", "off"))
-    attention: str = option("auto", "", "attention backend", live=True, choices=("auto", *BACKENDS))
+    device: str = option("auto", "", "where to compute", live="auto", choices=("auto", "cpu", "cuda"))
+    compile: str = option("auto", "", "torch.compile", live="auto", choices=("auto", "on", "off"))
+    attention: str = option("auto", "", "attention backend", live="auto", choices=("auto", *BACKENDS))
     iterations: int = option(20_000, "ITERATIONS", "most optimizer steps", live=True, low=0)
     max_wallclock_seconds: float = option(600.0, "MAX_WALLCLOCK_SECONDS", "0: no limit", live=True, low=0)
     warmup_steps: int = option(20, "WARMUP_STEPS", "before the clock; state is restored", live=True, low=0)
@@ -479,39 +479,60 @@ def read_environment() -> Environment:
 
 
 def load_config(recipe_path: str | None, environment: dict[str, str], overrides: list[str]) -> Config:
-    """Resolve a config: defaults < recipe < environment < "section.key=value" overrides; then check it."""
-    packed = with_values(Config(), flatten_recipe(PACKED_RECIPE or {}, "packed recipe"), "packed recipe")
-    cfg = packed
-    if recipe_path:
-        cfg = with_values(cfg, read_recipe(recipe_path), recipe_path)
+    """Resolve a config: defaults < recipe < environment < "section.key=value" overrides; then check it.
+
+    A packed program has the recipe's values as its defaults, and only live fields.
+    """
+    changes = parse_overrides(overrides)
+    if PACKED_RECIPE is not None:
+        fixed = [name for name in changes if name in flatten_recipe(PACKED_RECIPE, "packed recipe")]
+        if fixed:
+            raise UserError(
+                f"{fixed[0]} is fixed in this packed program. Change the recipe and pack it again."
+            )
+    cfg = with_values(Config(), read_recipe(recipe_path), recipe_path) if recipe_path else Config()
     cfg = with_values(cfg, environment, "environment")
-    cfg = with_values(cfg, parse_overrides(overrides), "command line")
-    if PACKED_RECIPE is not None and recipe_of(cfg) != recipe_of(packed):
-        changed = [
-            name for name in config_fields(Config) if config_value(cfg, name) != config_value(packed, name)
-        ]
-        fixed = [name for name in changed if not config_fields(Config)[name].metadata["live"]]
-        raise UserError(f"{fixed[0]} is fixed in this packed program. Change the recipe and pack it again.")
+    cfg = with_values(cfg, changes, "command line")
     check_config(cfg)
     return cfg
 
 
-def layers_fit(cfg: Config, name: str) -> list[tuple]:
-    """Return the rule that the layers in a field exist."""
-    holds = all(0 <= layer < cfg.model.num_layers for layer in config_value(cfg, name))
-    return [(name, holds, f"must lie in [0, {cfg.model.num_layers})")]
+def fixed_recipe(cfg: Config) -> dict[str, dict]:
+    """Return {section: {key: value}} of what a recipe fixes; a packed program has it as data."""
+    return recipe_of(cfg) if PACKED_RECIPE is None else PACKED_RECIPE
 
 
-def stage_rules(cfg: Config, stage: Stage) -> list[tuple]:
-    """Return the rules that a step's tokens divide into rows and micro-batches."""
+def fixed_hash(cfg: Config) -> str:
+    """Hash what a recipe fixes."""
+    return recipe_hash(fixed_recipe(cfg))
+
+
+def whole_recipe(cfg: Config) -> dict[str, dict]:
+    """Return {section: {key: value}} of all fields."""
+    fixed, rest = fixed_recipe(cfg), recipe_of(cfg, live=True)
+    return {section: fixed.get(section, {}) | rest[section] for section in rest}
+
+
+def layers_fit(cfg: Config, layers: tuple) -> bool:
+    """Whether these layers exist."""
+    return all(0 <= layer < cfg.model.num_layers for layer in layers)
+
+
+def stage_rules(cfg: Config) -> list[tuple]:
+    """Return the rules that stages follow each other and that a step divides into rows and micro-batches."""
     name = "schedule.stages" if cfg.schedule.stages else "data.batch_tokens"
-    micro_tokens, rest = divmod(stage.batch_tokens, stage.micro_batches)
-    whole = micro_tokens >= 1 and micro_tokens % stage.seq_len == 0
-    rows = f"/ micro_batches={stage.micro_batches} must be a multiple of data.seq_len={stage.seq_len}"
-    return [
-        (name, rest == 0, f"must be a multiple of data.micro_batches={stage.micro_batches}"),
-        (name, whole, rows),
-    ]
+    starts = [stage.start for stage in stages_of(cfg)]
+    fits = starts[0] == 0 and len({s < 1 for s in starts[1:]}) < 2 and starts == sorted(set(starts))
+    rules = [("schedule.stages", fits, "must start at 0 and rise, by steps or by fractions of the run")]
+    for stage in stages_of(cfg):
+        micro_tokens, rest = divmod(stage.batch_tokens, stage.micro_batches)
+        whole = micro_tokens >= 1 and micro_tokens % stage.seq_len == 0
+        rows = f"/ micro_batches={stage.micro_batches} must be a multiple of data.seq_len={stage.seq_len}"
+        rules += [
+            (name, rest == 0, f"must be a multiple of data.micro_batches={stage.micro_batches}"),
+            (name, whole, rows),
+        ]
+    return rules
 
 
 def check_config(cfg: Config) -> None:
@@ -529,8 +550,6 @@ def check_config(cfg: Config) -> None:
     segment_fits = len(segment) == 2 and 0 <= segment[0] <= segment[-1] < model.num_layers
     fracs = cfg.schedule.recur_start_fracs
     fracs_fit = len(fracs) in (0, model.recur_passes - 1) and list(fracs) == sorted(fracs)
-    starts = [stage.start for stage in stages_of(cfg)]
-    stages_fit = starts[0] == 0 and len({s < 1 for s in starts[1:]}) < 2 and starts == sorted(set(starts))
     quant, on_grid = cfg.quant, cfg.quant.method != "water_fill"
     clock = run.max_wallclock_seconds
     reserved = cfg.quant.reserve_seconds == 0 or cfg.quant.reserve_seconds < clock
@@ -539,6 +558,7 @@ def check_config(cfg: Config) -> None:
     lengths = cfg.eval.tilt_static_lengths
     hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
     narrow = not cfg.eval.tilt_static_entries or data.vocab_size <= 1 << 16
+    layer_range = f"must lie in [0, {model.num_layers})"
     rules = [
         ("model.model_dim", model.model_dim % model.num_heads == 0, "must be a multiple of num_heads"),
         ("model.model_dim", head_dim % 2 == 0, f"gives head_dim {head_dim}, which must be even for RoPE"),
@@ -546,8 +566,8 @@ def check_config(cfg: Config) -> None:
         ("model.rope_dims", rotated % 2 == 0 and rotated <= head_dim, f"must be even and at most {head_dim}"),
         ("model.xsa_last", model.xsa_last <= model.num_layers, "must be at most num_layers"),
         ("model.bigram_buckets", model.bigram_buckets != 1, "must be 0 or at least 2"),
-        *layers_fit(cfg, "model.value_embed_layers"),
-        *layers_fit(cfg, "model.window_layers"),
+        ("model.value_embed_layers", layers_fit(cfg, model.value_embed_layers), layer_range),
+        ("model.window_layers", layers_fit(cfg, model.window_layers), layer_range),
         ("model.attn_window", windowed, "and model.window_layers go together"),
         ("model.context_ratio", context_fits, "must be at least context_ratio_min"),
         ("model.context_ratio", not model.context_ratio or plain_attention, "excludes windows and documents"),
@@ -555,13 +575,11 @@ def check_config(cfg: Config) -> None:
         ("model.norm_eps", model.norm != "layer" or model.norm_eps > 0, "must be above 0 for layer norm"),
         ("model.embed_dim", model.embed_dim <= model.model_dim, "must be at most model_dim"),
         ("average.swa_every", one_average, "excludes average.ema_decay: one average is applied"),
-        ("schedule.stages", stages_fit, "must start at 0 and rise, by steps or by fractions of the run"),
         ("model.recur_layers", segment_fits, f"must be a first and a last layer below {model.num_layers}"),
         ("model.recur_passes", model.recur_passes == 1 or model.recur_layers, "needs model.recur_layers"),
         ("schedule.recur_start_fracs", fracs_fit, "must have recur_passes - 1 rising entries, or none"),
         ("model.num_kv_heads", model.num_heads % model.num_kv_heads == 0, "must divide num_heads"),
         ("model.mlp_mult", model.mlp_mult * model.model_dim >= 1, "gives an empty mlp"),
-        *(rule for stage in stages_of(cfg) for rule in stage_rules(cfg, stage)),
         ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
         ("quant.codec", on_grid or quant.codec == "rans", "must be rans for quant.method=water_fill"),
         ("quant.qat_start", on_grid or quant.qat_start == 1, "needs quant.method=round or gptq"),
@@ -574,6 +592,8 @@ def check_config(cfg: Config) -> None:
         ("eval.tilt_static_entries", narrow, "needs data.vocab_size of at most 65,536"),
         ("run.iterations", run.iterations > 0 or run.max_wallclock_seconds > 0, "needs a step or a clock"),
     ]
+    if PACKED_RECIPE is None:
+        rules += stage_rules(cfg)
     for name, holds, constraint in rules:
         if not holds:
             raise UserError(f"{name}={config_value(cfg, name)} {constraint}.")
@@ -1284,9 +1304,7 @@ class GPT(nn.Module):
             self.skip_gates = nn.Parameter(torch.zeros(num_skips(cfg), cfg.model_dim))
         self.final_norm = Norm(cfg) if cfg.final_norm else nn.Identity()
         self.head = None if cfg.tie_embeddings else CastLinear(cfg.model_dim, vocab_size)
-        self.readout = None
-        if cfg.tie_embeddings:
-            self.readout = TiedHead(cfg.embed_dim or cfg.model_dim, vocab_size)
+        self.readout = TiedHead(cfg.embed_dim or cfg.model_dim, vocab_size) if cfg.tie_embeddings else None
         self.softcap = AsymmetricSoftcap(cfg.logit_softcap) if cfg.asymmetric_softcap else None
         self.aids = Aids()  # for the scorer; in the artifact beside the weights
         self.init_weights()
@@ -1996,7 +2014,7 @@ def pack_model(
     if cfg.eval.tilt_static_entries or cfg.eval.fit_scales:
         streams |= write_aids(model.aids)
     table = tensor_table(cfg, repaired_names(quantized))
-    header = {"recipe": recipe_of(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": table}
+    header = {"recipe": fixed_recipe(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": table}
     return pack_artifact(header, streams, stream_codec(cfg))
 
 
@@ -2017,6 +2035,12 @@ def stream_codec(cfg: Config) -> str:
 
 def read_recipe_of(header: dict, live: Config, path: Path) -> Config:
     """Merge the recipe in an artifact's header with the live fields of `live`."""
+    if PACKED_RECIPE is not None:
+        if header["recipe"] != PACKED_RECIPE:
+            raise ArtifactError(
+                f"{path}: made with another recipe than this program. `python -m eval` reads it."
+            )
+        return live
     recipe = flatten_recipe(header["recipe"], str(path))
     stray = [
         name
@@ -2358,7 +2382,7 @@ def save_checkpoint(training: Training, path: Path) -> None:
     """Write all that a step changes; ranks put their parts together first."""
     state = map_leaves(training.state_dict(), Tensor, lambda tensor: tensor.cpu().numpy())
     if training.ranks.is_main:
-        write_state(path, state, {"config_hash": config_hash(training.cfg)})
+        write_state(path, state, {"config_hash": fixed_hash(training.cfg)})
         if training.cfg.watch.keep_checkpoints > 0:
             rotate_checkpoints(path.parent, (path, training.step), {}, training.cfg.watch.keep_checkpoints)
     training.ranks.barrier()
@@ -2367,9 +2391,9 @@ def save_checkpoint(training: Training, path: Path) -> None:
 def resume(training: Training, path: Path) -> None:
     """Continue from a checkpoint of the same recipe, on any number of ranks."""
     state, facts = read_state(path)
-    if facts.get("config_hash") != config_hash(training.cfg):
+    if facts.get("config_hash") != fixed_hash(training.cfg):
         raise UserError(
-            f"{path}: expected a checkpoint of recipe {config_hash(training.cfg)}, found one of "
+            f"{path}: expected a checkpoint of recipe {fixed_hash(training.cfg)}, found one of "
             f"{facts.get('config_hash')}. Resume with the recipe.toml of its run folder."
         )
     training.load_state_dict(map_leaves(state, np.ndarray, torch.from_numpy))
@@ -2507,7 +2531,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
     dtype = str(model.compute_dtype).removeprefix("torch.")
     log.line(f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}", console=False)
     log.line(
-        f"config_hash:{config_hash(cfg)}\n"
+        f"config_hash:{fixed_hash(cfg)}\n"
         f"val_bpb:enabled tokenizer_kind={text.tokenizer_kind} tokenizer_path={cfg.data.tokenizer_path}\n"
         f"train_loader:dataset:{name} train_shards:{len(training.loader.files)}\n"
         f"val_loader:shards pattern={text.pattern} tokens:{seen}\n"
@@ -2571,7 +2595,7 @@ def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
     if cfg.watch.keep_checkpoints > 0 and not is_resumed:
         for name in (BEST_NAME, LOSSES_NAME, *(path.name for path in folder.glob(NUMBERED_GLOB))):
             (folder / name).unlink(missing_ok=True)
-    recipe = recipe_of(cfg, live=True)
+    recipe = whole_recipe(cfg)
     for section, key in (name.split(".") for name in PLACE_FIELDS):
         recipe[section].pop(key)
     with atomic_file(folder / "recipe.toml") as file:
@@ -2584,7 +2608,11 @@ def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
     log.line("bytes of the submission\n" + format_ledger(ledger, cfg.quant.limit_bytes, "bytes"))
     log.line("seconds by phase\n" + format_ledger(list(result["seconds"].items()), None, "s"))
     result["artifact_sha256"] = sha256_file(folder / ARTIFACT_NAME)
-    result |= {"config_hash": config_hash(cfg), "seed": cfg.run.seed, "places": place_values(cfg)}
+    result |= {
+        "config_hash": fixed_hash(cfg),
+        "seed": cfg.run.seed,
+        "places": place_values(cfg),
+    }
     write_json(folder / "result.json", result)
     log.line(f"run_folder:{folder}")
     check_bytes(ledger, cfg.quant.limit_bytes)
@@ -2727,8 +2755,8 @@ def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
             }
         )
     return {
-        "config": recipe_of(cfg, live=True),
-        "config_hash": config_hash(cfg),
+        "config": whole_recipe(cfg),
+        "config_hash": fixed_hash(cfg),
         "num_params": sum(param.numel() for param in named.values()),
         "params_by_rule": by_rule,
         "layer_plan": [step._asdict() for step in layer_plan(cfg.model, 1)],
@@ -2769,34 +2797,41 @@ def estimate_artifact_bytes(cfg: Config) -> int:
     return round(total)
 
 
+def describe_to_stdout(args, environment: Environment) -> None:
+    """Print what --describe asks for."""
+    steps = [int(step) for step in args.steps.split(",")]
+    elapsed = [float(ms) for ms in args.elapsed_ms.split(",")] if args.elapsed_ms else [0.0] * len(steps)
+    if len(elapsed) != len(steps):
+        raise UserError(f"--elapsed-ms: expected {len(steps)} times, one a step, found {len(elapsed)}.")
+    cfg = load_config(args.recipe, environment.overrides, args.overrides)
+    print(json.dumps(describe(cfg, steps, elapsed)))
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, resolve the config, run."""
+    """Parse the command line, resolve the config, run. A packed program takes live fields and --resume."""
+    fields = describe_fields(Config) if PACKED_RECIPE is None else " ".join(config_fields(Config))
     parser = CommandParser(
         prog="train_gpt.py",
         description="Train, quantize, pack and score a model as one recipe says.",
-        epilog=describe_fields(Config),
+        epilog=fields,
     )
-    parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
     parser.add_argument("--resume", type=Path, metavar="FILE", help=f"go on from a run's {CHECKPOINT_NAME}")
-    parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule as JSON")
-    parser.add_argument("--steps", default="0", metavar="N,N,...", help="with --describe: steps to tabulate")
-    parser.add_argument("--elapsed-ms", default="", metavar="MS,...", help="with --describe: their times")
+    if PACKED_RECIPE is None:
+        parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
+        parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule as JSON")
+        parser.add_argument(
+            "--steps", default="0", metavar="N,N,...", help="with --describe: steps to tabulate"
+        )
+        parser.add_argument("--elapsed-ms", default="", metavar="MS,...", help="with --describe: their times")
     args = parser.parse_args(argv)
     environment = read_environment()
-    if args.describe:
-        steps = [int(step) for step in args.steps.split(",")]
-        elapsed = [float(ms) for ms in args.elapsed_ms.split(",")] if args.elapsed_ms else [0.0] * len(steps)
-        if len(elapsed) != len(steps):
-            raise UserError(f"--elapsed-ms: expected {len(steps)} times, one a step, found {len(elapsed)}.")
-        print(
-            json.dumps(
-                describe(load_config(args.recipe, environment.overrides, args.overrides), steps, elapsed)
-            )
-        )
+    recipe_path = args.recipe if PACKED_RECIPE is None else None
+    if PACKED_RECIPE is None and args.describe:
+        describe_to_stdout(args, environment)
         return
     try:
-        run(load_config(args.recipe, environment.overrides, args.overrides), environment, args.resume)
+        run(load_config(recipe_path, environment.overrides, args.overrides), environment, args.resume)
     except UserError:
         if environment.rank == 0:
             raise

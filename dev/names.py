@@ -47,10 +47,11 @@ def bound_names(node: ast.AST) -> Iterator[tuple[str, str]]:
         yield from bound_names(child)
 
 
-def identifiers(node: ast.AST) -> set[str]:
-    """Collect every name that code below `node` may look up, docstrings aside.
+def identifiers(node: ast.AST, with_strings: bool = True) -> set[str]:
+    """Collect every global name that code below `node` may look up, docstrings aside.
 
-    Strings without spaces count with each identifier in them: quoted annotations, getattr, globals().
+    With strings, those without spaces count with each identifier in them: globals()["name"] finds them.
+    Modules share one namespace when packed, so an attribute never names a global.
     """
     names: set[str] = set()
     todo = [node]
@@ -61,11 +62,9 @@ def identifiers(node: ast.AST) -> set[str]:
                 continue
             case ast.Name():
                 names.add(inner.id)
-            case ast.Attribute():
-                names.add(inner.attr)
             case ast.Global() | ast.Nonlocal():
                 names.update(inner.names)
-            case ast.Constant(value=str(text)) if " " not in text:
+            case ast.Constant(value=str(text)) if with_strings and " " not in text:
                 names.update(re.findall(r"[A-Za-z_]\w*", text))
         todo += ast.iter_child_nodes(inner)
     return names
@@ -78,8 +77,11 @@ def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
     """
     own = {name for node in body for name, _ in bound_names(node)}
     hooks = {"__init_subclass__", "__subclasses__"}
-    named_by = [identifiers(node) for node in body]
-    has_hooks = any(hooks & (names | method_names(node)) for names, node in zip(named_by, body, strict=True))
+    looks_up = any(
+        isinstance(one, ast.Name) and one.id == "globals" for node in body for one in ast.walk(node)
+    )
+    named_by = [identifiers(node, looks_up) for node in body]
+    has_hooks = any(hooks & words(node) for node in body)
     defines: dict[int, set[str]] = {}  # index of a droppable statement -> its names
     for i, node in enumerate(body):
         registers = has_hooks and isinstance(node, ast.ClassDef) and node.bases
@@ -94,9 +96,12 @@ def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
     return sorted(kept)
 
 
-def method_names(node: ast.stmt) -> set[str]:
-    """Name the functions below a statement."""
-    return {inner.name for inner in ast.walk(node) if isinstance(inner, Function)}
+def words(node: ast.stmt) -> set[str]:
+    """Name the functions and attributes below a statement."""
+    inner = list(ast.walk(node))
+    return {one.name for one in inner if isinstance(one, Function)} | {
+        one.attr for one in inner if isinstance(one, ast.Attribute)
+    }
 
 
 def is_pure_definition(node: ast.stmt, own: set[str]) -> bool:

@@ -16,10 +16,11 @@ from pathlib import Path
 from data.errors import UserError
 
 
-def option(default, env: str = "", text: str = "", *, live: bool = False, low=None, high=None, choices=()):
+def option(default, env: str = "", text: str = "", *, live=False, low=None, high=None, choices=()):
     """Declare a config field: default, contest environment name, help, and the values that it may take.
 
-    A live field (paths, seed, clock, logging) stays free in a packed program; the others are the recipe.
+    A live field (paths, seed, clock, logging) stays free in a packed program, one with live="auto" while its
+    value is "auto"; the others are the recipe.
     """
     metadata = {"env": env, "help": text, "live": live, "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
@@ -156,7 +157,12 @@ def recipe_of(config, live: bool = False) -> dict[str, dict]:
 
 def config_hash(config) -> str:
     """Hash what a recipe fixes: equal for all seeds, machines and paths of one configuration."""
-    return hashlib.sha256(json.dumps(recipe_of(config), sort_keys=True).encode()).hexdigest()[:16]
+    return recipe_hash(recipe_of(config))
+
+
+def recipe_hash(recipe: dict[str, dict]) -> str:
+    """Hash {section: {key: value}}."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def format_toml(recipe: dict[str, dict]) -> str:

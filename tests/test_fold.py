@@ -152,10 +152,10 @@ def main(cfg: Config):
 def main(cfg: Config):
     while cfg.model.kind == 'none':
         cfg = None
-    return cfg
+    return cfg.model.seed
 """,
-        "gone",
         "while",
+        "seed",
     ),
     (
         """

@@ -15,13 +15,13 @@ import ast
 
 from dev.fold.bake import bake
 from dev.fold.drop import drop_imports, drop_members, drop_rows
-from dev.fold.facts import Program
+from dev.fold.facts import PACKED_RECIPE, Program
 from dev.fold.folder import Folder
 from dev.fold.learn import learn, learn_pure
+from dev.fold.params import drop_parameters
 from dev.fold.syntax import literal
 from dev.names import bound_names, needed_statements
 
-PACKED_RECIPE = "PACKED_RECIPE"  # holds the recipe's values that are no defaults
 MAX_ROUNDS = 50
 
 
@@ -51,6 +51,7 @@ def fold_tree(tree: ast.Module, recipe: dict) -> None:
         drop_members(tree)
         program.index()
         drop_rows(program)
+        drop_parameters(program)
         tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
         drop_imports(tree)
         program.index()

@@ -2,6 +2,7 @@
 
 import ast
 
+from data.errors import UserError
 from dev.fold.facts import Fact, Instance, Known, Program, Table
 from dev.fold.scopes import Scopes
 from dev.fold.syntax import is_option, literal
@@ -12,7 +13,7 @@ KINDS = {"bool": bool, "int": int, "float": float, "str": str, "tuple": tuple}
 
 
 def bake(program: Program) -> None:
-    """Write the recipe's values into the defaults of the config classes; other values stay in the recipe."""
+    """Write the recipe's values into the config classes: what it fixes as constants, the rest as defaults."""
     sections = {name for name, node in program.classes.items() if any(map(is_option, node.body))}
     made, replaced = _changes(program)
     for root, node in program.classes.items():
@@ -21,13 +22,27 @@ def bake(program: Program) -> None:
         if not fields or not set(types) <= sections or root in made or len(set(types)) < len(types):
             continue
         program.configs[root] = {one.target.id: Instance(t) for one, t in zip(fields, types)}
-        for one, section in zip(fields, types):
-            program.attributes[root, one.target.id] = Instance(section)
+        keys = {one.target.id: section for one, section in zip(fields, types)}
+        resolved = {}
+        for key, section in keys.items():
+            program.attributes[root, key] = Instance(section)
             program.configs[section] = {}
             if section not in made | program.relatives():
-                bake_section(program, section, one.target.id, replaced)
-    for section in [key for key, values in program.recipe.items() if values == {}]:
-        del program.recipe[section]
+                resolved[key] = bake_section(program, section, key, replaced)
+        _refuse_unknown(program, keys)
+        if set(resolved) == set(keys) and all(one is not None for one in resolved.values()):
+            program.recipe = {key: values for key, values in resolved.items() if values}
+
+
+def _refuse_unknown(program: Program, keys: dict[str, str]) -> None:
+    """Raise for what the recipe names and the config classes do not."""
+    for key, values in program.recipe.items():
+        if key not in keys:
+            raise UserError(f"recipe: unknown section {key!r}. Sections are {', '.join(keys)}.")
+        known = [one.target.id for one in program.classes[keys[key]].body if isinstance(one, ast.AnnAssign)]
+        left = set(values) - set(known) - set(program.configs[keys[key]])
+        if left:
+            raise UserError(f"recipe: unknown field {key}.{min(left)}. Correct the recipe.")
 
 
 def _changes(program: Program) -> tuple[set[str], set[str]]:
@@ -43,43 +58,61 @@ def _changes(program: Program) -> tuple[set[str], set[str]]:
     return made, replaced
 
 
-def bake_section(program: Program, section: str, key: str, replaced: set[str]) -> None:
-    """Write one section's values into its class and note those that nothing changes."""
-    values = program.recipe.get(key, {})
-    for one in filter(is_option, program.classes[section].body):
+def bake_section(program: Program, section: str, key: str, replaced: set[str]) -> dict | None:
+    """Write a section's values into its class; returns those the recipe fixes, None if one stays open."""
+    values, fixed = program.recipe.get(key, {}), {}
+    node = program.classes[section]
+    for at, one in enumerate(node.body):
+        if not is_option(one):
+            continue
         name, call = one.target.id, one.value
         kind = KINDS.get(one.annotation.id if isinstance(one.annotation, ast.Name) else "")
         default = Scopes(program).look(call.args[0]) if call.args else None
-        if kind is None or name in replaced or not isinstance(default, Known) or not isinstance(values, dict):
+        if kind is None or name in replaced or not isinstance(default, Known):
+            fixed = None
             continue
-        try:
-            value = parse_value(values[name], kind) if name in values else default.value
-        except (ValueError, TypeError, OverflowError):
-            continue  # the program says what is wrong with it
-        values.pop(name, None)
-        call.args[0] = literal(value)
         settings = {item.arg: item.value for item in call.keywords}
-        live = settings.get("live")
-        if live is None and len(call.args) <= 3 and _is_within(program, value, settings):
+        value = _parsed(f"{key}.{name}", values.get(name, default.value), kind)
+        _check_bounds(program, f"{key}.{name}", value, settings)
+        call.args[0] = literal(value)
+        if not _is_live(settings.get("live"), value):
             program.configs[section][name] = value
             program.attributes[section, name] = Known(value)
-            has_env = len(call.args) > 1 and not (
-                isinstance(call.args[1], ast.Constant) and not call.args[1].value
-            )
-            one.value = ast.Call(call.func, call.args[: 1 + has_env], [])
+            node.body[at] = ast.copy_location(ast.Assign([one.target], literal(value)), one)
+            if fixed is not None and "live" not in settings:
+                fixed[name] = as_lists(value)
+    return fixed
 
 
-def _is_within(program: Program, value, settings: dict[str, ast.expr]) -> bool:
-    """Whether a value is provably within the bounds and choices of its declaration."""
-    facts = {name: _choices(program, node) for name, node in settings.items()}
-    if not set(facts) <= {"low", "high", "choices"} or any(fact is None for fact in facts.values()):
-        return False
-    low, high, choices = (facts[name].value if name in facts else None for name in ("low", "high", "choices"))
-    return (
-        (low is None or value >= low)
-        and (high is None or value <= high)
-        and (not choices or value in choices)
+def _is_live(node: ast.expr | None, value) -> bool:
+    """Whether a field stays free: live=True, or live="auto" and the recipe leaves it at that."""
+    live = node.value if isinstance(node, ast.Constant) else node is not None
+    return value == "auto" if live == "auto" else bool(live)
+
+
+def as_lists(value):
+    """Return tuples as lists, as a recipe's file has them."""
+    return [as_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _parsed(name: str, value, kind: type):
+    """Convert a recipe's value to its field's type."""
+    try:
+        return parse_value(value, kind)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"recipe: {name}: expected {kind.__name__}, found {value!r}.") from error
+
+
+def _check_bounds(program: Program, name: str, value, settings: dict[str, ast.expr]) -> None:
+    """Raise where a value is outside the bounds or choices of its declaration, as far as these are known."""
+    facts = {key: _choices(program, node) for key, node in settings.items()}
+    low, high, choices = (
+        facts[key].value if isinstance(facts.get(key), Known) else None for key in ("low", "high", "choices")
     )
+    if choices and value not in choices:
+        raise UserError(f"recipe: {name}={value} must be one of {', '.join(choices)}.")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise UserError(f"recipe: {name}={value} must lie in [{low}, {high}].")
 
 
 def _choices(program: Program, node: ast.expr) -> Fact:

@@ -4,10 +4,10 @@ import ast
 import re
 from collections import Counter, defaultdict
 
-from dev.fold.facts import Program
+from dev.fold.facts import PACKED_RECIPE, Program
 from dev.fold.scopes import Scopes
 from dev.fold.syntax import constant_body, is_pure, local_values, matched
-from dev.names import Function, last_name
+from dev.names import Function, bound_names, last_name
 
 MODULE_HOOKS = {"forward", "extra_repr", "train"}  # methods that torch.nn.Module calls
 
@@ -63,32 +63,70 @@ def drop_members(tree: ast.Module) -> None:
     Only in classes whose bases are of this program, NamedTuple or, for attributes, nn.Module: other
     libraries call and read by name.
     """
-    read = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
-            read |= set(re.findall(r"[A-Za-z_]\w*", node.value))
+    read = names_read(tree)
     own = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     for node in own.values():
         bases = {last_name(base) for base in node.bases}
         if not bases <= {"NamedTuple", "Module"} or node.keywords:
             continue
-        for method in [one for one in node.body if isinstance(one, Function)]:
-            if not method.name.startswith("__") and method.name not in read | MODULE_HOOKS:
-                node.body.remove(method)
-                continue
-            for inner in ast.walk(method):
-                body = getattr(inner, "body", None)
-                if isinstance(body, list):
-                    kept = [left for one in body if (left := _without_unread(one, read)) is not None]
-                    inner.body = kept or [ast.Pass()]
+        for one in list(node.body):
+            is_function = isinstance(one, Function)
+            if is_function and not one.name.startswith("__") and one.name not in read:
+                node.body.remove(one)
+            elif is_function:
+                drop_stores(one, read)
+            elif isinstance(one, ast.Assign) and _is_unread_constant(one, read):
+                node.body.remove(one)
         node.body = node.body or [ast.Pass()]
 
 
-def _without_unread(node: ast.stmt, read: set[str]) -> ast.stmt | None:
+class NamesRead(set):
+    """Attributes that a program may read; those of computed names by pattern."""
+
+    def __init__(self, names: set[str], patterns: set[str]):
+        super().__init__(names)
+        self.pattern = re.compile("|".join(patterns) or r"(?!)")
+
+    def __contains__(self, name: str) -> bool:
+        return super().__contains__(name) or self.pattern.fullmatch(name) is not None
+
+
+def names_read(tree: ast.Module) -> NamesRead:
+    """Find the attributes that are read: by name, by a string that spells them, by getattr of an f-string."""
+    names, patterns = set(MODULE_HOOKS), set()
+    statements = [one for one in tree.body if (PACKED_RECIPE, "") not in bound_names(one)]
+    for node in (inner for one in statements for inner in ast.walk(one)):
+        match node:
+            case ast.Attribute(ctx=ast.Load() | ast.Del(), attr=name):
+                names.add(name)
+            case ast.AugAssign(target=ast.Attribute(attr=name)):
+                names.add(name)
+            case ast.Constant(value=str(text)) if " " not in text:
+                names |= set(re.findall(r"[A-Za-z_]\w*", text))
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.JoinedStr(values=parts), *_]):
+                texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+                patterns.add("".join(".*" if text is None else re.escape(text) for text in texts))
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.BinOp(), *_]):
+                patterns.add(".*")
+    return NamesRead(names, patterns)
+
+
+def _is_unread_constant(node: ast.Assign, read: NamesRead) -> bool:
+    """Whether a class's constant is one that nothing reads."""
+    names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return len(names) == len(node.targets) and is_pure(node.value) and not any(name in read for name in names)
+
+
+def drop_stores(method: Function, read: NamesRead) -> None:
+    """Drop from a method what it stores in attributes of self that nothing reads."""
+    for inner in ast.walk(method):
+        body = getattr(inner, "body", None)
+        if isinstance(body, list):
+            kept = [left for one in body if (left := _without_unread(one, read)) is not None]
+            inner.body = kept or [ast.Pass()]
+
+
+def _without_unread(node: ast.stmt, read: NamesRead) -> ast.stmt | None:
     """Return an assignment without what it stores in attributes of self that nothing reads."""
     if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
         return node
@@ -99,7 +137,7 @@ def _without_unread(node: ast.stmt, read: set[str]) -> ast.stmt | None:
     return with_pairs(node, pairs, [pair for pair in pairs if not _is_unread(*pair, read)])
 
 
-def _is_unread(target: ast.expr, value: ast.expr, read: set[str]) -> bool:
+def _is_unread(target: ast.expr, value: ast.expr, read: NamesRead) -> bool:
     """Whether a value without effects goes into an attribute of self that nothing reads."""
     match target:
         case ast.Attribute(value=ast.Name(id="self"), attr=attr):

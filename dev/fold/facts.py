@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from dev.fold.syntax import named_values
 from dev.names import bound_names
 
+PACKED_RECIPE = "PACKED_RECIPE"  # holds what the recipe fixes
+
 
 @dataclass(frozen=True)
 class Known:

@@ -414,7 +414,7 @@ class Folder(ast.NodeTransformer, Scopes):
                 self.seen.stores[key.value].append(("", None))
             else:
                 self.seen.is_dynamic = True
-        if last in ("replace", "_replace"):
+        if last == "_replace":
             for one in node.keywords:
                 self.seen.replaced[one.arg or ""].append(self.look(one.value))
         if name in self.program.functions or name in self.program.classes:

@@ -32,7 +32,7 @@ def learn(program: Program, seen: Observations) -> None:
                 if mine and attr not in own and not any(owner == "" for owner, _ in stores):
                     remember(program.attributes, (name, attr), join(mine))
             for statement in node.body:
-                if isinstance(statement, ast.Assign) and not seen.replaced.get(""):
+                if isinstance(statement, ast.Assign):
                     for key, value in named_values(statement):
                         if isinstance(value, ast.Constant) and key not in seen.stores:
                             remember(program.attributes, (name, key), Known(value.value))
