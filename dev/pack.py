@@ -25,7 +25,17 @@ from typing import NamedTuple
 from data.errors import UserError, run_command
 from data.shards import atomic_file
 from dev.fold import fold_tree
-from dev.names import Definition, Function, Import, bound_names, identifiers, last_name, needed_statements
+from dev.names import (
+    Definition,
+    Function,
+    Import,
+    bound_names,
+    children,
+    identifiers,
+    last_name,
+    needed_statements,
+    walk,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRY = REPOSITORY / "train_gpt.py"
@@ -139,7 +149,7 @@ def _visit(path: Path, root: Path, chain: tuple[str, ...], found: dict[str, Sour
 
 def _imports(node: ast.AST, is_lazy: bool = False) -> Iterator[tuple[Import, bool]]:
     """Yield each import statement below `node` in source order, and whether it is inside a function."""
-    for child in ast.iter_child_nodes(node):
+    for child in children(node):
         if isinstance(child, Import):
             yield child, is_lazy
         yield from _imports(child, is_lazy or isinstance(child, Function))
@@ -166,9 +176,9 @@ def _check_lazy_names(tree: ast.Module, root: Path, label: str) -> None:
 
     The import statement goes, so the name would be a local variable without a value.
     """
-    for function in (node for node in ast.walk(tree) if isinstance(node, Function)):
+    for function in (node for node in walk(tree) if isinstance(node, Function)):
         imported, bound = set(), set()
-        for node in ast.walk(function):
+        for node in walk(function):
             if isinstance(node, ast.ImportFrom) and _is_first_party(node, root):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -286,7 +296,7 @@ def _check_collisions(modules: list[SourceModule]) -> None:
 def _check_builtins(modules: list[SourceModule]) -> None:
     """Refuse a definition that hides a builtin from another module."""
     used = {
-        module.label: {node.id for node in ast.walk(module.tree) if isinstance(node, ast.Name)}
+        module.label: {node.id for node in walk(module.tree) if isinstance(node, ast.Name)}
         for module in modules
     }
     for module in modules:
@@ -305,8 +315,7 @@ def _check_future(modules: list[SourceModule]) -> None:
     without = [
         module.label
         for module in modules
-        if module.label not in with_it
-        and any(isinstance(node, ast.AnnAssign) for node in ast.walk(module.tree))
+        if module.label not in with_it and any(isinstance(node, ast.AnnAssign) for node in walk(module.tree))
     ]
     if with_it and without:
         raise PackingError(
@@ -487,7 +496,7 @@ def minify(source: str, hoist_literals: bool | None = None) -> str:
 
 def _drop_annotations(tree: ast.Module) -> None:
     """Drop the annotations of functions where nothing reads them."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
+    functions = [node for node in walk(tree) if isinstance(node, Function)]
     readers = {
         id(node): ANNOTATION_READERS & {last_name(one) for one in node.decorator_list} for node in functions
     }
@@ -496,7 +505,7 @@ def _drop_annotations(tree: ast.Module) -> None:
     for node in functions:
         if not readers[id(node)]:
             node.returns = None
-            for argument in (inner for inner in ast.walk(node.args) if isinstance(inner, ast.arg)):
+            for argument in (inner for inner in walk(node.args) if isinstance(inner, ast.arg)):
                 argument.annotation = None
 
 
@@ -504,11 +513,11 @@ def _triton_names(tree: ast.Module) -> set[str]:
     """Collect the local names of Triton kernels: a constexpr that gets a second name stops being one."""
     kernels = [
         node
-        for node in ast.walk(tree)
+        for node in walk(tree)
         if isinstance(node, Function)
         and any(last_name(decorator) == "jit" for decorator in node.decorator_list)
     ]
-    inner = [node for kernel in kernels for node in ast.walk(kernel)]
+    inner = [node for kernel in kernels for node in walk(kernel)]
     return {node.arg for node in inner if isinstance(node, ast.arg)} | {
         node.id for node in inner if isinstance(node, ast.Name)
     }
@@ -516,9 +525,9 @@ def _triton_names(tree: ast.Module) -> set[str]:
 
 def _shorten_docstrings(tree: ast.Module) -> bool:
     """Remove docstrings; of those that the program reads as `__doc__` the first line stays. Were any read?"""
-    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    for node in ast.walk(tree):
+    attributes = {node.attr for node in walk(tree) if isinstance(node, ast.Attribute)}
+    names = {node.id for node in walk(tree) if isinstance(node, ast.Name)}
+    for node in walk(tree):
         if not isinstance(node, Definition | ast.Module) or not (node.body and _is_docstring(node.body[0])):
             continue
         text = node.body[0].value
@@ -584,7 +593,7 @@ def unwrap(packed: bytes) -> str:
     """Read back the source of a file that `wrap` made, without running it."""
     if not packed.startswith(b"#coding:L1\n"):
         return packed.decode()
-    literals = [node.value for node in ast.walk(ast.parse(packed)) if isinstance(node, ast.Constant)]
+    literals = [node.value for node in walk(ast.parse(packed)) if isinstance(node, ast.Constant)]
     data = max((value for value in literals if isinstance(value, str)), key=len).encode("latin-1")
     if b"import brotli" in packed[:64]:
         import brotli

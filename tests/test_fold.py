@@ -154,8 +154,8 @@ def main(cfg: Config):
         cfg = None
     return cfg.model.seed
 """,
+        "gone",
         "while",
-        "seed",
     ),
     (
         """

@@ -6,7 +6,7 @@ from data.errors import UserError
 from dev.fold.facts import Fact, Instance, Known, Program, Table
 from dev.fold.scopes import Scopes
 from dev.fold.syntax import is_option, literal
-from dev.names import last_name
+from dev.names import last_name, walk
 from formats.recipe import parse_value
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str, "tuple": tuple}
@@ -48,7 +48,7 @@ def _refuse_unknown(program: Program, keys: dict[str, str]) -> None:
 def _changes(program: Program) -> tuple[set[str], set[str]]:
     """Name the classes that are called with arguments, and the keywords given to `replace`."""
     made, replaced = set(), set()
-    for node in ast.walk(program.tree):
+    for node in walk(program.tree):
         if isinstance(node, ast.Call):
             name = last_name(node)
             if name in ("replace", "_replace"):

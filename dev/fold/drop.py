@@ -7,14 +7,14 @@ from collections import Counter, defaultdict
 from dev.fold.facts import PACKED_RECIPE, Program
 from dev.fold.scopes import Scopes
 from dev.fold.syntax import constant_body, is_pure, local_values, matched
-from dev.names import Function, bound_names, last_name
+from dev.names import Function, bound_names, last_name, walk
 
 MODULE_HOOKS = {"forward", "extra_repr", "train"}  # methods that torch.nn.Module calls
 
 
 def drop_dead_locals(node: Function) -> None:
     """Drop assignments to names that the function never reads."""
-    inner = list(ast.walk(node))
+    inner = list(walk(node))
     if any(isinstance(one, ast.Global | ast.Nonlocal) for one in inner):
         return
     read = {one.id for one in inner if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Store)}
@@ -95,7 +95,7 @@ def names_read(tree: ast.Module) -> NamesRead:
     """Find the attributes that are read: by name, by a string that spells them, by getattr of an f-string."""
     names, patterns = set(MODULE_HOOKS), set()
     statements = [one for one in tree.body if (PACKED_RECIPE, "") not in bound_names(one)]
-    for node in (inner for one in statements for inner in ast.walk(one)):
+    for node in (inner for one in statements for inner in walk(one)):
         match node:
             case ast.Attribute(ctx=ast.Load() | ast.Del(), attr=name):
                 names.add(name)
@@ -119,7 +119,7 @@ def _is_unread_constant(node: ast.Assign, read: NamesRead) -> bool:
 
 def drop_stores(method: Function, read: NamesRead) -> None:
     """Drop from a method what it stores in attributes of self that nothing reads."""
-    for inner in ast.walk(method):
+    for inner in walk(method):
         body = getattr(inner, "body", None)
         if isinstance(body, list):
             kept = [left for one in body if (left := _without_unread(one, read)) is not None]
@@ -149,7 +149,7 @@ def drop_rows(program: Program) -> None:
     """Drop rows of tables that every use of the table passes over."""
     filters: dict[str, list[str]] = defaultdict(list)  # table: by the call of which field a use filters it
     uses: Counter = Counter()
-    for node in ast.walk(program.tree):
+    for node in walk(program.tree):
         match node:
             case ast.comprehension(
                 target=ast.Name(id=row),
@@ -182,7 +182,7 @@ def _fails(program: Program, row: ast.expr, key: str) -> bool:
 
 def drop_loop_rows(function: Function) -> None:
     """Drop the rows of a spelled out list for which the loop over it does nothing."""
-    for loop in [node for node in ast.walk(function) if isinstance(node, ast.For)]:
+    for loop in [node for node in walk(function) if isinstance(node, ast.For)]:
         if len(loop.body) != 1 or not isinstance(loop.body[0], ast.If) or loop.body[0].orelse or loop.orelse:
             continue
         test, is_negated = loop.body[0].test, False
@@ -202,7 +202,7 @@ def _rows_of(node: ast.expr, function: Function) -> ast.List | ast.Tuple | None:
         return node
     if isinstance(node, ast.Name):
         found = local_values(function).get(node.id, [])
-        uses = sum(isinstance(inner, ast.Name) and inner.id == node.id for inner in ast.walk(function))
+        uses = sum(isinstance(inner, ast.Name) and inner.id == node.id for inner in walk(function))
         if len(found) == 1 and uses == 2 and isinstance(found[0][1], ast.List | ast.Tuple):
             return found[0][1]
     return None
@@ -220,7 +220,7 @@ def _is_passed_over(row: ast.expr, width: int, position: int, is_negated: bool) 
 
 def drop_imports(tree: ast.Module) -> None:
     """Drop imports at the top level whose names nothing reads."""
-    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    read = {node.id for node in walk(tree) if isinstance(node, ast.Name)}
     for node in list(tree.body):
         if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__":
             node.names = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) in read]

@@ -20,7 +20,7 @@ from dev.fold.syntax import (
     matched,
     parameters,
 )
-from dev.names import PURE_DECORATORS, Function, bound_names, last_name
+from dev.names import PURE_DECORATORS, Function, bound_names, last_name, walk
 
 LONGEST_LITERAL = 8  # characters that may replace a shorter name
 
@@ -111,7 +111,7 @@ class Folder(ast.NodeTransformer, Scopes):
         for one in node.generators:
             one.iter = self.visit(one.iter)
             items = self.look(one.iter)
-            inner = [child.id for child in ast.walk(one.target) if isinstance(child, ast.Name)]
+            inner = [child.id for child in walk(one.target) if isinstance(child, ast.Name)]
             scope |= dict.fromkeys(inner)
             if isinstance(items, Items) and isinstance(one.target, ast.Name):
                 scope[one.target.id] = Instance(items.name)
@@ -127,7 +127,7 @@ class Folder(ast.NodeTransformer, Scopes):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         if node.name in self.program.configs or any(map(is_option, node.body)):
-            for inner in ast.walk(node):  # section defaults make instances, without arguments
+            for inner in walk(node):  # section defaults make instances, without arguments
                 if isinstance(inner, ast.Name):
                     self.seen.escapes.add(inner.id)
             return node
@@ -321,12 +321,12 @@ class Folder(ast.NodeTransformer, Scopes):
     def means_here(self, table: ast.expr, node: ast.expr) -> bool:
         """Whether an entry of a table means here what it means in the table."""
         if isinstance(table, ast.Name) and self.is_global(table.id):
-            return all(self.is_global(child.id) for child in ast.walk(node) if isinstance(child, ast.Name))
+            return all(self.is_global(child.id) for child in walk(node) if isinstance(child, ast.Name))
         return self.is_stable(node)
 
     def is_stable(self, node: ast.expr) -> bool:
         """Whether an expression means the same anywhere in this function."""
-        inner = {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+        inner = {child.id for child in walk(node) if isinstance(child, ast.Name)}
         shadowed = len(self.stack) > 1 and any(name in self.stack[-1] for name in inner)
         return not shadowed and not any(inner & names for names in self.unstable)
 

@@ -14,7 +14,7 @@ from dev.fold.syntax import (
     named_values,
     parameters,
 )
-from dev.names import PURE_DECORATORS, last_name
+from dev.names import PURE_DECORATORS, last_name, walk
 
 
 def learn(program: Program, seen: Observations) -> None:
@@ -97,9 +97,7 @@ def learn_pure(program: Program) -> None:
         candidates = kept
     scopes = Scopes(program)
     names: dict[str, object] = {"__builtins__": {}} | SAFE_BUILTINS
-    for name in {
-        inner.id for node in kept.values() for inner in ast.walk(node) if isinstance(inner, ast.Name)
-    }:
+    for name in {inner.id for node in kept.values() for inner in walk(node) if isinstance(inner, ast.Name)}:
         fact = scopes.look_name(name)
         names |= {name: fact.value} if isinstance(fact, Known) else {}
     bare = [clone(node) for node in kept.values()]
@@ -121,10 +119,10 @@ def _is_plain(node: ast.FunctionDef) -> bool:
             isinstance(one, ast.Constant)
             for one in [*node.args.defaults, *filter(None, node.args.kw_defaults)]
         )
-        and all(isinstance(inner, kinds) for one in node.body for inner in ast.walk(one))
+        and all(isinstance(inner, kinds) for one in node.body for inner in walk(one))
         and not any(
             isinstance(inner, ast.Attribute | ast.Subscript) and isinstance(inner.ctx, stores)
-            for inner in ast.walk(node)
+            for inner in walk(node)
         )
     )
 
@@ -132,7 +130,7 @@ def _is_plain(node: ast.FunctionDef) -> bool:
 def _only_calls(node: ast.FunctionDef, candidates: dict, program: Program) -> bool:
     """Whether a function calls only builtins without effects and functions of that kind."""
     own = {arg.arg for arg in parameters(node.args)} | set(local_values(node))
-    for inner in ast.walk(ast.Module(node.body, [])):
+    for inner in walk(ast.Module(node.body, [])):
         if isinstance(inner, ast.Call):
             name = inner.func.id if isinstance(inner.func, ast.Name) else ""
             is_builtin = name in SAFE_BUILTINS and name not in program.values

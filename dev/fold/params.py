@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 from dev.fold.facts import Program
 from dev.fold.syntax import is_pure, parameters
-from dev.names import PURE_DECORATORS, last_name
+from dev.names import PURE_DECORATORS, last_name, walk
 
 
 def drop_parameters(program: Program) -> None:
@@ -28,15 +28,15 @@ def drop_parameters(program: Program) -> None:
 def _uses(tree: ast.Module) -> tuple[dict[str, list[ast.Call]], Counter]:
     """Return every call of a name, and how often a name is read other than in annotations and isinstance."""
     calls, loads = defaultdict(list), Counter()
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             calls[node.func.id].append(node)
             if node.func.id == "isinstance":
-                loads.subtract(one.id for one in ast.walk(node.args[1]) if isinstance(one, ast.Name))
+                loads.subtract(one.id for one in walk(node.args[1]) if isinstance(one, ast.Name))
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             loads[node.id] += 1
         for annotation in _annotations(node):
-            loads.subtract(one.id for one in ast.walk(annotation) if isinstance(one, ast.Name))
+            loads.subtract(one.id for one in walk(annotation) if isinstance(one, ast.Name))
     return calls, loads
 
 
@@ -54,7 +54,7 @@ def _annotations(node: ast.AST) -> list[ast.expr]:
 def _rebound(tree: ast.Module) -> set[str]:
     """Name what functions bind inside: a call by such a name may be another thing's."""
     found = set()
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.arg):
             found.add(node.arg)
         elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -69,7 +69,7 @@ def _drop(node: ast.FunctionDef, calls: list[ast.Call], is_method: bool) -> None
         return
     if node.args.vararg or node.args.kwarg or node.args.posonlyargs:
         return
-    read = {inner.id for one in node.body for inner in ast.walk(one) if isinstance(inner, ast.Name)}
+    read = {inner.id for one in node.body for inner in walk(one) if isinstance(inner, ast.Name)}
     for arg in [*node.args.args[is_method:], *node.args.kwonlyargs]:
         at = node.args.args.index(arg) - is_method if arg in node.args.args else None
         given = [value for call in calls if (value := _given(call, at, arg.arg)) is not None]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from dev.fold.facts import Fact, Instance, Items, Known, Program, Table, join
 from dev.fold.syntax import EXPRESSIONS, Comprehension, class_names, clone, is_literal, is_pure, is_record
+from dev.names import children, walk
 
 MAX_ITEMS = 10_000  # of a range that is evaluated
 
@@ -139,9 +140,9 @@ class Scopes:
     def evaluate(self, node: ast.expr) -> Known | None:
         """Compute an expression all of whose names are known."""
         makes_items = isinstance(node, Comprehension)  # open inside, yet perhaps closed
-        if not makes_items and any(id(child) in self.open for child in ast.iter_child_nodes(node)):
+        if not makes_items and any(id(child) in self.open for child in children(node)):
             return None
-        if not all(isinstance(inner, EXPRESSIONS) for inner in ast.walk(node)) or may_explode(node):
+        if not all(isinstance(inner, EXPRESSIONS) for inner in walk(node)) or may_explode(node):
             return None
         names: dict[str, object] = {}
         try:
@@ -177,7 +178,7 @@ def may_explode(node: ast.expr) -> bool:
         isinstance(inner, ast.BinOp)
         and isinstance(inner.op, powers)
         and not re.fullmatch(r"-?\d{1,2}(\.\d+)?", ast.unparse(inner.right))
-        for inner in ast.walk(node)
+        for inner in walk(node)
     )
 
 
@@ -186,10 +187,8 @@ class _Close(ast.NodeTransformer):
 
     def __init__(self, scopes: Scopes, names: dict[str, object], node: ast.expr):
         self.scopes, self.names = scopes, names
-        inner = [child for child in ast.walk(node) if isinstance(child, ast.comprehension)]
-        self.own = {
-            child.id for one in inner for child in ast.walk(one.target) if isinstance(child, ast.Name)
-        }
+        inner = [child for child in walk(node) if isinstance(child, ast.comprehension)]
+        self.own = {child.id for one in inner for child in walk(one.target) if isinstance(child, ast.Name)}
 
     def value(self, value) -> ast.expr:
         name = f"_{len(self.names)}"

@@ -4,7 +4,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator
 
-from dev.names import Function, bound_names, last_name
+from dev.names import Function, bound_names, children, last_name, walk
 
 OPTION = "option"  # declares a config field
 TERMINAL = ast.Return | ast.Raise | ast.Continue | ast.Break
@@ -77,25 +77,25 @@ def is_pure(node: ast.expr) -> bool:
         return True
     allowed = (*set(EXPRESSIONS) - {ast.Call}, ast.Starred)
     return isinstance(node, allowed) and all(
-        is_pure(child) if isinstance(child, ast.expr) else True for child in ast.iter_child_nodes(node)
+        is_pure(child) if isinstance(child, ast.expr) else True for child in children(node)
     )
 
 
 def changes_scope(nodes: list[ast.stmt]) -> bool:
     """Whether statements, run or not, change what their function is or what its names mean."""
     kinds = (ast.Yield, ast.YieldFrom, ast.Await, ast.Global, ast.Nonlocal)
-    return any(isinstance(inner, kinds) for node in nodes for inner in ast.walk(node))
+    return any(isinstance(inner, kinds) for node in nodes for inner in walk(node))
 
 
 def local_values(node: Function) -> dict[str, list[tuple[str, ast.expr | None]]]:
     """Map each name that a function binds to its bindings, (kind, expression): is it a value or an item?"""
     found: dict[str, list] = defaultdict(list)
 
-    def walk(inner: ast.AST) -> None:
+    def visit(inner: ast.AST) -> None:
         match inner:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 found[inner.name].append(("", None))
-                for below in ast.walk(inner):
+                for below in walk(inner):
                     for name in below.names if isinstance(below, ast.Nonlocal) else ():
                         found[name] += [("", None)] * 2
                 return
@@ -107,16 +107,16 @@ def local_values(node: Function) -> dict[str, list[tuple[str, ast.expr | None]]]
             case ast.Assign() | ast.AnnAssign() if inner.value is not None:
                 for name, value in named_values(inner):
                     found[name].append(("value", value))
-                walk(inner.value)
+                visit(inner.value)
                 return
             case ast.For(target=ast.Name(id=name)):
                 found[name].append(("item", inner.iter))
                 for child in (inner.iter, *inner.body, *inner.orelse):
-                    walk(child)
+                    visit(child)
                 return
             case ast.comprehension():
                 for child in (inner.iter, *inner.ifs):
-                    walk(child)
+                    visit(child)
                 return
             case ast.Name(ctx=ast.Store() | ast.Del()):
                 found[inner.id] += [("", None)] * (2 if isinstance(inner.ctx, ast.Del) else 1)
@@ -131,11 +131,11 @@ def local_values(node: Function) -> dict[str, list[tuple[str, ast.expr | None]]]
                     found[name].append(("", None))
             case ast.AugAssign(target=ast.Name(id=name)):
                 found[name].append(("", None))
-        for child in ast.iter_child_nodes(inner):
-            walk(child)
+        for child in children(inner):
+            visit(child)
 
     for statement in node.body:
-        walk(statement)
+        visit(statement)
     return found
 
 
@@ -174,13 +174,13 @@ def is_record(node: ast.ClassDef) -> bool:
 
 def is_only_indexed(name: str, tree: ast.AST) -> bool:
     """Whether every use of a name is to read an item of it."""
-    loads = sum(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree)) - 1
+    loads = sum(isinstance(node, ast.Name) and node.id == name for node in walk(tree)) - 1
     reads = sum(
         isinstance(node, ast.Subscript)
         and isinstance(node.ctx, ast.Load)
         and isinstance(node.value, ast.Name)
         and node.value.id == name
-        for node in ast.walk(tree)
+        for node in walk(tree)
     )
     return loads == reads
 
