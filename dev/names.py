@@ -17,6 +17,9 @@ PURE_DECORATORS = {
     "total_ordering",
 }
 
+# Decorators of kernels that are reached by the name of what they decorate; fakes and gradients hang on it.
+KERNEL_DECORATORS = {"custom_op", "triton_op"}
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
 Import = ast.Import | ast.ImportFrom
@@ -103,14 +106,22 @@ def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
     """
     own = {name for node in body for name, _ in bound_names(node)}
     hooks = {"__init_subclass__", "__subclasses__"}
+    kernels = {
+        node.name
+        for node in body
+        if isinstance(node, Function) and KERNEL_DECORATORS & {last_name(one) for one in node.decorator_list}
+    }
     looks_up = any(isinstance(one, ast.Name) and one.id == "globals" for node in body for one in walk(node))
     named_by = [identifiers(node, looks_up) for node in body]
     has_hooks = any(hooks & words(node) for node in body)
+    records = {node.name for node in body if isinstance(node, ast.ClassDef) and is_record(node)}
     defines: dict[int, set[str]] = {}  # index of a droppable statement -> its names
     for i, node in enumerate(body):
         registers = has_hooks and isinstance(node, ast.ClassDef) and node.bases
-        if i not in always and not registers and is_pure_definition(node, own):
+        if i not in always and not registers and is_pure_definition(node, own - records):
             defines[i] = {name for name, _ in bound_names(node)}
+        elif i not in always and kernel_of(node) in kernels:
+            defines[i] = {kernel_of(node)}
     kept = set(range(len(body))) - set(defines)
     fresh = set(kept)
     while fresh:
@@ -118,6 +129,21 @@ def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
         fresh = {i for i, names in defines.items() if i not in kept and names & named}
         kept |= fresh
     return sorted(kept)
+
+
+def is_record(node: ast.ClassDef) -> bool:
+    """Whether a class is a NamedTuple."""
+    return [last_name(base) for base in node.bases] == ["NamedTuple"]
+
+
+def kernel_of(node: ast.stmt) -> str | None:
+    """Name the kernel whose fake or gradient a statement registers: `@k.register_fake`, `k.register(...)`."""
+    match node:
+        case ast.FunctionDef(decorator_list=[ast.Attribute(value=ast.Name(id=name))]):
+            return name
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))):
+            return name
+    return None
 
 
 def words(node: ast.stmt) -> set[str]:
@@ -131,7 +157,8 @@ def words(node: ast.stmt) -> set[str]:
 def is_pure_definition(node: ast.stmt, own: set[str]) -> bool:
     """Whether running `node` only binds its names, as far as can be told without running it."""
     if isinstance(node, Definition):
-        return all(last_name(decorator) in PURE_DECORATORS for decorator in node.decorator_list)
+        pure = PURE_DECORATORS | KERNEL_DECORATORS
+        return all(last_name(decorator) in pure for decorator in node.decorator_list)
     if not isinstance(node, ast.Assign | ast.AnnAssign):
         return False
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]

@@ -457,12 +457,11 @@ def read_recipe(path: Path) -> dict:
         ) from error
 
 
-def minify(source: str, hoist_literals: bool | None = None) -> str:
+def minify(source: str) -> str:
     """Shorten `source`: no comments, docstrings or unread annotations, short local and global names.
 
     Attribute and class field names stay: they are state_dict keys, configuration keys and keyword
-    arguments. Repeated literals are hoisted to global names, or not (None: whichever compresses
-    better).
+    arguments. Literals stay where they are: hoisted to global names they compress worse.
     """
     import python_minifier
 
@@ -470,28 +469,21 @@ def minify(source: str, hoist_literals: bool | None = None) -> str:
     _drop_annotations(tree)
     kernel_names = _triton_names(tree)
     reads_docstrings = _shorten_docstrings(tree)
-    bare = ast.unparse(tree)
-    # A Triton kernel may read no global but a constexpr: literals stay where they are.
-    choices = (False, True) if hoist_literals is None else (hoist_literals,)
-    texts = [
-        python_minifier.minify(
-            bare,
-            remove_annotations=python_minifier.RemoveAnnotationsOptions(
-                remove_variable_annotations=True,
-                remove_return_annotations=False,
-                remove_argument_annotations=False,
-                remove_class_attribute_annotations=False,
-            ),
-            remove_literal_statements=not reads_docstrings,
-            rename_locals=True,
-            preserve_locals=sorted(kernel_names),
-            rename_globals=not kernel_names,
-            preserve_globals=[ENTRY_POINT],
-            hoist_literals=hoist,
-        )
-        for hoist in (choices if not kernel_names else (False,))
-    ]
-    return min(texts, key=lambda text: len(wrap(text, best_method()))) if len(texts) > 1 else texts[0]
+    return python_minifier.minify(
+        ast.unparse(tree),
+        remove_annotations=python_minifier.RemoveAnnotationsOptions(
+            remove_variable_annotations=True,
+            remove_return_annotations=False,
+            remove_argument_annotations=False,
+            remove_class_attribute_annotations=False,
+        ),
+        remove_literal_statements=not reads_docstrings,
+        rename_locals=True,
+        preserve_locals=sorted(kernel_names),
+        rename_globals=not kernel_names,  # a Triton kernel may read no global but a constexpr
+        preserve_globals=[ENTRY_POINT],
+        hoist_literals=False,
+    )
 
 
 def _drop_annotations(tree: ast.Module) -> None:

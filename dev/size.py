@@ -79,11 +79,12 @@ def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     found = sections(entry.read_text(encoding="utf-8"))
     statements = bundled_statements(entry, entry.parent)
     source = to_source([statement.node for statement in statements])
-    bundled_bytes = len(source.encode())
+    bundled_bytes, labels = len(source.encode()), {statement.label for statement in statements}
     if recipe_path is not None:
         statements = fold_statements(statements, read_recipe(recipe_path))
         source = to_source([statement.node for statement in statements])
-    minified, pieces = shrink(source), minified_pieces(source)
+    minified = minify(source) if has_library("python_minifier") else source
+    pieces = top_level_pieces(minified)
     owners = [
         section_at(found, node.lineno) if label == entry.name else label
         for label, node in statements
@@ -92,7 +93,6 @@ def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     owners = [IMPORTS_LABEL] * (len(pieces) - len(owners)) + owners
     whole = packed_bytes(pieces)
     parts = []
-    labels = {statement.label for statement in bundled_statements(entry, entry.parent)}
     for name, text in source_texts(entry, found, labels).items():
         rest = [piece for piece, owner in zip(pieces, owners, strict=True) if owner != name]
         parts.append(Part(name, text.count("\n"), len(text.encode()), whole - packed_bytes(rest)))
@@ -107,12 +107,8 @@ def vanishes(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def minified_pieces(source: str) -> list[str]:
-    """Minify once and cut the result into its top-level statements: imports first, the others in order.
-
-    Literals are not hoisted, because a hoisted literal would belong to no part.
-    """
-    text = shrink(source, hoist_literals=False)
+def top_level_pieces(text: str) -> list[str]:
+    """Cut minified source into its top-level statements: imports first, the others in order."""
     lines = text.split("\n")
     imports, pieces = [], []
     for node in ast.parse(text).body:
@@ -126,11 +122,6 @@ def minified_pieces(source: str) -> list[str]:
 def packed_bytes(pieces: list[str]) -> int:
     """Size of the packed file that holds these statements."""
     return len(wrap("\n".join(pieces), best_method()))
-
-
-def shrink(source: str, hoist_literals: bool | None = None) -> str:
-    """Minify where the library is installed."""
-    return minify(source, hoist_literals) if has_library("python_minifier") else source
 
 
 def source_texts(entry: Path, found: list[tuple[str, int]], labels: set[str]) -> dict[str, str]:

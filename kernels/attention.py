@@ -273,7 +273,7 @@ def resolve_attention(
     requested: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], reach: Reach
 ) -> Choice:
     """Choose and self-test a backend for heads (H, G, K); raise when the one asked for cannot do it."""
-    if requested not in ("auto", *BACKENDS):
+    if requested != "auto" and requested not in BACKENDS:
         raise UserError(f"attention={requested}: expected auto or one of {', '.join(BACKENDS)}.")
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     order = AUTO_ORDER["hopper" if hopper else device.type, not reach.is_plain]

@@ -8,10 +8,10 @@ from fixtures_model import ROOT
 from data.errors import UserError
 from formats.recipe import (
     config_fields,
-    config_hash,
     config_value,
     format_toml,
     read_recipe,
+    recipe_hash,
     recipe_of,
     with_values,
 )
@@ -88,7 +88,7 @@ def test_a_written_recipe_reads_back_equal(tmp_path):
 
 def test_the_hash_ignores_seed_and_paths_and_sees_everything_else():
     """Seeds of one record must share a hash; a changed learning rate must not."""
-    base = config_hash(Config())
+    base = recipe_hash(recipe_of(Config()))
     for name, item in config_fields(Config).items():
         if isinstance(item.default, bool):
             other = not item.default
@@ -96,7 +96,7 @@ def test_the_hash_ignores_seed_and_paths_and_sees_everything_else():
             other = (1,)
         else:
             other = item.default + 1 if isinstance(item.default, (int, float)) else item.default + "x"
-        changed = config_hash(with_values(Config(), {name: other}, "test"))
+        changed = recipe_hash(recipe_of(with_values(Config(), {name: other}, "test")))
         assert (changed == base) == item.metadata["live"], name
 
 

@@ -14,7 +14,7 @@ cannot be proved constant stays. Taken on trust, all of it house style:
 import ast
 
 from dev.fold.bake import bake
-from dev.fold.drop import drop_imports, drop_members, drop_rows
+from dev.fold.drop import drop_entries, drop_imports, drop_members, drop_rows
 from dev.fold.facts import PACKED_RECIPE, Program
 from dev.fold.folder import Folder
 from dev.fold.learn import learn, learn_pure
@@ -51,6 +51,7 @@ def fold_tree(tree: ast.Module, recipe: dict) -> None:
         drop_members(tree)
         program.index()
         drop_rows(program)
+        drop_entries(program)
         drop_parameters(program)
         tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
         drop_imports(tree)

@@ -81,6 +81,8 @@ def bake_section(program: Program, section: str, key: str, replaced: set[str]) -
             node.body[at] = ast.copy_location(ast.Assign([one.target], literal(value)), one)
             if fixed is not None and "live" not in settings:
                 fixed[name] = as_lists(value)
+        elif settings.get("live"):
+            one.value = _bare(call)
     return fixed
 
 
@@ -88,6 +90,11 @@ def _is_live(node: ast.expr | None, value) -> bool:
     """Whether a field stays free: live=True, or live="auto" and the recipe leaves it at that."""
     live = node.value if isinstance(node, ast.Constant) else node is not None
     return value == "auto" if live == "auto" else bool(live)
+
+
+def _bare(call: ast.Call) -> ast.Call:
+    """Declare a live field by default, environment name and bounds: help is for people, and all are live."""
+    return ast.Call(call.func, call.args[:2], [one for one in call.keywords if one.arg != "live"])
 
 
 def as_lists(value):

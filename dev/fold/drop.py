@@ -167,6 +167,38 @@ def drop_rows(program: Program) -> None:
             table.elts = [row for row in table.elts if not _fails(program, row, fields[0])]
 
 
+def drop_entries(program: Program) -> None:
+    """Drop entries of tables that are only looked up, where nothing else in the program spells the key."""
+    tables = {
+        name: value
+        for name, value in program.values.items()
+        if isinstance(value, ast.Dict) and name.isupper() and all(map(_is_word, value.keys))
+    }
+    loads, lookups, spelled, texts = Counter(), Counter(), Counter(), set()
+    statements = [one for one in program.tree.body if (PACKED_RECIPE, "") not in bound_names(one)]
+    for node in (inner for one in statements for inner in walk(one)):
+        match node:
+            case ast.Expr(value=ast.Constant() as text):
+                texts.add(id(text))
+            case ast.Name(id=name) if name in tables:
+                loads[name] += isinstance(node.ctx, ast.Load)
+            case ast.Subscript(value=ast.Name(id=name), ctx=ast.Load()) if name in tables:
+                lookups[name] += 1
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="get")) if name in tables:
+                lookups[name] += 1
+            case ast.Constant(value=str(text)) if id(node) not in texts:
+                spelled.update({text, *re.split(r"\W", text)})
+    for name, table in tables.items():
+        if loads[name] == lookups[name]:
+            kept = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if spelled[k.value] > 1]
+            table.keys, table.values = [k for k, _ in kept], [v for _, v in kept]
+
+
+def _is_word(key: ast.expr | None) -> bool:
+    """Whether a table's key is a string."""
+    return isinstance(key, ast.Constant) and isinstance(key.value, str)
+
+
 def _fails(program: Program, row: ast.expr, key: str) -> bool:
     """Whether a table's row, a call, has in a field a function that returns False."""
     if not isinstance(row, ast.Call) or not isinstance(row.func, ast.Name):

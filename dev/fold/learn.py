@@ -9,12 +9,11 @@ from dev.fold.syntax import (
     STATEMENTS,
     class_names,
     clone,
-    is_record,
     local_values,
     named_values,
     parameters,
 )
-from dev.names import PURE_DECORATORS, last_name, walk
+from dev.names import PURE_DECORATORS, is_record, last_name, walk
 
 
 def learn(program: Program, seen: Observations) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 from dev.fold.facts import Fact, Instance, Items, Known, Program, Table, join
-from dev.fold.syntax import EXPRESSIONS, Comprehension, class_names, clone, is_literal, is_pure, is_record
-from dev.names import children, walk
+from dev.fold.syntax import EXPRESSIONS, Comprehension, class_names, clone, is_literal, is_pure
+from dev.names import children, is_record, walk
 
 MAX_ITEMS = 10_000  # of a range that is evaluated
 
@@ -92,6 +92,12 @@ class Scopes:
                 if found is not None:
                     is_none = found == Known(None)
                     return Known(is_none == isinstance(op, ast.Is))
+            case ast.Compare(
+                left=left, ops=[ast.In() | ast.NotIn() as op], comparators=[ast.Name(id=name)]
+            ) if isinstance(table := self.program.values.get(name), ast.Dict) and name.isupper():
+                key = self.look(left)
+                if isinstance(key, Known) and all(isinstance(one, ast.Constant) for one in table.keys):
+                    return Known((key.value in [one.value for one in table.keys]) == isinstance(op, ast.In))
             case ast.Compare(ops=operators) if any(isinstance(op, ast.Is | ast.IsNot) for op in operators):
                 return None  # whether equal constants are one object is the interpreter's choice
             case ast.Lambda() | ast.Set() | ast.JoinedStr():

@@ -4,7 +4,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator
 
-from dev.names import Function, bound_names, children, last_name, walk
+from dev.names import Function, bound_names, children, walk
 
 OPTION = "option"  # declares a config field
 TERMINAL = ast.Return | ast.Raise | ast.Continue | ast.Break
@@ -165,11 +165,6 @@ def class_names(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None]]:
     for one in node.body:
         if not isinstance(one, ast.AnnAssign):
             yield from ((name, None) for name, _ in bound_names(one))
-
-
-def is_record(node: ast.ClassDef) -> bool:
-    """Whether a class is a NamedTuple."""
-    return [last_name(base) for base in node.bases] == ["NamedTuple"]
 
 
 def is_only_indexed(name: str, tree: ast.AST) -> bool:
