@@ -535,13 +535,11 @@ def stage_rules(cfg: Config) -> list[tuple]:
     return rules
 
 
-def check_config(cfg: Config) -> None:
-    """Raise naming field, value and constraint when settings cannot work together."""
-    check_ranges(cfg)
-    model, data, run = cfg.model, cfg.data, cfg.run
+def model_rules(cfg: Config) -> list[tuple]:
+    """Return the rules that sizes fit each other."""
+    model = cfg.model
     head_dim = model.model_dim // model.num_heads
-    context_len = cfg.eval.context_len or data.seq_len
-    stride_fits = cfg.eval.mode == "chunked" or cfg.eval.stride <= context_len
+    rotated = model.rope_dims or head_dim
     smear_fits = model.smear != "gated" or model.model_dim >= 12
     windowed = (model.attn_window > 0) == bool(model.window_layers)
     plain_attention = not (model.window_layers or model.attn_in_document)
@@ -550,19 +548,13 @@ def check_config(cfg: Config) -> None:
     segment_fits = len(segment) == 2 and 0 <= segment[0] <= segment[-1] < model.num_layers
     fracs = cfg.schedule.recur_start_fracs
     fracs_fit = len(fracs) in (0, model.recur_passes - 1) and list(fracs) == sorted(fracs)
-    quant, on_grid = cfg.quant, cfg.quant.method != "water_fill"
-    clock = run.max_wallclock_seconds
-    reserved = cfg.quant.reserve_seconds == 0 or cfg.quant.reserve_seconds < clock
-    one_average = not (cfg.average.ema_decay > 0 and cfg.average.swa_every > 0)
-    rotated = model.rope_dims or head_dim
-    lengths = cfg.eval.tilt_static_lengths
-    hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
-    narrow = not cfg.eval.tilt_static_entries or data.vocab_size <= 1 << 16
     layer_range = f"must lie in [0, {model.num_layers})"
-    rules = [
+    return [
         ("model.model_dim", model.model_dim % model.num_heads == 0, "must be a multiple of num_heads"),
         ("model.model_dim", head_dim % 2 == 0, f"gives head_dim {head_dim}, which must be even for RoPE"),
         ("model.model_dim", smear_fits, "must be at least 12 for model.smear"),
+        ("model.num_kv_heads", model.num_heads % model.num_kv_heads == 0, "must divide num_heads"),
+        ("model.mlp_mult", model.mlp_mult * model.model_dim >= 1, "gives an empty mlp"),
         ("model.rope_dims", rotated % 2 == 0 and rotated <= head_dim, f"must be even and at most {head_dim}"),
         ("model.xsa_last", model.xsa_last <= model.num_layers, "must be at most num_layers"),
         ("model.bigram_buckets", model.bigram_buckets != 1, "must be 0 or at least 2"),
@@ -574,26 +566,56 @@ def check_config(cfg: Config) -> None:
         ("model.asymmetric_softcap", model.logit_softcap > 0 or not model.asymmetric_softcap, "needs a cap"),
         ("model.norm_eps", model.norm != "layer" or model.norm_eps > 0, "must be above 0 for layer norm"),
         ("model.embed_dim", model.embed_dim <= model.model_dim, "must be at most model_dim"),
-        ("average.swa_every", one_average, "excludes average.ema_decay: one average is applied"),
         ("model.recur_layers", segment_fits, f"must be a first and a last layer below {model.num_layers}"),
         ("model.recur_passes", model.recur_passes == 1 or model.recur_layers, "needs model.recur_layers"),
         ("schedule.recur_start_fracs", fracs_fit, "must have recur_passes - 1 rising entries, or none"),
-        ("model.num_kv_heads", model.num_heads % model.num_kv_heads == 0, "must divide num_heads"),
-        ("model.mlp_mult", model.mlp_mult * model.model_dim >= 1, "gives an empty mlp"),
-        ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
+    ]
+
+
+def storage_rules(cfg: Config) -> list[tuple]:
+    """Return the rules of averaging, storing and scoring."""
+    quant, settings = cfg.quant, cfg.eval
+    one_average = not (cfg.average.ema_decay > 0 and cfg.average.swa_every > 0)
+    on_grid, solved = quant.method != "water_fill", quant.method == "gptq"
+    context_len = settings.context_len or cfg.data.seq_len
+    stride_fits = settings.mode == "chunked" or settings.stride <= context_len
+    lengths = settings.tilt_static_lengths
+    hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
+    narrow = not settings.tilt_static_entries or cfg.data.vocab_size <= 1 << 16
+    return [
+        ("average.swa_every", one_average, "excludes average.ema_decay: one average is applied"),
         ("quant.codec", on_grid or quant.codec == "rans", "must be rans for quant.method=water_fill"),
         ("quant.qat_start", on_grid or quant.qat_start == 1, "needs quant.method=round or gptq"),
         ("quant.repair_rank", on_grid or quant.repair_rank == 0, "needs quant.method=round or gptq"),
         ("quant.target_bytes", quant.method != "round" or quant.target_bytes == 0, "needs another method"),
-        ("quant.awq_group_cols", quant.method == "gptq" or not quant.awq_group_cols, "needs method=gptq"),
-        ("quant.matrix_bits", quant.matrix_bits > 1 or quant.method == "round", "needs method=round"),
-        ("quant.reserve_seconds", reserved, f"must be below run.max_wallclock_seconds={clock}"),
+        ("quant.awq_group_cols", solved or quant.awq_group_cols == 0, "needs quant.method=gptq"),
+        ("quant.matrix_bits", quant.matrix_bits > 1 or quant.method == "round", "needs quant.method=round"),
+        ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
         ("eval.tilt_static_lengths", hints_fit, "must be whole numbers from 1 on"),
         ("eval.tilt_static_entries", narrow, "needs data.vocab_size of at most 65,536"),
-        ("run.iterations", run.iterations > 0 or run.max_wallclock_seconds > 0, "needs a step or a clock"),
     ]
-    if PACKED_RECIPE is None:
-        rules += stage_rules(cfg)
+
+
+def clock_rules(cfg: Config) -> list[tuple]:
+    """Return the rules of how long a run may be."""
+    clock, reserve = cfg.run.max_wallclock_seconds, cfg.quant.reserve_seconds
+    ends = cfg.run.iterations > 0 or clock > 0
+    return [
+        ("run.iterations", ends, "needs a step or a clock"),
+        (
+            "run.max_wallclock_seconds",
+            clock == 0 or reserve < clock,
+            f"must be 0 or above {reserve} reserved",
+        ),
+    ]
+
+
+def check_config(cfg: Config) -> None:
+    """Raise naming field, value and constraint when settings cannot work together."""
+    check_ranges(cfg)
+    rules = clock_rules(cfg)
+    if PACKED_RECIPE is None:  # a packed program's other fields passed when it was packed
+        rules = [*model_rules(cfg), *stage_rules(cfg), *storage_rules(cfg), *rules]
     for name, holds, constraint in rules:
         if not holds:
             raise UserError(f"{name}={config_value(cfg, name)} {constraint}.")

@@ -261,7 +261,8 @@ def generate(
     codec, pieces = codec_of(loaded), []
     tokens = [codec.bos_id, *codec.encode(prompt).tolist()]
     after = last_logits(loaded.model, codec.bos_id, loaded.cfg.data.seq_len)
-    drawn = draw_tokens(lambda ids: after(ids)[: codec.vocab_size], tokens, sampling or Sampling(), codec.bos_id)
+    known = codec.vocab_size  # the table may be padded
+    drawn = draw_tokens(lambda ids: after(ids)[:known], tokens, sampling or Sampling(), codec.bos_id)
     for piece in stream_text(codec, prompt, drawn):
         pieces.append(piece)
         if on_text:
