@@ -156,12 +156,15 @@ def dynamic(checks: list[dict]) -> list[dict]:
 
 
 def merge_checks(*reports: list[dict]) -> list[dict]:
-    """Return one row a check: the worst verdict of those that ran."""
+    """Return one row a check: the worst verdict of those that ran, with the evidence of all that agree."""
     merged: dict[str, dict] = {}
     for check in (check for report in reports for check in report):
-        known = merged.setdefault(check["id"], check)
-        if ORDER.index(check["verdict"]) > ORDER.index(known["verdict"]):
+        known = merged.get(check["id"])
+        rank = ORDER.index(check["verdict"]) - ORDER.index(known["verdict"]) if known else 1
+        if rank > 0:
             merged[check["id"]] = check
+        elif rank == 0 and check["verdict"] != "NOT RUN":
+            merged[check["id"]] = known | {"evidence": known["evidence"] + check["evidence"]}
     return sorted(merged.values(), key=lambda check: int(check["id"][1:]))
 
 

@@ -28,7 +28,7 @@ import torch
 
 
 def main():
-    print(torch.zeros(3), numpy.pi)
+    print("train_gpt.py", torch.zeros(3), numpy.pi)
 
 
 main()
@@ -204,6 +204,7 @@ def test_compliance_follows_the_verdict(made, verdict, expected):
     row = submission.Record(NAME, track, made.plan.cfg, Path(), Path(), runs, [], {})
     found = submission.compliance(row, [{"id": "K11", "verdict": verdict}])
     assert found["no_pre_quant_ttt"] is expected
+    assert submission.compliance(row._replace(runs=runs[:2]), [])["three_seeds"] is False
 
 
 def test_compliance_counts_calibration_as_training(made):
@@ -364,14 +365,22 @@ def test_a_recipe_folder_becomes_its_record(made, tmp_path):
         record.main([*args, "optim.matrix_lr=0.5"])
 
 
-def test_checks_that_ran_twice_keep_the_worse_verdict():
+@pytest.mark.parametrize(
+    ("verdicts", "expected", "evidence"),
+    [
+        (("PASS", "FAIL"), "FAIL", "b"),
+        (("FAIL", "PASS"), "FAIL", "a"),
+        (("NOT RUN", "PASS"), "PASS", "b"),
+        (("SUSPECT", "NOT RUN"), "SUSPECT", "a"),
+        (("PASS", "PASS"), "PASS", "ab"),
+        (("NOT RUN", "NOT RUN"), "NOT RUN", "a"),
+    ],
+)
+def test_checks_that_ran_twice_keep_the_worse_verdict(verdicts, expected, evidence):
     """A PASS in one depth must not hide a FAIL in another, nor a NOT RUN either."""
-    rows = [
-        [{"id": "K2", "verdict": v}, {"id": "K12", "verdict": w}]
-        for v, w in (("PASS", "NOT RUN"), ("FAIL", "PASS"))
-    ]
-    for order in (rows, rows[::-1]):
-        assert [check["verdict"] for check in submission.merge_checks(*order)] == ["FAIL", "PASS"]
+    reports = [[{"id": "K12", "verdict": v, "evidence": [e]}] for v, e in zip(verdicts, "ab")]
+    (merged,) = submission.merge_checks(*reports)
+    assert (merged["verdict"], "".join(merged["evidence"])) == (expected, evidence)
 
 
 @pytest.mark.slow
