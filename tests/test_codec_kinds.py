@@ -12,6 +12,7 @@ import pytest
 from fixtures_data import SIZES, small_texts, train_small_kind
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_architecture import recipe, shape_of
 
 from data.codecs import load_codec
 from data.codecs.bese import (
@@ -341,6 +342,28 @@ def test_system_e_tokenizer_has_its_ids(tmp_path):
     assert (codec.bos_id, codec.lossless) == (200_004, True)
     sizes = codec.token_bytes(np.arange(200_005))
     assert sizes[200_000:].tolist() == [0] * 5 and sizes[:200_000].min() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "total"),
+    [("E_yxanul270_mem9", 119_562_240, 273_284_480), ("E_yxanul197_ultra10", 170_655_744, 196_398_464)],
+)
+@pytest.mark.reference("E5")
+@pytest.mark.reference("E6")
+def test_system_es_vocabulary_alone_is_not_aligned_to_16(name, inside, total):
+    """Eight-bit products need widths that 16 divides: all of the blocks' have them, 200,005 ids leave 5.
+
+    The blocks hold the matrices of the seven products that system E runs in eight bits.
+    """
+    cfg = recipe(f"reference_systems/{name}")
+    named = {key: param for key, param in shape_of(cfg).named_parameters() if param.ndim == 2}
+    blocks = [param for key, param in named.items() if key.startswith("blocks.")]
+    assert len(blocks) == 28 * 6  # gate and up of the mlp are one matrix here
+    assert sum(param.numel() for param in blocks) == inside
+    assert sum(param.numel() for param in shape_of(cfg).parameters()) == total
+    assert round(100 * inside / total, 2) == {119_562_240: 43.75, 170_655_744: 86.89}[inside]
+    widths = {width for param in named.values() for width in param.shape}
+    assert {width for width in widths if width % 16} == {200_005} and 200_005 % 16 == 5
 
 
 # ---- BESE -------------------------------------------------------------------------------------------
