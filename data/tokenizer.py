@@ -15,6 +15,21 @@ INPUT_HELP = ".txt, .jsonl, .jsonl.gz, .jsonl.zst (key text), .parquet (column t
 TOKENIZER_HELP = "a .model, tokenizer.json, vocab.json beside merges.txt, a .tiktoken, a BESE or byte .json"
 
 
+COLUMNS = (  # title, key of a row, format
+    ("tokenizer", "tokenizer", ""),
+    ("kind", "kind", ""),
+    ("entries", "vocab_size", ","),
+    ("lossless", "lossless", ""),
+    ("bytes/token", "bytes_per_token", ".4f"),
+    ("bits/token", "entropy_bits_per_token", ".4f"),
+    ("bits/byte", "entropy_bits_per_byte", ".4f"),
+    ("unused", "unused_entries", ","),
+    ("embedding bytes", "embedding_bytes", ","),
+    ("tokens/s", "tokens_per_second", ",.0f"),
+    ("MB/s", "megabytes_per_second", ".2f"),
+)
+
+
 def run_train(options: argparse.Namespace) -> int:
     """Train a tokenizer and print its name, size and digest."""
     texts = (document.text for document in read_documents(options.input))
@@ -47,15 +62,19 @@ def run_report(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"raw_bytes": sum(len(text.encode()) for text in texts), "tokenizers": rows}))
         return 0
-    print(f"{'kind':<15}{'entries':>8}{'bytes/token':>12}{'bits/token':>11}{'bits/byte':>10}", end="")
-    print(f"{'unused':>8}{'embedding':>12}{'tokens/s':>12}{'MB/s':>8}  lossless  file")
-    for row in rows:
-        print(f"{row['kind']:<15}{row['vocab_size']:>8}{row['bytes_per_token']:>12.4f}", end="")
-        print(f"{row['entropy_bits_per_token']:>11.4f}{row['entropy_bits_per_byte']:>10.4f}", end="")
-        print(f"{row['unused_entries']:>8}{row['embedding_bytes']:>12,}", end="")
-        print(f"{row['tokens_per_second']:>12,.0f}{row['megabytes_per_second']:>8.2f}", end="")
-        print(f"  {'yes' if row['lossless'] else 'no':<8}  {row['tokenizer']}")
+    print(format_rows(rows))
     return 0
+
+
+def format_rows(rows: list[dict]) -> str:
+    """Draw the comparison as a Markdown table with aligned columns, one row a tokenizer."""
+    table = [[title for title, _, _ in COLUMNS], ["---"] * len(COLUMNS)]
+    for row in rows:
+        shown = row | {"lossless": "yes" if row["lossless"] else "no"}
+        table.append([format(shown[key], spec) for _, key, spec in COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = (" | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) for cells in table)
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def add_action(actions, name: str, run, help_text: str) -> argparse.ArgumentParser:

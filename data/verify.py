@@ -271,7 +271,7 @@ def compare_codec(codec: TokenCodec, texts: list[str], model_dim: int, bits: flo
     entropy = float(-(share * np.log2(share)).sum())
     raw_bytes = sum(len(text.encode()) for text in texts)
     return {
-        "tokenizer": Path(codec.path).name,
+        "tokenizer": str(Path(codec.path.parent.name, codec.path.name)),
         "kind": codec.kind,
         "lossless": codec.lossless,
         "vocab_size": codec.vocab_size,

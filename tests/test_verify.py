@@ -202,7 +202,7 @@ def test_a_comparison_measures_length_entropy_and_size(codecs):
 
 
 def test_the_report_command_compares_tokenizers_on_one_text(trained, source, capsys):
-    """One row each, as a table or as one object."""
+    """One row each, as a Markdown table for a README or as one object."""
     paths = [str(path) for path in trained.values()]
     arguments = ["report", "--input", str(source), "--tokenizer", *paths]
     assert data.tokenizer.main([*arguments, "--json"]) == 0
@@ -210,7 +210,10 @@ def test_the_report_command_compares_tokenizers_on_one_text(trained, source, cap
     assert [row["vocab_size"] for row in rows] == list(SIZES.values())
     assert data.tokenizer.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(paths) + 1 and all("yes" in line or "no" in line for line in lines[1:])
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(lines) == len(paths) + 2 and {len(line) for line in lines[:1] + lines[2:]} == {len(lines[0])}
+    assert [row[3] for row in cells[2:]] == ["yes" if row["lossless"] else "no" for row in rows]
+    assert [row[4] for row in cells[2:]] == [f"{row['bytes_per_token']:.4f}" for row in rows]
 
 
 @pytest.mark.skipif(
