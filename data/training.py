@@ -20,7 +20,7 @@ from data.codecs.bese import (
     merge_pair,
     to_base,
 )
-from data.codecs.caseops import CASE_OPERATORS, to_case_operators
+from data.codecs.caseops import CASE_BEFORE_SPACE, CASE_OPERATORS, to_case_operators
 from data.codecs.raw import BYTES_FILE
 from data.errors import UserError
 from data.shards import atomic_file
@@ -170,6 +170,12 @@ def train_case_ops(texts: list[str], vocab_size: int) -> bytes:
     return train_sentencepiece([to_case_operators(text) for text in texts], vocab_size, options)
 
 
+def train_spaced_case_ops(texts: list[str], vocab_size: int) -> bytes:
+    """Do the same with operators before the space of their word, which the model's last symbol says."""
+    options = LOSSLESS_OPTIONS | {"user_defined_symbols": [*CASE_OPERATORS, CASE_BEFORE_SPACE]}
+    return train_sentencepiece([to_case_operators(text, True) for text in texts], vocab_size, options)
+
+
 # ---- Byte-level BPE ---------------------------------------------------------------------------------
 
 
@@ -307,6 +313,7 @@ TRAINERS = {
     "sentencepiece": Trainer(train_lossless, ".model", 1024, True),
     "contest": Trainer(train_contest, ".model", 1024, False),
     "caseops": Trainer(train_case_ops, ".model", 1024, True),
+    "caseops_spaced": Trainer(train_spaced_case_ops, ".model", 1024, True),
     "bytelevel": Trainer(train_byte_level, ".json", 1024, True),
     "superbpe": Trainer(train_super_bpe, ".json", 1024, True),
     "bese": Trainer(train_bese, ".json", 288, False),

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.codecs import TokenCodec
-from data.codecs.caseops import CASE_OPERATORS, from_case_operators, to_case_operators
+from data.codecs.caseops import CASE_OPERATORS, from_case_operators
 from data.prepare import Document, batched, describe_codec
 from data.shards import digest_of_report, read_json
 from data.training import HOSTILE_TEXTS
@@ -40,7 +40,7 @@ def normalised_text(codec) -> Callable[[str], bytes]:
     model = sentencepiece_model(codec)
     if codec.kind == "caseops":
         return lambda text: from_case_operators(
-            model.normalize(to_case_operators(text)).replace(SPACE, " ").encode()
+            model.normalize(codec.transform(text)).replace(SPACE, " ").encode()
         )
     return lambda text: model.normalize(text).replace(SPACE, " ").encode()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from data.training import TRAINERS, train_tokenizer
 
 SMALL_VOCAB_SIZE = 400
-SIZES = {"bytes": 260, "bytelevel": 400, "superbpe": 420, "caseops": 400, "bese": 120}
+SIZES = {"bytes": 260, "bytelevel": 400, "superbpe": 420, "caseops": 400, "caseops_spaced": 400, "bese": 120}
 WORDS = (
     "the model reads bytes and writes tokens while a small budget of weights learns language from text "
     "def return import class value number 1024 16 = + ; "

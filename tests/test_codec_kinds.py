@@ -36,8 +36,8 @@ from data.prepare import Document, write_dataset
 from data.shards import read_shard
 from data.training import HOSTILE_TEXTS, train_tokenizer
 
-LOSSLESS_KINDS = ("bytes", "bytelevel", "superbpe", "caseops")
-ALPHABET = " \t\n\0\u2581aAbBzZeE1.,?!'\"\u212a\u0130\u00df\u00e9\u0301\U0001f600" + CASE_OPERATORS
+LOSSLESS_KINDS = ("bytes", "bytelevel", "superbpe", "caseops", "caseops_spaced")
+ALPHABET = " \ue000\t\n\0\u2581aAbBzZeE1.,?!'\"\u212a\u0130\u00df\u00e9\u0301\U0001f600" + CASE_OPERATORS
 TEXTS = (
     st.text()
     | st.text(alphabet=ALPHABET)
@@ -508,11 +508,25 @@ def test_capitals_become_operators(text, expected):
     assert "".join(NAMES.get(char, char) for char in to_case_operators(text)) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Word Word WORD  X iPhone", "TwordT wordA word T x iNphone"),
+        (" McX'S The\nThe", "T mcNx'TsT the\nTthe"),
+        ("\ue001The \ue004 A", "ETTthe EET a"),
+    ],
+)
+def test_operators_may_stand_before_the_space(text, expected):
+    """Then " the" is one piece, whether its word has a capital or not."""
+    assert "".join(NAMES.get(char, char) for char in to_case_operators(text, True)) == expected
+
+
+@pytest.mark.parametrize("before_space", [False, True])
 @PROPERTY
 @given(text=TEXTS)
-def test_the_case_transform_is_undone_exactly(text):
+def test_the_case_transform_is_undone_exactly(before_space, text):
     """Two texts with one transform would score as one."""
-    assert from_case_operators(to_case_operators(text).encode()) == text.encode()
+    assert from_case_operators(to_case_operators(text, before_space).encode()) == text.encode()
 
 
 @PROPERTY

@@ -2,7 +2,8 @@
 
 The transform is a bijection of texts. ASCII words are rewritten, with T, A, N, E the operators below:
 Word -> T word, WORD -> A word, X -> T x, iPhoneX -> i N phone N x; an operator that the text itself holds
-gets E before it (openai/parameter-golf pull request 1729).
+gets E before it (openai/parameter-golf pull request 1729). A model that holds CASE_BEFORE_SPACE wants T and
+A before the space of their word, so that its pieces of space and word serve capitals too: " X" -> T " x".
 """
 
 import re
@@ -15,33 +16,35 @@ from data.codecs.spm import SentencePieceCodec
 from data.errors import UserError
 
 TITLE, ALL_CAPS, CAP_NEXT, CASE_ESCAPE = CASE_OPERATORS = "\ue001\ue002\ue003\ue004"
+CASE_BEFORE_SPACE = "\ue000"  # an ordinary piece, whose presence says where operators stand
 WORD_OR_OPERATOR = re.compile(f"[A-Za-z]+|[{CASE_OPERATORS}]")
+SPACED_WORD = re.compile(f" ?[A-Za-z]+|[{CASE_OPERATORS}]")
 CAPITAL_INSIDE = re.compile("[A-Z]")
 OPERATOR_BYTES = 3  # of each operator in UTF-8: EE 80 81 to EE 80 84
 OPERATED = re.compile(
-    b"%b(\xee\x80[\x81-\x84])|%b([a-z])|%b([a-z]+)|%b([a-z])|\xee\x80[\x81-\x84]"
+    b"%b(\xee\x80[\x81-\x84])|%b( ?[a-z])|%b( ?[a-z]+)|%b([a-z])|\xee\x80[\x81-\x84]"
     % tuple(operator.encode() for operator in (CASE_ESCAPE, TITLE, ALL_CAPS, CAP_NEXT))
 )
 
 
 def lower_word(match: re.Match) -> str:
-    """Write one word, or one operator of the text, with operators before it."""
-    word = match[0]
-    if word.islower():
-        return word
-    if word in CASE_OPERATORS:
-        return CASE_ESCAPE + word
+    """Write one word, or one operator of the text, with operators before it and its space."""
+    if match[0].islower():
+        return match[0]
+    if match[0] in CASE_OPERATORS:
+        return CASE_ESCAPE + match[0]
+    word = match[0].lstrip(" ")
+    space = match[0][: -len(word)]
     if word.isupper() and len(word) > 1:
-        return ALL_CAPS + word.lower()
+        return ALL_CAPS + space + word.lower()
     first, rest = word[0], word[1:]
-    return (TITLE + first.lower() if first.isupper() else first) + CAPITAL_INSIDE.sub(
-        lambda capital: CAP_NEXT + capital[0].lower(), rest
-    )
+    start = TITLE + space + first.lower() if first.isupper() else space + first
+    return start + CAPITAL_INSIDE.sub(lambda capital: CAP_NEXT + capital[0].lower(), rest)
 
 
-def to_case_operators(text: str) -> str:
+def to_case_operators(text: str, before_space: bool = False) -> str:
     """Transform a text; `from_case_operators` gives it back."""
-    return WORD_OR_OPERATOR.sub(lower_word, text)
+    return (SPACED_WORD if before_space else WORD_OR_OPERATOR).sub(lower_word, text)
 
 
 def restore_case(match: re.Match) -> bytes:
@@ -88,6 +91,7 @@ class CaseOpsCodec(SentencePieceCodec):
             raise UserError(
                 f"{path}: expected byte fallback, found none: CaseOps could not count unknown bytes."
             )
+        self._before_space = self.has_pieces(CASE_BEFORE_SPACE)
         self._operators = [self._sp.piece_to_id(operator) for operator in CASE_OPERATORS]
         pieces = [self._sp.id_to_piece(token) for token in range(self.vocab_size)]
         self._surface_bytes = np.array([len(piece.encode()) for piece in pieces])  # of normalised text
@@ -96,16 +100,20 @@ class CaseOpsCodec(SentencePieceCodec):
         self.lossless = self.lossless and gives_back(self)
         self.needs_sidecar = not self.lossless
 
+    def transform(self, text: str) -> str:
+        """Write a text as the model reads it."""
+        return to_case_operators(text, self._before_space)
+
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Transform and encode documents in parallel threads; each gives (N,) int32 ids, without BOS."""
-        return super().encode_batch([to_case_operators(text) for text in texts], num_threads)
+        return super().encode_batch([self.transform(text) for text in texts], num_threads)
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Encode one document to (N,) int32 ids and the original bytes of each, (N,) int32: the sidecar.
 
         Exact also where the model normalises: what it drops or joins counts at the token that covers it.
         """
-        transformed = to_case_operators(text)
+        transformed = self.transform(text)
         ids = super().encode_batch([transformed])[0]
         before = original_bytes(transformed)
         if self.lossless or not ids.size:
