@@ -1,7 +1,6 @@
 """The encoder of formats/codes.py: chooses classes and bells by total bits, then writes the stream."""
 
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -217,16 +216,3 @@ def encode_halves(vectors: Sequence[np.ndarray]) -> bytes:
         listed = len(known).to_bytes(2, "little") + encode_codes([*ranks, steps])
         blob = min(blob, listed, key=len)
     return blob
-
-
-def is_smaller_plain(codes: np.ndarray, compress: Callable[[bytes], bytes]) -> bool:
-    """Tell whether a general compressor stores int8 codes in fewer bytes than encode_codes.
-
-    zlib sees patterns that classes do not; without any it needs a seventh more than the entropy. Only where
-    it comes near the entropy are both tried in earnest.
-    """
-    counts = np.unique(codes, return_counts=True)[1]
-    entropy_bytes = (counts * np.log2(codes.size / counts)).sum() / 8
-    raw = codes.tobytes()
-    near = len(zlib.compress(raw, 1)) < 1.05 * entropy_bytes
-    return near and len(compress(raw)) < len(encode_codes([codes]))

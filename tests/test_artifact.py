@@ -339,7 +339,7 @@ def test_a_foreign_file_is_named_as_such(tiny_config, alone, tmp_path):
     """A wrong path is the commonest mistake."""
     path = tmp_path / "artifact.bin"
     path.write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(ArtifactError, match="expected an artifact of version 1"):
+    with pytest.raises(ArtifactError, match="expected an artifact of version 2"):
         load_artifact(path, tiny_config, alone.device)
     with pytest.raises(UserError, match="no such artifact"):
         load_artifact(tmp_path / "missing.bin", tiny_config, alone.device)

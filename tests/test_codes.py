@@ -10,31 +10,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from formats import codes_encode
 from formats.artifact import ArtifactError, compress
 from formats.codes import (
     CENTER,
     CLASS_TABLES,
     ESCAPE,
+    MAX_LEARN,
     MAX_TAIL,
     NUM_CLASSES,
     PARAMETER_CLASS,
     TABLE_BITS,
     Bell,
     CodeReader,
+    LearningTables,
     bell_tables,
     decode_codes,
     decode_halves,
+    element_tables,
+    largest_halves,
     largest_stream,
     num_lanes,
     side_tables,
 )
-from formats.codes_encode import CodeWriter, encode_codes, encode_halves, is_smaller_plain
+from formats.codes_encode import CodeWriter, choose_learning, encode_codes, encode_halves, fit_bell
 
 GOLDEN = (
-    "35a25b00ff7fa79157c66d80523d6306ff3fb221cf6368edbec88ff7e2b93619"
-    "f800478ca580b426f924da389be7539bfeae73905aeeddd92c01e5fff0ff81ff60001b00"
+    "c59d140aff7f6ed215c63322ff3fd9c6ff3fcd9ecf6368edbec88ff7e2b93619"
+    "f800478ca580b426f924da389be7539bfeae73905aeeddd92c01e5fff1ff81ff60001b00"
 )
-GOLDEN_SHA256 = "ff12a5949552c1137ebfc7c304e40f82ae9cb4d27316c23ecf371c0dd15f8cd1"
+GOLDEN_SHA256 = "7dfa9e4b3c638cb5a4b8f6c70541cc99d1b372df76eaba5cd572e40437ed6c25"
 
 
 def integer_bell(rows: int, cols: int, faces: int) -> np.ndarray:
@@ -136,7 +141,7 @@ def slow_table(bell: Bell, spread_class: int) -> list[int]:
     for step, weight in weights.items():
         table[step + CENTER] = weight * (2**TABLE_BITS - 1) // sum(weights.values())
     table[ESCAPE] = 1
-    table[CENTER] += 2**TABLE_BITS - sum(table)
+    table[table.index(max(table))] += 2**TABLE_BITS - sum(table)
     return table
 
 
@@ -223,12 +228,44 @@ def test_rare_outliers_cost_little():
     assert len(assert_round_trip([codes])) < plain + 16 * 5
 
 
-def test_patterns_are_left_to_general_compressors():
-    """Repeated columns are no matter of spread; noise is."""
-    noise = gauss_codes(64, 64, 0.0, 0.0)
-    assert is_smaller_plain(np.tile(noise[:, :4], (1, 64)), lambda raw: compress(raw, "lzma"))
-    assert not is_smaller_plain(noise, lambda raw: compress(raw, "lzma"))
-    assert not is_smaller_plain(np.zeros((64, 64), np.int8), lambda raw: compress(raw, "lzma"))
+def test_tables_learn_what_no_bell_has(monkeypatch):
+    """Weights that lie on another grid leave combs: only even codes beyond two, in rows of one spread."""
+    codes = gauss_codes(300, 300, 0.3, 0.0)
+    codes[np.abs(codes) > 2] &= ~1
+    assert len(assert_round_trip([codes])) < 0.99 * entropy_bytes(codes)
+    monkeypatch.setattr(codes_encode, "LEARNS", (0,))
+    assert len(assert_round_trip([codes])) > 1.09 * entropy_bytes(codes)
+
+
+def test_bells_that_fit_do_not_learn():
+    """Counting costs time and, where nothing is to be learned, bytes."""
+    rng = np.random.default_rng(2)
+    values = np.rint(rng.normal(0, 2.4, (100, 100))).astype(np.int16)
+    bell, rows, cols = fit_bell(values, Bell())
+    assert choose_learning(*element_tables(bell, rows, cols), values.ravel()) == 0
+
+
+@pytest.mark.parametrize("learn", [0, 1, MAX_LEARN])
+@pytest.mark.parametrize("size", [0, 1, 1023, 1025, 2048, 70_000, 200_000])
+def test_parts_of_learning_cover_all_codes_once(learn, size):
+    """Reader and writer draw tables anew at the same places, and soon enough."""
+    parts = LearningTables(bell_tables(Bell(), np.array([30])), learn).parts(size)
+    assert [i for part in parts for i in (part.start, part.stop)][1:-1:2] == [
+        part.start for part in parts[1:]
+    ]
+    assert (parts[0].start, parts[-1].stop) == (0, size)
+    assert len(parts) == 1 if not learn else all(part.stop - part.start <= 1 << 15 for part in parts)
+
+
+@pytest.mark.parametrize("learn", [1, 6, MAX_LEARN])
+def test_learned_tables_keep_their_sum_and_the_escape(learn):
+    """Whatever was counted: frequencies that add up, and a way out for what has none."""
+    tables = LearningTables(bell_tables(Bell(), np.arange(NUM_CLASSES)), learn)
+    assert np.array_equal(tables.draw().sum(1), np.full(NUM_CLASSES, 1 << TABLE_BITS))
+    tables.counts[:, 3] = 10**6
+    drawn = tables.draw()
+    assert np.array_equal(drawn.sum(1), np.full(NUM_CLASSES, 1 << TABLE_BITS))
+    assert (drawn[:, 3] > 8000).all() and (drawn[:, ESCAPE] == 1).all()
 
 
 def test_rows_like_an_earlier_one_cost_their_difference():
@@ -327,6 +364,8 @@ def test_ten_thousand_mutations_are_refused_or_bounded():
         Bell(column_class=NUM_CLASSES),
         Bell(row_class=-1),
         Bell(lag_class=NUM_CLASSES),
+        Bell(learn=MAX_LEARN + 1),
+        Bell(learn=-1),
     ],
     ids=str,
 )
@@ -376,8 +415,26 @@ def test_the_bytes_are_the_same_everywhere():
 def test_halves_come_back_bit_for_bit(patterns):
     """Any bits: signs, infinities, NaN with a payload, no vectors at all."""
     vectors = [pattern.view(np.float16) for pattern in patterns]
-    back = decode_halves(encode_halves(vectors), [len(vector) for vector in vectors])
-    assert [vector.tobytes() for vector in back] == [vector.tobytes() for vector in vectors]
+    for doubled in (vectors, [np.repeat(vector, 9) for vector in vectors]):
+        blob = encode_halves(doubled)
+        back = decode_halves(blob, [len(vector) for vector in doubled])
+        assert [vector.tobytes() for vector in back] == [vector.tobytes() for vector in doubled]
+        assert len(blob) <= largest_halves([len(vector) for vector in doubled])
+
+
+def test_scales_on_a_grid_cost_their_ranks():
+    """65,536 rows with 16 different scales: four bits each at most, and a short list."""
+    scales = np.exp2(np.arange(65536) * 40503 % 65536 // 4096 / 8).astype(np.float16)
+    assert len(encode_halves([scales])) < 1.01 * 65536 * 4 / 8
+
+
+@pytest.mark.parametrize("known", [2, 5, 65535])
+def test_a_list_of_scales_that_does_not_fit_is_refused(known):
+    """Ranks beyond the list, and lists longer than the scales, come from a damaged file."""
+    blob = encode_halves([np.repeat(np.arange(4, dtype=np.float16), 9)])
+    assert blob[:2] == b"\4\0"
+    with pytest.raises(ArtifactError):
+        decode_halves(known.to_bytes(2, "little") + blob[2:], [36])
 
 
 def test_scales_cost_less_than_with_general_compressors():

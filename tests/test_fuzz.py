@@ -35,6 +35,7 @@ from train_gpt import (
 SECONDS, GROWTH_MIB = 2.0, 1000
 MOST_ZEROS = 1 << 24
 LIMITS = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": [Phase.generate]}
+SMALLEST = {"model.num_layers": 1, "model.model_dim": 16, "data.vocab_size": 64}
 CODINGS = {
     "libraries": {"quant.codec": "zlib", "quant.float16_numel": 100, "model.smear": "gated"},
     "ours": {"quant.codec": "rans", "schedule.stages": "0:16:128:4:1:0,0.5:16:128:4:1:0"},
@@ -46,7 +47,7 @@ def artifacts() -> list[bytes]:
     """Two small artifacts with every storage that rounding has."""
     blobs = []
     for values in CODINGS.values():
-        cfg = with_values(Config(), TINY | {"model.num_layers": 1} | values, "test")
+        cfg = with_values(Config(), TINY | SMALLEST | values, "test")
         model = build_model(cfg, torch.device("cpu"))
         blobs.append(pack_model(model, cfg, quantize_model(model, cfg, {}, len), "f" * 64)[0])
     return blobs
@@ -199,7 +200,7 @@ def test_hostile_artifacts_are_refused_or_load(judge, dice):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @given(dice=st.randoms(use_true_random=True))
 @settings(max_examples=10_000, **LIMITS)
 def test_ten_thousand_hostile_artifacts_are_refused_or_load(judge, dice):
