@@ -23,6 +23,7 @@ ARTIFACT_PREFIX = struct.Struct("<6sHII")  # magic, version, header bytes stored
 CHECKSUM_BYTES = 16
 MAX_HEADER_BYTES = 1 << 20
 MAX_STREAM_BYTES = 1 << 32
+PLANES, MOST_PLANES = (0, 1, 2), 1 << 20  # logarithms of widths tried, on streams below so many bytes
 # Codes of weights have no context that literals or positions could tell.
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 
@@ -110,19 +111,47 @@ def decompress_brotli(stored: bytes, limit: int) -> bytes:
     return raw[:limit]
 
 
-def compress_best(raw: bytes) -> bytes:
-    """Compress with the plain codec of the fewest bytes; its place in PLAIN_CODECS comes first.
+def to_planes(raw: bytes, width: int) -> bytes:
+    """Sort the bytes of elements of so many bytes: all first ones, all second ones, ..."""
+    return b"".join(raw[place::width] for place in range(width))
 
-    What zlib cannot shrink by a thousandth is coded already: the slow codecs are spared.
+
+def from_planes(planes: bytes, width: int) -> bytes:
+    """Undo to_planes; bytes that are no whole elements come back as they are."""
+    if len(planes) % width:
+        return planes
+    raw, length = bytearray(len(planes)), len(planes) // width
+    for place in range(width):
+        raw[place::width] = planes[place * length : (place + 1) * length]
+    return bytes(raw)
+
+
+def compress_best(raw: bytes) -> bytes:
+    """Compress with the plain codec of the fewest bytes; the first byte holds its place in PLAIN_CODECS.
+
+    Its upper half is the logarithm of the width of byte planes, which floats are sorted into. What zlib
+    cannot shrink by a thousandth either way is coded already: the slow codecs are spared.
     """
-    is_coded = len(zlib.compress(raw, 1)) > 0.999 * len(raw)
-    tried = [keep_stream] if is_coded else [pack for pack, _ in PLAIN_CODECS.values()]
-    return min((bytes([place]) + pack(raw) for place, pack in enumerate(tried)), key=len)
+    widths = [log for log in PLANES if len(raw) % (1 << log) == 0 and (log == 0 or len(raw) < MOST_PLANES)]
+    forms = {log: to_planes(raw, 1 << log) for log in widths}
+    is_coded = min(len(zlib.compress(form, 1)) for form in forms.values()) > 0.999 * len(raw)
+    if is_coded:
+        return b"\0" + raw
+    packers = [pack for pack, _ in PLAIN_CODECS.values()]
+    return min(
+        (
+            bytes([log << 4 | place]) + pack(form)
+            for log, form in forms.items()
+            for place, pack in enumerate(packers)
+        ),
+        key=len,
+    )
 
 
 def decompress_best(stored: bytes, limit: int) -> bytes:
-    """Decompress at most `limit` bytes with the plain codec that the first byte names."""
-    return list(PLAIN_CODECS.values())[stored[0]][1](stored[1:], limit)
+    """Decompress at most `limit` bytes as the first byte says."""
+    log, place = divmod(stored[0], 16)
+    return from_planes(list(PLAIN_CODECS.values())[place][1](stored[1:], limit), 1 << log)
 
 
 # The order is part of the file format.
