@@ -1,5 +1,6 @@
 """Adaptive scorers: legal by their event log, reproducible on any number of ranks, gone afterwards."""
 
+import gc
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -324,6 +325,51 @@ def test_ranks_agree_with_one_rank(name, world_size):
     assert [outcome.invalid for outcome in outcomes] == [""] * world_size
     if name in ("lora", "warm"):
         assert torch.equal(sum(outcome.nats for outcome in outcomes), alone)
+
+
+def elements_alive():
+    """Count the elements of all tensors that something still refers to."""
+    return sum(item.numel() for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
+
+
+class Weighed(nn.Module):
+    """A model that counts its passes and the elements of tensors alive at one of them."""
+
+    def __init__(self, weighed_pass=0):
+        super().__init__()
+        self.inner, self.weighed_pass = Toy(), weighed_pass
+        self.passes = self.alive = 0
+
+    def forward(self, tokens, starts_doc, first):
+        self.passes += 1
+        if self.passes == self.weighed_pass:
+            self.alive = elements_alive()
+        return self.inner(tokens, starts_doc, first)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_memory_does_not_grow_with_the_number_of_documents(name):
+    """Adapters, optimizers and gradients of a batch leave with it; only the text's own nats add up."""
+    alive = []
+    for count in (12, 96):
+        tokens = make_text((13,) * count)
+        rehearsed = Weighed()
+        SCORERS[name](rehearsed, make_session(tokens))
+        before = elements_alive()
+        model = Weighed(rehearsed.passes)  # what has piled up is alive at the last pass
+        SCORERS[name](model, make_session(tokens))
+        alive.append(model.alive - before - len(tokens))
+    assert 0 < alive[1] <= 1.01 * alive[0], alive
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=200), st.sampled_from([2, 4, 8]))
+@settings(max_examples=50, deadline=None)
+def test_a_giant_document_is_never_what_everybody_waits_for(lengths, world_size):
+    """Dealt longest first, the ranks' steps differ by at most those of the one longest batch."""
+    batches = plan_doc_batches(np.array(lengths), LORA, row_tokens=16, batch_tokens=64)
+    steps = [-(-max(lengths[doc] for doc in batch) // LORA.chunk_tokens) for batch in batches]
+    loads = [sum(steps[rank::world_size]) for rank in range(world_size)]
+    assert max(loads) - min(loads) <= steps[0] == max(steps)
 
 
 @pytest.mark.parametrize("name", [*SCORERS, "pre_eval", "failure"])
