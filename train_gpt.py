@@ -2386,8 +2386,9 @@ def fit_scales(training: Training) -> tuple[float, ...]:
         sums = torch.zeros(6, dtype=torch.float64, device=scales.device)
         for batch in batches:
             with torch.no_grad():
-                scores = model(batch.tokens, batch.starts_doc).float().flatten(0, 1)
-            sums += scale_sums(scores, batch.targets.flatten(), scales)
+                scores = model(batch.tokens, batch.starts_doc).flatten(0, 1)
+            for part, targets in zip(scores.split(4096), batch.targets.flatten().split(4096)):
+                sums += scale_sums(part.float(), targets, scales)  # in parts: it needs their size six times
         scales = newton_step(scales, training.ranks.sum(sums))
     return tuple(scales.tolist())
 
