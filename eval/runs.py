@@ -86,8 +86,11 @@ def find_record(folder: Path, chosen: Path | None) -> Target:
             continue
         _, row = seeds.get(sha256_file(artifact), ("", None))
         if row:
+            is_run = (artifact.parent / RESULT_NAME).is_file()  # it knows where its data lie
+            found = find_run(artifact.parent) if is_run else Target(artifact, live)
+            switch_at = row.get("switch_at", found.switch_at)
             tolerance = facts.get("tolerance_bpb", TOLERANCE)
-            return Target(artifact, live, None, row["val_bpb"], tolerance, row.get("switch_at", -1))
+            return found._replace(recorded_bpb=row["val_bpb"], tolerance=tolerance, switch_at=switch_at)
         if chosen or artifact.parent == folder:
             stated = ", ".join(sha[:16] for sha in seeds) or "none"
             raise UserError(
