@@ -2750,6 +2750,17 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
         finish(log.folder, cfg, result, log)
 
 
+def score_file(path: Path, live: Config, environment: Environment) -> None:
+    """Score an artifact and print the result as JSON; reads validation data only, and writes nothing."""
+    ranks = Ranks(environment, live.run.device)
+    model, cfg, header = load_artifact(path, live, ranks.device)
+    text = load_validation(cfg.data, "", header["tokenizer_sha256"])
+    score = score_model(model, cfg, text, ranks)
+    ranks.close()
+    if ranks.is_main:
+        print(json.dumps(score._asdict()))
+
+
 def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
     """Say what a config means without data, training or memory: counts, plan, costs, schedule."""
     with torch.device("meta"):
@@ -2831,7 +2842,7 @@ def describe_to_stdout(args, environment: Environment) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, resolve the config, run. A packed program takes live fields and --resume."""
+    """Parse the command line, resolve the config, run. A packed program takes live fields and actions."""
     fields = describe_fields(Config) if PACKED_RECIPE is None else " ".join(config_fields(Config))
     parser = CommandParser(
         prog="train_gpt.py",
@@ -2840,6 +2851,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
     parser.add_argument("--resume", type=Path, metavar="FILE", help=f"go on from a run's {CHECKPOINT_NAME}")
+    parser.add_argument("--score", type=Path, metavar="FILE", help="score an artifact instead of training")
     if PACKED_RECIPE is None:
         parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
         parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule as JSON")
@@ -2854,7 +2866,11 @@ def main(argv: list[str] | None = None) -> None:
         describe_to_stdout(args, environment)
         return
     try:
-        run(load_config(recipe_path, environment.overrides, args.overrides), environment, args.resume)
+        cfg = load_config(recipe_path, environment.overrides, args.overrides)
+        if args.score:
+            score_file(args.score, cfg, environment)
+        else:
+            run(cfg, environment, args.resume)
     except UserError:
         if environment.rank == 0:
             raise

@@ -181,7 +181,9 @@ def record(make_run, tmp_path, monkeypatch):
 def test_a_record_is_scored_from_the_artifact_that_it_states(record, tmp_path, capsys):
     """Its own file, or the run's with that hash, or the one that is named; others are refused."""
     folder, run = record
-    assert evaluate(capsys, folder)["artifact"] == str(Path("runs/seed7/artifact.bin"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA_PATH", "nowhere")  # the run knows where its data lie
+        assert evaluate(capsys, folder)["artifact"] == str(Path("runs/seed7/artifact.bin"))
     kept = shutil.move(run / "artifact.bin", tmp_path / "kept.bin")
     assert evaluate(capsys, folder, "--artifact", kept)["difference"] == 0
     other = tmp_path / "other.bin"
@@ -403,26 +405,21 @@ def test_packed_program_source_and_command_agree_offline_without_training_shards
             shutil.copy(path, data)
     program = tmp_path / "elsewhere" / "train_gpt.py"
     program.parent.mkdir()
-    train_gpt_packed = run_python("-m", "dev.pack", "--recipe", folder / "recipe.toml", "--out", program)
-    assert train_gpt_packed.returncode == 0, train_gpt_packed.stderr
-    score = f"""
-names = runpy.run_path(sys.argv[1], run_name="scorer")
-live = names["with_values"](names["Config"](), {{"data.data_path": {str(data)!r},
-    "data.tokenizer_path": {str(data / "tokenizer.model")!r}}}, "test")
-live = names["with_values"](live, {{"run.val_batch_tokens": 512}}, "test")
-ranks = names["Ranks"](names["Environment"]({{}}), "cpu")
-model, cfg, header = names["load_artifact"]({str(folder / "artifact.bin")!r}, live, ranks.device)
-text = names["load_validation"](cfg.data, "", header["tokenizer_sha256"])
-print(repr(names["score_model"](model, cfg, text, ranks).val_bpb))
-"""
+    packed = run_python("-m", "dev.pack", "--recipe", folder / "recipe.toml", "--out", program)
+    assert packed.returncode == 0, packed.stderr
+    live = [f"data.data_path={data}", f"data.tokenizer_path={data / 'tokenizer.model'}"]
+    live.append("run.val_batch_tokens=512")
+    command = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    settings = ["--recipe", folder / "recipe.toml"]
     found = []
-    for path in (program, Path(train_gpt.__file__)):
-        result = run_python("-c", OFFLINE + score, path, cwd=path.parent)
+    for path, recipe in ((program, []), (Path(train_gpt.__file__), settings)):
+        arguments = [path, *recipe, "--score", folder / "artifact.bin", *live]
+        result = run_python("-c", OFFLINE + command, *arguments, cwd=path.parent)
         assert result.returncode == 0, result.stderr
-        found.append(float(result.stdout.splitlines()[-1]))
-    command = "sys.argv[1:1] = []; runpy.run_module('eval', run_name='__main__', alter_sys=True)"
+        found.append(json.loads(result.stdout)["val_bpb"])
     arguments = [folder / "artifact.bin", "--val", data / "fineweb_val_*.bin", "--json"]
     arguments += ["--tokenizer", data / "tokenizer.model", "--set", "run.val_batch_tokens=512"]
+    command = "runpy.run_module('eval', run_name='__main__', alter_sys=True)"
     result = run_python("-c", OFFLINE + command, *arguments)
     assert result.returncode == 0, result.stderr
     assert [*found, json.loads(result.stdout)["val_bpb"]] == [recorded["score"]["val_bpb"]] * 3
