@@ -63,6 +63,7 @@ from data.shards import (
 from eval.adaptive import Reports, Session, Settings
 from eval.bpb import BpbMeter
 from eval.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
+from eval.generate import Sampling, draw_tokens, last_logits, stream_text
 from eval.modes import (
     EVAL_MODES,
     PLAIN_MODES,
@@ -2458,6 +2459,15 @@ def validate_now(training: Training, log: Log, validate: Callable[[], BpbMeter])
         rotate_checkpoints(log.folder, None, {step: score.val_loss}, training.cfg.watch.keep_checkpoints)
 
 
+def log_sample(training: Training, log: Log) -> None:
+    """Draw text from a document's start and log it; the weights and their noise stay as they are."""
+    cfg, model = training.cfg, training.model.eval()
+    codec = load_codec(cfg.data.tokenizer_path, cfg.data.vocab_size, cfg.data.tokenizer_kind)
+    sampling = Sampling(cfg.watch.sample_tokens, seed=training.step)
+    drawn = draw_tokens(last_logits(model, codec, cfg.data.seq_len), [codec.bos_id], sampling, codec.bos_id)
+    log.line(f"sample: step:{training.step} text:{json.dumps(''.join(stream_text(codec, '', drawn)))}")
+
+
 def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dict:
     """Run the training loop under the clock, then apply the average; returns steps, time and speed."""
     cfg, run = training.cfg, training.cfg.run
@@ -2501,6 +2511,10 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
         if run.save_every > 0 and step % run.save_every == 0:
             clock.stop()
             save_checkpoint(training, log.folder / CHECKPOINT_NAME)
+            clock.start()
+        if cfg.watch.sample_every > 0 and step % cfg.watch.sample_every == 0:
+            clock.stop()
+            log_sample(training, log)
             clock.start()
     training.train_ms = clock.stop()
     if training.step < run.iterations:

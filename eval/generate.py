@@ -62,14 +62,14 @@ def draw_tokens(
         yield token
 
 
-def last_logits(model: torch.nn.Module, bos_id: int, context_len: int) -> Callable[[list[int]], Tensor]:
-    """Return what gives the (V,) logits after a list of tokens, from the last context_len of them."""
+def last_logits(model: torch.nn.Module, codec, context_len: int) -> Callable[[list[int]], Tensor]:
+    """Return what gives the logits of the codec's entries after tokens, from the last context_len of them."""
     device = next(model.parameters()).device
 
     @torch.no_grad()
     def logits(tokens: list[int]) -> Tensor:
         row = torch.tensor([tokens[-context_len:]], device=device)
-        return model(row, row == bos_id, row.size(1) - 1)[0, 0].float()
+        return model(row, row == codec.bos_id, row.size(1) - 1)[0, 0, : codec.vocab_size].float()
 
     return logits
 

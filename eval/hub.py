@@ -260,9 +260,8 @@ def generate(
     """Return text that goes on from a prompt; on_text is given each piece as soon as it is there."""
     codec, pieces = codec_of(loaded), []
     tokens = [codec.bos_id, *codec.encode(prompt).tolist()]
-    after = last_logits(loaded.model, codec.bos_id, loaded.cfg.data.seq_len)
-    known = codec.vocab_size  # the table may be padded
-    drawn = draw_tokens(lambda ids: after(ids)[:known], tokens, sampling or Sampling(), codec.bos_id)
+    next_logits = last_logits(loaded.model, codec, loaded.cfg.data.seq_len)
+    drawn = draw_tokens(next_logits, tokens, sampling or Sampling(), codec.bos_id)
     for piece in stream_text(codec, prompt, drawn):
         pieces.append(piece)
         if on_text:

@@ -16,6 +16,7 @@ LOWER_HALF = {
         "adaptive",
         "bpb",
         "budget",
+        "generate",
         "logs",
         "modes",
         "ngram",

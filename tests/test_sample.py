@@ -1,11 +1,17 @@
 """Drawing tokens: filters, seeds, ends, and text that grows by whole characters."""
 
+import json
+
 import pytest
 import torch
 from fixtures_model import run_python
 
+import train_gpt
 from data.errors import UserError
 from eval.generate import Sampling, draw_tokens, stream_text, token_probs
+from eval.hub import generate, load
+from formats.recipe import with_values
+from train_gpt import Environment
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -84,3 +90,24 @@ def test_the_command_explains_a_missing_run():
     """One line, no traceback."""
     result = run_python("-m", "eval.sample", "runs/none/at_all", "--prompt", "x")
     assert result.returncode == 1 and "OWNER/NAME" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_run_prints_samples_and_trains_as_without(tiny_config):
+    """At every second step, and the losses do not move; the last sample is that of the checkpoint."""
+    losses = []
+    for every in (0, 2):
+        values = {
+            "watch.sample_every": every,
+            "watch.sample_tokens": 7,
+            "run.save_every": 6,
+            "model.dropout": 0.1,
+        }
+        train_gpt.run(with_values(tiny_config, values, "test"), Environment({}))
+        folder = train_gpt.Path(tiny_config.run.out_dir) / "tiny"
+        events = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        losses.append([event["train_loss"] for event in events if event["kind"] == "train"])
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    lines = [line for line in (folder / "train.log").read_text().splitlines() if line.startswith("sample:")]
+    assert [line.split()[1] for line in lines] == ["step:2", "step:4", "step:6"]
+    loaded = load(folder / "checkpoint.safetensors", tokenizer=tiny_config.data.tokenizer_path)
+    assert json.loads(lines[-1].partition("text:")[2]) == generate(loaded, "", Sampling(7, seed=6))
