@@ -99,14 +99,15 @@ class Fp8State:
         self.seen = torch.zeros(num_weights, len(ROLES), device=device)
         self.history = torch.zeros(rule.history_len, num_weights, len(ROLES), device=device)
         self.steps = 0
+        self.scales = self.next_scales()
 
     @property
     def calibrated(self) -> bool:
         """Whether products are 8-bit by now."""
         return self.steps >= self.rule.calibration_steps
 
-    def scales(self) -> Tensor:
-        """Return the (N, 3) scales of this step; 1 where nothing was seen."""
+    def next_scales(self) -> Tensor:
+        """Return the (N, 3) scales that the history gives; 1 where nothing was seen."""
         amax = self.history[0] if self.rule.amax == "most_recent" else self.history.amax(0)
         largest = torch.tensor([LARGEST[role] for role in ROLES], device=amax.device)
         usable = (amax > 0) & torch.isfinite(amax)
@@ -115,6 +116,7 @@ class Fp8State:
     def roll(self, seen: Tensor) -> None:
         """End a step: `seen`, this step's amax over all ranks, becomes the newest row of the history."""
         self.history = torch.cat((seen[None], self.history[:-1]))
+        self.scales = self.next_scales()
         self.seen.zero_()
         self.steps += 1
 
@@ -124,6 +126,7 @@ class Fp8State:
     def load_state_dict(self, state: dict) -> None:
         self.seen.copy_(state["seen"])
         self.history = state["history"].to(self.history.device, copy=True)
+        self.scales = self.next_scales()
         self.steps = state["steps"]
 
 
@@ -136,7 +139,7 @@ class Fp8Gemm:
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         seen = self.state.seen[self.index]
         if self.state.calibrated:
-            scales = self.state.scales()[self.index]
+            scales = self.state.scales[self.index]
             return Fp8Linear.apply(x, weight, scales, seen, self.state.rule.product)
         record_amax(seen[0], x)
         record_amax(seen[1], weight)

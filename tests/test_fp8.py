@@ -64,19 +64,19 @@ def test_scales_follow_the_history():
     """Largest value / amax * 2^-margin; of the maximum of 16 steps, or of the newest; 1 before anything."""
     for amax, expected in (("max", 4.0), ("most_recent", 0.5)):
         state = new_state(margin=2, amax=amax)
-        assert state.scales().tolist() == [[1.0, 1.0, 1.0]]
+        assert state.scales.tolist() == [[1.0, 1.0, 1.0]]
         for value in (4.0, 1.0, 0.5):
             state.roll(torch.full((1, 3), value))
         expected = [448 / expected / 4, 448 / expected / 4, 57_344 / expected / 4]
-        assert state.scales().tolist() == [pytest.approx(expected)]
+        assert state.scales.tolist() == [pytest.approx(expected)]
     state = new_state()
     for value in (4.0, *[1.0] * 15):
         state.roll(torch.full((1, 3), value))
-    assert state.scales()[0, 0] == 112
+    assert state.scales[0, 0] == 112
     state.roll(torch.full((1, 3), 1.0))  # the seventeenth: the first is forgotten
-    assert state.scales()[0, 0] == 448
+    assert state.scales[0, 0] == 448
     state.roll(torch.full((1, 3), math.inf))
-    assert state.scales().tolist() == [[1.0, 1.0, 1.0]]
+    assert state.scales.tolist() == [[1.0, 1.0, 1.0]]
 
 
 @pytest.mark.reference("E8")
@@ -102,7 +102,7 @@ def test_forward_and_backward_are_the_slow_obvious_products():
     grad = torch.randn(2, 3, 16, generator=generator)
     state = new_state()
     state.roll(torch.tensor([[2.0, 4.0, 1.0]]))  # too small for some: they saturate
-    sx, sw, sg = state.scales()[0].double()
+    sx, sw, sg = state.scales[0].double()
     y = Fp8Gemm(state, 0)(x, weight)
     y.backward(grad)
     qx, qw = (to_fp8(t.detach(), s, FORWARD).double() / s for t, s in ((x, sx), (weight, sw)))

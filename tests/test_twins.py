@@ -1,0 +1,194 @@
+"""The reference systems from recipe to number: every original key has a place, every twin learns."""
+
+import json
+import os
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_gpt
+from dev.twins import SYSTEMS, TWINS, prepare, train_twin, twin_config, unigram_entropy
+from formats.recipe import config_fields, config_value, read_recipe, with_values
+from formats.state import read_state
+from train_gpt import CHECKPOINT_NAME, Config, Environment
+
+REASON = "not applicable: "
+# The keys of the published configurations, kept apart from the tables that answer them.
+ORIGINAL_KEYS = {
+    "A": """
+        num_heads d_model head_dim vocab_size num_layers ff_dim dropout max_len emb_splt attn_chunks
+        emb_init_range use_rope emb_scaling_factor res_scale use_flash_attention use_fash_attention
+        dtype rms_eps chunks batch_size peak_lr min_lr warmup_fraction schedule b1 b2 eps
+        weight_decay total_tokens tokenizer eos_token prompt repo generation_max_len opt_state
+    """,
+    "B": """
+        vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings
+        tied_embed_init_std rope_base rope_train_seq_len qk_gain_init logit_softcap
+        bigram_vocab_size bigram_dim smear_gate unet_skips train_seq_len train_batch_tokens
+        matrix_lr tied_embed_lr scalar_lr muon_wd adam_wd muon_momentum muon_momentum_warmup_start
+        muon_momentum_warmup_steps muon_backend_steps beta1 beta2 adam_eps grad_clip_norm
+        warmdown_iters iterations max_wallclock_seconds warmup_steps seed data_path tokenizer_path
+        int6_clip int8_clip_quantile float16_passthrough_numel scale_floor compressor eval_stride
+        eval_seq_len val_loss_every train_log_every val_batch_size tokenizer_type num_merges
+        filter_min_words filter_min_type_token_ratio filter_max_boilerplate difficulty_sort max_docs
+        rope_dims xsa_last_n leaky_slope ln_scale ve_layers ve_dim value_residual
+        parallel_start_layer recur_layers num_loops recur_start_frac parallel_muon ema_decay
+        swa_enabled swa_every late_qat_threshold ngram_order ngram_beta ngram_alignment
+        over_count_tail
+    """,
+    "C": """
+        vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings
+        tied_embed_init_std rope_base rope_train_seq_len qk_gain_init logit_softcap
+        bigram_vocab_size bigram_dim smear_gate unet_skips train_seq_len train_batch_tokens
+        matrix_lr tied_embed_lr scalar_lr muon_wd adam_wd muon_momentum muon_momentum_warmup_start
+        muon_momentum_warmup_steps muon_backend_steps beta1 beta2 adam_eps grad_clip_norm
+        warmdown_iters iterations max_wallclock_seconds warmup_steps seed data_path tokenizer_path
+        int6_clip int8_clip_quantile float16_passthrough_numel scale_floor compressor eval_stride
+        eval_seq_len val_loss_every train_log_every val_batch_size bigram_init_scale swa_enabled
+        swa_every swa_start_frac attention_backend sdp_flags ttt_mode ttt_lr ttt_momentum ttt_epochs
+        ttt_freeze_blocks ttt_batch_seqs ttt_grad_clip ttt_chunk_tokens qat_enabled tokenizer_type
+        init
+    """,
+    "D": """
+        exp_num n_layer n_head n_embd n_hidden vocab_size block_size bias layer_norm_eps activation
+        tie_weights position_embedding max_context_length proj_ratio proj_ratio_min
+        num_keep_boundary_chunk tokenizer batch_size lr lr_step warmup_iters value_clip_grad_norm
+        optimizer dtype gradient_checkpointing num_epochs max_total_iters eval_interval
+        save_interval save_epoch_interval print_interval sample_tokens sample_interval buffer_size
+        truncate_limit data_files
+    """,
+    "E": """
+        hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
+        vocab_size embedding_rank tie_word_embeddings rms_norm_eps norm rope_theta hidden_act
+        initializer_range embedding_init scaled_output_init gradient_checkpointing_every
+        max_position_embeddings attention_bias attention_backend fp8_enabled fp8_format fp8_margin
+        fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_calibration_steps
+        fp8_lr_multiplier bf16 learning_rate min_lr lr_scheduler warmup_steps weight_decay beta1
+        beta2 eps max_grad_norm gradient_accumulation_steps max_steps curriculum.start_step
+        curriculum.seq_len curriculum.batch_size curriculum.gradient_accumulation
+        curriculum.lr_scale curriculum.grad_clip tokenizer_name pad_token_id dataset_path val_split
+        seed eval_steps save_steps keep_last_n save_best logging_steps logging_dir val_domains
+        local_rank --config --model-config --optimization-config --disable-fp8 --eval-only
+        --checkpoint --logdir wandb_project
+    """,
+}
+
+
+def small_switches(letter: str) -> tuple[Config, Config]:
+    """The full recipe and its twin."""
+    folder = SYSTEMS / TWINS[letter].folder
+    return tuple(
+        with_values(Config(), read_recipe(folder / name), name)
+        for name in ("recipe.toml", "recipe.small.toml")
+    )
+
+
+@pytest.mark.parametrize("letter", TWINS)
+def test_every_original_key_has_a_field_or_a_reason(letter):
+    """And every named field exists; nothing is listed that the original does not have."""
+    table = tomllib.loads((SYSTEMS / TWINS[letter].folder / "keys.toml").read_text(encoding="utf-8"))["keys"]
+    assert set(table) == set(ORIGINAL_KEYS[letter].split())
+    for key, answer in table.items():
+        if isinstance(answer, str):
+            assert answer.startswith(REASON) and len(answer) > len(REASON), key
+        else:
+            assert answer and set(answer) <= set(config_fields(Config)), key
+
+
+@pytest.mark.parametrize("letter", TWINS)
+def test_a_twin_has_the_switches_of_its_system(letter):
+    """Every word and every yes or no of model, optimizer and quantizer; numbers may be smaller."""
+    full, twin = small_switches(letter)
+    allowed = {"model.fp8"}  # gemm needs a device, emulate rounds alike
+    for name, item in config_fields(Config).items():
+        if item.type in (str, bool) and not item.metadata["live"] and name not in allowed:
+            assert config_value(full, name) == config_value(twin, name), name
+    assert (full.model.fp8 == "off") == (twin.model.fp8 == "off")
+    assert bool(full.schedule.stages) == bool(twin.schedule.stages)
+    assert len(full.schedule.stages) == len(twin.schedule.stages)
+
+
+@pytest.fixture(scope="session")
+def twin_data(tmp_path_factory) -> Path:
+    """The twins' datasets, made once; GOLF_TWINS names a folder that keeps them between runs."""
+    folder = Path(os.environ.get("GOLF_TWINS") or tmp_path_factory.mktemp("twins"))
+    prepare(list(TWINS), folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "letter", [pytest.param(letter, marks=pytest.mark.reference(f"{letter}-twin")) for letter in TWINS]
+)
+def test_a_twin_learns_more_than_the_frequencies_of_tokens(letter, twin_data, tmp_path, record_property):
+    """The artifact's loss is below the unigram entropy of the validation text."""
+    facts = train_twin(letter, twin_data, tmp_path)
+    record_property("twin", json.dumps(facts))
+    assert facts["artifact_loss"] < facts["unigram_entropy"]
+    assert facts["artifact_bytes"] < 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.reference("E15")
+@pytest.mark.parametrize("letter", TWINS)
+def test_a_twin_resumes_bitwise(letter, twin_data, tmp_path):
+    """Stop in the middle, across a stage where there are stages: weights, optimizer, loader, 8-bit scales."""
+    cfg = with_values(
+        twin_config(letter, twin_data, tmp_path),
+        {"run.val_loss_every": -1, "run.iterations": 24, "run.save_every": 8},
+        "test",
+    )
+    checkpoint = tmp_path / f"twin_{letter}" / CHECKPOINT_NAME
+    ends = []
+    for stop in (24, 16, 24):
+        part = train_gpt.Training(
+            with_values(cfg, {"run.iterations": 24}, "test"), train_gpt.Ranks(Environment({}), "cpu"), 0
+        )
+        if ends and stop == 24:
+            train_gpt.resume(part, checkpoint)
+        while part.step < stop:
+            progress = train_gpt.run_progress(cfg, part.step, 0.0)
+            part.accumulate(
+                train_gpt.stage_at(cfg, part.step, progress),
+                train_gpt.recur_passes_at(cfg, progress),
+                lambda: False,
+            )
+            part.update(0.0)
+        checkpoint.parent.mkdir(exist_ok=True)
+        train_gpt.save_checkpoint(part, checkpoint)
+        ends.append(leaves(read_state(checkpoint)[0]))
+    assert len(ends[0]) == len(ends[2]) and all(np.array_equal(a, b) for a, b in zip(ends[0], ends[2]))
+    assert not all(np.array_equal(a, b) for a, b in zip(ends[0], ends[1]))
+
+
+def leaves(tree) -> list:
+    """Every value of a state."""
+    if isinstance(tree, dict | list):
+        return [
+            leaf for value in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(value)
+        ]
+    return [tree]
+
+
+@pytest.mark.slow
+def test_8_bit_training_ends_within_two_percent_of_the_exact(twin_data, tmp_path, monkeypatch):
+    """System E's twin with and without FP8, the same data and steps."""
+    losses = []
+    for fp8 in ("off", "emulate"):
+        monkeypatch.setattr(
+            "dev.twins.twin_config",
+            lambda *args, fp8=fp8: with_values(twin_config(*args), {"model.fp8": fp8}, "test"),
+        )
+        losses.append(train_twin("E", twin_data, tmp_path / fp8)["val_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
+
+
+def test_unigram_entropy_is_that_of_the_counts(tiny_data):
+    """Against a loop; the first token is no target."""
+    from data.shards import find_shards, read_shard
+
+    tokens = read_shard(find_shards(tiny_data / "fineweb_val_*.bin")[0]).tolist()[1:]
+    slow = -sum(tokens.count(t) / len(tokens) * np.log(tokens.count(t) / len(tokens)) for t in set(tokens))
+    assert unigram_entropy(tiny_data) == pytest.approx(slow)
