@@ -1,12 +1,21 @@
 """The published reference systems: the numbers that belong to model, optimizer and schedule."""
 
+import gzip
+import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_architecture import build_random, recipe, shape_of
 
+from data.codecs import load_codec
+from data.errors import UserError
+from data.prepare import Document, write_dataset
+from eval.domains import compare_domains
+from eval.domains import main as domains_main
 from formats.recipe import with_values
 from kernels.context import ContextRule, attend_compressed, visible_entries
 from train_gpt import (
@@ -17,13 +26,19 @@ from train_gpt import (
     learning_rate_mul,
     make_gpt,
     match_rules,
+    mean_loss,
+    next_batch,
+    open_loader,
+    quantized_names,
     rope_tables,
     rotate_interleaved,
     stage_at,
     stages_of,
     takes_snapshot,
+    tensor_table,
 )
 
+B = "reference_systems/B_bese288"
 A, D = "reference_systems/A_bwetaf53", "reference_systems/D_exp01"
 C = "reference_systems/C_pr281"
 E197 = "reference_systems/E_yxanul197_ultra10"
@@ -402,3 +417,123 @@ def test_double_precision_reaches_the_masters(tiny_config):
     model = make_gpt(cfg, torch.device("cpu"))
     assert {param.dtype for param in model.parameters()} == {torch.float64}
     assert math.isfinite(model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4).bool()).sum().item())
+
+
+def payload(cfg: Config) -> dict[str, int]:
+    """Bytes before compression by kind of storage, scales with codes, two bytes for all other weights."""
+    kinds, named = quantized_names(cfg), sizes(cfg)
+    found = {"matrix": 0, "embed": 0}
+    for row in tensor_table(cfg):
+        if row.name in kinds:
+            found[kinds[row.name]] += named[row.name] + 2 * row.shape[0]
+    return found | {"halves": 2 * sum(size for name, size in named.items() if name not in kinds)}
+
+
+@pytest.mark.reference("B12")
+@pytest.mark.reference("C7")
+@pytest.mark.parametrize(
+    "name, expected", [(B, (26_031_104, 414_272, 321_720)), (C, (26_031_104, 792_576, 182_450))]
+)
+def test_the_payload_before_compression_is_the_published_one(name, expected):
+    """int6 in bytes, int8, halves. Scalars are float32 here, two bytes each more than the original's."""
+    assert tuple(payload(recipe(name)).values()) == expected
+
+
+@pytest.mark.reference("C8")
+def test_system_c_stores_its_tensors_as_published():
+    """66 matrices in six bits, two tables in eight; the bigram projection is just small enough for halves."""
+    cfg = recipe(C)
+    storage = {row.name: row.storage for row in tensor_table(cfg)}
+    kinds = list(quantized_names(cfg).values())
+    assert (kinds.count("matrix"), kinds.count("embed")) == (66, 2) == (6 * 11, 2)
+    assert (cfg.quant.matrix_bits, cfg.quant.embed_bits, cfg.quant.scale_floor) == (6, 8, True)
+    assert storage["bigram.proj.weight"] == "float16" and sizes(cfg)["bigram.proj.weight"] == 65_536
+    assert set(storage.values()) == {"rows", "float16", "float32"}
+
+
+@pytest.mark.reference("B13")
+@pytest.mark.reference("B14")
+@pytest.mark.reference("C9")
+@pytest.mark.reference("C14")
+@pytest.mark.reference("D8")
+@pytest.mark.reference("E16")
+def test_published_constants_agree_with_each_other():
+    """Arithmetic on the originals' logs only: nothing of ours is tested, and none of it is counted."""
+    assert 12_635_100 + 88_802 == 12_723_902
+    assert 1.18169806 / (1.61403749 / math.log(2)) == pytest.approx(0.507479, abs=1e-6)
+    assert 1.15986333 / (1.95838065 / math.log(2)) == pytest.approx(0.410521, abs=1e-6)
+    assert round((1.1374 + 1.1372 + 1.1397) / 3, 4) == 1.1381 and 15_433_121 + 69_101 == 15_502_222
+    assert divmod(1_577_715_712, 3_200) == (493_036, 512)
+    assert math.exp(12.2583) == pytest.approx(210_700, rel=1e-3) and math.exp(9.6898) == pytest.approx(
+        16_152, rel=1e-4
+    )
+
+
+@pytest.mark.reference("E11")
+def test_training_and_validation_share_no_document(tiny_data, tmp_path):
+    """605,406 and 31,864 of 637,270 rows as published; ours refuses a text that is in both."""
+    assert (int(0.95 * 637_270), 637_270 - int(0.95 * 637_270)) == (605_406, 31_864)
+    codec = load_codec(tiny_data / "tokenizer.model")
+    texts = [f"text number {i} of a made-up collection" for i in range(20)]
+    train, val = (
+        [Document(text, text) for text in part] for part in (texts[: int(0.95 * 20)], texts[int(0.95 * 20) :])
+    )
+    manifest = write_dataset(tmp_path / "apart", codec, train, val, {}, num_threads=1)
+    assert (manifest["train"]["documents"], manifest["val"]["documents"]) == ([0, 19], [0, 1])
+    with pytest.raises(UserError):
+        write_dataset(tmp_path / "shared", codec, train + val, val, {}, num_threads=1)
+
+
+@pytest.mark.reference("E12")
+def test_targets_are_the_next_tokens(tiny_config, alone):
+    """A model that repeats its input is wrong, one that knows the next token is right."""
+    batch = next_batch(open_loader(tiny_config, 0), stages_of(tiny_config)[0], alone)
+    assert torch.equal(batch.targets[:, :-1], batch.tokens[:, 1:])
+    onehot = torch.eye(tiny_config.data.vocab_size)
+
+    def copy(tokens, starts_doc, first, passes):
+        return 3 * onehot[tokens]
+
+    def know(tokens, starts_doc, first, passes):
+        return 50 * onehot[batch.targets]
+
+    assert mean_loss(copy, batch).item() > 0.9 * math.log(tiny_config.data.vocab_size)
+    assert mean_loss(know, batch).item() < 1e-6
+
+
+@pytest.mark.reference("E13")
+@pytest.mark.parametrize("padding", [1, 7, 40])
+def test_padding_behind_a_text_changes_no_loss_of_it(padding):
+    """Rows are packed here; where a caller pads, the text's own targets cost the same."""
+    model = build_random(small(E197)).eval()
+    text = (torch.arange(20) * 7 % 300).view(1, 20)
+    padded = F.pad(text, (0, padding), value=3)
+    with torch.no_grad():
+        short, long = (model(row[:, :-1], row[:, :-1] == -1)[0, :19] for row in (text, padded))
+    plain, masked = (F.cross_entropy(logits, text[0, 1:]) for logits in (short, long))
+    torch.testing.assert_close(plain, masked, atol=1e-5, rtol=0)
+
+
+@pytest.mark.reference("E17")
+def test_surprise_of_domains_averages_to_one():
+    """Perplexities against their mean; the overall loss weighs tokens."""
+    rows = compare_domains({"a": (1.0, 100), "b": (2.0, 300), "c": (3.0, 50)})
+    ratios = [rows[name].surprise for name in "abc"]
+    assert sum(ratios) / 3 == pytest.approx(1.0) and ratios == sorted(ratios)
+    assert rows["all"].loss == pytest.approx((100 + 600 + 150) / 450) and rows["b"].perplexity == math.exp(2)
+    with pytest.raises(UserError, match="NAME=FOLDER"):
+        domains_main(["run", "c4"])
+
+
+@pytest.mark.reference("E17")
+@pytest.mark.skipif(
+    "GOLF_CORPORA" not in os.environ, reason="GOLF_CORPORA does not name a folder of shared text"
+)
+def test_the_published_domains_have_their_counts():
+    """2,000 documents, 1,319 questions, 164 programs."""
+    folder = Path(os.environ["GOLF_CORPORA"])
+    questions = [json.loads(line) for line in (folder / "gsm8k_test.jsonl").read_text().splitlines()]
+    programs = gzip.decompress((folder / "HumanEval.jsonl.gz").read_bytes()).decode().splitlines()
+    assert len((folder / "c4_val.jsonl").read_bytes().splitlines()) == 2000
+    assert len(questions) == 1319 and set(questions[0]) == {"question", "answer"}
+    assert len(programs) == 164 and {"prompt", "canonical_solution"} <= set(json.loads(programs[0]))
