@@ -28,7 +28,8 @@ from data.codecs import load_codec
 from data.download import first_line
 from data.errors import CommandParser, UserError, run_command
 from data.shards import atomic_file, read_json, write_json
-from eval.generate import Sampling, draw_tokens, last_logits, stream_text
+from eval.decode import decoding
+from eval.generate import Sampling, draw_tokens, stream_text
 from formats.curves import draw_curves
 from formats.recipe import config_hash, flatten_recipe, read_recipe, recipe_of, with_values
 from formats.state import map_leaves, read_state, safetensors_library, write_state
@@ -260,12 +261,12 @@ def generate(
     """Return text that goes on from a prompt; on_text is given each piece as soon as it is there."""
     codec, pieces = codec_of(loaded), []
     tokens = [codec.bos_id, *codec.encode(prompt).tolist()]
-    next_logits = last_logits(loaded.model, codec, loaded.cfg.data.seq_len)
-    drawn = draw_tokens(next_logits, tokens, sampling or Sampling(), codec.bos_id)
-    for piece in stream_text(codec, prompt, drawn):
-        pieces.append(piece)
-        if on_text:
-            on_text(piece)
+    with decoding(loaded.model, codec, loaded.cfg.data.seq_len) as next_logits:
+        drawn = draw_tokens(next_logits, tokens, sampling or Sampling(), codec.bos_id)
+        for piece in stream_text(codec, prompt, drawn):
+            pieces.append(piece)
+            if on_text:
+                on_text(piece)
     return "".join(pieces)
 
 
