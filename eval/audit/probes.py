@@ -109,6 +109,24 @@ def sums_to_one(score: Scorer, stream: np.ndarray, positions: list[int], vocab_s
     return Finding("FAIL" if not worst <= SUM_TOLERANCE else "PASS", [evidence])
 
 
+def totals_are_consistent(
+    total: Callable[[np.ndarray], float], prefix: np.ndarray, vocab_size: int, error: float
+) -> Finding:
+    """K12 from printed totals alone: a prefix's probability is the sum of those of all its continuations.
+
+    exp(-total) of a legal scorer is the probability of a text. One that learns from what it scores, looks
+    ahead or looks up the target gives the continuations more than there is. `error` is that of a total.
+    """
+    alone = total(prefix)
+    totals = [total(np.append(prefix, token).astype(prefix.dtype)) for token in range(vocab_size)]
+    if max(totals) - min(totals) <= 4 * error:
+        return Finding("NOT RUN", ["the printed loss does not depend on the last token: it is not scored"])
+    share = sum(math.exp(alone - value) for value in totals)
+    allowed = SUM_TOLERANCE + 4 * error
+    text = f"the {vocab_size} continuations of {len(prefix)} tokens have {share:.6f} of their probability"
+    return Finding("FAIL" if not abs(share - 1) <= allowed else "PASS", [f"{text}; from printed totals"])
+
+
 def future_flip(
     score: Scorer, stream: np.ndarray, cuts: list[int], tolerance: float = NATS_TOLERANCE
 ) -> Finding:
@@ -210,12 +228,17 @@ def document_order(score: Scorer, documents: list[np.ndarray], tolerance: float 
     )
 
 
-def memory_of_a_copy(score: Scorer, stream: np.ndarray, tolerance: float = NATS_TOLERANCE) -> Finding:
-    """K20: append the stream to itself; the first half must not change, the second shows memory."""
-    alone, doubled = score(stream), score(np.concatenate([stream, stream]))
+def memory_of_a_copy(
+    score: Scorer, stream: np.ndarray, tail: int = 0, tolerance: float = NATS_TOLERANCE
+) -> Finding:
+    """K20: append the stream to itself; the first half must not change, the second shows memory.
+
+    `tail` targets at the end of the first half are left out, as in `prefix_truncation`.
+    """
+    alone, doubled = score(stream), score(np.concatenate([stream, stream[1:]]))
     half = len(stream) - 1
-    change = float(np.abs(doubled[:half] - alone).max(initial=0.0))
-    gain = float(alone.mean() - doubled[half + 1 :].mean())
+    change = float(np.abs(doubled[: half - tail] - alone[: half - tail]).max(initial=0.0))
+    gain = float(alone.mean() - doubled[half:].mean())
     text = f"first half moves by {change:.2e} nats; the copy costs {gain:+.4f} nats a token less"
     return Finding("FAIL" if not change <= tolerance else "PASS", [text])
 

@@ -1,0 +1,399 @@
+"""Run a program in a miniature world and attack it: `python -m eval.audit --run PROGRAM`.
+
+Programs that offer their scorer (this harness's, or `load(path)` and `score(model, tokens, note)`) are probed
+token by token. Of others only what they print is known: their artifacts, their totals, their files.
+"""
+
+import ast
+import hashlib
+import math
+import tomllib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.errors import UserError
+from eval.audit import probes
+from eval.audit.checks import Finding
+from eval.audit.folder import Folder
+from eval.audit.program import HARMLESS_COMMANDS, Unwrapped
+from eval.audit.sandbox import Box, Limits, Ran, Server, namespace_command
+from eval.audit.world import World, make_world, target_bytes, write_world
+from eval.logs import ScoreLine, headlines, parse_log
+
+NUM_TRAIN, NUM_TARGETS = 40_000, 2048  # targets: a multiple of every window in use
+TOY_VOCAB = 16
+TEXT_FILES = {".txt", ".log", ".json", ".jsonl", ".toml", ".py", ".md", ".tsv", ".csv"}
+TOY_SETTINGS = {
+    "NUM_LAYERS": "2", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "TRAIN_SEQ_LEN": "32",
+    "EVAL_SEQ_LEN": "32", "EVAL_STRIDE": "16", "TRAIN_BATCH_TOKENS": "512", "WARMDOWN_ITERS": "4",
+}  # fmt: skip
+SETTINGS = {
+    "SEED": "1337", "RUN_ID": "audit", "ITERATIONS": "8", "WARMUP_STEPS": "1", "MAX_WALLCLOCK_SECONDS": "0",
+    "VAL_LOSS_EVERY": "0", "TRAIN_LOG_EVERY": "1", "VAL_BATCH_SIZE": "4096",
+}  # fmt: skip
+SAME_LOSS = 1e-5  # nats a token: the same program on the same machine
+BYTES_TOLERANCE = 0.01  # a dropped tail moves the mean bytes of a token by less
+CLOCK_RATIO, CLOCK_SLACK_S = 2.0, 0.5  # a machine shared with others
+PROBE_TOKENS = 49
+MAX_PROBE_S = 100.0  # seconds for the sums over the vocabulary
+PER_TARGET = "shows no score per target: offer load(path) and score(model, tokens, note)"
+
+
+class Plan(NamedTuple):
+    """How a program is run."""
+
+    vocab_size: int
+    settings: dict[str, str]
+    argv: list[str]
+    limits: Limits
+    shims: bool  # stand-ins for CUDA
+
+
+class Scene:
+    """A program in its box, the world, and the runs that several checks share."""
+
+    def __init__(self, box: Box, plan: Plan):
+        self.box, self.plan, self.count = box, plan, 0
+        self.world = make_world(plan.vocab_size, NUM_TRAIN, NUM_TARGETS + 1)
+        self.noise = self.world.noise(NUM_TARGETS + 1, seed=3)
+        self.base = self.run(self.world.val)
+        self.artifacts = find_artifacts(self.base)
+
+    def data(self, val: np.ndarray, train: np.ndarray | None) -> Path:
+        self.count += 1
+        return write_world(self.box.root / "data" / str(self.count), self.world, val, train)
+
+    def settings(self, data: Path) -> dict[str, str]:
+        return self.plan.settings | {"DATA_PATH": str(data), "TOKENIZER_PATH": f"{data}/tokenizer.model"}
+
+    def run(self, val: np.ndarray, train: np.ndarray | None = None, **more) -> Ran:
+        """Run the whole program with a validation text, by default on the training text of the world."""
+        data = self.data(val, self.world.train if train is None else train)
+        more |= {"argv": self.plan.argv}
+        if self.plan.shims:
+            more["shims"] = str(self.box.root / "inside")
+        return self.box.run(data, self.settings(data), self.plan.limits, **more)
+
+    def serve(self) -> Server:
+        """Start the scorer on the artifact of the first run, in a world without training text."""
+        data = self.data(self.world.val, None)
+        return self.box.serve(data, self.scored_artifact(), self.settings(data), self.plan.limits)
+
+    def scored_artifact(self) -> Path:
+        """Return the artifact that the first run read last, else the only one there is."""
+        read = [row[2] for row in self.base.trace if row[1] == "open" and not set(row[3]) & set("wax+")]
+        known = [str(path) for path in self.artifacts]
+        return Path(next((path for path in reversed(read) if path in known), known[-1]))
+
+
+def find_artifacts(ran: Ran) -> list[Path]:
+    """Return the files that a run left in its folder and that are no text, oldest first."""
+    found = [path for path in ran.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    outside = {ran.folder / "home", ran.folder / "tmp"}
+    found = [path for path in found if path.suffix not in TEXT_FILES and not outside & set(path.parents)]
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def printed_score(ran: Ran) -> ScoreLine | None:
+    """Return the headline that a run printed."""
+    return headlines([parse_log("run", ran.text)]).get("run")
+
+
+def plan_run(box: Box, recipe: Path | None) -> Plan:
+    """Decide the vocabulary and the settings from what the program says about itself; nothing is executed."""
+    folder = Folder(box.root / "program")
+    found = Unwrapped(folder)
+    found.follow(box.entry.name)
+    if found.error:
+        raise UserError(f"{box.entry.name}: expected a Python program, found {found.error}.")
+    packed = [recipe_literal(tree) for tree in found.layers.values()]
+    packed = [value for value in packed if value is not None]
+    if not packed:
+        settings = SETTINGS | TOY_SETTINGS | {"VOCAB_SIZE": str(TOY_VOCAB)}
+        needs_shims = any("torch" in ast.unparse(tree) for tree in found.layers.values())
+        return Plan(TOY_VOCAB, settings, [], Limits(seconds=240), needs_shims)
+    argv = ["run.compile=off"]
+    facts = packed[0]
+    if recipe:
+        argv = ["--recipe", str(recipe.resolve()), *argv]
+        facts = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    is_free = not packed[0] and not recipe  # the naive baseline: every field can be made small
+    vocab_size = TOY_VOCAB if is_free else facts.get("data", {}).get("vocab_size", 1024)
+    settings = SETTINGS | (TOY_SETTINGS | {"VOCAB_SIZE": str(vocab_size)} if is_free else {})
+    return Plan(vocab_size, settings, argv, Limits(seconds=400), False)
+
+
+def recipe_literal(tree: ast.Module) -> dict | None:
+    """Return the recipe inside a program of this harness, {} in its source; None for other programs."""
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "PACKED_RECIPE" for target in targets):
+            return ast.literal_eval(node.value) or {}
+    return None
+
+
+def run_program(program: Path, recipe: Path | None = None) -> dict[str, Finding]:
+    """Attack a program; returns check id -> finding for every dynamic check."""
+    with Box(program) as box:
+        plan = plan_run(box, recipe)
+        scene = Scene(box, plan)
+        score = printed_score(scene.base)
+        if scene.base.failure or score is None:
+            why = scene.base.failure or "it prints no line with val_loss and val_bpb"
+            return dict.fromkeys(DYNAMIC, Finding("NOT RUN", [f"the program did not run through: {why}"]))
+        with ThreadPoolExecutor(2) as pool:
+            noisy = pool.submit(scene.run, scene.noise)
+            served = pool.submit(serve_probes, scene, score)
+            found = served.result()
+            found |= noise_checks(scene, score, noisy.result())
+        found |= {"K9": check_bytes(scene.world, score), "K23": check_clock(scene.base)}
+        return {"K18": check_files(scene, found.pop("trace", [])), **found}
+
+
+DYNAMIC = ("K9", *(f"K{number}" for number in range(11, 24) if number != 21))
+
+
+# From whole runs
+
+
+def check_bytes(world: World, score: ScoreLine) -> Finding:
+    """K9: the printed bits per byte divide by the bytes that the text has."""
+    sizes = target_bytes(world.val, world.vocab_size)
+    found, true = score.bytes_per_token, float(sizes.mean())
+    text = f"{found:.4f} bytes a token by the printed score, {true:.4f} in the miniature text"
+    return Finding("FAIL" if not abs(found / true - 1) <= BYTES_TOLERANCE else "PASS", [text])
+
+
+def digests(ran: Ran) -> dict[str, str]:
+    """Return the hashes of a run's artifacts by their paths in its folder."""
+    return {
+        str(path.relative_to(ran.folder)): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for path in find_artifacts(ran)
+    }
+
+
+def noise_checks(scene: Scene, score: ScoreLine, noisy: Ran) -> dict[str, Finding]:
+    """K11 and K22 from a run whose validation text is noise."""
+    found = {"K22": check_floor(scene, score, printed_score(noisy))}
+    with_text, with_noise = digests(scene.base), digests(noisy)
+    if noisy.failure or not with_text:
+        why = noisy.failure or "the program left no artifact"
+        return found | {"K11": Finding("NOT RUN", [f"with noise for validation text: {why}"])}
+    named = ", ".join(f"{name} {digest}" for name, digest in with_text.items())
+    if with_text == with_noise:
+        return found | {"K11": Finding("PASS", [f"{named}: the same with noise for validation text"])}
+    if digests(scene.run(scene.world.val)) != with_text:
+        return found | {"K11": Finding("NOT RUN", ["two runs on the same data differ: nothing to compare"])}
+    moved = [name for name in with_text if with_text[name] != with_noise.get(name)]
+    text = f"{', '.join(moved) or 'the set of files'} changes when the validation text is replaced by noise"
+    return found | {"K11": Finding("FAIL", [text, f"with the text: {named}"])}
+
+
+def check_floor(scene: Scene, score: ScoreLine, noisy: ScoreLine | None) -> Finding:
+    """K22: nobody pays less than the source of the text, nor less than the noise itself."""
+    pairs = [("Markov text", score, scene.world.source_nats(scene.world.val))]
+    if noisy:
+        pairs.append(("noise", noisy, scene.world.noise_nats(scene.noise)))
+    verdict, texts = "PASS", []
+    for name, printed, owed in pairs:
+        error = NUM_TARGETS * print_error(printed)
+        if owed - printed.val_loss * NUM_TARGETS > math.log(1 / probes.LUCK) + error:
+            verdict = "FAIL"
+        texts.append(f"{name}: {printed.val_loss:.4f} nats a token, the source pays {owed / NUM_TARGETS:.4f}")
+    return Finding(verdict, [*texts, f"{NUM_TARGETS} targets each"])
+
+
+def print_error(score: ScoreLine) -> float:
+    """How far a printed loss may be from the true one."""
+    return 1e-8 if score.exact else 1e-4
+
+
+def check_clock(ran: Ran) -> Finding:
+    """K23: the training time that the log claims, against the times at which its lines arrived."""
+    steps = [(at, line) for at, line in ran.lines if "train_loss" in line and "train_time:" in line]
+    ledger = f"the whole run took {ran.seconds:.1f} s"
+    if len(steps) < 2:
+        return Finding("NOT RUN", ["fewer than two lines with train_loss and train_time", ledger])
+    (first_at, first), (last_at, last) = steps[0], steps[-1]
+    claimed = (claimed_ms(last) - claimed_ms(first)) / 1000
+    measured = last_at - first_at
+    text = f"first to last step: {claimed:.2f} s by the log, {measured:.2f} s by our clock; {ledger}"
+    is_off = measured > CLOCK_RATIO * claimed + CLOCK_SLACK_S
+    return Finding("FAIL" if is_off else "PASS", [text])
+
+
+def claimed_ms(line: str) -> float:
+    """Read the train_time of a log line; in minutes where it says so."""
+    text = line.partition("train_time:")[2].split()[0]
+    number = float(text.rstrip("ms") or "nan")
+    return number if text.endswith("ms") else number * (60_000 if text.endswith("m") else 1000)
+
+
+def check_files(scene: Scene, served: list[list]) -> Finding:
+    """K18: what the program opened, started and called, and when."""
+    program, data = str(scene.box.root / "program"), str(scene.box.root / "data")
+    fails, doubts, loaded = [], [], False
+    artifacts = {str(path) for path in scene.artifacts}
+    for _, event, argument, mode in scene.base.trace + [["", "served", "", ""], *served]:
+        loaded |= event == "served" or (argument in artifacts and "r" in mode)
+        name = argument.rpartition("/")[2]
+        if event.startswith("socket"):
+            fails.append(f"a network call ({event} {argument[:60]})")
+        elif event == "open" and "fineweb_train_" in name and loaded:
+            fails.append(f"{name} is opened after the artifact was read")
+        elif event == "open" and not argument.startswith((program, data, str(scene.box.root / "run"))):
+            doubts.append(f"opens {argument[:100]}, outside its folder")
+        elif event not in ("open", "served") and name not in HARMLESS_COMMANDS and "python" not in name:
+            doubts.append(f"starts {argument[:60]}")
+    opened = {row[2] for row in scene.base.trace if row[1] == "open" and row[2].startswith(program)}
+    code = sum(Path(path).stat().st_size for path in opened if Path(path).is_file())
+    kinds = sorted(Path(path).name for path in opened)
+    ledger = f"{len(opened)} files of the program's folder opened, {code:,} bytes: {', '.join(kinds[:6])}"
+    verdict = "FAIL" if fails else "SUSPECT" if doubts else "PASS"
+    return Finding(verdict, [*dict.fromkeys(fails + doubts)][:6] + [ledger])
+
+
+# From the scorer
+
+
+def serve_probes(scene: Scene, score: ScoreLine) -> dict[str, Finding]:
+    """Start the scorer and probe it; without one, judge by totals and by a replay."""
+    if not scene.artifacts:
+        return absent("the program left no artifact")
+    server = scene.serve()
+    try:
+        if server.facts["protocol"]:
+            found = probe_server(scene, server, score)
+        else:
+            found = black_box(scene, score)
+    except UserError as error:
+        found = absent(str(error))
+        found["K17"] = Finding("FAIL", [f"the artifact alone gives no score: {error}"])
+    finally:
+        server.close()
+    if not namespace_command():
+        found["K17"] = Finding("NOT RUN", ["no network namespace can be had here"])
+    return found
+
+
+def absent(why: str) -> dict[str, Finding]:
+    """Return NOT RUN for every check that needs scores of targets."""
+    return {f"K{number}": Finding("NOT RUN", [why]) for number in (12, 13, 14, 15, 16, 17, 19, 20)}
+
+
+def probe_server(scene: Scene, server: Server, printed: ScoreLine) -> dict[str, Finding]:
+    """Every probe of a scorer that answers streams."""
+    world, facts = scene.world, server.facts
+    window, whole = facts.get("window", 0), facts.get("whole", 1)
+    answer = server.ask(world.val.tolist())
+    nats, events = np.array(answer["nats"]), [probes.Event(*event) for event in answer["events"]]
+
+    def score(stream: np.ndarray) -> np.ndarray:
+        return np.array(server.ask(stream.tolist())["nats"])
+
+    size = 1 + -(-(PROBE_TOKENS - 1) // whole) * whole
+    if facts["protocol"] == "harness" and whole == 1:
+        size = max(size, 1 + 2 * window)
+    stream = world.draw(size, seed=5)
+    edges = (16, 32, *(range(window, size, max(size // 4, 1)) if window else ()))
+    cuts = [cut for cut in probes.cut_points(size, edges) if 0 < cut < size][:12]
+    heads = [cut for cut in cuts if (cut - 1) % whole == 0] or [1 + size // 2 // whole * whole]
+    found = {
+        "K17": check_reproduced(nats, printed, facts["protocol"]),
+        "K16": probes.coverage(events, NUM_TARGETS) if events else Finding("NOT RUN", ["no event log"]),
+        "K15": probes.order_of_events(events, NUM_TARGETS) if events else Finding("NOT RUN", ["no event log"]),
+        "K12": sums_in_time(score, world.draw(size if whole > 1 else PROBE_TOKENS, seed=6), scene.plan),
+        "K13": probes.future_flip(score, stream, cuts),
+        "K14": probes.prefix_truncation(score, stream, heads, tail=window),
+        "K19": probes.document_order(score, [world.draw(size - 1, seed) for seed in (7, 8)] + [world.draw(size, 9)])
+        if whole == 1
+        else Finding("NOT RUN", [f"scores whole windows of {whole} tokens only"]),
+        "K20": probes.memory_of_a_copy(score, stream, tail=window),
+    }  # fmt: skip
+    if len(nats) != NUM_TARGETS:
+        found["K16"] = Finding("FAIL", [f"{len(nats)} scores for {NUM_TARGETS} targets"])
+    again = np.array(server.ask(world.val.tolist())["nats"])
+    if len(again) != len(nats) or np.abs(again - nats).max() > probes.NATS_TOLERANCE:
+        found["K13"] = Finding("FAIL", ["the same text has other scores after other texts: state is kept"])
+    found["trace"] = read_served_trace(server)
+    return found
+
+
+def read_served_trace(server: Server) -> list[list]:
+    """Return what the scorer opened."""
+    from eval.audit.sandbox import read_trace
+
+    return read_trace(server.folder)
+
+
+def check_reproduced(nats: np.ndarray, printed: ScoreLine, protocol: str) -> Finding:
+    """K17: a fresh process without training text gives the printed loss."""
+    loss = float(nats.sum()) / max(len(nats), 1)
+    text = f"{loss:.8f} nats a token from the artifact alone ({protocol}), {printed.val_loss:.8f} printed"
+    allowed = SAME_LOSS + print_error(printed)
+    return Finding("FAIL" if not abs(loss - printed.val_loss) <= allowed else "PASS", [text])
+
+
+def sums_in_time(score: Callable, stream: np.ndarray, plan: Plan) -> Finding:
+    """K12 at as many positions as time allows."""
+    import time
+
+    started = time.perf_counter()
+    score(stream)
+    seconds = (time.perf_counter() - started) * plan.vocab_size
+    positions = [p for p in (17, 30, 5, 46) if p < len(stream)][: max(int(MAX_PROBE_S / seconds), 0)]
+    if not positions:
+        return Finding("NOT RUN", [f"one sum over {plan.vocab_size} candidates would take {seconds:.0f} s"])
+    return probes.sums_to_one(score, stream, positions, plan.vocab_size)
+
+
+def black_box(scene: Scene, printed: ScoreLine) -> dict[str, Finding]:
+    """K12, K17 and K20 of a program of which only the printed totals are known."""
+    found = absent(PER_TARGET)
+    found["K17"] = check_replay(scene, printed)
+    found["K12"] = check_totals(scene)
+    return found
+
+
+def check_replay(scene: Scene, printed: ScoreLine) -> Finding:
+    """K17: train again on other text, but let reads of the artifact get the first run's: same score?"""
+    other = np.random.default_rng(4).permutation(scene.world.train)
+    other[0] = scene.world.train[0]
+    kept = {path.name: str(path) for path in scene.artifacts}
+    readable = [str(scene.base.folder), str(scene.box.root / "data")]
+    ran = scene.run(scene.world.val, other, redirected=kept, more_readable=readable)
+    again = printed_score(ran)
+    if ran.failure or again is None:
+        return Finding("NOT RUN", [f"the replay did not run through: {ran.failure or 'no score'}"])
+    if "redirected_reads:0" in ran.text:
+        return Finding("NOT RUN", ["no read of an artifact was seen, so none could be replaced"])
+    text = f"{again.val_loss:.8f} nats a token with the first run's artifact after training on other text"
+    allowed = SAME_LOSS + print_error(printed)
+    verdict = "PASS" if abs(again.val_loss - printed.val_loss) <= allowed else "FAIL"
+    return Finding(verdict, [f"{text}, {printed.val_loss:.8f} printed"])
+
+
+def check_totals(scene: Scene) -> Finding:
+    """K12 from the printed losses of short texts and of all their continuations."""
+    losses: dict[bytes, ScoreLine] = {}
+
+    def total(tokens: np.ndarray) -> float:
+        ran = scene.run(tokens)
+        score = printed_score(ran)
+        if ran.failure or score is None:
+            raise UserError(f"no loss of a text of {len(tokens)} tokens: {ran.failure}")
+        losses[tokens.tobytes()] = score
+        return score.val_loss * (len(tokens) - 1)
+
+    prefix = scene.world.draw(24, seed=6)
+    try:
+        found = probes.totals_are_consistent(total, prefix, scene.plan.vocab_size, len(prefix) * 1e-8)
+    except UserError as error:
+        return Finding("NOT RUN", [str(error)])
+    if not all(score.exact for score in losses.values()):
+        return Finding("NOT RUN", ["the printed loss has too few digits for sums over the vocabulary"])
+    return found
