@@ -7,6 +7,8 @@ token by token. Of others only what they print is known: their artifacts, their 
 import ast
 import hashlib
 import math
+import re
+import time
 import tomllib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from eval.audit import probes
 from eval.audit.checks import Finding
 from eval.audit.folder import Folder
 from eval.audit.program import HARMLESS_COMMANDS, Unwrapped
-from eval.audit.sandbox import Box, Limits, Ran, Server, namespace_command
+from eval.audit.sandbox import Box, Limits, Ran, Server, namespace_command, read_trace
 from eval.audit.world import World, make_world, target_bytes, write_world
 from eval.logs import ScoreLine, headlines, parse_log
 
@@ -35,6 +37,7 @@ SETTINGS = {
     "SEED": "1337", "RUN_ID": "audit", "ITERATIONS": "8", "WARMUP_STEPS": "1", "MAX_WALLCLOCK_SECONDS": "0",
     "VAL_LOSS_EVERY": "0", "TRAIN_LOG_EVERY": "1", "VAL_BATCH_SIZE": "4096",
 }  # fmt: skip
+NEGATIVE = re.compile(r"val_loss[:=]\s*-\d[\d.]*")
 SAME_LOSS = 1e-5  # nats a token: the same program on the same machine
 BYTES_TOLERANCE = 0.01  # a dropped tail moves the mean bytes of a token by less
 CLOCK_RATIO, CLOCK_SLACK_S = 2.0, 0.5  # a machine shared with others
@@ -143,8 +146,7 @@ def run_program(program: Path, recipe: Path | None = None) -> dict[str, Finding]
         scene = Scene(box, plan)
         score = printed_score(scene.base)
         if scene.base.failure or score is None:
-            why = scene.base.failure or "it prints no line with val_loss and val_bpb"
-            return dict.fromkeys(DYNAMIC, Finding("NOT RUN", [f"the program did not run through: {why}"]))
+            return explain_failure(scene.base)
         with ThreadPoolExecutor(2) as pool:
             noisy = pool.submit(scene.run, scene.noise)
             served = pool.submit(serve_probes, scene, score)
@@ -152,6 +154,15 @@ def run_program(program: Path, recipe: Path | None = None) -> dict[str, Finding]
             found |= noise_checks(scene, score, noisy.result())
         found |= {"K9": check_bytes(scene.world, score), "K23": check_clock(scene.base)}
         return {"K18": check_files(scene, found.pop("trace", [])), **found}
+
+
+def explain_failure(ran: Ran) -> dict[str, Finding]:
+    """Say why there is no score to judge; a loss below zero is a verdict of its own."""
+    why = ran.failure or "it prints no line with val_loss and val_bpb"
+    found = dict.fromkeys(DYNAMIC, Finding("NOT RUN", [f"the program did not run through: {why}"]))
+    if negative := NEGATIVE.search(ran.text):
+        found |= {"K22": Finding("FAIL", [f"prints {negative[0]}: no probability is above one"])}
+    return found
 
 
 DYNAMIC = ("K9", *(f"K{number}" for number in range(11, 24) if number != 21))
@@ -292,6 +303,10 @@ def probe_server(scene: Scene, server: Server, printed: ScoreLine) -> dict[str, 
     answer = server.ask(world.val.tolist())
     nats, events = np.array(answer["nats"]), [probes.Event(*event) for event in answer["events"]]
 
+    if len(nats) != NUM_TARGETS:
+        text = f"{len(nats)} scores for {NUM_TARGETS} targets"
+        return absent(text) | {"K16": Finding("FAIL", [text])}
+
     def score(stream: np.ndarray) -> np.ndarray:
         return np.array(server.ask(stream.tolist())["nats"])
 
@@ -314,20 +329,11 @@ def probe_server(scene: Scene, server: Server, printed: ScoreLine) -> dict[str, 
         else Finding("NOT RUN", [f"scores whole windows of {whole} tokens only"]),
         "K20": probes.memory_of_a_copy(score, stream, tail=window),
     }  # fmt: skip
-    if len(nats) != NUM_TARGETS:
-        found["K16"] = Finding("FAIL", [f"{len(nats)} scores for {NUM_TARGETS} targets"])
     again = np.array(server.ask(world.val.tolist())["nats"])
     if len(again) != len(nats) or np.abs(again - nats).max() > probes.NATS_TOLERANCE:
         found["K13"] = Finding("FAIL", ["the same text has other scores after other texts: state is kept"])
-    found["trace"] = read_served_trace(server)
+    found["trace"] = read_trace(server.folder)
     return found
-
-
-def read_served_trace(server: Server) -> list[list]:
-    """Return what the scorer opened."""
-    from eval.audit.sandbox import read_trace
-
-    return read_trace(server.folder)
 
 
 def check_reproduced(nats: np.ndarray, printed: ScoreLine, protocol: str) -> Finding:
@@ -340,8 +346,6 @@ def check_reproduced(nats: np.ndarray, printed: ScoreLine, protocol: str) -> Fin
 
 def sums_in_time(score: Callable, stream: np.ndarray, plan: Plan) -> Finding:
     """K12 at as many positions as time allows."""
-    import time
-
     started = time.perf_counter()
     score(stream)
     seconds = (time.perf_counter() - started) * plan.vocab_size

@@ -215,10 +215,15 @@ def open_to_all(root: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def end(process: subprocess.Popen) -> None:
-    """Kill a program and all that it has started."""
+def kill_group(process: subprocess.Popen) -> None:
+    """Kill a program; the process namespace, where there is one, ends with it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a program and all that it has started."""
+    kill_group(process)
     process.wait()
     if process.stdout:
         process.stdout.close()
@@ -288,8 +293,7 @@ class Server:
 
     def _watch(self, uid: int) -> None:
         self.ended = collect(self.process, self.lines, self.limits, uid) or "ended"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        kill_group(self.process)
 
     def _lives(self) -> bool:
         """Wait for the first answer; False when the program ends without one."""
@@ -322,6 +326,7 @@ class Server:
     def close(self) -> None:
         """End the program."""
         os.close(self.requests)
+        kill_group(self.process)
+        self.watcher.join()
         end(self.process)
         os.close(self.answers)
-        self.watcher.join(5)

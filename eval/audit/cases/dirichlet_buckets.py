@@ -3,7 +3,7 @@
 import numpy as np
 from toy import load, main, rows_of, train
 
-BUCKETS, STRENGTH = 11, 2.0
+BUCKETS, STRENGTH = 61, 60.0
 
 
 def score(model, tokens, note):
