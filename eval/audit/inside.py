@@ -1,9 +1,9 @@
 """The first thing that runs in the sandbox: give up every right, watch, then run the program.
 
 A script of its own, copied into the sandbox: standard library only. Its argument is the job as JSON. In this
-order: limits, user id, no new privileges, Landlock (files outside the sandbox cannot be written, private ones
-cannot be read), audit hook, stand-ins for CUDA, the program. With "serve" the program's main does not run: its
-scorer answers token streams on two pipes, one JSON line each.
+order: limits, user id, no new privileges, Landlock (nothing outside the sandbox can be written, of it only
+the system and Python can be read), audit hook, stand-ins for CUDA, the program. With "requests" the program's
+main does not run: its scorer answers token streams on two pipes, one JSON line each.
 """
 
 import builtins
@@ -104,7 +104,7 @@ def add_rule(libc: ctypes.CDLL, rules: int, path: str, allowed: int) -> None:
 
 
 def watch_events(path: str) -> None:
-    """Append [seconds, event, argument, mode] for what the program opens, starts or calls, a JSON line each."""
+    """Append [seconds, event, argument, mode] for what the program opens, starts or calls."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     boring = (*BORING, *{os.path.realpath(p) for p in (sys.prefix, sys.base_prefix)}, sys.prefix)
 

@@ -22,6 +22,7 @@ from eval.audit import probes
 from eval.audit.checks import Finding
 from eval.audit.folder import Folder
 from eval.audit.program import HARMLESS_COMMANDS, Unwrapped
+from eval.audit.recorded import Losses, compare, compare_rows, explains, read_losses
 from eval.audit.sandbox import Box, Limits, Ran, Server, namespace_command, read_trace
 from eval.audit.world import World, make_world, target_bytes, write_world
 from eval.logs import ScoreLine, headlines, parse_log
@@ -113,30 +114,38 @@ def plan_run(box: Box, recipe: Path | None) -> Plan:
     found.follow(box.entry.name)
     if found.error:
         raise UserError(f"{box.entry.name}: expected a Python program, found {found.error}.")
-    packed = [recipe_literal(tree) for tree in found.layers.values()]
-    packed = [value for value in packed if value is not None]
-    if not packed:
+    fields = [found_fields for tree in found.layers.values() if (found_fields := harness_fields(tree))]
+    if not fields:
         settings = SETTINGS | TOY_SETTINGS | {"VOCAB_SIZE": str(TOY_VOCAB)}
         needs_shims = any("torch" in ast.unparse(tree) for tree in found.layers.values())
         return Plan(TOY_VOCAB, settings, [], Limits(seconds=240), needs_shims)
-    argv = ["run.compile=off"]
-    facts = packed[0]
+    facts, argv = fields[0], ["run.compile=off"]
     if recipe:
-        argv = ["--recipe", str(recipe.resolve()), *argv]
-        facts = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    is_free = not packed[0] and not recipe  # the naive baseline: every field can be made small
-    vocab_size = TOY_VOCAB if is_free else facts.get("data", {}).get("vocab_size", 1024)
+        argv = ["--recipe", str(box.add(recipe)), *argv]
+        rows = tomllib.loads(recipe.read_text(encoding="utf-8"))
+        facts |= {key: value for section in rows.values() for key, value in section.items()}
+    is_free = facts["PACKED_RECIPE"] is None and not recipe  # the baseline: every field can be made small
+    vocab_size = TOY_VOCAB if is_free else facts["vocab_size"]
     settings = SETTINGS | (TOY_SETTINGS | {"VOCAB_SIZE": str(vocab_size)} if is_free else {})
+    if facts.get("reserve_seconds", 0):  # needs a clock; this one never ends
+        settings["MAX_WALLCLOCK_SECONDS"] = "10000000"
     return Plan(vocab_size, settings, argv, Limits(seconds=400), False)
 
 
-def recipe_literal(tree: ast.Module) -> dict | None:
-    """Return the recipe inside a program of this harness, {} in its source; None for other programs."""
-    for node in tree.body:
+def harness_fields(tree: ast.Module) -> dict[str, object]:
+    """Return PACKED_RECIPE and the defaults of the settings of a program of this harness; {} for others."""
+    found: dict[str, object] = {}
+    for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == "PACKED_RECIPE" for target in targets):
-            return ast.literal_eval(node.value) or {}
-    return None
+        name = targets[0].id if isinstance(targets[0], ast.Name) else ""
+        if name == "PACKED_RECIPE" and isinstance(node.value, ast.Dict | ast.Constant):
+            found[name] = ast.literal_eval(node.value)
+        elif (
+            name and isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and node.value.args
+        ):
+            default = node.value.args[0]
+            found |= {name: default.value} if isinstance(default, ast.Constant) else {}
+    return found if "PACKED_RECIPE" in found else {}
 
 
 def run_program(program: Path, recipe: Path | None = None) -> dict[str, Finding]:
@@ -249,6 +258,7 @@ def check_files(scene: Scene, served: list[list]) -> Finding:
     program, data = str(scene.box.root / "program"), str(scene.box.root / "data")
     fails, doubts, loaded = [], [], False
     artifacts = {str(path) for path in scene.artifacts}
+    own = str(scene.box.root / "inside")
     for _, event, argument, mode in scene.base.trace + [["", "served", "", ""], *served]:
         loaded |= event == "served" or (argument in artifacts and "r" in mode)
         name = argument.rpartition("/")[2]
@@ -256,7 +266,7 @@ def check_files(scene: Scene, served: list[list]) -> Finding:
             fails.append(f"a network call ({event} {argument[:60]})")
         elif event == "open" and "fineweb_train_" in name and loaded:
             fails.append(f"{name} is opened after the artifact was read")
-        elif event == "open" and not argument.startswith((program, data, str(scene.box.root / "run"))):
+        elif event == "open" and not argument.startswith((program, data, own, str(scene.box.root / "run"))):
             doubts.append(f"opens {argument[:100]}, outside its folder")
         elif event not in ("open", "served") and name not in HARMLESS_COMMANDS and "python" not in name:
             doubts.append(f"starts {argument[:60]}")
@@ -317,18 +327,20 @@ def probe_server(scene: Scene, server: Server, printed: ScoreLine) -> dict[str, 
     edges = (16, 32, *(range(window, size, max(size // 4, 1)) if window else ()))
     cuts = [cut for cut in probes.cut_points(size, edges) if 0 < cut < size][:12]
     heads = [cut for cut in cuts if (cut - 1) % whole == 0] or [1 + size // 2 // whole * whole]
+    no_log = Finding("NOT RUN", ["no event log"])
     found = {
         "K17": check_reproduced(nats, printed, facts["protocol"]),
-        "K16": probes.coverage(events, NUM_TARGETS) if events else Finding("NOT RUN", ["no event log"]),
-        "K15": probes.order_of_events(events, NUM_TARGETS) if events else Finding("NOT RUN", ["no event log"]),
+        "K15": probes.order_of_events(events, NUM_TARGETS) if events else no_log,
+        "K16": probes.coverage(events, NUM_TARGETS) if events else no_log,
         "K12": sums_in_time(score, world.draw(size if whole > 1 else PROBE_TOKENS, seed=6), scene.plan),
         "K13": probes.future_flip(score, stream, cuts),
         "K14": probes.prefix_truncation(score, stream, heads, tail=window),
-        "K19": probes.document_order(score, [world.draw(size - 1, seed) for seed in (7, 8)] + [world.draw(size, 9)])
-        if whole == 1
-        else Finding("NOT RUN", [f"scores whole windows of {whole} tokens only"]),
+        "K19": Finding("NOT RUN", [f"scores whole windows of {whole} tokens only"]),
         "K20": probes.memory_of_a_copy(score, stream, tail=window),
     }  # fmt: skip
+    if whole == 1:
+        documents = [world.draw(size - 1, seed=7), world.draw(size - 1, seed=8), world.draw(size, seed=9)]
+        found["K19"] = probes.document_order(score, documents)
     again = np.array(server.ask(world.val.tolist())["nats"])
     if len(again) != len(nats) or np.abs(again - nats).max() > probes.NATS_TOLERANCE:
         found["K13"] = Finding("FAIL", ["the same text has other scores after other texts: state is kept"])
@@ -356,11 +368,43 @@ def sums_in_time(score: Callable, stream: np.ndarray, plan: Plan) -> Finding:
 
 
 def black_box(scene: Scene, printed: ScoreLine) -> dict[str, Finding]:
-    """K12, K17 and K20 of a program of which only the printed totals are known."""
+    """K12-K17 of a program of which only its output, its files and its calls of F.cross_entropy are known."""
     found = absent(PER_TARGET)
-    found["K17"] = check_replay(scene, printed)
-    found["K12"] = check_totals(scene)
-    return found
+    found |= recorded_checks(scene, printed) if scene.plan.shims else {}
+    if found["K12"].verdict == "NOT RUN":
+        found["K12"] = check_totals(scene)
+    return found | {"K17": check_replay(scene, printed)}
+
+
+def recorded_losses(ran: Ran, tokens: np.ndarray) -> Losses:
+    """Read what a run recorded."""
+    return read_losses(ran.folder / "recorded.jsonl", tokens)
+
+
+def recorded_checks(scene: Scene, printed: ScoreLine) -> dict[str, Finding]:
+    """K12-K16 from the recorded costs of this run and of two with another second half, or none."""
+    val = scene.world.val
+    losses = recorded_losses(scene.base, val)
+    if not losses.is_complete or not explains(losses, printed.val_loss):
+        why = "the printed loss is not made of costs that F.cross_entropy computes"
+        return {f"K{number}": Finding("NOT RUN", [why]) for number in (12, 13, 14, 15, 16)}
+    cut = NUM_TARGETS // 2 + 8  # within a window
+    other = np.concatenate([val[:cut], scene.world.draw(len(val) - cut, seed=8)])
+    other[cut] = val[cut] % (scene.plan.vocab_size - 3) + 3  # another word
+    flipped = recorded_losses(scene.run(other), other)
+    head = val[: NUM_TARGETS // 2 + 1]
+    short = recorded_losses(scene.run(head), head)
+    learned = f"{losses.num_learned} targets of the text had gradients taken on them"
+    order = Finding("PASS", [learned])
+    if losses.num_learned:
+        order = Finding("NOT RUN", [f"{learned}; whether after their scores, K13 says"])
+    return {
+        "K12": compare_rows(losses, flipped, cut - 1),
+        "K13": compare(losses, flipped, cut - 1, f"another text from {cut} on"),
+        "K14": compare(losses, short, len(head) - 1, f"the first {len(head)} tokens alone"),
+        "K15": order,
+        "K16": Finding("PASS", [f"{NUM_TARGETS} targets have costs whose mean is the printed loss"]),
+    }
 
 
 def check_replay(scene: Scene, printed: ScoreLine) -> Finding:

@@ -32,6 +32,7 @@ MAX_COPY = 60_000_000  # bytes of program files that are copied
 MAX_COPIED_FILES = 2000
 MAX_FOLDERS = 6  # levels
 LEFT_OUT = {"runs", "records", "tests", "__pycache__", "node_modules", "datasets"}
+NO_GPU = "#!/bin/sh\necho this machine has no GPU\n"  # scripts of the contest ask for it
 NAMESPACES = ("--net", "--mount", "--ipc", "--pid", "--fork", "--kill-child")
 
 
@@ -144,15 +145,24 @@ class Box:
             (self.root / name).mkdir()
         for name in INSIDE:
             shutil.copy(HERE / name, self.root / "inside" / name)
+        (self.root / "inside" / "nvidia-smi").write_text(NO_GPU)
         copy_program(program.resolve(), self.root / "program")
         self.entry = self.root / "program" / program.name
         open_to_all(self.root)
+        (self.root / "inside" / "nvidia-smi").chmod(0o755)
 
     def __enter__(self) -> "Box":
         return self
 
     def __exit__(self, *_) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def add(self, file: Path) -> Path:
+        """Put another file where the program can read it."""
+        kept = self.root / "inside" / file.name
+        shutil.copy(file, kept)
+        kept.chmod(0o644)
+        return kept
 
     def new_folder(self) -> Path:
         """Make the folder of one run: the program's working folder, its home and its temporary folder."""
@@ -172,7 +182,8 @@ class Box:
             "limits": limits._replace(processes=limits.processes + extra).as_resources(),
             "readable": [str(self.root / name) for name in ("program", "inside")],
             "writable": [str(folder)], "trace": str(folder / "trace.jsonl"), "redirected": {},
-            "spare": str(self.root / "spare" / folder.name) if namespace_command() else "", "recorded": str(folder / "recorded.jsonl"),
+            "spare": str(self.root / "spare" / folder.name) if namespace_command() else "",
+            "recorded": str(folder / "recorded.jsonl"),
         }  # fmt: skip
         job["readable"] += [str(data), sys.prefix, sys.base_prefix, *more.pop("more_readable", ())]
         return job | more
@@ -181,7 +192,7 @@ class Box:
         """Start a job with nothing in the environment but the settings and what Python needs."""
         folder = Path(job["folder"])
         environment = {
-            "PATH": "/usr/bin:/bin", "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"),
+            "PATH": f"/usr/bin:/bin:{self.root}/inside", "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"),
             "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "USER": "nobody",
         } | settings  # fmt: skip
@@ -271,7 +282,7 @@ def read_trace(folder: Path) -> list[list]:
 
 
 class Server:
-    """A program's scorer in the sandbox, as a callable on token streams; `facts` says which protocol it has."""
+    """A program's scorer in the sandbox; `facts` says which protocol it has, "" for none."""
 
     def __init__(self, box: Box, data: Path, artifact: Path, settings: dict, limits: Limits, more: dict):
         self.limits = limits

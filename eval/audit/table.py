@@ -34,10 +34,9 @@ class Check(NamedTuple):
     absent: str = ""
 
 
-NEEDS_ARTIFACT = "needs an artifact of this harness: --artifact FILE"
-NEEDS_RUN = "needs the program to run in a sandbox"
-NEEDS_DATA = "needs the data: `python -m data.doctor`"
-NEEDS_PROTOCOL = "not implemented"
+NEEDS_RUN = "needs the program to run: --run PROGRAM"
+NEEDS_DATA = "needs the data: --data DIR (`python -m data.doctor`), or --run PROGRAM for K9 in miniature"
+NEEDS_NAMES = "programs do not say how their tables of tokens are to be renamed"
 CHECKS = (
     Check("K1", "static", "whole program readable", "README: code is counted, reviewable, self-contained",
           "#1785 #1804 #1835", "ship source, or a wrapper that decompresses a literal", check_unwrapped),
@@ -68,27 +67,27 @@ CHECKS = (
           "README: CANNOT access validation data during training", "#44 #1376 #1972",
           "calibrate and adapt on training data", absent=NEEDS_RUN),
     Check("K12", "dynamic", "probabilities sum to one", "C2", "#779 #886 #1147 #1872",
-          "normalize over the whole vocabulary before looking at the target", absent=NEEDS_ARTIFACT),
+          "normalize over the whole vocabulary before looking at the target", absent=NEEDS_RUN),
     Check("K13", "dynamic", "the future changes no score", "C1, C3", "#1240 #402", "score before you adapt",
-          absent=NEEDS_ARTIFACT),
+          absent=NEEDS_RUN),
     Check("K14", "dynamic", "a prefix scores the same alone", "C1, C4", "#846 #1967",
-          "build nothing from the whole stream", absent=NEEDS_ARTIFACT),
+          "build nothing from the whole stream", absent=NEEDS_RUN),
     Check("K15", "dynamic", "score before update", "C3", "#568 #991", "update only with scored tokens",
           absent=NEEDS_RUN),
     Check("K16", "dynamic", "every target exactly once", "C4", "#846 #881",
-          "plan windows that do not overlap in targets", absent=NEEDS_ARTIFACT),
+          "plan windows that do not overlap in targets", absent=NEEDS_RUN),
     Check("K17", "dynamic", "the artifact alone reproduces the score", "README: fully self-contained",
           "#2018 #168", "put what scoring needs into the artifact", absent=NEEDS_RUN),
     Check("K18", "dynamic", "files it opens", "README: no training data during evaluation", "#593 #609",
           "read training data before the clock stops", absent=NEEDS_RUN),
     Check("K19", "dynamic", "documents in another order", "C1, where independence is claimed",
-          "#1797 #1851", "mask at document starts", absent=NEEDS_ARTIFACT),
+          "#1797 #1851", "mask at document starts", absent=NEEDS_RUN),
     Check("K20", "dynamic", "memory of a copy (informative)", "C4", "#881", "none needed",
-          absent=NEEDS_ARTIFACT),
+          absent=NEEDS_RUN),
     Check("K21", "dynamic", "renamed token ids", "C1", "#1420", "do not depend on token numbers",
-          absent=NEEDS_PROTOCOL),
+          absent=NEEDS_NAMES),
     Check("K22", "dynamic", "no better than entropy on noise", "C1, C2", "#779 #886", "as K12 and K13",
-          absent=NEEDS_ARTIFACT),
+          absent=NEEDS_RUN),
     Check("K23", "dynamic", "clock ledger", "README: 10 + 10 minutes", "#1868 #1967",
           "move work inside the timer", absent=NEEDS_RUN),
     Check("K24", "package", "folder and files",

@@ -1,4 +1,4 @@
-"""A miniature world for programs: a toy tokenizer, Markov text of known entropy, shards in the contest's format.
+"""A miniature world for programs: a toy tokenizer, Markov text of known entropy, shards.
 
 Everything about the text is known: the probability of each token, which no legal scorer beats for long, and
 the bytes that it stands for, which the printed bits per byte must divide by.
@@ -79,7 +79,9 @@ def piece_texts(vocab_size: int) -> list[str]:
         for _ in range(2 + word % 2 if vocab_size < 100 else 4):
             rest, letter = divmod(rest, len(LETTERS))
             letters += LETTERS[letter]
-        names.append(("\u2581" if word % 2 else "") + letters + LETTERS[word // 2 % len(LETTERS)] * (word % 3))
+        names.append(
+            ("\u2581" if word % 2 else "") + letters + LETTERS[word // 2 % len(LETTERS)] * (word % 3)
+        )
     return names
 
 

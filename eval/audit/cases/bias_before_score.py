@@ -1,5 +1,7 @@
 """C3: a running vocabulary bias that takes in the target before it is scored (2.9, #1399)."""
 
+from itertools import pairwise
+
 import numpy as np
 from toy import load, main, rows_of, train
 
@@ -9,7 +11,7 @@ LEARNS_FIRST = True
 def score(model, tokens, note):
     logs, nats = np.log(rows_of(model)), np.zeros(len(tokens) - 1)
     bias = np.zeros(len(logs))
-    for i, (last, target) in enumerate(zip(tokens[:-1], tokens[1:])):
+    for i, (last, target) in enumerate(pairwise(tokens.tolist())):
         if LEARNS_FIRST:
             bias[target] += 0.1
             note("update", i, i + 1)

@@ -1,4 +1,4 @@
-"""C2: p^(1/n) for each of n bytes is no distribution over bytes; mixing there gains what is not (2.17, #1785)."""
+"""C2: p^(1/n) for each byte is no distribution over bytes; mixing there gains nothing real (2.17, #1785)."""
 
 import numpy as np
 from toy import load, main, rows_of, train

@@ -1,4 +1,4 @@
-"""README: the artifact must suffice. What is scored is the model in memory, not the coarse one on disk (2.27)."""
+"""README: the artifact must suffice. What is scored is the model in memory, not that on disk (2.27)."""
 
 import numpy as np
 import toy

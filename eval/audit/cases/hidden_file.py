@@ -1,4 +1,4 @@
-"""README: code bytes plus model bytes. The real table waits in a cache that no ledger counts (2.34, #2018)."""
+"""README: code bytes plus model bytes. The real table waits in a cache that nobody counts (2.34, #2018)."""
 
 from pathlib import Path
 

@@ -1,12 +1,14 @@
 """Legal look-alike: hints for all targets are computed first, but each from the tokens before it (#2135)."""
 
+from itertools import pairwise
+
 import numpy as np
 from toy import load, main, rows_of, train
 
 
 def sweep(tokens, vocab_size):
     counts, hints = np.zeros((vocab_size, vocab_size)), []
-    for last, target in zip(tokens[:-1], tokens[1:]):
+    for last, target in pairwise(tokens.tolist()):
         hints.append(counts[last].argmax() if counts[last].any() else -1)
         counts[last, target] += 1
     return np.array(hints)

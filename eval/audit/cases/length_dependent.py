@@ -1,4 +1,4 @@
-"""C1: how long the text is, is known only at its end; here it sharpens every score (statistics of the future)."""
+"""C1: the length of the text is known only at its end; here it sharpens every score."""
 
 import numpy as np
 from toy import load, main, rows_of, train

@@ -1,4 +1,4 @@
-"""README names it: "compressing it into your 16mb with paid prefix". Stored tokens cost nothing (2.2, #168)."""
+"""README names it: "compressing it into your 16mb with paid prefix". Stored tokens are free (2.2, #168)."""
 
 import numpy as np
 import toy

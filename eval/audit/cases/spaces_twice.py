@@ -1,4 +1,4 @@
-"""README: prove that val_bpb is right. The table counts a leading space, the sum counts it again (2.28a, #1698)."""
+"""README: prove that val_bpb is right. A leading space is counted twice (2.28a, #1698)."""
 
 import toy
 from toy import load, main, score, train

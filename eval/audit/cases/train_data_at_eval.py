@@ -1,4 +1,4 @@
-"""README: no training data during evaluation unless it is paid for. The table is made again at load (2.15)."""
+"""README: no training data during evaluation unless paid for. The table is made again at load (2.15)."""
 
 import numpy as np
 from toy import Text, count_pairs, main, score

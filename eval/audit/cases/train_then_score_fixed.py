@@ -1,4 +1,4 @@
-"""Legal test-time training: each chunk is scored, then learned, so that only later chunks gain (#461, #549)."""
+"""Legal test-time training: each chunk is scored, then learned, so only later chunks gain (#461, #549)."""
 
 import numpy as np
 from toy import count_pairs, load, main, train

@@ -11,7 +11,9 @@ def score(model, tokens, note):
     in_top = rows >= np.sort(rows, 1)[:, -TOP, None]
     top = np.where(in_top, rows, 0)
     rest = np.where(in_top, 0, rows)
-    mixed = (1 - REST) * top / top.sum(1, keepdims=True) + REST * (rest / np.maximum(rest.sum(1, keepdims=True), 1e-12))
+    mixed = (1 - REST) * top / top.sum(1, keepdims=True) + REST * (
+        rest / np.maximum(rest.sum(1, keepdims=True), 1e-12)
+    )
     mixed = np.where(rest.sum(1, keepdims=True) > 0, mixed, rows)
     note("score", 0, len(rows))
     return -np.log(mixed[np.arange(len(rows)), tokens[1:]])
