@@ -77,5 +77,6 @@ def print_matrix(rows: list[Row]) -> int:
 
 def is_as_expected(found: dict[str, Finding], expected: set[str]) -> bool:
     """A violation fails all the checks that should catch it; a legal program fails none, nor is suspected."""
-    bad = {check for check, finding in found.items() if finding.verdict in ("FAIL", "SUSPECT")}
-    return expected <= bad if expected else not bad
+    failed = {check for check, finding in found.items() if finding.verdict == "FAIL"}
+    is_clean = not failed and all(finding.verdict != "SUSPECT" for finding in found.values())
+    return expected <= failed if expected else is_clean

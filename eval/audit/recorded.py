@@ -98,6 +98,6 @@ def compare_rows(before: Losses, after: Losses, place: int) -> Finding:
         return Finding("NOT RUN", [f"no recorded distribution for target {place}"])
     change = max(np.abs(np.array(a) - np.array(b)).max() / ROUNDED for a, b in pairs)
     total = max(abs(np.exp(np.array(row) / ROUNDED).sum() - 1) for pair in pairs for row in pair)
-    text = f"the distribution for target {place} moves by {change:.1e} nats with the target; sum 1 +- {total:.1e}"
+    text = f"the distribution of target {place} moves by {change:.1e} nats with it; sums to 1 +- {total:.1e}"
     is_fixed = change <= NATS_TOLERANCE and total <= 1e-2
     return Finding("PASS" if is_fixed else "FAIL", [text])

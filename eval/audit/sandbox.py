@@ -192,7 +192,7 @@ class Box:
         """Start a job with nothing in the environment but the settings and what Python needs."""
         folder = Path(job["folder"])
         environment = {
-            "PATH": f"/usr/bin:/bin:{self.root}/inside", "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"),
+            "PATH": f"/usr/bin:/bin:{self.root}/inside", "HOME": f"{folder}/home", "TMPDIR": f"{folder}/tmp",
             "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "USER": "nobody",
         } | settings  # fmt: skip

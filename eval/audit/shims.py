@@ -9,6 +9,7 @@ import contextlib
 import json
 import sys
 import types
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +105,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, *_, **
     options = {key: value for key, value in options.items() if not key.startswith("max_seqlen")}
     ends = torch.unique(cu_seqlens_q).tolist()
     parts = [
-        flash_attn_func(*(part[None, lo:hi] for part in (q, k, v)), **options)[0]
-        for lo, hi in zip(ends, ends[1:])
+        flash_attn_func(*(part[None, lo:hi] for part in (q, k, v)), **options)[0] for lo, hi in pairwise(ends)
     ]
     return torch.cat(parts)
 
@@ -119,7 +119,7 @@ def imitate_flash_attention() -> None:
 
 
 def record_losses(path: str) -> None:
-    """Write [learns, targets, costs, log probabilities] of every call of F.cross_entropy, a JSON line each."""
+    """Write [learns, targets, costs, log probabilities] of each call of F.cross_entropy as JSON."""
     plain, left = F.cross_entropy, [MAX_RECORDED]
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - until the process ends
 
