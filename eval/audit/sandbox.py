@@ -227,15 +227,27 @@ def open_to_all(root: Path) -> None:
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """Kill a program; the process namespace, where there is one, ends with it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill a program; the process namespace, where there is one, ends with its first process.
+
+    `unshare` itself is left to reap that one, unless it has none.
+    """
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    with contextlib.suppress(OSError):
+        inner = children.read_text().split() if namespace_command() else []
+        for pid in inner:
+            os.kill(int(pid), signal.SIGKILL)
+        if not inner:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen) -> None:
     """Kill a program and all that it has started."""
     kill_group(process)
-    process.wait()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if process.stdout:
         process.stdout.close()
 
