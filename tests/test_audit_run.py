@@ -243,20 +243,21 @@ def foreign(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "failed"),
+    ("name", "failed", "replay"),
     [
-        ("train_then_score_fixed", set()),
-        ("train_then_score", {"K12", "K22"}),
-        ("outcome_gate", {"K12", "K22"}),
-        ("carried_state", {"K17"}),
-        ("train_data_at_eval", {"K17", "K18"}),
+        ("train_then_score_fixed", set(), "PASS"),
+        ("train_then_score", {"K12", "K22"}, "PASS"),
+        ("outcome_gate", {"K12", "K22"}, "PASS"),
+        ("hidden_file", set(), "SUSPECT"),
+        ("train_data_at_eval", {"K18"}, "SUSPECT"),
     ],
 )
-def test_totals_and_a_replay_judge_programs_that_offer_nothing(tmp_path, name, failed):
+def test_totals_and_a_replay_judge_programs_that_offer_nothing(tmp_path, name, failed, replay):
     """Continuations of a text share its probability; a replaced artifact must bring its score along."""
     found = foreign(tmp_path, name)
     assert {check for check, finding in found.items() if finding.verdict == "FAIL"} == failed
     assert found["K13"].verdict == "NOT RUN"
+    assert found["K17"].verdict == replay
 
 
 def test_recorded_costs_are_found_in_the_text():

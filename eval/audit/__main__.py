@@ -13,6 +13,7 @@ verdict: 0 PASS (or NOT RUN), 3 SUSPECT, 4 FAIL; 1 and 2 are errors of the comma
 """
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -62,9 +63,17 @@ def audit_data(folder: Path, tokenizer: Path | None) -> dict[str, Finding]:
     return findings
 
 
+def read_settings(pairs: list[str]) -> dict[str, str]:
+    """Split KEY=VALUE words, as the README of a record prints them before its command."""
+    bad = [pair for pair in pairs if not re.fullmatch(r"[A-Za-z_]\w*=.*", pair)]
+    if bad:
+        raise UserError(f"--env: expected KEY=VALUE, found {bad[0]!r}.")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def measure(args: Namespace) -> dict[str, Finding]:
     """Run what needs the program or the data; a finding about the real data stands beside the miniature's."""
-    found = run_program(args.run, args.recipe) if args.run else {}
+    found = run_program(args.run, args.recipe, read_settings(args.env)) if args.run else {}
     if args.artifact:
         from eval.audit.artifact import probe_artifact  # torch, which the folder audit does without
 
@@ -82,6 +91,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--against", nargs="+", type=Path, help="logs, JSON or folders of the row to beat")
     parser.add_argument("--run", type=Path, metavar="PROGRAM", help="a train_gpt.py to run (minutes)")
     parser.add_argument("--recipe", type=Path, help="with --run: a recipe for this harness's source")
+    parser.add_argument("--env", nargs="*", default=[], metavar="KEY=VALUE", help="with --run: its settings")
     parser.add_argument("--artifact", type=Path, help="an artifact of this harness to probe (minutes)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="token shards to examine for K9 and K10")
     parser.add_argument("--tokenizer", type=Path, help="with --data: default is the one beside the shards")

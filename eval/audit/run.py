@@ -89,7 +89,7 @@ class Scene:
 
     def scored_artifact(self) -> Path:
         """Return the artifact that the first run read last, else the only one there is."""
-        read = [row[2] for row in self.base.trace if row[1] == "open" and not set(row[3]) & set("wax+")]
+        read = [row[2] for row in self.base.trace if is_read(row)]
         known = [str(path) for path in self.artifacts]
         return Path(next((path for path in reversed(read) if path in known), known[-1]))
 
@@ -148,11 +148,16 @@ def harness_fields(tree: ast.Module) -> dict[str, object]:
     return found if "PACKED_RECIPE" in found else {}
 
 
-def run_program(program: Path, recipe: Path | None = None) -> dict[str, Finding]:
-    """Attack a program; returns check id -> finding for every dynamic check."""
+def run_program(
+    program: Path, recipe: Path | None = None, settings: dict[str, str] | None = None
+) -> dict[str, Finding]:
+    """Attack a program; returns check id -> finding for every dynamic check.
+
+    `settings` go into its environment, over those that make it small.
+    """
     with Box(program) as box:
         plan = plan_run(box, recipe)
-        scene = Scene(box, plan)
+        scene = Scene(box, plan._replace(settings=plan.settings | (settings or {})))
         score = printed_score(scene.base)
         if scene.base.failure or score is None:
             return explain_failure(scene.base)
@@ -255,27 +260,39 @@ def claimed_ms(line: str) -> float:
 
 def check_files(scene: Scene, served: list[list]) -> Finding:
     """K18: what the program opened, started and called, and when."""
-    program, data = str(scene.box.root / "program"), str(scene.box.root / "data")
-    fails, doubts, loaded = [], [], False
-    artifacts = {str(path) for path in scene.artifacts}
-    own = str(scene.box.root / "inside")
-    for _, event, argument, mode in scene.base.trace + [["", "served", "", ""], *served]:
-        loaded |= event == "served" or (argument in artifacts and "r" in mode)
+    root, trace = str(scene.box.root), scene.base.trace
+    own = tuple(f"{root}/{name}" for name in ("program", "data", "inside", "run"))
+    fails, doubts = [], []
+    for _, event, argument, _ in trace + served:
         name = argument.rpartition("/")[2]
         if event.startswith("socket"):
             fails.append(f"a network call ({event} {argument[:60]})")
-        elif event == "open" and "fineweb_train_" in name and loaded:
-            fails.append(f"{name} is opened after the artifact was read")
-        elif event == "open" and not argument.startswith((program, data, own, str(scene.box.root / "run"))):
+        elif event == "open" and not argument.startswith(own):
             doubts.append(f"opens {argument[:100]}, outside its folder")
-        elif event not in ("open", "served") and name not in HARMLESS_COMMANDS and "python" not in name:
+        elif event != "open" and name not in HARMLESS_COMMANDS and "python" not in name:
             doubts.append(f"starts {argument[:60]}")
-    opened = {row[2] for row in scene.base.trace if row[1] == "open" and row[2].startswith(program)}
+    late = [row[2].rpartition("/")[2] for row in after_training(scene) + served if row[1] == "open"]
+    fails += [f"{name} is opened after the artifact" for name in late if "fineweb_train_" in name]
+    opened = {row[2] for row in trace if row[1] == "open" and row[2].startswith(own[0])}
     code = sum(Path(path).stat().st_size for path in opened if Path(path).is_file())
     kinds = sorted(Path(path).name for path in opened)
     ledger = f"{len(opened)} files of the program's folder opened, {code:,} bytes: {', '.join(kinds[:6])}"
     verdict = "FAIL" if fails else "SUSPECT" if doubts else "PASS"
     return Finding(verdict, [*dict.fromkeys(fails + doubts)][:6] + [ledger])
+
+
+def is_read(row: list) -> bool:
+    """Whether a traced event opens a file for reading."""
+    return row[1] == "open" and "r" in row[3] and "+" not in row[3]
+
+
+def after_training(scene: Scene) -> list[list]:
+    """Return what was traced after the artifact was written for the last time, or else first read."""
+    trace, known = scene.base.trace, {str(path) for path in scene.artifacts}
+    own = [number for number, row in enumerate(trace) if row[2] in known]
+    written = [number for number in own if not is_read(trace[number])]
+    start = max(written) if written else min((n for n in own if is_read(trace[n])), default=len(trace))
+    return trace[start:]
 
 
 # From the scorer
@@ -418,7 +435,10 @@ def check_replay(scene: Scene, printed: ScoreLine) -> Finding:
     if ran.failure or again is None:
         return Finding("NOT RUN", [f"the replay did not run through: {ran.failure or 'no score'}"])
     if "redirected_reads:0" in ran.text:
-        return Finding("NOT RUN", ["no read of an artifact was seen, so none could be replaced"])
+        follows = abs(again.val_loss - printed.val_loss) > SAME_LOSS
+        text = "no read of an artifact was seen, so none could be replaced"
+        text += "; the score follows the training text" if follows else ""
+        return Finding("SUSPECT" if follows else "NOT RUN", [text])
     text = f"{again.val_loss:.8f} nats a token with the first run's artifact after training on other text"
     allowed = SAME_LOSS + print_error(printed)
     verdict = "PASS" if abs(again.val_loss - printed.val_loss) <= allowed else "FAIL"

@@ -64,6 +64,13 @@ class Stream:
         return lambda *_, **__: 0.0
 
 
+def without_gradients(mode=True):
+    """Stand in for inference_mode, whose tensors eager autograd may not use; compiled graphs keep none."""
+    if callable(mode):
+        return torch.no_grad()(mode)
+    return torch.no_grad() if mode else torch.enable_grad()
+
+
 def imitate_cuda() -> None:
     """Replace what scripts call before they compute."""
     for name in ZEROS:
@@ -77,6 +84,7 @@ def imitate_cuda() -> None:
     torch.cuda.mem_get_info = lambda *_: (1 << 33, 1 << 33)
     torch.cuda.Stream = torch.cuda.Event = torch.cuda.stream = Stream
     torch.compile = lambda function=None, **_: function if function is not None else (lambda inner: inner)
+    torch.inference_mode = without_gradients
     plain = torch.autocast
 
     class Autocast(plain):
