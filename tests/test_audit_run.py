@@ -265,7 +265,7 @@ def test_recorded_costs_are_found_in_the_text():
     tokens = world.make_world(16, 10, 200).val
     targets = tokens[1:].tolist()
     places = {tuple(targets[i : i + recorded.RUN_TOKENS]): i for i in range(len(targets) - 11)}
-    called = [7] * 5 + targets[20:60] + targets[50:90] + [0, 0]
+    called = [0] * 5 + targets[20:60] + targets[50:90] + [0, 0]
     found = recorded.locate(called, targets, places)
     assert [place for _, place in found] == [*range(20, 60), *range(50, 90)]
     assert found[0] == (5, 20)
@@ -318,6 +318,22 @@ def test_scripts_for_cuda_run_on_a_cpu(tmp_path):
     assert ran.lines[-1][1] == "cpu (1, 3, 2, 5) 0", ran.text
     assert rows[0][:2] == [False, [1, 2, 3]]
     assert rows[0][2] == pytest.approx([np.log(5)] * 3)
+
+
+def test_a_window_ends_where_another_begins():
+    """A chance match past the end of a window may not take the next window's first target away."""
+    targets = [*range(100), 16, *range(200, 230)]
+    targets[48] = 16
+    places = {tuple(targets[i : i + recorded.RUN_TOKENS]): i for i in range(len(targets) - 11)}
+    found = recorded.locate(targets[16:48] + targets[16:48], targets, places)
+    assert [place for _, place in found] == [*range(16, 48), *range(16, 48)]
+
+
+def test_knowing_the_length_of_the_text_is_a_suspicion_knowing_its_words_a_failure():
+    """Merged records let learning rates fall over the chunks of the text."""
+    passed, failed = run.Finding("PASS", []), run.Finding("FAIL", ["x"])
+    assert run.excuse_length({"K13": passed, "K14": failed})["K14"].verdict == "SUSPECT"
+    assert run.excuse_length({"K13": failed, "K14": failed})["K14"].verdict == "FAIL"
 
 
 # The command

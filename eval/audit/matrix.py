@@ -42,7 +42,6 @@ CASES = (
     Row("no_causal_mask", ("K13",)),
     Row("overlapping_windows", ("K12", "K16")),
     Row("dropped_targets", ("K16",)),
-    Row("length_dependent", ("K14",)),
     Row("carried_state", ("K17",)),
     Row("train_data_at_eval", ("K17",)),
     Row("hidden_file", ("K17",)),

@@ -55,16 +55,18 @@ def read_losses(path: Path, tokens: np.ndarray) -> Losses:
 
 
 def locate(called: list[int], targets: list[int], places: dict[tuple, int]) -> list[tuple[int, int]]:
-    """Return (index in a call, place in the text) of the targets that belong to the text."""
-    found, index = [], 0
-    while index + RUN_TOKENS <= len(called):
-        place = places.get(tuple(called[index : index + RUN_TOKENS]))
-        if place is None:
-            index += 1
-            continue
-        while index < len(called) and place < len(targets) and called[index] == targets[place]:
+    """Return (index in a call, place in the text) of the targets that belong to the text.
+
+    Windows follow each other in a call: where a run that lies elsewhere begins, the window before it ends.
+    """
+    found, place = [], -1
+    for index, target in enumerate(called):
+        begins = places.get(tuple(called[index : index + RUN_TOKENS]))
+        place = begins if begins is not None else place + 1 if place >= 0 else -1
+        if not 0 <= place < len(targets) or target != targets[place]:
+            place = -1
+        else:
             found.append((index, place))
-            index, place = index + 1, place + 1
     return found
 
 

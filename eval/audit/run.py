@@ -167,7 +167,8 @@ def run_program(
             found = served.result()
             found |= noise_checks(scene, score, noisy.result())
         found |= {"K9": check_bytes(scene.world, score), "K23": check_clock(scene.base)}
-        return {"K18": check_files(scene, found.pop("trace", [])), **found}
+        found = {"K18": check_files(scene, found.pop("trace", []))} | found
+        return excuse_length(found)
 
 
 def explain_failure(ran: Ran) -> dict[str, Finding]:
@@ -422,6 +423,18 @@ def recorded_checks(scene: Scene, printed: ScoreLine) -> dict[str, Finding]:
         "K15": order,
         "K16": Finding("PASS", [f"{NUM_TARGETS} targets have costs whose mean is the printed loss"]),
     }
+
+
+def excuse_length(found: dict[str, Finding]) -> dict[str, Finding]:
+    """Turn a failed K14 into a suspicion where K13 passes: scores know the length of the text, no word of it.
+
+    Learning rates that fall over the chunks of the text do; the contest accepted them (#549).
+    """
+    verdict, evidence = found["K14"]
+    if verdict == "FAIL" and found["K13"].verdict == "PASS":
+        note = "K13 passes: scores depend on the length of the text, as schedules over its chunks do (#549)"
+        return found | {"K14": Finding("SUSPECT", [*evidence, note])}
+    return found
 
 
 def check_replay(scene: Scene, printed: ScoreLine) -> Finding:
