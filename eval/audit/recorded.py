@@ -43,14 +43,14 @@ def read_losses(path: Path, tokens: np.ndarray) -> Losses:
         return Losses(costs, rows, 0)
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            with contextlib.suppress(ValueError, TypeError, IndexError):
+            with contextlib.suppress(ValueError, TypeError, IndexError, RecursionError, OverflowError):
                 learns, called, charged, logs = json.loads(line)
                 for index, place in locate(called, targets, places):
                     if learns:
                         num_learned += 1
                     else:
                         costs[place].append(float(charged[index]))
-                        rows[place].append(logs[index])
+                        rows[place].append([int(value) for value in logs[index]])
     return Losses(costs, rows, num_learned)
 
 
@@ -95,7 +95,7 @@ def compare(before: Losses, after: Losses, num_targets: int, text: str) -> Findi
 
 def compare_rows(before: Losses, after: Losses, place: int) -> Finding:
     """K12: the distribution for a target is the same whatever the target is, and sums to one."""
-    pairs = list(zip(before.rows[place], after.rows[place]))
+    pairs = [pair for pair in zip(before.rows[place], after.rows[place]) if len(pair[0]) == len(pair[1]) > 0]
     if not pairs:
         return Finding("NOT RUN", [f"no recorded distribution for target {place}"])
     change = max(np.abs(np.array(a) - np.array(b)).max() / ROUNDED for a, b in pairs)

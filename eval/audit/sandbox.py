@@ -21,13 +21,17 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from data.errors import UserError
+from eval.audit.probes import Event
 
 HERE = Path(__file__).resolve().parent
 INSIDE = ("inside.py", "shims.py")
 FIRST_UID = 700_000  # above the ids that machines give away
 MAX_OUTPUT = 4_000_000  # characters of a program's output
 MAX_ANSWER = 64_000_000  # bytes of an answer of its scorer
+MAX_WINDOW = 4096  # tokens
 MAX_COPY = 60_000_000  # bytes of program files that are copied
 MAX_COPIED_FILES = 2000
 MAX_FOLDERS = 6  # levels
@@ -286,9 +290,9 @@ def read_trace(folder: Path) -> list[list]:
         return rows
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file.read(MAX_OUTPUT).splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
-                if isinstance(row, list) and len(row) == 4:
+                if isinstance(row, list) and len(row) == 4 and all(isinstance(part, str) for part in row[1:]):
                     rows.append(row)
     return rows
 
@@ -312,7 +316,7 @@ class Server:
         self.folder, self.rest, self.deadline = folder, b"", time.monotonic() + limits.seconds
         self.watcher = threading.Thread(target=self._watch, args=(box.uid,), daemon=True)
         self.watcher.start()
-        self.facts: dict = self._answer() if self._lives() else {"protocol": ""}
+        self.facts: dict[str, str | int] = self._read_facts() if self._lives() else {"protocol": ""}
 
     def _watch(self, uid: int) -> None:
         self.ended = collect(self.process, self.lines, self.limits, uid) or "ended"
@@ -327,6 +331,14 @@ class Server:
         self.rest += peek
         return bool(peek)
 
+    def _read_facts(self) -> dict[str, str | int]:
+        """Read what the program says of its scorer; sizes that no miniature needs are not believed."""
+        found = self._answer()
+        sizes = {name: found.get(name, least) for name, least in (("window", 0), ("whole", 1))}
+        if not all(isinstance(size, int) and 0 <= size <= MAX_WINDOW for size in sizes.values()):
+            raise UserError(f"expected windows of at most {MAX_WINDOW} tokens, found {sizes}.")
+        return {"protocol": str(found.get("protocol", ""))[:40], **sizes}
+
     def _answer(self) -> dict:
         while b"\n" not in self.rest:
             ready = select.select([self.answers], [], [], max(self.deadline - time.monotonic(), 0))[0]
@@ -336,15 +348,24 @@ class Server:
                 raise UserError(f"the program's scorer gave no answer ({self.ended or 'time is up'}: {last})")
             self.rest += data
         line, _, self.rest = self.rest.partition(b"\n")
-        return json.loads(line)
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the program's scorer answered no JSON: {line[:80]!r}") from error
+        return answer if isinstance(answer, dict) else {}
 
-    def ask(self, stream: list[int]) -> dict:
-        """Score a stream; returns {"nats": [...], "events": [[kind, lo, hi], ...]}."""
+    def ask(self, stream: np.ndarray) -> tuple[np.ndarray, list[Event]]:
+        """Score a stream; returns the nats of its targets and the events; the program's words are checked."""
         with contextlib.suppress(BrokenPipeError):
-            left = (json.dumps(stream) + "\n").encode()
+            left = (json.dumps(stream.tolist()) + "\n").encode()
             while left:
                 left = left[os.write(self.requests, left) :]
-        return self._answer()
+        answer = self._answer()
+        try:
+            nats = np.array(answer["nats"], dtype=np.float64).reshape(-1)
+            return nats, [Event(str(kind), int(lo), int(hi)) for kind, lo, hi in answer["events"]]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"the program's scorer answered no list of numbers: {error}") from error
 
     def close(self) -> None:
         """End the program."""
