@@ -213,6 +213,30 @@ def test_a_missing_program_is_an_error(tmp_path):
         run.run_program(tmp_path / "train_gpt.py")
 
 
+LIES = {
+    "brackets": "b'[' * 200_000 + b'\\n'",
+    "no JSON": "b'\\xff\\xfe\\n'",
+    "a huge window": """b'{"protocol": "harness", "window": 1e99, "whole": 3}\\n'""",
+    "other types": """b'{"protocol": "x"}\\n{"nats": [[1], "a"], "events": 7}\\n'""",
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_lies_on_the_pipe_are_a_verdict_not_a_crash(tmp_path, name):
+    """A program can write anything to the descriptors that it inherits, and to its own trace."""
+    source = (
+        "import os\nif not os.path.exists('a.bin'):\n    open('a.bin', 'wb').write(b'x')\n"
+        "open('trace.jsonl', 'a').write('[[1]]\\n[1,2,3,4]\\n')\n"
+        "print('final_x_exact val_loss:3.00000000 val_bpb:1.00000000')\n"
+        f"for fd in range(3, 500):\n    try:\n        os.write(fd, {LIES[name]})\n"
+        "    except OSError:\n        pass\n"
+    )
+    (tmp_path / "train_gpt.py").write_text(source)
+    found = run.run_program(tmp_path / "train_gpt.py")
+    assert found["K17"].verdict == "FAIL", found
+    assert found["K9"].verdict == "FAIL"
+
+
 # The miniature world
 
 

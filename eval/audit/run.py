@@ -5,6 +5,7 @@ token by token. Of others only what they print is known: their artifacts, their 
 """
 
 import ast
+import contextlib
 import hashlib
 import math
 import re
@@ -303,17 +304,14 @@ def serve_probes(scene: Scene, score: ScoreLine) -> dict[str, Finding]:
     """Start the scorer and probe it; without one, judge by totals and by a replay."""
     if not scene.artifacts:
         return absent("the program left no artifact")
-    server = scene.serve()
     try:
-        if server.facts["protocol"]:
-            found = probe_server(scene, server, score)
-        else:
-            found = black_box(scene, score)
+        with contextlib.closing(scene.serve()) as server:
+            found = (
+                probe_server(scene, server, score) if server.facts["protocol"] else black_box(scene, score)
+            )
     except UserError as error:
         found = absent(str(error))
         found["K17"] = Finding("FAIL", [f"the artifact alone gives no score: {error}"])
-    finally:
-        server.close()
     if not namespace_command():
         found["K17"] = Finding("NOT RUN", ["no network namespace can be had here"])
     return found

@@ -316,7 +316,11 @@ class Server:
         self.folder, self.rest, self.deadline = folder, b"", time.monotonic() + limits.seconds
         self.watcher = threading.Thread(target=self._watch, args=(box.uid,), daemon=True)
         self.watcher.start()
-        self.facts: dict[str, str | int] = self._read_facts() if self._lives() else {"protocol": ""}
+        try:
+            self.facts = self._read_facts() if self._lives() else {"protocol": ""}
+        except UserError:
+            self.close()
+            raise
 
     def _watch(self, uid: int) -> None:
         self.ended = collect(self.process, self.lines, self.limits, uid) or "ended"
