@@ -13,7 +13,7 @@ from eval.audit.__main__ import main
 from eval.audit.artifact import probe_scorer
 from eval.audit.probes import Event
 from eval.sliding import plan_windows
-from train_gpt import build_model, write_artifact
+from train_gpt import build_model, quantize_model, write_artifact
 
 VOCAB = 12
 BOS = 0
@@ -234,7 +234,9 @@ def test_our_model_passes_every_probe_and_a_leak_in_it_does_not(tiny_config):
 def test_command_probes_an_artifact(tiny_config, tmp_path, capsys):
     """The report names the artifact whose scores were attacked."""
     torch.manual_seed(0)
-    write_artifact(build_model(tiny_config, torch.device("cpu")), tiny_config, "0" * 64, tmp_path / "a.bin")
+    model = build_model(tiny_config, torch.device("cpu"))
+    quantized = quantize_model(model, tiny_config, {}, len)
+    write_artifact(model, tiny_config, quantized, "0" * 64, tmp_path / "a.bin")
     (tmp_path / "README.md").write_text("x")
     main([str(tmp_path), "--artifact", str(tmp_path / "a.bin"), "--json"])
     rows = {row["id"]: row for row in json.loads(capsys.readouterr().out)["checks"]}

@@ -34,9 +34,8 @@ class Text:
 
 def count_pairs(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """Count each token after each token: (V, V) float64."""
-    return np.bincount(tokens[:-1] * vocab_size + tokens[1:], minlength=vocab_size**2).reshape(
-        vocab_size, vocab_size
-    ) * np.ones(())
+    counts = np.bincount(tokens[:-1] * vocab_size + tokens[1:], minlength=vocab_size**2)
+    return counts.reshape(vocab_size, vocab_size).astype(float)
 
 
 def train(text: Text) -> dict[str, np.ndarray]:
