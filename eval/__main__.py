@@ -6,6 +6,7 @@
     python -m eval artifact.bin --val 'DIR/fineweb_val_*.bin' --tokenizer MODEL
     python -m eval runs/ID --mode lora-ttt --set lora_rank=8 lora_lr=0.01 --documents 200
     python -m eval --compare runs/A runs/B          also with different tokenizers
+    python -m eval runs/ID --domains web=c4_val.jsonl sums=gsm8k_test.jsonl code=HumanEval.jsonl.gz
     torchrun --nproc_per_node=8 -m eval runs/ID     the same score, from more devices
 
 Model, quantizer and scoring settings come from the artifact. From the environment come paths, device and
@@ -32,8 +33,10 @@ from eval.audit.checks import classify_bytes
 from eval.breakdown import as_facts, break_down, cost_of, format_tables
 from eval.budget import format_ledger
 from eval.compare import check_same_documents, compare_documents, document_costs, format_comparison
+from eval.domains import format_domains, parse_domains, read_domain, score_domains
 from eval.modes import EVAL_MODES, Scoring
 from eval.runs import Target, find_target, newest_run
+from eval.sliding import ScoreOptions
 from formats.recipe import config_fields, describe_fields, parse_overrides, with_values
 from train_gpt import (
     Config,
@@ -287,6 +290,25 @@ def score_two(args: Namespace, ranks_of) -> int:
     return 0
 
 
+def score_by_domain(args: Namespace, ranks_of) -> int:
+    """Score one artifact on files of text instead of the validation shards, a row a file."""
+    target = find_target(args.target or newest_run(), args.artifact)
+    ranks = ranks_of(target)
+    model, stored, _ = load_artifact(target.artifact, target.live, ranks.device)
+    cfg = with_values(stored, changed_settings(args), "command line")
+    check_config(cfg)
+    codec = load_codec(cfg.data.tokenizer_path, cfg.data.vocab_size, cfg.data.tokenizer_kind)
+    domains = [read_domain(name, path, codec) for name, path in parse_domains(args.domains).items()]
+    context_len = cfg.eval.context_len or cfg.data.seq_len
+    stride = 0 if cfg.eval.mode == "chunked" else cfg.eval.stride
+    options = ScoreOptions(codec.bos_id, cfg.run.val_batch_tokens // cfg.data.micro_batches, ranks.device)
+    rows = score_domains(domains, model, context_len, stride, options)
+    ranks.close()
+    if ranks.is_main:
+        print(json.dumps([row._asdict() for row in rows]) if args.json else format_domains(rows))
+    return 0
+
+
 def document_range(text: str) -> slice:
     """Read "A:B" or a count of documents."""
     low, colon, high = text.rpartition(":")
@@ -312,6 +334,7 @@ def build_parser() -> CommandParser:
     add("--artifact", type=Path, help="of a record folder that does not hold it")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="score two on the same documents")
     add("--breakdown", action="store_true", help="bits by context, document length and kind of byte")
+    add("--domains", nargs="+", metavar="NAME=FILE", help="score files of text, a row a file; no adaptation")
     add("--val", default="", help="glob of validation shards; default: those of the run")
     add("--documents", type=document_range, metavar="A:B|N", help="of the text, from 0; default: all")
     add("--tokenizer", help="tokenizer file; default: that of the run")
@@ -339,6 +362,8 @@ def main(argv: list[str] | None = None) -> int:
     def ranks_of(target: Target) -> KeepingRanks:
         return KeepingRanks(environment, target.live.run.device)
 
+    if args.domains:
+        return score_by_domain(args, ranks_of)
     return score_two(args, ranks_of) if args.compare else score_one(args, ranks_of)
 
 

@@ -442,3 +442,17 @@ def test_two_and_four_ranks_give_the_score_of_one(make_run, tmp_path, changes):
         rows = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
         events = [Event(row["kind"], row["lo"], row["hi"]) for row in rows if row["kind"] == "score"]
         assert coverage(sorted(events, key=lambda event: event.lo), score["num_tokens"]).verdict == "PASS"
+
+
+def test_domains_are_files_of_text_scored_a_row_each(make_run, tmp_path, capsys):
+    """System E's validation: the same artifact on several kinds of text, without shards of them."""
+    (tmp_path / "web.txt").write_text("\n\n".join(make_documents(4, seed=5)))
+    line = json.dumps({"question": "what is abc", "answer": "abc"})
+    (tmp_path / "sums.jsonl").write_text(f"{line}\n" * 3)
+    choices = [f"web={tmp_path}/web.txt", f"sums={tmp_path}/sums.jsonl"]
+    assert main([str(make_run("domains")), "--domains", *choices, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["domain"] for row in rows] == ["web", "sums"] and rows[1]["documents"] == 3
+    assert sum(row["surprise_ratio"] for row in rows) == pytest.approx(2.0)
+    with pytest.raises(UserError, match="NAME=FILE"):
+        main([str(make_run("domains2")), "--domains", "web"])

@@ -1,10 +1,6 @@
 """The published reference systems: the numbers that belong to model, optimizer and schedule."""
 
-import gzip
-import json
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +10,6 @@ from test_architecture import build_random, recipe, shape_of
 from data.codecs import load_codec
 from data.errors import UserError
 from data.prepare import Document, write_dataset
-from eval.domains import compare_domains
-from eval.domains import main as domains_main
 from formats.recipe import with_values
 from kernels.context import ContextRule, attend_compressed, visible_entries
 from train_gpt import (
@@ -512,28 +506,3 @@ def test_padding_behind_a_text_changes_no_loss_of_it(padding):
         short, long = (model(row[:, :-1], row[:, :-1] == -1)[0, :19] for row in (text, padded))
     plain, masked = (F.cross_entropy(logits, text[0, 1:]) for logits in (short, long))
     torch.testing.assert_close(plain, masked, atol=1e-5, rtol=0)
-
-
-@pytest.mark.reference("E17")
-def test_surprise_of_domains_averages_to_one():
-    """Perplexities against their mean; the overall loss weighs tokens."""
-    rows = compare_domains({"a": (1.0, 100), "b": (2.0, 300), "c": (3.0, 50)})
-    ratios = [rows[name].surprise for name in "abc"]
-    assert sum(ratios) / 3 == pytest.approx(1.0) and ratios == sorted(ratios)
-    assert rows["all"].loss == pytest.approx((100 + 600 + 150) / 450) and rows["b"].perplexity == math.exp(2)
-    with pytest.raises(UserError, match="NAME=FOLDER"):
-        domains_main(["run", "c4"])
-
-
-@pytest.mark.reference("E17")
-@pytest.mark.skipif(
-    "GOLF_CORPORA" not in os.environ, reason="GOLF_CORPORA does not name a folder of shared text"
-)
-def test_the_published_domains_have_their_counts():
-    """2,000 documents, 1,319 questions, 164 programs."""
-    folder = Path(os.environ["GOLF_CORPORA"])
-    questions = [json.loads(line) for line in (folder / "gsm8k_test.jsonl").read_text().splitlines()]
-    programs = gzip.decompress((folder / "HumanEval.jsonl.gz").read_bytes()).decode().splitlines()
-    assert len((folder / "c4_val.jsonl").read_bytes().splitlines()) == 2000
-    assert len(questions) == 1319 and set(questions[0]) == {"question", "answer"}
-    assert len(programs) == 164 and {"prompt", "canonical_solution"} <= set(json.loads(programs[0]))
