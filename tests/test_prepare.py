@@ -279,6 +279,18 @@ def test_parquet_without_pyarrow_is_an_error_that_says_what_to_install(tmp_path,
         list(read_documents([tmp_path / "a.parquet"]))
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytelevel", "caseops", "bese", "bytes"])
+def test_a_line_of_a_million_characters_is_a_document(kind, trained, lossless_model, tmp_path):
+    """Minified code and base64 have no spaces: no kind may take quadratic time or memory for them."""
+    line = ("aB1=" * 50 + "\u00e9" * 50) * 4000
+    source = tmp_path / "long.jsonl"
+    source.write_bytes(json_lines([line, "the other document"]))
+    tokenizer = str(trained.get(kind, lossless_model))
+    arguments = ["--tokenizer", tokenizer, "--input", str(source), "--val-docs", "1", "--num-threads", "1"]
+    main([*arguments, "--out", str(tmp_path / "long")])
+    assert read_manifest(tmp_path / "long")["val"]["token_bytes"] == len(line.encode()) == 1_200_000
+
+
 def test_zstd_files_with_a_long_window_are_read(tmp_path):
     """`zstd --long=31` asks for a window that the decoder refuses by default."""
     path = tmp_path / "long.jsonl.zst"
