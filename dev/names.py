@@ -20,6 +20,10 @@ PURE_DECORATORS = {
 # Decorators of kernels that are reached by the name of what they decorate; fakes and gradients hang on it.
 KERNEL_DECORATORS = {"custom_op", "triton_op"}
 
+# torch.library and Triton read argument annotations (schemas, tl.constexpr); singledispatch reads types.
+DISPATCHERS = {"singledispatch", "singledispatchmethod"}
+ANNOTATION_READERS = {"custom_op", "triton_op", "jit"} | DISPATCHERS
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
 Import = ast.Import | ast.ImportFrom
@@ -173,3 +177,45 @@ def last_name(decorator: ast.expr) -> str:
     """Give `c` for the decorators `@c`, `@a.b.c` and `@a.b.c(...)`."""
     target = decorator.func if isinstance(decorator, ast.Call) else decorator
     return ast.unparse(target).rpartition(".")[2]
+
+
+def drop_annotations(tree: ast.Module) -> None:
+    """Drop the annotations of functions where nothing reads them; a NamedTuple's become `int`."""
+    nodes = list(walk(tree))
+    readers = {
+        id(node): ANNOTATION_READERS & {last_name(one) for one in node.decorator_list}
+        for node in nodes
+        if isinstance(node, Function)
+    }
+    if any(read & DISPATCHERS for read in readers.values()):
+        return
+    reads_fields = {"__annotations__", "get_type_hints"} & {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in nodes
+        if isinstance(node, ast.Attribute | ast.Name)
+    }
+    for node in nodes:
+        if isinstance(node, Function) and not readers[id(node)]:
+            node.returns = None
+            for argument in (inner for inner in walk(node.args) if isinstance(inner, ast.arg)):
+                argument.annotation = None
+            _drop_variable_annotations(node)
+        elif isinstance(node, ast.ClassDef) and is_record(node) and not reads_fields:
+            for field in (one for one in node.body if isinstance(one, ast.AnnAssign)):
+                field.annotation = ast.copy_location(ast.Name("int", ast.Load()), field.annotation)
+
+
+def _drop_variable_annotations(node: Function) -> None:
+    """Turn `name: Type = value` in a function's blocks into `name = value`."""
+    for holder in (inner for inner in walk(node) if not isinstance(inner, ast.ClassDef)):
+        for block in ("body", "orelse", "finalbody"):
+            body = getattr(holder, block, None)
+            if isinstance(body, list):
+                body[:] = [_plain(one) for one in body]
+
+
+def _plain(node: ast.stmt) -> ast.stmt:
+    """Return an annotated assignment without its annotation."""
+    if not isinstance(node, ast.AnnAssign) or node.value is None:
+        return node
+    return ast.copy_location(ast.Assign([node.target], node.value), node)

@@ -31,6 +31,7 @@ from dev.names import (
     Import,
     bound_names,
     children,
+    drop_annotations,
     identifiers,
     last_name,
     needed_statements,
@@ -42,9 +43,6 @@ ENTRY = REPOSITORY / "train_gpt.py"
 METHODS = ("brotli", "lzma", "none")
 RECIPE_NAME = "PACKED_RECIPE"
 IMPORTS_LABEL = "third-party imports"
-# torch.library and Triton read argument annotations (schemas, tl.constexpr); singledispatch reads types.
-DISPATCHERS = {"singledispatch", "singledispatchmethod"}
-ANNOTATION_READERS = {"custom_op", "triton_op", "jit"} | DISPATCHERS
 ENTRY_POINT = "main"  # the one global name that keeps its spelling
 # The program is registered in linecache so that inspect.getsource (Triton, torch.compile) and traceback
 # find its lines; an entry without a modification time outlives linecache.checkcache. The file name holds
@@ -466,7 +464,7 @@ def minify(source: str) -> str:
     import python_minifier
 
     tree = ast.parse(source)
-    _drop_annotations(tree)
+    drop_annotations(tree)
     kernel_names = _triton_names(tree)
     reads_docstrings = _shorten_docstrings(tree)
     return python_minifier.minify(
@@ -484,21 +482,6 @@ def minify(source: str) -> str:
         preserve_globals=[ENTRY_POINT],
         hoist_literals=False,
     )
-
-
-def _drop_annotations(tree: ast.Module) -> None:
-    """Drop the annotations of functions where nothing reads them."""
-    functions = [node for node in walk(tree) if isinstance(node, Function)]
-    readers = {
-        id(node): ANNOTATION_READERS & {last_name(one) for one in node.decorator_list} for node in functions
-    }
-    if any(read & DISPATCHERS for read in readers.values()):
-        return
-    for node in functions:
-        if not readers[id(node)]:
-            node.returns = None
-            for argument in (inner for inner in walk(node.args) if isinstance(inner, ast.arg)):
-                argument.annotation = None
 
 
 def _triton_names(tree: ast.Module) -> set[str]:

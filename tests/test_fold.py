@@ -1,6 +1,7 @@
 """Folding: the packed program computes what the readable one does, with less of it."""
 
 import ast
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from data.errors import UserError
 from dev.fold import fold, fold_tree
-from dev.pack import pack, read_recipe, unwrap
+from dev.pack import bundle, pack, read_recipe, unwrap
 from formats.recipe import format_toml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,6 +212,35 @@ def half(a, b):
     ),
     (
         """
+TABLE = {'none': len, 'dense': [3], 'other': [4]}
+def main(cfg: Config):
+    return [TABLE[kind] for kind in ('dense', 'none')][0] + pick(cfg, cfg.model.kind)
+def pick(cfg, kind):
+    return TABLE[kind]
+""",
+        "'other'",
+        "'none': len",
+    ),
+    (
+        """
+def main(cfg: Config):
+    return [plus(cfg, cfg.model.seed, unread=cfg.model.kind), plus(cfg, 2)]
+def plus(cfg, number, unread=None):
+    return [cfg.model.width + number] if cfg else number
+""",
+        "unread",
+        "plus(2)",
+    ),
+    (
+        """
+def main(cfg: Config):
+    return isinstance(None, Config) or [cfg.model.seed]
+""",
+        "isinstance",
+        "[cfg.model.seed]",
+    ),
+    (
+        """
 def main(cfg: Config):
     return cfg.eval.stride
 def other(cfg: Config):
@@ -222,6 +253,31 @@ KEEP = other(Config())
 ]
 # Programs with a trap each for a careless folder.
 TRAPS = [
+    """
+TABLE = {'dense': 1, 'by': 2}
+def main(cfg: Config):
+    return [TABLE, TABLE['b' + 'y']]
+""",
+    """
+def main(cfg: Config):
+    return plus(*[cfg.model.seed, 2]), [f(1, 2) for f in (other,)], plus(1, 2)
+def plus(unread, number):
+    return number
+def other(unread, number):
+    return number
+""",
+    """
+class A:
+    def __init__(self, unread, number):
+        self.number = number
+        self.total = 0
+    def add(self):
+        self.total += self.number
+        return getattr(self, f'{"tot"}al')
+def main(cfg: Config):
+    made = A(print, cfg.model.seed)
+    return made.add(), made.add(), A(cfg.model, 2).number
+""",
     """
 def main(cfg: Config):
     x = cfg.model.seed
@@ -349,13 +405,43 @@ def test_folding_a_random_function_changes_neither_its_result_nor_its_effects(te
     )
 
 
-def test_a_value_that_the_program_would_refuse_stays_for_it_to_refuse():
-    """Bounds and choices go only where the recipe meets them."""
-    text = fold(
-        HEADER + "print(Config, PACKED_RECIPE)\n",
-        {"model": {"width": 0, "kind": "odd", "layers": [1], "wdth": 3}},
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"model": {"width": 0}}, r"model\.width=0 must lie in \[1, None\]"),
+        ({"model": {"kind": "odd"}}, r"model\.kind=odd must be one of none, dense"),
+        ({"model": {"width": "wide"}}, r"model\.width: expected int, found 'wide'"),
+        ({"model": {"wdth": 3}}, r"unknown field model\.wdth"),
+        ({"modle": {"width": 3}}, r"unknown section 'modle'"),
+    ],
+)
+def test_a_recipe_that_the_program_would_refuse_is_not_packed(recipe, message):
+    """Fixed fields are no fields any more: nothing would check them when the program runs."""
+    with pytest.raises(UserError, match=message):
+        fold(HEADER + "print(Config)\n", recipe)
+
+
+def test_the_packed_recipe_holds_every_fixed_field_and_the_classes_only_what_is_read():
+    """The artifact's header and the recipe's hash need all of them, the code does not."""
+    text = fold(HEADER + "print(Config().model.seed, PACKED_RECIPE)\n", RECIPE)
+    names = {"__name__": "folded"}
+    exec(text, names)
+    fixed = {"model": {"width": 12, "kind": "dense", "layers": [1, 2]}, "eval": {"stride": 4}}
+    assert names["PACKED_RECIPE"] == fixed
+    assert [one.name for one in dataclasses.fields(names["ModelConfig"])] == ["seed"]
+    assert "width = 12" not in text and "stride" not in text.replace(repr(fixed), "")
+
+
+def test_a_field_that_is_live_while_auto_folds_when_the_recipe_decides_it():
+    """A chosen attention backend need not ship beside eight others."""
+    source = HEADER.replace("live=True)\n@", 'live="auto")\n@').replace(
+        "int = option(3", 'str = option("auto"'
     )
-    assert "low=1" in text and "choices=('none', 'dense')" in text and "{'model': {'wdth': 3}}" in text
+    source += (
+        "def main(cfg: Config):\n    return [1] if cfg.model.seed == 'auto' else [2]\nR = main(Config())\n"
+    )
+    assert "cfg.model.seed ==" in fold(source, {})
+    assert "cfg.model.seed ==" not in fold(source, {"model": {"seed": "fa3"}})
 
 
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.parent.name)
@@ -412,6 +498,24 @@ def test_packed_and_readable_programs_train_and_score_alike_to_the_last_bit(
     assert results[0]["score"]["val_loss"] == results[1]["score"]["val_loss"]
     with pytest.raises(ValueError, match=r"model\.model_dim is fixed in this packed program"):
         packed["main"]([*free, "model.model_dim=64"])
+
+
+@pytest.mark.slow
+def test_a_packed_program_refuses_an_artifact_of_another_recipe():
+    """Its model is the recipe's: another one's weights must not be read as if they were its own."""
+    recipe = read_recipe(ROOT / "records/track_10min_16mb/2026-03-17_NaiveBaseline/recipe.toml")
+    names = {"__name__": "folded"}
+    exec(compile(fold(bundle(ROOT / "train_gpt.py", ROOT), recipe), "folded", "exec"), names)
+    fixed = names["PACKED_RECIPE"]
+    live = names["load_config"](None, {}, ["run.seed=7"])
+    assert names["read_recipe_of"]({"recipe": json.loads(json.dumps(fixed))}, live, Path("a.bin")) is live
+    other = fixed | {"model": fixed["model"] | {"num_layers": 8}}
+    with pytest.raises(UserError, match=r"a\.bin: made with another recipe"):
+        names["read_recipe_of"]({"recipe": other}, live, Path("a.bin"))
+    with pytest.raises(UserError, match=r"model\.num_layers is fixed in this packed program"):
+        names["load_config"](None, {}, ["model.num_layers=8"])
+    with pytest.raises(UserError, match=r"Did you mean run\.seed"):
+        names["load_config"](None, {}, ["run.sed=8"])
 
 
 def test_top_level_statements_keep_their_identity():

@@ -4,6 +4,7 @@ import ast
 import builtins
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -223,6 +224,20 @@ def test_registered_definitions_are_kept(project):
     assert {"register", "lonely"} <= set(definitions(bundle_of(project)))
 
 
+def test_a_kernel_that_nothing_calls_goes_with_its_fake_and_its_gradient(project):
+    """Registered operators weigh kilobytes; a recipe that attends otherwise ships none of them."""
+    code = (
+        "import torch\n\n\n@torch.library.custom_op('golf::f', mutates_args=())\ndef kernel(x: int) -> int:\n"
+        "    return x\n\n\n@kernel.register_fake\ndef _(x):\n    return x\n\n\n"
+        "kernel.register_autograd(len)\n"
+    )
+    change(project, "data/base.py", "LIMIT = 7\n", f"LIMIT = 7\n{code}")
+    change(project, "train_gpt.py", "import sys\n", "import sys\nimport torch\n")
+    assert "golf::f" not in bundle_of(project) and "register" not in bundle_of(project)
+    change(project, "data/base.py", "return json.dumps(", "kernel(1)\n    return json.dumps(")
+    assert all(text in bundle_of(project) for text in ("golf::f", "register_fake", "register_autograd"))
+
+
 def test_a_name_in_a_string_counts_as_used(project):
     change(project, "train_gpt.py", "    nothing()\n", '    nothing()\n    globals()["unused"]\n')
     assert "unused" in definitions(bundle_of(project))
@@ -343,11 +358,11 @@ def test_recipe_that_cannot_be_embedded_is_refused(text, recipe, message):
 def test_minify_keeps_what_programs_look_up_by_name(project):
     source = minify(bundle_of(project))
     for text in (
-        "num_layers:int=field(default=3,metadata={'env':'NUM_LAYERS'})",
-        "width:int=LIMIT",
-        "def main(",
+        r"num_layers:int=\w+\(default=3,metadata=\{'env':'NUM_LAYERS'\}\)",
+        r"width:int=\w+",
+        r"def main\(",
     ):
-        assert text in source
+        assert re.search(text, source)
     for text in ("Say it", "Divide by zero", "Two lines of help"):
         assert text not in source
 
@@ -359,8 +374,8 @@ def test_argument_annotations_ship_only_where_something_reads_them():
         text = minify(
             f"{plain}\n\n@{decorator}\ndef kernel(x: int, size: tl.constexpr) -> int:\n    return x\n"
         )
-        assert "size:tl.constexpr" in text
-        assert "amount:int)->int" in text
+        assert "size:tl.constexpr" in text and "x:int" in text
+        assert "amount:int" not in text
 
 
 def test_local_names_of_triton_kernels_stay():
@@ -411,8 +426,8 @@ def test_wrapped_program_runs_as_main_and_shows_its_source(project, method):
     assert 'shape {"width": 4}\n' in printed
     assert "recipe {'model': {'num_layers': 4}}\n" in printed
     assert "fields <class 'int'> {'env': 'NUM_LAYERS'}\n" in printed
-    assert "source def fail(amount_of_numbers):" in printed
-    assert "in fail\n    def fail(amount_of_numbers):return amount_of_numbers/0\n" in printed
+    assert re.search(r"source def (\w+)\(amount_of_numbers\):", printed)
+    assert re.search(r"in (\w+)\n    def \1\(amount_of_numbers\):return amount_of_numbers/0\n", printed)
 
 
 def test_packed_and_readable_programs_print_the_same(project):

@@ -20,7 +20,7 @@ from dev.fold.folder import Folder
 from dev.fold.learn import learn, learn_pure
 from dev.fold.params import drop_parameters
 from dev.fold.syntax import literal
-from dev.names import bound_names, needed_statements
+from dev.names import bound_names, drop_annotations, needed_statements
 
 MAX_ROUNDS = 50
 
@@ -60,5 +60,9 @@ def fold_tree(tree: ast.Module, recipe: dict) -> None:
         ast.fix_missing_locations(tree)
         text = ast.unparse(tree) + repr((program.attributes, program.params, sorted(program.pure)))
         if text == before:
-            return
+            break
         before = text
+    drop_annotations(tree)  # they were facts; what they alone name goes, too
+    tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
+    drop_imports(tree)
+    ast.fix_missing_locations(tree)
