@@ -37,6 +37,7 @@ from dev.names import (
     needed_statements,
     walk,
 )
+from dev.rename import make_positional
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRY = REPOSITORY / "train_gpt.py"
@@ -467,6 +468,7 @@ def minify(source: str) -> str:
     drop_annotations(tree)
     kernel_names = _triton_names(tree)
     reads_docstrings = _shorten_docstrings(tree)
+    make_positional(tree)
     return python_minifier.minify(
         ast.unparse(tree),
         remove_annotations=python_minifier.RemoveAnnotationsOptions(

@@ -378,6 +378,19 @@ def test_argument_annotations_ship_only_where_something_reads_them():
         assert "amount:int" not in text
 
 
+def test_parameters_shorten_unless_a_call_may_name_them():
+    """A keyword, a string for `**`, a field and a function handed to others keep their names."""
+    text = minify(
+        "class A:\n    def go(self, plain, named, spelled):\n        return plain + named + spelled\n"
+        "def lone(first_number, second_number):\n    return first_number - second_number\n"
+        "def given(first_number):\n    return first_number\n"
+        "print(A().go(1, named=2, **{'spelled': 3}), lone(5, 4), map(given, [1]))\n"
+    )
+    assert "plain" not in text and "second_number" not in text and text.count("first_number") == 2
+    assert "named" in text and "spelled" in text
+    exec(compile(text, "text", "exec"), {})
+
+
 def test_local_names_of_triton_kernels_stay():
     """A constexpr that is renamed by an assignment stops being a constexpr."""
     body = "    offsets = tl.arange(0, BLOCK_SIZE) + BLOCK_SIZE\n" * 9
