@@ -1,14 +1,18 @@
 """Fold what a recipe fixes: a branch that the recipe can never take is not shipped.
 
-`fold` writes the recipe into the defaults of the config classes, replaces what is thereby constant, takes
-the branches that constants decide and drops what nothing names any more, until nothing changes. What
-cannot be proved constant stays. Taken on trust, all of it house style:
+`fold` writes the recipe into the config classes, replaces what is thereby constant, takes the branches that
+constants decide and drops what nothing names any more, until nothing changes. What cannot be proved
+constant stays. PACKED_RECIPE becomes all that the recipe fixes; of these fields the classes keep, as
+constants, what the program still reads. Taken on trust, all of it house style:
 
 - A config class declares its fields with `option` (formats/recipe.py); a field that is not live has the
   recipe's value in every instance. A class that the program also makes with arguments of its own is left
   alone, and so is a field that it gives to `replace`.
 - An annotation that names a class of the program is true.
 - Reading a name or an attribute has no effect.
+- A table with an upper-case name never changes; the keys that look it up are spelled in the program.
+- A computed attribute name is spelled in a string, or matches the f-string given to getattr.
+- Nobody but the program calls its methods, but for the hooks of torch.nn.Module (dev/fold/drop.py).
 """
 
 import ast
