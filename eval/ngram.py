@@ -149,20 +149,10 @@ def build_table(
     return NgramTable(lengths, key_bits, keys, nexts[best][first].astype(NEXT_DTYPE))
 
 
-def planes(numbers: np.ndarray) -> bytes:
-    """Lay numbers out as all their first bytes, then all their second ones: the last are mostly zero."""
-    return numbers.view(np.uint8).reshape(-1, numbers.itemsize).T.tobytes()
-
-
-def from_planes(raw: bytes, dtype: np.dtype) -> np.ndarray:
-    """Undo `planes`."""
-    return np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T.copy().view(dtype).ravel()
-
-
 def write_table(table: NgramTable) -> dict[str, bytes]:
     """Lay a table out as named byte strings for the artifact; keys as differences, which compress."""
     steps = np.diff(table.keys, prepend=KEY_DTYPE.type(0))
-    return {"ngram keys": planes(steps), "ngram tokens": planes(table.tokens)}
+    return {"ngram keys": steps.tobytes(), "ngram tokens": table.tokens.tobytes()}
 
 
 def read_table(
@@ -175,7 +165,7 @@ def read_table(
             f"n-gram table: expected {KEY_DTYPE.itemsize} bytes of keys and {NEXT_DTYPE.itemsize} of tokens "
             f"an entry, found {len(keys)} and {len(nexts)}. The artifact is damaged; write it again."
         )
-    steps, tokens = from_planes(keys, KEY_DTYPE).astype(np.int64), from_planes(nexts, NEXT_DTYPE)
+    steps, tokens = np.frombuffer(keys, KEY_DTYPE).astype(np.int64), np.frombuffer(nexts, NEXT_DTYPE)
     key_bits, rising = key_bits_of(max_entries), steps.cumsum()
     if (steps[1:] <= 0).any() or (rising >= 1 << key_bits).any() or (tokens >= vocab_size).any():
         raise UserError(
