@@ -2083,9 +2083,12 @@ def read_recipe_of(header: dict, live: Config, path: Path) -> Config:
 
 def check_extent(cfg: Config, path: Path) -> None:
     """Refuse a recipe whose mere description would take long or overflow, before a module is made."""
-    sizes = {name: getattr(cfg.model, name) for name in vars(cfg.model) if name != "rope_base"}
-    sizes = {name: size for name, size in sizes.items() if isinstance(size, (int, float))}
-    name, size = max({**sizes, "vocab_size": cfg.data.vocab_size}.items(), key=lambda item: item[1])
+    names = [
+        name for name in config_fields(Config) if name.startswith("model.") and name != "model.rope_base"
+    ]
+    sizes = {name: config_value(cfg, name) for name in (*names, "data.vocab_size")}
+    name = max((name for name in sizes if isinstance(sizes[name], (int, float))), key=sizes.__getitem__)
+    size = sizes[name]
     visits = cfg.model.num_layers * max(1, cfg.model.recur_passes)
     if size > LARGEST_SIZE or visits > LARGEST_DEPTH:
         raise ArtifactError(
