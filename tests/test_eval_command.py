@@ -408,7 +408,7 @@ def test_packed_program_source_and_command_agree_offline_without_training_shards
     packed = run_python("-m", "dev.pack", "--recipe", folder / "recipe.toml", "--out", program)
     assert packed.returncode == 0, packed.stderr
     live = [f"data.data_path={data}", f"data.tokenizer_path={data / 'tokenizer.model'}"]
-    live += ["run.val_batch_tokens=512", "run.compile=off"]
+    live.append("run.val_batch_tokens=512")
     command = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     settings = ["--recipe", folder / "recipe.toml"]
     found = []
@@ -418,7 +418,8 @@ def test_packed_program_source_and_command_agree_offline_without_training_shards
         assert result.returncode == 0, result.stderr
         found.append(json.loads(result.stdout)["val_bpb"])
     arguments = [folder / "artifact.bin", "--val", data / "fineweb_val_*.bin", "--json"]
-    arguments += ["--tokenizer", data / "tokenizer.model", "--set", *live[2:]]
+    arguments += ["--tokenizer", data / "tokenizer.model", "--set", live[-1]]
+    arguments.append("run.compile=off")
     command = "runpy.run_module('eval', run_name='__main__', alter_sys=True)"
     result = run_python("-c", OFFLINE + command, *arguments)
     assert result.returncode == 0, result.stderr
