@@ -917,7 +917,7 @@ class CastLinear(nn.Linear):
     def __init__(self, in_dim: int, out_dim: int, bias: bool = False):
         super().__init__(in_dim, out_dim, bias=bias)
         self.adapter: nn.Module | None = None  # attached by eval/adaptive.py while it scores, else None
-        self.fp8: Fp8Gemm | None = None  # attached by attach_fp8: the product in training
+        self.fp8: Callable | None = None  # attached by attach_fp8: the product in training
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -2303,7 +2303,7 @@ class Training:
         """Name the parts whose state survives a step."""
         parts = {"model": self.model, "optimizers": self.optimizers, "loader": self.loader}
         parts |= {"average": self.average} if self.average else {}
-        return parts | {"fp8": self.fp8} if self.fp8 else parts
+        return parts | {"fp8": self.fp8} if self.cfg.model.fp8 != "off" else parts
 
     def state_dict(self) -> dict:
         state = {name: part.state_dict() for name, part in self.parts().items()}
@@ -2342,7 +2342,7 @@ class Training:
         """Change the weights with the accumulated gradients and count the step."""
         rates = step_rates(self.cfg, self.step, elapsed_ms)
         self.optimizers.step(rates)
-        if self.fp8 is not None:
+        if self.cfg.model.fp8 != "off":
             every = self.ranks.start_gather(self.fp8.seen[None].contiguous()).wait()
             self.fp8.roll(every.amax(0))
         self.step += 1
