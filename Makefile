@@ -4,7 +4,9 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU ?= cu130
-RECIPE ?= records/track_cpu/2026-11-21_BigramHash_GrowingBatch/recipe.toml
+RECIPE ?= records/track_cpu/2026-11-21_Sp2048_LoraScoring/recipe.toml
+VOCAB ?= 2048
+BUILTIN := data/datasets/builtin_sp$(VOCAB)
 SEEDS ?= 1337,42,2025
 TRACK ?= track_cpu
 AGAINST ?= $(wildcard $(RECORD)/baseline.json)
@@ -34,11 +36,11 @@ $(STAMP): requirements.txt requirements/dev.txt constraints/cpu.txt constraints/
 	VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) GPU=$(GPU) sh dev/setup.sh
 	@touch $@
 
-data: setup ## collect the built-in corpus, train its tokenizer, write token shards
-	$(PY) -m data.builtin --out data/datasets/builtin_sp1024
+data: setup ## collect the built-in corpus, train a tokenizer of VOCAB entries, write token shards
+	$(PY) -m data.builtin --vocab-size $(VOCAB) --out $(BUILTIN)
 
 doctor: data ## look for damage in the built-in corpus's shards
-	$(PY) -m data.doctor data/datasets/builtin_sp1024
+	$(PY) -m data.doctor $(BUILTIN)
 
 train: setup ## train RECIPE=... without the reload in a fresh process
 	$(PY) train_gpt.py --recipe $(RECIPE)
@@ -51,7 +53,7 @@ record: setup ## train RECIPE=... with SEEDS=..., score, audit, write a record; 
 		$(addprefix --against ,$(AGAINST)) $(addprefix --data ,$(DATA)) $(addprefix --name ,$(NAME))
 
 audit: setup ## check the record folder RECORD=... before it is submitted
-	$(PY) -m eval.audit $(RECORD) $(addprefix --against ,$(AGAINST))
+	$(PY) -m eval.audit $(RECORD) $(addprefix --against ,$(AGAINST)) $(addprefix --run ,$(wildcard $(RECORD)/train_gpt.py))
 
 lint: setup ## ruff: style, imports, formatting
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -59,5 +61,5 @@ lint: setup ## ruff: style, imports, formatting
 size: setup ## lines, source bytes and packed bytes of every section
 	$(PY) -m dev.size --recipe $(RECIPE)
 
-bench: setup ## speed of training step, scoring, packing and loading, against yardsticks
+bench: data ## speed of training step, scoring, packing and loading, against yardsticks
 	$(PY) -m dev.bench

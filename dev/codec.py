@@ -39,7 +39,9 @@ QUICK_RECIPE = "records/track_cpu/2026-11-21_SmallBatchMuon/recipe.toml"
 QUICK_SECONDS = 45
 QUICK = {
     "run.max_wallclock_seconds": QUICK_SECONDS, "run.val_loss_every": -1, "run.compile": "off",
-    "run.train_log_every": 0, "run.warmup_steps": 0,
+    "run.train_log_every": 0, "run.warmup_steps": 0, "data.vocab_size": 2048,
+    "data.data_path": "data/datasets/builtin_sp2048",  # what `make data` makes
+    "data.tokenizer_path": "data/datasets/builtin_sp2048/tokenizer.model",
 }  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def stable_config(log: RunLog) -> dict[str, str]:
     return {key: value for key, value in sorted(log.config.items()) if not VOLATILE.fullmatch(key)}
 
 
-def config_hash(log: RunLog) -> str:
+def settings_hash(log: RunLog) -> str:
     """Hash the stable configuration, 12 hexadecimal digits; "" for a log that states none."""
     stable = stable_config(log)
     return hashlib.sha256(repr(stable).encode()).hexdigest()[:12] if stable else ""

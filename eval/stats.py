@@ -18,7 +18,7 @@ import numpy as np
 
 from data.errors import CommandParser, UserError, run_command
 from data.shards import read_json
-from eval.logs import config_hash, headlines, parse_log, read_seed
+from eval.logs import headlines, parse_log, read_seed, settings_hash
 
 MARGIN_NATS = 0.005  # a token; the contest's README asks records to beat the last one by it
 ALPHA = 0.01  # the README's; the late leaderboard used 0.25 between neighbouring rows
@@ -220,7 +220,7 @@ def read_scores(paths: list[Path]) -> list[SeedScore]:
     parsed = [parse_log(str(file), file.read_text(encoding="utf-8", errors="replace")) for file in logs]
     lines = headlines(parsed)
     scores = [
-        SeedScore(log.name, log.seed, line.val_bpb, line.val_loss, config_hash(log), files[file])
+        SeedScore(log.name, log.seed, line.val_bpb, line.val_loss, settings_hash(log), files[file])
         for file, log in zip(logs, parsed)
         if (line := lines.get(log.name))
     ]

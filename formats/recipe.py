@@ -155,8 +155,13 @@ def recipe_of(config, live: bool = False) -> dict[str, dict]:
     return recipe
 
 
-def recipe_hash(recipe: dict[str, dict]) -> str:
+def config_hash(config) -> str:
     """Hash what a recipe fixes: equal for all seeds, machines and paths of one configuration."""
+    return recipe_hash(recipe_of(config))
+
+
+def recipe_hash(recipe: dict[str, dict]) -> str:
+    """Hash {section: {key: value}}."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from eval.audit.folder import ARTIFACTS, Case
 from eval.audit.program import external_commands, suspicions, third_party_imports
-from eval.logs import RunLog, ScoreLine, config_hash, headlines, read_seed, stable_config
+from eval.logs import RunLog, ScoreLine, headlines, read_seed, settings_hash, stable_config
 from eval.stats import (
     ALPHA,
     FRONTIER_ALPHA,
@@ -440,7 +440,7 @@ def _check_seeds(case: Case, scored: list[RunLog], notes: Notes) -> None:
 def _check_configs(case: Case, notes: Notes) -> None:
     """The logs behind the claim state one configuration."""
     claimed = [log for log in claimed_logs(case) if log.config]
-    hashes = {config_hash(log) for log in claimed}
+    hashes = {settings_hash(log) for log in claimed}
     if len(hashes) > 1:
         configs = [stable_config(log) for log in claimed]
         keys = sorted({key for config in configs for key in config if len({c.get(key) for c in configs}) > 1})
@@ -454,8 +454,10 @@ def _check_configs(case: Case, notes: Notes) -> None:
 def seed_scores(case: Case) -> dict[object, ScoreLine]:
     """Return seed -> headline over the logs with the configuration of a claimed one."""
     claimed = claimed_logs(case)
-    hashes = {config_hash(log) for log in claimed}
-    family = claimed + [log for log in case.logs if log.scores and log.config and config_hash(log) in hashes]
+    hashes = {settings_hash(log) for log in claimed}
+    family = claimed + [
+        log for log in case.logs if log.scores and log.config and settings_hash(log) in hashes
+    ]
     lines = headlines(family)
     return {log.name if log.seed is None else log.seed: lines[log.name] for log in reversed(family)}
 
