@@ -125,10 +125,10 @@ def test_emulated_training_stays_near_the_exact_and_resumes(tiny_config):
     losses = {}
     for fp8 in ("off", "emulate"):
         training = Training(with_values(tiny_config, values | {"model.fp8": fp8}, "test"), one_process(), 0)
-        stage = train_gpt.stages_of(training.cfg)[0]
+        (phase,) = train_gpt.phases_of(training.cfg)
         losses[fp8] = []
         for step in range(12):
-            losses[fp8].append(training.accumulate(stage, 1, lambda: False))
+            losses[fp8].append(training.accumulate(phase, lambda: False))
             training.update(0.0)
             if step == 7:
                 kept = map_leaves(training.state_dict(), torch.Tensor, torch.clone)
@@ -138,7 +138,7 @@ def test_emulated_training_stays_near_the_exact_and_resumes(tiny_config):
     training.load_state_dict(kept)
     again = []
     for _ in range(4):
-        again.append(training.accumulate(stage, 1, lambda: False))
+        again.append(training.accumulate(phase, lambda: False))
         training.update(0.0)
     assert again == losses["emulate"][8:]
     assert "fp8" in kept and not any("fp8" in name for name in training.model.state_dict())

@@ -6,6 +6,7 @@ from test_architecture import recipe
 
 from eval.budget import BudgetError, check_bytes, format_ledger
 from formats.recipe import with_values
+from quantizers.methods import grid_of
 from train_gpt import Config, make_gpt, match_rules, pack_model, quantize_model, tensor_table
 
 B, C = "reference_systems/B_bese288", "reference_systems/C_pr281"
@@ -21,8 +22,10 @@ def storages(cfg: Config) -> dict[str, str]:
     """Map every tensor to int6, int8, float16 (the rest, as published) by rule and size."""
     table = tensor_table(cfg)
     rules = match_rules(cfg, [row.name for row in table])
-    kinds = {"matrix": f"int{cfg.quant.matrix_bits}", "embed": f"int{cfg.quant.embed_bits}"}
-    return {row.name: kinds[rules[row.name].storage] if row.storage == "rows" else "float16" for row in table}
+    bits = {
+        row.name: grid_of(rules[row.name].storage, cfg.quant).bits for row in table if row.storage == "rows"
+    }
+    return {row.name: f"int{bits[row.name]}" if row.name in bits else "float16" for row in table}
 
 
 def payloads(cfg: Config) -> dict[str, int]:

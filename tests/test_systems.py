@@ -23,13 +23,11 @@ from train_gpt import (
     mean_loss,
     next_batch,
     open_loader,
-    quantized_names,
     rope_tables,
     rotate_interleaved,
     stage_at,
     stages_of,
     takes_snapshot,
-    tensor_table,
 )
 
 B = "reference_systems/B_bese288"
@@ -411,38 +409,6 @@ def test_double_precision_reaches_the_masters(tiny_config):
     model = make_gpt(cfg, torch.device("cpu"))
     assert {param.dtype for param in model.parameters()} == {torch.float64}
     assert math.isfinite(model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4).bool()).sum().item())
-
-
-def payload(cfg: Config) -> dict[str, int]:
-    """Bytes before compression by kind of storage, scales with codes, two bytes for all other weights."""
-    kinds, named = quantized_names(cfg), sizes(cfg)
-    found = {"matrix": 0, "embed": 0}
-    for row in tensor_table(cfg):
-        if row.name in kinds:
-            found[kinds[row.name]] += named[row.name] + 2 * row.shape[0]
-    return found | {"halves": 2 * sum(size for name, size in named.items() if name not in kinds)}
-
-
-@pytest.mark.reference("B12")
-@pytest.mark.reference("C7")
-@pytest.mark.parametrize(
-    "name, expected", [(B, (26_031_104, 414_272, 321_720)), (C, (26_031_104, 792_576, 182_450))]
-)
-def test_the_payload_before_compression_is_the_published_one(name, expected):
-    """int6 in bytes, int8, halves. Scalars are float32 here, two bytes each more than the original's."""
-    assert tuple(payload(recipe(name)).values()) == expected
-
-
-@pytest.mark.reference("C8")
-def test_system_c_stores_its_tensors_as_published():
-    """66 matrices in six bits, two tables in eight; the bigram projection is just small enough for halves."""
-    cfg = recipe(C)
-    storage = {row.name: row.storage for row in tensor_table(cfg)}
-    kinds = list(quantized_names(cfg).values())
-    assert (kinds.count("matrix"), kinds.count("embed")) == (66, 2) == (6 * 11, 2)
-    assert (cfg.quant.matrix_bits, cfg.quant.embed_bits, cfg.quant.scale_floor) == (6, 8, True)
-    assert storage["bigram.proj.weight"] == "float16" and sizes(cfg)["bigram.proj.weight"] == 65_536
-    assert set(storage.values()) == {"rows", "float16", "float32"}
 
 
 @pytest.mark.reference("B13")
