@@ -86,21 +86,46 @@ def identifiers(node: ast.AST, with_strings: bool = True) -> set[str]:
     With strings, those without spaces count with each identifier in them: globals()["name"] finds them.
     Modules share one namespace when packed, so an attribute never names a global.
     """
-    names: set[str] = set()
-    todo = [node]
-    while todo:
-        inner = todo.pop()
-        match inner:
-            case ast.Expr(value=ast.Constant()):
-                continue
-            case ast.Name():
-                names.add(inner.id)
-            case ast.Global() | ast.Nonlocal():
-                names.update(inner.names)
-            case ast.Constant(value=str(text)) if with_strings and " " not in text:
-                names.update(re.findall(r"[A-Za-z_]\w*", text))
-        todo += children(inner)
-    return names
+    texts = _texts(node) if with_strings else ()
+    return _free_names(node).union(*(re.findall(r"[A-Za-z_]\w*", text) for text in texts if " " not in text))
+
+
+def _texts(node: ast.AST) -> list[str]:
+    """List the strings below a node that are no docstrings."""
+    inner = list(walk(node))
+    docstrings = {id(one.value) for one in inner if isinstance(one, ast.Expr)}
+    constants = [one for one in inner if isinstance(one, ast.Constant) and id(one) not in docstrings]
+    return [one.value for one in constants if isinstance(one.value, str)]
+
+
+def _free_names(node: ast.AST) -> set[str]:
+    """Collect the names that code looks up outside the functions and comprehensions that bind them."""
+    match node:
+        case ast.Name():
+            return {node.id}
+        case ast.Global() | ast.Nonlocal():
+            return set(node.names)
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
+            body = node.body if isinstance(node.body, list) else [node.body]
+            return _names_of([one for one in children(node) if one not in body]) | (
+                _names_of(body) - _own_names(node, body)
+            )
+        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            targets = _names_of([one.target for one in node.generators])
+            return _names_of([node.generators[0].iter]) | (_names_of(children(node)) - targets)
+    return _names_of(children(node))
+
+
+def _names_of(nodes: list[ast.AST]) -> set[str]:
+    return set().union(*map(_free_names, nodes))
+
+
+def _own_names(node: Function | ast.Lambda, body: list[ast.AST]) -> set[str]:
+    """Name the parameters and locals of a function."""
+    own = {arg.arg for arg in walk(node.args) if isinstance(arg, ast.arg)}
+    own |= {name for one in body for name, _ in bound_names(one)}
+    declared = [one.names for one in walk(node) if isinstance(one, ast.Global | ast.Nonlocal)]
+    return own.difference(*declared)
 
 
 def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
