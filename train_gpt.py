@@ -1029,7 +1029,7 @@ class SelfAttention(nn.Module):
             self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.q_gain_init))
         if cfg.value_residual and layer > 0:
             self.value_mix = nn.Parameter(torch.zeros(()))
-        self.xsa = layer >= cfg.num_layers - cfg.xsa_last
+        self.xsa = cfg.xsa_last > 0 and layer >= cfg.num_layers - cfg.xsa_last
         self.window = cfg.attn_window if layer in cfg.window_layers else 0
         self.attn_gate = AttnGate(cfg) if cfg.attn_gate != "none" else None
 
@@ -1049,7 +1049,7 @@ class SelfAttention(nn.Module):
         """Return the output (B, T, D) and the values (B, T, G, K)."""
         q, k = self.queries_and_keys(x, shared)
         v = self.v(x)
-        if self.layer in shared.extra_values:
+        if self.cfg.value_embed_layers and self.layer in shared.extra_values:
             v = v + shared.extra_values[self.layer]
         v = v.unflatten(-1, (-1, self.head_dim))
         if self.cfg.value_residual and self.layer > 0:
@@ -1083,6 +1083,15 @@ class MLP(nn.Module):
             value, gate = h.chunk(2, dim=-1)
             return self.down(F.silu(gate) * value)
         return self.down(F.gelu(h) if self.kind == "gelu" else F.leaky_relu(h, self.slope).square())
+
+
+class Step(NamedTuple):
+    """One visit of a block in the forward pass."""
+
+    layer: int
+    push: bool = False  # keep the output for a later skip
+    pop: int | None = None  # row of skip_weights that scales the newest kept output, added before the block
+    kind: str = "serial"  # serial | gptj | two_lane
 
 
 class Lanes(NamedTuple):
@@ -1127,7 +1136,7 @@ class Block(nn.Module):
         y = self.mlp(normed)
         return self.mlp_scale.to(y.dtype) * y if self.cfg.channel_scales else y
 
-    def forward(self, lanes: Lanes, shared: Shared, kind: str) -> Lanes:
+    def forward(self, lanes: Lanes, shared: Shared, step: Step) -> Lanes:
         x = lanes.attn
         mixed = self.mix(x, shared.embedded)  # (B, T, D)
         normed = self.attn_norm(mixed) * self.norm_scale
@@ -1138,10 +1147,10 @@ class Block(nn.Module):
         first_value = None
         if self.cfg.value_residual:
             first_value = value if lanes.first_value is None else lanes.first_value
-        if kind == "serial":
+        if step.kind == "serial":
             x = mixed + attended
             return Lanes(x + self.fed(self.mlp_norm(x) * self.norm_scale), None, first_value)
-        if kind == "gptj":
+        if step.kind == "gptj":
             return Lanes(mixed + attended + self.fed(normed), None, first_value)
         mlp_lane = x if lanes.mlp is None else lanes.mlp
         fed = self.fed(self.mlp_norm(mlp_lane) * self.norm_scale)
@@ -1240,15 +1249,6 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         y = F.linear(x, weight.to(x.dtype))
         return y if self.adapter is None else y + self.adapter(x)
-
-
-class Step(NamedTuple):
-    """One visit of a block in the forward pass."""
-
-    layer: int
-    push: bool = False  # keep the output for a later skip
-    pop: int | None = None  # row of skip_weights that scales the newest kept output, added before the block
-    kind: str = "serial"  # serial | gptj | two_lane
 
 
 def visit_order(cfg: ModelConfig, passes: int) -> list[int]:
@@ -1444,12 +1444,14 @@ class GPT(nn.Module):
                 lanes = lanes._replace(attn=self.join_skip(lanes.attn, kept.pop(), step.pop))
             block = self.blocks[step.layer]
             if self.training and cfg.checkpoint_every and visit % cfg.checkpoint_every == 0:
-                lanes = checkpoint(block, lanes, shared, step.kind, use_reentrant=False)
+                lanes = checkpoint(block, lanes, shared, step, use_reentrant=False)
             else:
-                lanes = block(lanes, shared, step.kind)
+                lanes = block(lanes, shared, step)
             if step.push:
                 kept.append(lanes.attn)
-        return lanes.attn if lanes.mlp is None else (lanes.attn + lanes.mlp) / 2
+        if cfg.parallel == "two_lane" and lanes.mlp is not None:
+            return (lanes.attn + lanes.mlp) / 2
+        return lanes.attn
 
 
 def mean_loss(model: nn.Module, batch: Batch, passes: int | None = None) -> Tensor:
@@ -1550,6 +1552,7 @@ class Rule(NamedTuple):
 SCALAR = ("adamw", "scalar_lr", "scalar_weight_decay", "float32")
 TIED = ("adamw", "tied_embed_lr", "embed_weight_decay", "embed")
 UNTIED = ("adamw", "embed_lr", "embed_weight_decay", "embed")
+HEAD = ("adamw", "head_lr", "embed_weight_decay", "embed")
 PROJ = ("adamw", "scalar_lr", "scalar_weight_decay", "matrix")
 MATRIX = ("matrix", "matrix_lr", "matrix_weight_decay", "matrix")
 
@@ -1569,7 +1572,7 @@ PARAM_RULES = (
     Rule("*_norm.gain", *SCALAR, lambda cfg: cfg.model.norm != "rms"),
     Rule("embed.weight", *TIED, lambda cfg: cfg.model.tie_embeddings),
     Rule("embed.weight", *UNTIED, lambda cfg: not cfg.model.tie_embeddings),
-    Rule("head.weight", "adamw", "head_lr", *UNTIED[2:], lambda cfg: not cfg.model.tie_embeddings),
+    Rule("head.weight", *HEAD, lambda cfg: not cfg.model.tie_embeddings),
     Rule("embed_proj.weight", *PROJ, lambda cfg: cfg.model.embed_dim > 0),
     Rule("blocks.*.attn.[qkvo]*.weight", *MATRIX),
     Rule("blocks.*.mlp.*.weight", *MATRIX[:3], "mlp"),
@@ -1746,7 +1749,7 @@ def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
     themselves where there is none; so a run of N steps is N long either way.
     """
     schedule = cfg.schedule
-    if step < schedule.lr_warmup_iters:
+    if schedule.lr_warmup_iters > 0 and step < schedule.lr_warmup_iters:
         factor = step / schedule.lr_warmup_iters
     elif schedule.shape == "warmdown":
         factor = warmdown_mul(cfg, step, elapsed_ms)
@@ -1783,7 +1786,7 @@ def cosine_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
 
 def decay_mul(cfg: OptimConfig, progress: float) -> float:
     """Return the factor of the matrices' decay: 1, then linear to its end (contest pull request 1729)."""
-    if progress <= cfg.decay_taper_start:
+    if cfg.decay_taper_start >= 1.0 or progress <= cfg.decay_taper_start:
         return 1.0
     frac = min((progress - cfg.decay_taper_start) / (1.0 - cfg.decay_taper_start), 1.0)
     return 1.0 + frac * (cfg.decay_taper_end - 1.0)
@@ -2541,7 +2544,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
             f"stopping_early: wallclock_cap train_time:{training.train_ms:.0f}ms "
             f"step:{training.step}/{run.iterations}"
         )
-    if isinstance(training.average, Swa):
+    if cfg.average.swa_every > 0 and isinstance(training.average, Swa):
         log.line(f"swa_snapshots:{training.average.num_snapshots} (without any the last weights stay)")
     if training.average:
         training.average.apply()

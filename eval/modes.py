@@ -39,6 +39,7 @@ from eval.ngram import (
 from eval.sliding import Cost, Logits, ScaledCost, plain_cost, plan_windows
 
 AID_DTYPE = np.dtype("<f4")
+NOT_STORED = ": expected what it needs in the artifact, found nothing. Train with it or set it to 0 here."
 PLAIN_MODES = ("chunked", "sliding", "doc")
 EVAL_MODES = (*PLAIN_MODES, "sgd-ttt", "lora-ttt", "phased", "legacy_pre_eval")
 
@@ -124,19 +125,17 @@ def read_aids(streams: dict[str, bytes], settings, vocab_size: int) -> Aids:
 
 def scoring_cost(settings, tokens: np.ndarray, aids: Aids) -> Cost:
     """Build what charges the targets: the negative log softmax, scaled and tilted as the settings say."""
-    needs = {"tilt_static_entries": aids.table is None, "fit_scales": not aids.scales}
-    missing = [name for name, is_missing in needs.items() if getattr(settings, name) and is_missing]
-    if missing:
-        raise UserError(
-            f"eval.{missing[0]}: expected what it needs in the artifact, found nothing. Train with it or "
-            "set it to 0 here."
-        )
+    if settings.tilt_static_entries and aids.table is None:
+        raise UserError("eval.tilt_static_entries" + NOT_STORED)
+    if settings.fit_scales and not aids.scales:
+        raise UserError("eval.fit_scales" + NOT_STORED)
     tilts = []
     if settings.tilt_static_entries:
         tilts.append(static_tilt(aids.table, tokens, settings.tilt_static_strength, settings.tilt_legacy))
     if settings.tilt_online > 0:
         tilts.append(online_tilt(tokens, settings.tilt_online))
-    cost = join_tilts(*tilts) if tilts else plain_cost
+    is_tilted = settings.tilt_static_entries or settings.tilt_online > 0
+    cost = join_tilts(*tilts) if is_tilted else plain_cost
     return ScaledCost(*aids.scales, cost) if settings.fit_scales else cost
 
 

@@ -6,6 +6,7 @@ an Event: 1 wall_time (double), 2 step (int64), 3 file_version (string), 5 summa
 """
 
 import struct
+from functools import cache
 from pathlib import Path
 
 EVENTS_NAME = "events.out.tfevents.0"  # TensorBoard looks for "tfevents" in names
@@ -13,6 +14,7 @@ CRC_POLYNOMIAL = 0x82F63B78  # of CRC-32C, reflected
 MASK_DELTA = 0xA282EAD8
 
 
+@cache
 def crc_table() -> list[int]:
     """Return the remainder of each byte."""
     table = []
@@ -23,14 +25,11 @@ def crc_table() -> list[int]:
     return table
 
 
-CRC_TABLE = crc_table()
-
-
 def masked_crc(data: bytes) -> int:
     """Return the CRC-32C of bytes, rotated by 15 bits and shifted: checksums of checksums stay useful."""
-    crc = 0xFFFFFFFF
+    table, crc = crc_table(), 0xFFFFFFFF
     for byte in data:
-        crc = CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
+        crc = table[(crc ^ byte) & 255] ^ crc >> 8
     crc ^= 0xFFFFFFFF
     return (crc >> 15 | crc << 17) + MASK_DELTA & 0xFFFFFFFF
 

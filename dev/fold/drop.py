@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from dev.fold.facts import PACKED_RECIPE, Program
 from dev.fold.scopes import Scopes
 from dev.fold.syntax import constant_body, is_pure, local_values, matched
-from dev.names import Function, bound_names, last_name, walk
+from dev.names import Function, bound_names, children, last_name, walk
 
 MODULE_HOOKS = {"forward", "extra_repr", "train"}  # methods that torch.nn.Module calls
 
@@ -58,57 +58,101 @@ def _unpacks(node: ast.Assign) -> bool:
 
 
 def drop_members(tree: ast.Module) -> None:
-    """Drop methods that nothing names, and constants stored in attributes that nothing reads.
+    """Drop methods that nothing calls, and constants stored in attributes that nothing reads.
 
     Only in classes whose bases are of this program, NamedTuple or, for attributes, nn.Module: other
-    libraries call and read by name.
+    libraries call and read by name. What only dropped methods read goes with them.
     """
-    read = names_read(tree)
-    own = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    for node in own.values():
-        bases = {last_name(base) for base in node.bases}
-        if not bases <= {"NamedTuple", "Module"} or node.keywords:
-            continue
+    own = [one for one in tree.body if isinstance(one, ast.ClassDef) and not one.keywords]
+    own = [one for one in own if {last_name(base) for base in one.bases} <= {"NamedTuple", "Module"}]
+    waiting = [one for node in own for one in node.body if isinstance(one, Function)]
+    waiting = [one for one in waiting if not one.name.startswith("__")]
+    read = NamesRead(tree, {id(one) for one in waiting})
+    while found := [one for one in waiting if read.may_call(one)]:
+        waiting = [one for one in waiting if one not in found]
+        for one in found:
+            read.add(one)
+    dropped = {id(one) for one in waiting}
+    for node in own:
+        node.body = [one for one in node.body if id(one) not in dropped]
         for one in list(node.body):
-            is_function = isinstance(one, Function)
-            if is_function and not one.name.startswith("__") and one.name not in read:
-                node.body.remove(one)
-            elif is_function:
+            if isinstance(one, Function):
                 drop_stores(one, read)
             elif isinstance(one, ast.Assign) and _is_unread_constant(one, read):
                 node.body.remove(one)
         node.body = node.body or [ast.Pass()]
 
 
-class NamesRead(set):
-    """Attributes that a program may read; those of computed names by pattern."""
+class NamesRead:
+    """Attributes that a program may read: by name, by a string that spells them, by getattr of an f-string.
 
-    def __init__(self, names: set[str], patterns: set[str]):
-        super().__init__(names)
-        self.pattern = re.compile("|".join(patterns) or r"(?!)")
+    `left_out` holds the ids of functions that do not count.
+    """
+
+    def __init__(self, tree: ast.Module, left_out: set[int]):
+        self.calls: dict[str, list[ast.Call | None]] = {name: [None] for name in MODULE_HOOKS}
+        self.patterns: set[str] = set()
+        self.left_out = left_out
+        self.classes = {one.name for one in tree.body if isinstance(one, ast.ClassDef)}
+        for one in tree.body:
+            if (PACKED_RECIPE, "") not in bound_names(one):
+                self.add(one)
+
+    def add(self, statement: ast.stmt) -> None:
+        """Note what a statement reads."""
+        todo = [statement]
+        while todo:
+            node = todo.pop()
+            todo += [child for child in children(node) if id(child) not in self.left_out]
+            match node:
+                case ast.Call(func=ast.Attribute(attr=name) as func) if not self._is_class(func.value):
+                    self.calls.setdefault(name, []).append(node)
+                    todo.remove(func)
+                    todo.append(func.value)
+                case ast.Attribute(ctx=ast.Load() | ast.Del(), attr=name):
+                    self.note(name)
+                case ast.AugAssign(target=ast.Attribute(attr=name)):
+                    self.note(name)
+                case ast.Constant(value=str(text)) if " " not in text:
+                    for name in re.findall(r"[A-Za-z_]\w*", text):
+                        self.note(name)
+            match node:
+                case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.JoinedStr(values=parts), *_]):
+                    texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+                    self.patterns.add("".join(".*" if text is None else re.escape(text) for text in texts))
+                case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.BinOp(), *_]):
+                    self.patterns.add(".*")
+
+    def note(self, name: str) -> None:
+        """Note that a name is read in a way that tells nothing of its owner."""
+        self.calls.setdefault(name, []).append(None)
+
+    def _is_class(self, node: ast.expr) -> bool:
+        """Whether a method is looked up in its class: then the call also gives the object."""
+        return isinstance(node, ast.Name) and node.id in self.classes
 
     def __contains__(self, name: str) -> bool:
-        return super().__contains__(name) or self.pattern.fullmatch(name) is not None
+        return name in self.calls or any(re.fullmatch(one, name) for one in self.patterns)
+
+    def may_call(self, method: Function) -> bool:
+        """Whether some read of a method's name may mean this method: its arguments fit, if it is a call."""
+        if method.name in self and (method.decorator_list or method.name not in self.calls):
+            return True
+        return any(call is None or _fits(method.args, call) for call in self.calls.get(method.name, ()))
 
 
-def names_read(tree: ast.Module) -> NamesRead:
-    """Find the attributes that are read: by name, by a string that spells them, by getattr of an f-string."""
-    names, patterns = set(MODULE_HOOKS), set()
-    statements = [one for one in tree.body if (PACKED_RECIPE, "") not in bound_names(one)]
-    for node in (inner for one in statements for inner in walk(one)):
-        match node:
-            case ast.Attribute(ctx=ast.Load() | ast.Del(), attr=name):
-                names.add(name)
-            case ast.AugAssign(target=ast.Attribute(attr=name)):
-                names.add(name)
-            case ast.Constant(value=str(text)) if " " not in text:
-                names |= set(re.findall(r"[A-Za-z_]\w*", text))
-            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.JoinedStr(values=parts), *_]):
-                texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
-                patterns.add("".join(".*" if text is None else re.escape(text) for text in texts))
-            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.BinOp(), *_]):
-                patterns.add(".*")
-    return NamesRead(names, patterns)
+def _fits(arguments: ast.arguments, call: ast.Call) -> bool:
+    """Whether a method that is called on an object takes what a call gives."""
+    spread = any(isinstance(arg, ast.Starred) for arg in call.args)
+    if spread or arguments.vararg or arguments.kwarg or any(one.arg is None for one in call.keywords):
+        return True
+    names = [arg.arg for arg in [*arguments.posonlyargs, *arguments.args]][1:]
+    given = {*names[: len(call.args)], *(one.arg for one in call.keywords)}
+    needed = (
+        {*names[: len(names) - len(arguments.defaults)]} if len(names) > len(arguments.defaults) else set()
+    )
+    known = {*names, *(arg.arg for arg in arguments.kwonlyargs)}
+    return len(call.args) <= len(names) and needed <= given <= known
 
 
 def _is_unread_constant(node: ast.Assign, read: NamesRead) -> bool:
