@@ -101,6 +101,7 @@ from formats.codes import decode_codes, decode_halves, largest_halves, largest_s
 from formats.codes_encode import encode_codes, encode_halves
 from formats.events import EVENTS_NAME, append_scalars
 from formats.recipe import (
+    changed_recipe,
     check_ranges,
     config_fields,
     config_value,
@@ -134,7 +135,9 @@ from quantizers.grid import (
 )
 from quantizers.methods import METHODS, grid_of, quantize_matrices
 
-PACKED_RECIPE: dict | None = None  # dev/pack.py puts the recipe of a packed program here
+# dev/pack.py puts here what a packed program's recipe changes, and environment names of what it fixes.
+PACKED_RECIPE: dict | None = None
+PACKED_ENVIRONMENT = ""
 
 ARTIFACT_NAME, CHECKPOINT_NAME = "artifact.bin", "checkpoint.safetensors"
 TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "tiktoken", "bese")
@@ -477,7 +480,8 @@ def read_environment() -> Environment:
     """Read the environment: the one place that does."""
     layout = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
     numbers = {key: int(os.environ[env]) for key, env in layout.items() if env in os.environ}
-    return Environment(environment_values(Config, os.environ), **numbers)
+    fixed = {name: os.environ[name] for name in PACKED_ENVIRONMENT.split() if name in os.environ}
+    return Environment(environment_values(Config, os.environ) | fixed, **numbers)
 
 
 def load_config(recipe_path: str | None, environment: dict[str, str], overrides: list[str]) -> Config:
@@ -487,11 +491,13 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
     """
     changes = parse_overrides(overrides)
     if PACKED_RECIPE is not None:
-        fixed = [name for name in changes if name in flatten_recipe(PACKED_RECIPE, "packed recipe")]
-        if fixed:
-            raise UserError(
-                f"{fixed[0]} is fixed in this packed program. Change the recipe and pack it again."
-            )
+        free = config_fields(Config)
+        for name in (*environment, *changes):
+            if name not in free:
+                raise UserError(
+                    f"{name} is fixed in this packed program, or unknown. Free are {', '.join(free)}; for "
+                    "the rest change the recipe and pack it again."
+                )
     cfg = with_values(Config(), read_recipe(recipe_path), recipe_path) if recipe_path else Config()
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
@@ -500,12 +506,15 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
 
 
 def fixed_recipe(cfg: Config) -> dict[str, dict]:
-    """Return {section: {key: value}} of what a recipe fixes; a packed program has it as data."""
-    return recipe_of(cfg) if PACKED_RECIPE is None else PACKED_RECIPE
+    """Return {section: {key: value}} of what a recipe fixes to other values than the defaults.
+
+    A packed program has it as data.
+    """
+    return changed_recipe(cfg) if PACKED_RECIPE is None else PACKED_RECIPE
 
 
 def fixed_hash(cfg: Config) -> str:
-    """Hash what a recipe fixes."""
+    """Hash what a recipe changes; a packed program has it as data."""
     return recipe_hash(fixed_recipe(cfg))
 
 

@@ -155,14 +155,24 @@ def recipe_of(config, live: bool = False) -> dict[str, dict]:
     return recipe
 
 
-def config_hash(config) -> str:
-    """Hash what a recipe fixes: equal for all seeds, machines and paths of one configuration."""
-    return recipe_hash(recipe_of(config))
+def changed_recipe(config) -> dict[str, dict]:
+    """Return {section: {key: value}} of the fields that a recipe fixes to other values than the defaults."""
+    known = config_fields(config)
+    changed = {
+        section: {key: value for key, value in keys.items() if value != known[f"{section}.{key}"].default}
+        for section, keys in recipe_of(config).items()
+    }
+    return {section: keys for section, keys in changed.items() if keys}
 
 
 def recipe_hash(recipe: dict[str, dict]) -> str:
-    """Hash {section: {key: value}}."""
+    """Hash what a recipe changes: equal for all seeds, machines and paths of one configuration."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def config_hash(config) -> str:
+    """Hash what a config's recipe changes."""
+    return recipe_hash(changed_recipe(config))
 
 
 def format_toml(recipe: dict[str, dict]) -> str:

@@ -3,17 +3,18 @@
 import ast
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
-from fixtures_model import TINY
+from fixtures_model import TINY, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
 from data.errors import UserError
 from dev.fold import fold, fold_tree
-from dev.pack import bundle, pack, read_recipe, unwrap
+from dev.pack import bundle, pack, read_recipe
 from formats.recipe import format_toml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,7 @@ from collections.abc import Callable
 def option(default, env="", text="", *, live=False, low=None, high=None, choices=()):
     return field(default=default, metadata={"env": env, "live": live, "low": low, "choices": choices})
 PACKED_RECIPE = None
+PACKED_ENVIRONMENT = ""
 @dataclass(frozen=True)
 class ModelConfig:
     width: int = option(8, "WIDTH", "channels", low=1)
@@ -421,15 +423,20 @@ def test_a_recipe_that_the_program_would_refuse_is_not_packed(recipe, message):
         fold(HEADER + "print(Config)\n", recipe)
 
 
-def test_the_packed_recipe_holds_every_fixed_field_and_the_classes_only_what_is_read():
-    """The artifact's header and the recipe's hash need all of them, the code does not."""
+def test_the_packed_recipe_holds_every_changed_field_and_the_classes_only_what_is_read():
+    """The artifact's header and the recipe's hash need what is not the default, the code does not."""
     text = fold(HEADER + "print(Config().model.seed, PACKED_RECIPE)\n", RECIPE)
     names = {"__name__": "folded"}
     exec(text, names)
-    fixed = {"model": {"width": 12, "kind": "dense", "layers": [1, 2]}, "eval": {"stride": 4}}
+    fixed = {"model": {"width": 12, "kind": "dense", "layers": [1, 2]}}
     assert names["PACKED_RECIPE"] == fixed
     assert [one.name for one in dataclasses.fields(names["ModelConfig"])] == ["seed"]
-    assert "width = 12" not in text and "stride" not in text.replace(repr(fixed), "")
+    assert "width = 12" not in text and "stride" not in text
+
+
+def test_the_packed_program_knows_the_environment_names_of_what_its_recipe_fixes():
+    """Set, they must be an error: the program would run as if they were not."""
+    assert "print('WIDTH KIND')" in fold(HEADER + "print(PACKED_ENVIRONMENT)\n", RECIPE)
 
 
 def test_a_field_that_is_live_while_auto_folds_when_the_recipe_decides_it():
@@ -458,6 +465,8 @@ def tiny_recipe(request, tmp_path_factory):
     sizes |= {"eval.limit_text_bytes": 0}  # the time limit is for the whole text, here too
     sizes |= {"data.tokenizer_kind": "sentencepiece", "schedule.stages": [], "quant.reserve_seconds": 0}
     sizes |= {"quant.target_bytes": 0, "quant.calib_batches": 1}
+    sizes |= {"eval.lora_rank": 2, "eval.lora_chunk_tokens": 4, "eval.lora_batch_docs": 2}
+    sizes |= {"eval.lora_warm_lanes": 2, "eval.phase_docs": 4, "eval.sgd_chunk_tokens": 64}
     for name, value in sizes.items():
         section, key = name.split(".")
         recipe.setdefault(section, {})[key] = value
@@ -477,12 +486,12 @@ def test_packed_and_readable_programs_train_and_score_alike_to_the_last_bit(
     """The claim of packing, for every recipe in records/."""
     report = pack(tiny_recipe, tmp_path / "packed.py")
     assert report.folded_bytes < report.source_bytes
-    packed = {"__name__": "packed", "__file__": report.out}
-    exec(compile(unwrap(Path(report.out).read_bytes()), "packed", "exec"), packed)
     monkeypatch.setattr(train_gpt, "weigh_code", lambda folder: (0, ""))
     free = [f"data.data_path={tiny_data}", f"data.tokenizer_path={tiny_data}/tokenizer.model"]
     free += [f"run.out_dir={tmp_path}"]
-    packed["main"]([*free, "run.run_id=packed"])
+    # A process of its own: in one, both would register kernels by the same names, and one loses its own.
+    done = run_python(report.out, *free, "run.run_id=packed", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     train_gpt.main(["--recipe", str(tiny_recipe), *free, "run.run_id=readable"])
     losses = [
         [
@@ -496,26 +505,32 @@ def test_packed_and_readable_programs_train_and_score_alike_to_the_last_bit(
     for key in ("artifact_sha256", "config_hash"):
         assert results[0][key] == results[1][key]
     assert results[0]["score"]["val_loss"] == results[1]["score"]["val_loss"]
-    with pytest.raises(ValueError, match=r"model\.model_dim is fixed in this packed program"):
-        packed["main"]([*free, "model.model_dim=64"])
+    logs = [(tmp_path / name / "train.log").read_text() for name in ("packed", "readable")]
+    backends = [re.search(r"^attention_mode:.*", log, re.MULTILINE)[0] for log in logs]
+    assert backends[0] == backends[1]
 
 
 @pytest.mark.slow
-def test_a_packed_program_refuses_an_artifact_of_another_recipe():
+def test_a_packed_program_refuses_other_recipes_artifacts_fields_and_environment(monkeypatch):
     """Its model is the recipe's: another one's weights must not be read as if they were its own."""
     recipe = read_recipe(ROOT / "records/track_10min_16mb/2026-03-17_NaiveBaseline/recipe.toml")
     names = {"__name__": "folded"}
     exec(compile(fold(bundle(ROOT / "train_gpt.py", ROOT), recipe), "folded", "exec"), names)
     fixed = names["PACKED_RECIPE"]
-    live = names["load_config"](None, {}, ["run.seed=7"])
+    live = names["load_config"]({}, ["run.seed=7"])
     assert names["read_recipe_of"]({"recipe": json.loads(json.dumps(fixed))}, live, Path("a.bin")) is live
-    other = fixed | {"model": fixed["model"] | {"num_layers": 8}}
+    other = fixed | {"model": {"num_layers": 8}}
     with pytest.raises(UserError, match=r"a\.bin: made with another recipe"):
         names["read_recipe_of"]({"recipe": other}, live, Path("a.bin"))
     with pytest.raises(UserError, match=r"model\.num_layers is fixed in this packed program"):
-        names["load_config"](None, {}, ["model.num_layers=8"])
-    with pytest.raises(UserError, match=r"Did you mean run\.seed"):
-        names["load_config"](None, {}, ["run.sed=8"])
+        names["load_config"]({}, ["model.num_layers=8"])
+    with pytest.raises(UserError, match=r"run\.sed is fixed .* or unknown. Free are .*run\.seed"):
+        names["load_config"]({}, ["run.sed=8"])
+    with pytest.raises(UserError, match=r"MODEL_DIM is fixed in this packed program"):
+        names["load_config"]({"MODEL_DIM": "384"}, [])
+    monkeypatch.setenv("MODEL_DIM", "384")
+    assert names["read_environment"]().overrides["MODEL_DIM"] == "384"
+    assert not train_gpt.read_environment().overrides.keys() - {"model.model_dim"}
 
 
 def test_top_level_statements_keep_their_identity():

@@ -2,8 +2,9 @@
 
 `fold` writes the recipe into the config classes, replaces what is thereby constant, takes the branches that
 constants decide and drops what nothing names any more, until nothing changes. What cannot be proved
-constant stays. PACKED_RECIPE becomes all that the recipe fixes; of these fields the classes keep, as
-constants, what the program still reads. Taken on trust, all of it house style:
+constant stays. PACKED_RECIPE becomes all that the recipe changes, PACKED_ENVIRONMENT the environment names
+of all that it fixes; of these fields the classes keep, as constants, what the program still reads. Taken on
+trust, all of it house style:
 
 - A config class declares its fields with `option` (formats/recipe.py); a field that is not live has the
   recipe's value in every instance. A class that the program also makes with arguments of its own is left
@@ -19,7 +20,7 @@ import ast
 
 from dev.fold.bake import bake
 from dev.fold.drop import drop_entries, drop_imports, drop_members, drop_rows
-from dev.fold.facts import PACKED_RECIPE, Program
+from dev.fold.facts import PACKED_ENVIRONMENT, PACKED_RECIPE, Program
 from dev.fold.folder import Folder
 from dev.fold.learn import learn, learn_pure
 from dev.fold.params import drop_parameters
@@ -43,9 +44,11 @@ def fold_tree(tree: ast.Module, recipe: dict) -> None:
     )
     program.index()
     bake(program)
+    packed = {PACKED_RECIPE: program.recipe, PACKED_ENVIRONMENT: " ".join(program.environment)}
     for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and (PACKED_RECIPE, "") in bound_names(node):
-            node.value = literal(program.recipe)
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            for name in packed.keys() & {name for name, _ in bound_names(node)}:
+                node.value = literal(packed[name])
     program.index()
     learn_pure(program)
     before = ""

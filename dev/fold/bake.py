@@ -59,7 +59,7 @@ def _changes(program: Program) -> tuple[set[str], set[str]]:
 
 
 def bake_section(program: Program, section: str, key: str, replaced: set[str]) -> dict | None:
-    """Write a section's values into its class; returns those the recipe fixes, None if one stays open."""
+    """Write a section's values into its class; returns those it changes, None if one stays open."""
     values, fixed = program.recipe.get(key, {}), {}
     node = program.classes[section]
     for at, one in enumerate(node.body):
@@ -79,7 +79,8 @@ def bake_section(program: Program, section: str, key: str, replaced: set[str]) -
             program.configs[section][name] = value
             program.attributes[section, name] = Known(value)
             node.body[at] = ast.copy_location(ast.Assign([one.target], literal(value)), one)
-            if fixed is not None and "live" not in settings:
+            program.environment += [env.value for env in call.args[1:2] if env.value]
+            if fixed is not None and "live" not in settings and value != default.value:
                 fixed[name] = as_lists(value)
         elif settings.get("live"):
             one.value = _bare(call)

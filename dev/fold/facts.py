@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from dev.fold.syntax import named_values
 from dev.names import bound_names
 
-PACKED_RECIPE = "PACKED_RECIPE"  # holds what the recipe fixes
+PACKED_RECIPE = "PACKED_RECIPE"  # holds what the recipe changes
+PACKED_ENVIRONMENT = "PACKED_ENVIRONMENT"  # holds the environment names of what it fixes, by spaces
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Program:
 
     tree: ast.Module
     recipe: dict
+    environment: list[str] = field(default_factory=list)  # names of fields that the recipe fixes
     configs: dict[str, dict] = field(
         default_factory=dict
     )  # config class: {field: value, or class of section}
