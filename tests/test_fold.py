@@ -520,13 +520,13 @@ def test_a_packed_program_refuses_other_recipes_artifacts_fields_and_environment
     live = names["load_config"]({}, ["run.seed=7"])
     assert names["read_recipe_of"]({"recipe": json.loads(json.dumps(fixed))}, live, Path("a.bin")) is live
     other = fixed | {"model": {"num_layers": 8}}
-    with pytest.raises(UserError, match=r"a\.bin: made with another recipe"):
+    with pytest.raises(names["UserError"], match=r"a\.bin: made with another recipe"):
         names["read_recipe_of"]({"recipe": other}, live, Path("a.bin"))
-    with pytest.raises(UserError, match=r"model\.num_layers is fixed in this packed program"):
+    with pytest.raises(names["UserError"], match=r"model\.num_layers is fixed in this packed program"):
         names["load_config"]({}, ["model.num_layers=8"])
-    with pytest.raises(UserError, match=r"run\.sed is fixed .* or unknown. Free are .*run\.seed"):
+    with pytest.raises(names["UserError"], match=r"run\.sed is fixed .* or unknown. Free are .*run\.seed"):
         names["load_config"]({}, ["run.sed=8"])
-    with pytest.raises(UserError, match=r"MODEL_DIM is fixed in this packed program"):
+    with pytest.raises(names["UserError"], match=r"MODEL_DIM is fixed in this packed program"):
         names["load_config"]({"MODEL_DIM": "384"}, [])
     monkeypatch.setenv("MODEL_DIM", "384")
     assert names["read_environment"]().overrides["MODEL_DIM"] == "384"

@@ -47,7 +47,7 @@ class SentencePieceCodec:
         )
         self._pieces = [self._piece_bytes(i) for i in range(self.vocab_size)]
         self.lossless = len(self._byte_ids) == 256 and all(
-            self._join(sp.encode(text)) == text.encode() for text in LOSSLESS_PROBES
+            self._join(sp.encode(text, out_type=int)) == text.encode() for text in LOSSLESS_PROBES
         )
         self._written_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
         leading = [sp.id_to_piece(i).startswith(SPACE_SYMBOL) for i in range(self.vocab_size)]
