@@ -1983,7 +1983,8 @@ def quantize_model(
 ) -> dict[str, Quantized]:
     """Quantize every matrix as cfg.quant says; size_of weighs the code and the artifact of a result."""
     matrices = calibrated_matrices(model, cfg, moments)
-    return quantize_matrices(matrices, exported_grids(cfg), cfg.quant, size_of)
+    grids = exported_grids(cfg) if cfg.quant.method != "water_fill" else {}  # which makes its own
+    return quantize_matrices(matrices, grids, cfg.quant, size_of)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2022,10 +2023,11 @@ def artifact_parts(model: GPT, cfg: Config, quantized: dict[str, Quantized]) -> 
     """Sort what the tensors are stored as into the streams; refuses weights that are not finite."""
     params = dict(model.named_parameters())
     coded = dict(quantized)
-    for name in repaired_names(quantized):
+    repaired = repaired_names(quantized) if cfg.quant.repair_rank else ()
+    for name in repaired:
         coded |= {name + side: factor for side, factor in zip(REPAIR_SIDES, quantized[name].repair)}
     raw: dict[str, list[np.ndarray]] = {name: [] for name in STREAM_DTYPES}
-    for row in tensor_table(cfg, repaired_names(quantized)):
+    for row in tensor_table(cfg, repaired):
         if row.name in coded:
             codes, scales, columns, _ = coded[row.name]
             raw["codes"].append(codes.cpu().numpy())
@@ -2062,7 +2064,7 @@ def pack_model(
         streams["scales"] = encode_halves([part.ravel() for part in raw["scales"]])
     if cfg.eval.tilt_static_entries or cfg.eval.fit_scales:
         streams |= write_aids(model.aids)
-    table = tensor_table(cfg, repaired_names(quantized))
+    table = tensor_table(cfg, repaired_names(quantized) if cfg.quant.repair_rank else ())
     header = {"recipe": fixed_recipe(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": table}
     return pack_artifact(header, streams, stream_codec(cfg))
 
@@ -2155,7 +2157,8 @@ def read_tensors(streams: dict[str, Stream], table: tuple[TensorRow, ...], cfg: 
     for row, stream, shape in parts:
         tensors[row.name][stream] = torch.from_numpy(next(left[stream]).copy()).view(shape)
     found = {name: restore_tensor(**piece) for name, piece in tensors.items()}
-    for name in {name.rpartition("/")[0] for name in found} - {""}:
+    repaired = {name.rpartition("/")[0] for name in found} - {""} if cfg.quant.repair_rank else ()
+    for name in repaired:
         found[name] = found[name]._replace(repair=tuple(found.pop(name + side) for side in REPAIR_SIDES))
     return {
         name: dequantize(part) if isinstance(part, Quantized) else part.float()
@@ -2195,8 +2198,11 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
         raise ArtifactError(f"{path}: expected at most {LARGEST_FILE:,} bytes, found {size:,}.")
     header, streams = unpack_artifact(path.read_bytes(), path)
     cfg = read_recipe_of(header, live, path)
-    names = [str(row[0]) for row in header["tensors"] if isinstance(row, list) and row]
-    table = tensor_table(cfg, tuple(name for name in names if name + REPAIR_SIDES[0] in names))
+    repaired = ()
+    if cfg.quant.repair_rank:
+        names = [str(row[0]) for row in header["tensors"] if isinstance(row, list) and row]
+        repaired = tuple(name for name in names if name + REPAIR_SIDES[0] in names)
+    table = tensor_table(cfg, repaired)
     if header["tensors"] != [list(row) for row in table]:
         raise ArtifactError(f"{path}: the tensor table is not that of the recipe in it.")
     numel = sum(math.prod(row.shape) for row in table)
@@ -2317,7 +2323,7 @@ class Training:
         self.optimizers = Optimizers(self.model, cfg, ranks)
         self.average = new_average(self.model, cfg.average)
         self.loader = open_loader(cfg, bos_id)
-        self.grids = exported_grids(cfg)
+        self.grids = exported_grids(cfg) if cfg.quant.qat_start < 1 else {}
         plain = ranks.device.type == "cpu" and not cfg.model.asymmetric_softcap
         self.loss = mean_loss_in_blocks if plain else mean_loss
         self.fp8 = None if cfg.model.fp8 == "off" else attach_fp8(self.model, cfg.model, ranks.device)
@@ -2357,13 +2363,19 @@ class Training:
     def accumulate(self, phase: Phase, out_of_time: Callable[[], bool]) -> float | None:
         """Add up a step's gradients; returns the mean loss over ranks, or None when time ran out in it."""
         self.model.train()
+        if phase.qat:
+            with stored_weights(self.model, self.grids, self.cfg.quant.qat_sharpness):
+                return self.run_micro_steps(phase, out_of_time)
+        return self.run_micro_steps(phase, out_of_time)
+
+    def run_micro_steps(self, phase: Phase, out_of_time: Callable[[], bool]) -> float | None:
+        """Run a step's micro-batches of this rank."""
         total = torch.zeros((), device=self.ranks.device)
-        with stored_weights(self.model, self.grids if phase.qat else {}, self.cfg.quant.qat_sharpness):
-            for index in range(phase.stage.micro_batches // self.ranks.world_size):
-                if index > 0 and out_of_time():
-                    self.optimizers.zero_grad()
-                    return None
-                total += self.micro_step(phase, index)
+        for index in range(phase.stage.micro_batches // self.ranks.world_size):
+            if index > 0 and out_of_time():
+                self.optimizers.zero_grad()
+                return None
+            total += self.micro_step(phase, index)
         return float(self.ranks.sum(total).item()) / self.ranks.world_size
 
     def update(self, elapsed_ms: float) -> None:

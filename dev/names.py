@@ -87,7 +87,7 @@ def identifiers(node: ast.AST, with_strings: bool = True) -> set[str]:
     Modules share one namespace when packed, so an attribute never names a global.
     """
     texts = _texts(node) if with_strings else ()
-    return _free_names(node).union(*(re.findall(r"[A-Za-z_]\w*", text) for text in texts if " " not in text))
+    return free_names(node).union(*(re.findall(r"[A-Za-z_]\w*", text) for text in texts if " " not in text))
 
 
 def _texts(node: ast.AST) -> list[str]:
@@ -98,7 +98,7 @@ def _texts(node: ast.AST) -> list[str]:
     return [one.value for one in constants if isinstance(one.value, str)]
 
 
-def _free_names(node: ast.AST) -> set[str]:
+def free_names(node: ast.AST) -> set[str]:
     """Collect the names that code looks up outside the functions and comprehensions that bind them."""
     match node:
         case ast.Name():
@@ -117,7 +117,7 @@ def _free_names(node: ast.AST) -> set[str]:
 
 
 def _names_of(nodes: list[ast.AST]) -> set[str]:
-    return set().union(*map(_free_names, nodes))
+    return set().union(*map(free_names, nodes))
 
 
 def _own_names(node: Function | ast.Lambda, body: list[ast.AST]) -> set[str]:

@@ -20,7 +20,7 @@ from dev.fold.syntax import (
     matched,
     parameters,
 )
-from dev.names import PURE_DECORATORS, Function, bound_names, last_name, walk
+from dev.names import PURE_DECORATORS, Function, bound_names, free_names, last_name, walk
 
 LONGEST_LITERAL = 8  # characters that may replace a shorter name
 
@@ -321,7 +321,7 @@ class Folder(ast.NodeTransformer, Scopes):
     def means_here(self, table: ast.expr, node: ast.expr) -> bool:
         """Whether an entry of a table means here what it means in the table."""
         if isinstance(table, ast.Name) and self.is_global(table.id):
-            return all(self.is_global(child.id) for child in walk(node) if isinstance(child, ast.Name))
+            return all(map(self.is_global, free_names(node)))
         return self.is_stable(node)
 
     def is_stable(self, node: ast.expr) -> bool:
