@@ -133,7 +133,7 @@ def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
 
     `always` holds the indices of statements that stay whatever they are.
     """
-    own = {name for node in body for name, _ in bound_names(node)}
+    own = {name for node in body if not isinstance(node, Import) for name, _ in bound_names(node)}
     hooks = {"__init_subclass__", "__subclasses__"}
     kernels = {
         node.name

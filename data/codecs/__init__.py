@@ -32,7 +32,7 @@ def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") 
             f"{path}: no such tokenizer file. `make data` trains one on the built-in corpus; "
             "TOKENIZER_PATH or data.tokenizer_path names another."
         )
-    found = find_kind(path)
+    found = find_kind(path, kind)
     if kind and found != kind:
         raise UserError(f"{path}: expected a tokenizer of kind {kind}, found {found}. Choose another file.")
     codec = open_codec(path, kind or found)
@@ -44,10 +44,12 @@ def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") 
     return codec
 
 
-def find_kind(path: Path) -> str:
-    """Tell the kind of a tokenizer by the file's suffix and content."""
+def find_kind(path: Path, expected: str = "") -> str:
+    """Tell the kind of a tokenizer by the file's suffix and content; the suffix alone rules out a .model."""
     if path.suffix == ".model":
         return "caseops" if SentencePieceCodec(path).has_pieces(CASE_OPERATORS) else "sentencepiece"
+    if expected in ("sentencepiece", "caseops"):
+        return f"a {path.suffix} file"
     if path.suffix == ".tiktoken":
         return "tiktoken"
     if path.suffix != ".json":
