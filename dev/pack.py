@@ -531,7 +531,8 @@ def compress(data: bytes, method: str) -> bytes:
     if method == "brotli":
         import brotli
 
-        made = [brotli.compress(data, quality=11, lgwin=lgwin) for lgwin in (16, 18)]
+        sizes = ((16, 17), (17, 16), (18, 0))  # logarithms of window and block
+        made = [brotli.compress(data, quality=11, lgwin=window, lgblock=block) for window, block in sizes]
     else:
         preset = 9 | lzma.PRESET_EXTREME
         filters = [

@@ -252,9 +252,77 @@ KEEP = other(Config())
         "return 4",
         "cfg.eval.stride",
     ),
+    (  # a local of the name of a function is not that function
+        """
+def main(cfg: Config):
+    chunk = [cfg.model.seed]
+    return [item for item in chunk]
+def chunk():
+    return 1
+def item():
+    return 2
+""",
+        "def item",
+        "chunk = [",
+    ),
+    (  # text's encode takes no argument, the other one does; take is only called by what nothing calls
+        """
+class Codec:
+    def encode(self, text):
+        return self.take(text)
+    def take(self, text):
+        return self.encode(text)
+    def size(self, text):
+        return len(text.encode()) + len(text.encode(encoding='utf-8'))
+def main(cfg: Config):
+    return Codec().size(str(cfg.model.seed))
+""",
+        "take",
+        "def size",
+    ),
+    (  # a table's functions know their parameters
+        """
+RULES = {'dense': lambda x: x + 1, 'none': lambda x: x - 1}
+def main(cfg: Config):
+    return RULES[cfg.model.kind](cfg.model.seed)
+""",
+        "x - 1",
+        "x + 1",
+    ),
+    (
+        """
+import re
+WORD = re.compile('a')
+def main(cfg: Config):
+    return re.sub('b', 'c', 'abc') if cfg.model.seed else ''
+""",
+        "compile",
+        "re.sub",
+    ),
 ]
 # Programs with a trap each for a careless folder.
 TRAPS = [
+    """
+class Codec:
+    def encode(self, text, twice=False):
+        return text * 2 if twice else text
+    def grow(self):
+        return 1
+    def call(self):
+        return Codec.encode(self, 'a'), Codec.grow(self)
+def main(cfg: Config):
+    made = Codec()
+    return made.encode(text='b'), made.encode('c', twice=True), made.encode(*['d']), made.call()
+""",
+    """
+def item():
+    return 1
+def main(cfg: Config):
+    def inner():
+        item = 2
+        return item
+    return [inner(), item(), [one for one in [item]][0]()]
+""",
     """
 TABLE = {'dense': 1, 'by': 2}
 def main(cfg: Config):
