@@ -462,7 +462,7 @@ def stages_of(cfg: Config) -> list[Stage]:
     if not cfg.schedule.stages:
         return [Stage(0, data.seq_len, data.batch_tokens, data.micro_batches, 1.0, cfg.optim.grad_clip_norm)]
     for row in cfg.schedule.stages:
-        if not isinstance(row, tuple) or len(row) != len(Stage._fields):
+        if not isinstance(row, tuple) or len(row) != len(Stage._fields) or min(row[1:4]) < 1:
             raise UserError(f"schedule.stages: expected rows of {', '.join(Stage._fields)}, found {row}.")
     return [Stage(*row) for row in cfg.schedule.stages]
 

@@ -48,6 +48,7 @@ def test_an_unknown_field_names_the_nearest_known_one(name, near):
         ("model.num_layers=two", "expected int, found 'two'"),
         ("data.batch_tokens=1000", "must be a multiple of data.seq_len"),
         ("data.micro_batches=3", "must be a multiple of data.micro_batches=3"),
+        ("schedule.stages=0:16:0:0:1:0", "schedule.stages: expected rows of start"),
         ("quant.matrix_bits=9", "must be at most 8"),
         ("quant.codec=rar", "must be one of none, zlib, lzma, zstd"),
         ("eval.stride=0", "must be at least 1"),

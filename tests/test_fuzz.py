@@ -139,7 +139,7 @@ def damage_meaning(blob: bytes, dice: random.Random) -> bytes:
 def lie(blob: bytes, dice: random.Random) -> bytes:
     """Tell of another model: its tensor table, its lengths, streams that unpack to zeros of such lengths."""
     header, streams = take_apart(blob)
-    recipe = header["recipe"]
+    recipe = recipe_of(with_values(Config(), flatten_recipe(header["recipe"], "the truth"), "the truth"))
     for _ in range(dice.randint(1, 3)):
         section = recipe[dice.choice(["model", "model", "model", "quant", "data"])]
         section[dice.choice(sorted(section))] = dice.choice([*NUMBERS[:10], *LEAVES, *range(1, 40)])
