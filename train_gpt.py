@@ -521,7 +521,7 @@ def fixed_hash(cfg: Config) -> str:
 def whole_recipe(cfg: Config) -> dict[str, dict]:
     """Return {section: {key: value}} of all fields."""
     fixed, rest = fixed_recipe(cfg), recipe_of(cfg, live=True)
-    return {section: fixed.get(section, {}) | rest[section] for section in rest}
+    return {section: fixed.get(section, {}) | rest.get(section, {}) for section in {**rest, **fixed}}
 
 
 def layers_fit(cfg: Config, layers: tuple) -> bool:
@@ -741,6 +741,14 @@ class Ranks:
         """Most device memory held by the allocator; on a CPU the process's peak."""
         on_gpu = self.device.type == "cuda"
         return torch.cuda.max_memory_reserved(self.device) >> 20 if on_gpu else self.peak_memory_mib()
+
+
+class KeepingRanks(Ranks):
+    """Ranks that keep the last sum: after a scoring the costs of all targets, (N,) nats."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        self.kept = super().sum(tensor)
+        return self.kept
 
 
 class Clock:
@@ -2818,6 +2826,29 @@ def score_file(path: Path, live: Config, environment: Environment) -> None:
         print(json.dumps(score._asdict()))
 
 
+def open_scorer(path: str) -> tuple[dict, Callable[[list[int]], tuple[list[float], list]]]:
+    """Offer an artifact's scorer to an audit: facts, and tokens -> nats of each target, events.
+
+    eval/audit/inside.py asks for it as `scorer`, in the source and in every packed program.
+    """
+    live = load_config(None, read_environment().overrides, [])
+    ranks = KeepingRanks(Environment({}), "cpu")
+    model, cfg, header = load_artifact(path, live, ranks.device)
+    text = load_validation(cfg.data, "", header["tokenizer_sha256"])
+
+    def score(stream: list[int]) -> tuple[list[float], list]:
+        events: list[dict] = []
+        tokens = np.array(stream, dtype=text.tokens.dtype)
+        changed = ValidationText(tokens, np.ones(len(tokens) - 1, dtype=np.int64), *text[2:])
+        score_model(model, cfg, changed, ranks, Scoring(Reports(events.append)))
+        return ranks.kept.tolist(), [[event["kind"], event["lo"], event["hi"]] for event in events]
+
+    window = cfg.eval.context_len or cfg.data.seq_len
+    whole = 1 if cfg.eval.keep_tail else window
+    facts = {"vocab_size": cfg.data.vocab_size, "window": window, "stride": cfg.eval.stride, "whole": whole}
+    return facts, score
+
+
 def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
     """Say what a config means without data, training or memory: counts, plan, costs, schedule."""
     with torch.device("meta"):
@@ -2937,3 +2968,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     run_command(main)
+elif __name__ == "audited":
+    scorer = open_scorer

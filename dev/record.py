@@ -227,7 +227,7 @@ def differences(plan: Plan, seed: int) -> list[str]:
     if missing:
         return [f"{', '.join(missing)} missing"]
     result, expected = read_json(folder / "result.json"), settings(plan.cfg)
-    found = settings(with_values(Config(), read_recipe(folder / "recipe.toml"), str(folder)))
+    found = settings(with_values(plan.cfg, read_recipe(folder / "recipe.toml"), str(folder)))
     places = {name: config_value(plan.cfg, name) for name in PLACE_FIELDS if name.startswith("data.")}
     found |= {name: result["places"][name] for name in places} | {"run.seed": result["seed"]}
     expected |= places | {"run.seed": seed}

@@ -40,7 +40,7 @@ from eval.sliding import ScoreOptions
 from formats.recipe import config_fields, describe_fields, parse_overrides, with_values
 from train_gpt import (
     Config,
-    Ranks,
+    KeepingRanks,
     Score,
     ValidationText,
     check_config,
@@ -58,14 +58,6 @@ def say(text: str) -> None:
     """Write a line for people: standard error, so that --json leaves one object on standard output."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
-
-
-class KeepingRanks(Ranks):
-    """Ranks that keep the last sum: the costs of all targets, (N,) nats."""
-
-    def sum(self, tensor):
-        self.kept = super().sum(tensor)
-        return self.kept
 
 
 class ScoringProgress:

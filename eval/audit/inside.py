@@ -136,40 +136,6 @@ def redirect_reads(redirected: dict[str, str]) -> list[str]:
     return asked
 
 
-def harness_scorer(names: dict, artifact: str) -> tuple[dict, Callable]:
-    """Answer with the scorer of a program of this harness, source or packed."""
-    import numpy as np
-    import torch
-
-    given = names["read_environment"]().overrides
-    live = names["only_live"](names["with_values"](names["Config"](), given, "environment"))
-    model, cfg, header = names["load_artifact"](artifact, live, torch.device("cpu"))
-    text = names["load_validation"](cfg.data, "", header["tokenizer_sha256"])
-    ranks = names["Ranks"](names["Environment"]({}), "cpu")
-    kept: list[list[float]] = []
-    add = names["BpbMeter"].add
-
-    def add_and_keep(meter, nats, target_bytes) -> None:
-        kept.append(nats.tolist())
-        add(meter, nats, target_bytes)
-
-    names["BpbMeter"].add = add_and_keep
-
-    def score(stream: list[int]) -> tuple[list[float], list]:
-        kept.clear()
-        events: list[dict] = []
-        tokens = np.array(stream, dtype=text.tokens.dtype)
-        changed = text._replace(tokens=tokens, target_bytes=np.ones(len(tokens) - 1, dtype=np.int64))
-        scoring = names["Scoring"](names["Reports"](events.append))
-        names["score_model"](model, cfg, changed, ranks, scoring)
-        return kept[0], [[event["kind"], event["lo"], event["hi"]] for event in events]
-
-    window = cfg.eval.context_len or cfg.data.seq_len
-    whole = 1 if cfg.eval.keep_tail else window
-    facts = {"vocab_size": cfg.data.vocab_size, "window": window, "stride": cfg.eval.stride, "whole": whole}
-    return facts | {"protocol": "harness"}, score
-
-
 def plain_scorer(names: dict, artifact: str) -> tuple[dict, Callable]:
     """Answer with `load(path)` and `score(model, tokens, note)`, loading afresh for every stream."""
     import numpy as np
@@ -194,8 +160,9 @@ def serve(names: dict, job: dict) -> None:
     def say(answer: dict) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
-    if {"score_model", "BpbMeter", "load_artifact"} <= set(names):
-        facts, score = harness_scorer(names, job["artifact"])
+    if callable(names.get("scorer")):
+        facts, score = names["scorer"](job["artifact"])
+        facts["protocol"] = "harness"
     elif callable(names.get("load")) and callable(names.get("score")):
         facts, score = plain_scorer(names, job["artifact"])
     else:

@@ -30,6 +30,7 @@ from eval.logs import ScoreLine, headlines, parse_log
 
 NUM_TRAIN, NUM_TARGETS = 40_000, 2048  # targets: a multiple of every window in use
 TOY_VOCAB = 16
+BASELINE_VOCAB = 1024  # of a packed program whose recipe does not change it
 TEXT_FILES = {".txt", ".log", ".json", ".jsonl", ".toml", ".py", ".md", ".tsv", ".csv"}
 TOY_SETTINGS = {
     "NUM_LAYERS": "2", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "TRAIN_SEQ_LEN": "32",
@@ -121,13 +122,15 @@ def plan_run(box: Box, recipe: Path | None) -> Plan:
         settings = SETTINGS | TOY_SETTINGS | {"VOCAB_SIZE": str(TOY_VOCAB)}
         needs_shims = any("torch" in ast.unparse(tree) for tree in found.layers.values())
         return Plan(TOY_VOCAB, settings, [], Limits(seconds=240), needs_shims)
-    facts, argv = fields[0], ["run.compile=off"]
+    facts = fields[0]
+    argv = ["run.compile=off"] if "compile" in facts else []  # a recipe may have fixed it
     if recipe:
         argv = ["--recipe", str(box.add(recipe)), *argv]
         rows = tomllib.loads(recipe.read_text(encoding="utf-8"))
         facts |= {key: value for section in rows.values() for key, value in section.items()}
     is_free = facts["PACKED_RECIPE"] is None and not recipe  # the baseline: every field can be made small
-    vocab_size = TOY_VOCAB if is_free else facts["vocab_size"]
+    packed = (facts["PACKED_RECIPE"] or {}).get("data", {})
+    vocab_size = TOY_VOCAB if is_free else {"vocab_size": BASELINE_VOCAB, **facts, **packed}["vocab_size"]
     settings = SETTINGS | (TOY_SETTINGS | {"VOCAB_SIZE": str(vocab_size)} if is_free else {})
     if facts.get("reserve_seconds", 0):  # needs a clock; this one never ends
         settings["MAX_WALLCLOCK_SECONDS"] = "10000000"
