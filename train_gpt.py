@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.codecs import load_codec
+from data.codecs import TokenCodec, load_codec
 from data.errors import CommandParser, UserError, run_command
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import (
@@ -852,22 +852,32 @@ def read_sidecar(path: Path, num_tokens: int) -> np.ndarray:
     return sizes
 
 
+def tokenizer_of(cfg: DataConfig) -> TokenCodec:
+    """Open the tokenizer that a config names."""
+    return load_codec(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
+
+
+def check_tokenizer(cfg: DataConfig, codec: TokenCodec, expected_sha256: str) -> None:
+    """Refuse a tokenizer that is not the one which data or model were made with."""
+    if expected_sha256 != codec.digest:
+        raise UserError(
+            f"{cfg.tokenizer_path}: expected the tokenizer with sha256 {expected_sha256[:16]}, "
+            f"found {codec.digest[:16]}. Set TOKENIZER_PATH to it or make the data again."
+        )
+
+
 def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "") -> ValidationText:
     """Load all validation shards, or the chosen ones, with the byte count of every target.
 
     Refuses a byte total, or without a choice shards, that are not the manifest's. tokenizer_sha256 is that
     of the tokenizer which the model was trained with, where one is known.
     """
-    codec = load_codec(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
+    codec = tokenizer_of(cfg)
     pattern = chosen or str(Path(cfg.data_path) / VAL_GLOB)
     files = find_shards(pattern)
     manifest = read_manifest(files[0].parent) or {}
     made_with = tokenizer_sha256 or manifest.get("tokenizer", {}).get("sha256", codec.digest)
-    if made_with != codec.digest:
-        raise UserError(
-            f"{cfg.tokenizer_path}: expected the tokenizer with sha256 {made_with[:16]}, "
-            f"found {codec.digest[:16]}. Set TOKENIZER_PATH to it or make the data again."
-        )
+    check_tokenizer(cfg, codec, made_with)
     shards = [read_shard(path) for path in files]
     for path, shard in zip(files, shards):
         check_token_ids(shard, cfg.vocab_size, path)
@@ -2513,7 +2523,7 @@ def validate_now(training: Training, log: Log, validate: Callable[[], BpbMeter])
 def log_sample(training: Training, log: Log) -> None:
     """Draw text from a document's start and log it; the weights and their noise stay as they are."""
     cfg, model = training.cfg, training.model.eval()
-    codec = load_codec(cfg.data.tokenizer_path, cfg.data.vocab_size, cfg.data.tokenizer_kind)
+    codec = tokenizer_of(cfg.data)
     sampling = Sampling(cfg.watch.sample_tokens, seed=training.step)
     drawn = draw_tokens(last_logits(model, codec, cfg.data.seq_len), [codec.bos_id], sampling, codec.bos_id)
     log.line(f"sample: step:{training.step} text:{json.dumps(''.join(stream_text(codec, '', drawn)))}")

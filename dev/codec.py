@@ -18,6 +18,7 @@ from dev.trained import Trained, open_trained
 from formats.codes import decode_codes, decode_halves
 from formats.codes_encode import encode_codes, encode_halves
 from formats.recipe import read_recipe, with_values
+from quantizers.rate import entropy_bits
 from train_gpt import (
     Config,
     Log,
@@ -52,12 +53,6 @@ def train_quickly(ranks: Ranks, folder: Path) -> Trained:
     training = Training(cfg, ranks, text.bos_id)
     train(training, Log(folder, False), lambda: None)
     return Trained(training, text, folder)
-
-
-def entropy_bytes(codes: np.ndarray) -> float:
-    """Return n times the entropy of the codes' own histogram, in bytes; the histogram is free."""
-    counts = np.unique(codes, return_counts=True)[1]
-    return float((counts * np.log2(codes.size / counts)).sum()) / 8
 
 
 def lrzip(raw: bytes) -> bytes:
@@ -109,7 +104,8 @@ def measure_codec(target: Path | None, ranks: Ranks) -> dict:
     times.append(time.process_time())
     if not all(map(np.array_equal, codes, decoded)):
         raise UserError("expected the codes that were coded, found others: report this model.")
-    sizes = {"h0_bytes": round(sum(map(entropy_bytes, codes))), "ours_bytes": len(coded)}
+    h0_bytes = sum(entropy_bits(stored.codes) for stored in quantized.values()) / 8  # histograms are free
+    sizes = {"h0_bytes": round(h0_bytes), "ours_bytes": len(coded)}
     seconds = {"encode_s": times[1] - times[0], "decode_s": times[2] - times[1]}
     facts = {"model_sha256": hashlib.sha256(weights).hexdigest(), "weights": sum(map(np.size, codes))}
     return facts | sizes | weigh_others(codes) | seconds | {"scales_bytes": len(coded_scales)}

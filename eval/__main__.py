@@ -25,7 +25,6 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.codecs import load_codec
 from data.errors import CommandParser, UserError, run_command
 from data.shards import sha256_file
 from eval.adaptive import Reports, plan_documents
@@ -44,11 +43,13 @@ from train_gpt import (
     Score,
     ValidationText,
     check_config,
+    check_tokenizer,
     load_artifact,
     load_validation,
     read_environment,
     score_model,
     scoring_limit,
+    tokenizer_of,
 )
 
 CONTEST_DOCUMENTS = 50_000
@@ -219,12 +220,6 @@ def facts_of(scored: Scored, target: Target) -> dict:
     return scored.score._asdict() | facts
 
 
-def codec_of(scored: Scored):
-    """Load the tokenizer of a scored text."""
-    data = scored.cfg.data
-    return load_codec(data.tokenizer_path, data.vocab_size, data.tokenizer_kind)
-
-
 def score_one(args: Namespace, ranks_of) -> int:
     """Score one artifact; returns 1 when its recorded score is not reproduced."""
     target = find_target(args.target or newest_run(), args.artifact)
@@ -241,7 +236,7 @@ def score_one(args: Namespace, ranks_of) -> int:
     if args.breakdown:
         costs = cost_of(scored.nats, scored.text.target_bytes)
         window = (score.mode, score.context_len, score.stride)
-        tables = break_down(costs, scored.tokens, codec_of(scored), window)
+        tables = break_down(costs, scored.tokens, tokenizer_of(scored.cfg.data), window)
     if args.json:
         facts = facts_of(scored, target) | {"difference": difference, "breakdown": as_facts(tables)}
         facts |= {"ledgers": [dict(zip(("title", "parts", "limit", "unit"), row)) for row in accounts]}
@@ -268,7 +263,7 @@ def score_two(args: Namespace, ranks_of) -> int:
     ranks.close()
     if not ranks.is_main:
         return 0
-    codecs = [codec_of(side) for side in sides]
+    codecs = [tokenizer_of(side.cfg.data) for side in sides]
     costs = [
         document_costs(side.nats, side.text.target_bytes, side.tokens, side.text.bos_id) for side in sides
     ]
@@ -286,10 +281,11 @@ def score_by_domain(args: Namespace, ranks_of) -> int:
     """Score one artifact on files of text instead of the validation shards, a row a file."""
     target = find_target(args.target or newest_run(), args.artifact)
     ranks = ranks_of(target)
-    model, stored, _ = load_artifact(target.artifact, target.live, ranks.device)
+    model, stored, header = load_artifact(target.artifact, target.live, ranks.device)
     cfg = with_values(stored, changed_settings(args), "command line")
     check_config(cfg)
-    codec = load_codec(cfg.data.tokenizer_path, cfg.data.vocab_size, cfg.data.tokenizer_kind)
+    codec = tokenizer_of(cfg.data)
+    check_tokenizer(cfg.data, codec, header["tokenizer_sha256"])
     domains = [read_domain(name, path, codec) for name, path in parse_domains(args.domains).items()]
     context_len = cfg.eval.context_len or cfg.data.seq_len
     stride = 0 if cfg.eval.mode == "chunked" else cfg.eval.stride

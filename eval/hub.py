@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.codecs import load_codec
 from data.download import first_line
 from data.errors import CommandParser, UserError, run_command
 from data.shards import atomic_file, read_json, write_json
@@ -47,6 +46,7 @@ from train_gpt import (
     read_environment,
     run_progress,
     stage_at,
+    tokenizer_of,
 )
 
 CONFIG_NAME, WEIGHTS_NAME, STATS_NAME = "config.json", "model.safetensors", "stats.json"
@@ -195,7 +195,7 @@ def codec_of(loaded: Loaded):
             f"{data.vocab_size} entries, found no such file. Name it: load(..., tokenizer=FILE) or "
             "--tokenizer FILE."
         )
-    codec = load_codec(data.tokenizer_path, data.vocab_size, data.tokenizer_kind)
+    codec = tokenizer_of(data)
     if loaded.tokenizer_sha256 not in ("", codec.digest):
         raise UserError(
             f"{data.tokenizer_path}: expected the tokenizer with sha256 {loaded.tokenizer_sha256[:16]}, "
