@@ -445,7 +445,7 @@ def test_two_and_four_ranks_give_the_score_of_one(make_run, tmp_path, changes):
         assert coverage(sorted(events, key=lambda event: event.lo), score["num_tokens"]).verdict == "PASS"
 
 
-def test_domains_are_files_of_text_scored_a_row_each(make_run, tmp_path, capsys):
+def test_domains_are_files_of_text_scored_a_row_each(make_run, tiny_data, tmp_path, capsys):
     """System E's validation: the same artifact on several kinds of text, without shards of them."""
     (tmp_path / "web.txt").write_text("\n\n".join(make_documents(4, seed=5)))
     line = json.dumps({"question": "what is abc", "answer": "abc"})
@@ -457,3 +457,7 @@ def test_domains_are_files_of_text_scored_a_row_each(make_run, tmp_path, capsys)
     assert sum(row["surprise_ratio"] for row in rows) == pytest.approx(2.0)
     with pytest.raises(UserError, match="NAME=FILE"):
         main([str(make_run("domains2")), "--domains", "web"])
+    other = tmp_path / "other.model"
+    other.write_bytes((tiny_data / "tokenizer.model").read_bytes() + b"\x1a\x00")
+    with pytest.raises(UserError, match="expected the tokenizer with sha256"):
+        main([str(make_run("domains3")), "--tokenizer", str(other), "--domains", *choices])

@@ -15,6 +15,16 @@ from formats.state import read_state
 from train_gpt import CHECKPOINT_NAME, Config, Environment
 
 REASON = "not applicable: "
+# Those that the systems B and C share: they are of one stack.
+GOLF_KEYS = """
+    vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings
+    tied_embed_init_std rope_base rope_train_seq_len qk_gain_init logit_softcap
+    bigram_vocab_size bigram_dim smear_gate unet_skips train_seq_len train_batch_tokens
+    matrix_lr tied_embed_lr scalar_lr muon_wd adam_wd muon_momentum muon_momentum_warmup_start
+    muon_momentum_warmup_steps muon_backend_steps beta1 beta2 adam_eps grad_clip_norm
+    warmdown_iters iterations max_wallclock_seconds warmup_steps seed data_path tokenizer_path
+    int6_clip int8_clip_quantile float16_passthrough_numel scale_floor compressor eval_stride
+"""
 # The keys of the published configurations, kept apart from the tables that answer them.
 ORIGINAL_KEYS = {
     "A": """
@@ -23,14 +33,8 @@ ORIGINAL_KEYS = {
         dtype rms_eps chunks batch_size peak_lr min_lr warmup_fraction schedule b1 b2 eps
         weight_decay total_tokens tokenizer eos_token prompt repo generation_max_len opt_state
     """,
-    "B": """
-        vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings
-        tied_embed_init_std rope_base rope_train_seq_len qk_gain_init logit_softcap
-        bigram_vocab_size bigram_dim smear_gate unet_skips train_seq_len train_batch_tokens
-        matrix_lr tied_embed_lr scalar_lr muon_wd adam_wd muon_momentum muon_momentum_warmup_start
-        muon_momentum_warmup_steps muon_backend_steps beta1 beta2 adam_eps grad_clip_norm
-        warmdown_iters iterations max_wallclock_seconds warmup_steps seed data_path tokenizer_path
-        int6_clip int8_clip_quantile float16_passthrough_numel scale_floor compressor eval_stride
+    "B": GOLF_KEYS
+    + """
         eval_seq_len val_loss_every train_log_every val_batch_size tokenizer_type num_merges
         filter_min_words filter_min_type_token_ratio filter_max_boilerplate difficulty_sort max_docs
         rope_dims xsa_last_n leaky_slope ln_scale ve_layers ve_dim value_residual
@@ -38,14 +42,8 @@ ORIGINAL_KEYS = {
         swa_enabled swa_every late_qat_threshold ngram_order ngram_beta ngram_alignment
         over_count_tail
     """,
-    "C": """
-        vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings
-        tied_embed_init_std rope_base rope_train_seq_len qk_gain_init logit_softcap
-        bigram_vocab_size bigram_dim smear_gate unet_skips train_seq_len train_batch_tokens
-        matrix_lr tied_embed_lr scalar_lr muon_wd adam_wd muon_momentum muon_momentum_warmup_start
-        muon_momentum_warmup_steps muon_backend_steps beta1 beta2 adam_eps grad_clip_norm
-        warmdown_iters iterations max_wallclock_seconds warmup_steps seed data_path tokenizer_path
-        int6_clip int8_clip_quantile float16_passthrough_numel scale_floor compressor eval_stride
+    "C": GOLF_KEYS
+    + """
         eval_seq_len val_loss_every train_log_every val_batch_size bigram_init_scale swa_enabled
         swa_every swa_start_frac attention_backend sdp_flags ttt_mode ttt_lr ttt_momentum ttt_epochs
         ttt_freeze_blocks ttt_batch_seqs ttt_grad_clip ttt_chunk_tokens qat_enabled tokenizer_type
