@@ -92,13 +92,10 @@ from formats.artifact import (
     STREAM_CODECS,
     ArtifactError,
     Stream,
-    decompress,
     pack_artifact,
+    read_artifact,
     require_codec,
-    unpack_artifact,
 )
-from formats.codes import decode_codes, decode_halves, largest_halves, largest_stream
-from formats.codes_encode import encode_codes, encode_halves
 from formats.events import EVENTS_NAME, append_scalars
 from formats.recipe import (
     changed_recipe,
@@ -129,11 +126,22 @@ from quantizers.grid import (
     Grid,
     Quantized,
     check_weight,
-    dequantize,
     fake_quantize,
     quantize,
 )
 from quantizers.methods import METHODS, grid_of, quantize_matrices
+from quantizers.storage import (
+    TensorRow,
+    check_numel,
+    estimate_bytes,
+    frame_codec,
+    pack_tensors,
+    repair_rows,
+    repaired_names,
+    take_streams,
+    unpack_tensors,
+    with_factors,
+)
 
 # dev/pack.py puts here what a packed program's recipe changes, and environment names of what it fixes.
 PACKED_RECIPE: dict | None = None
@@ -1911,20 +1919,9 @@ def takes_snapshot(cfg: AverageConfig, steps_done: int, lr_mul: float) -> bool:
 # quantizers/ turns one matrix into codes; here is which matrices, with what statistics, into how many bytes.
 
 
-class TensorRow(NamedTuple):
-    """A row of the artifact's tensor table."""
-
-    name: str
-    shape: list[int]
-    storage: str  # rows (codes and scales) | steps (column steps too) | float16 | float32
-
-
 @lru_cache(maxsize=2)  # a byte target packs one recipe many times
 def tensor_table(cfg: Config, repaired: tuple[str, ...] = ()) -> tuple[TensorRow, ...]:
-    """List the tensors that a recipe's model has, without making them.
-
-    A repaired matrix is followed by its two factors, NAME/left (rank, rows) and NAME/right (rank, cols).
-    """
+    """List the tensors that a recipe's model has, and factors after repaired ones, without making them."""
     with torch.device("meta"):
         named = list(GPT(cfg.model, cfg.data.vocab_size).named_parameters())
     rules, quant = match_rules(cfg, [name for name, _ in named]), cfg.quant
@@ -1937,9 +1934,7 @@ def tensor_table(cfg: Config, repaired: tuple[str, ...] = ()) -> tuple[TensorRow
         storage = "float32" if rules[name].storage == "float32" else quantized
         rows.append(TensorRow(name, list(param.shape), storage))
         if name in repaired and storage == coded and quant.repair_rank:
-            rank = min(quant.repair_rank, *param.shape)
-            sides = zip(REPAIR_SIDES, param.shape)
-            rows += [TensorRow(name + side, [rank, size], "rows") for side, size in sides]
+            rows += repair_rows(rows[-1], quant.repair_rank)
     return tuple(rows)
 
 
@@ -2008,83 +2003,30 @@ def quantize_model(
 # ----------------------------------------------------------------------------------------------------------
 # 10 artifact
 # ----------------------------------------------------------------------------------------------------------
-# formats/artifact.py owns the file; here is what goes into it: the recipe, the tokenizer's sha256, a table of
-# tensors in parameter order, and their codes, scales, column steps, halves and floats as a stream each.
+# formats/artifact.py owns the file, quantizers/storage.py the streams of its tensors; here is what goes into
+# it: what the recipe changes, the tokenizer's sha256, the tensors in parameter order, the scorer's aids.
 
-REPAIR_SIDES = ("/left", "/right")  # names of a repaired matrix's factors, after its own
 # What an artifact may ask for: far beyond any model of the contest, little enough to be refused in a second.
 LARGEST_SIZE, LARGEST_DEPTH = 1 << 20, 256
-LARGEST_FILE = 1 << 30
-# Elements that a file of so many bytes may hold: a lane of rANS, 4 bytes, codes 16,384 equal weights.
-LARGEST_NUMEL, NUMEL_A_BYTE = 1 << 24, 4096
-
-# Raw streams, in file order, and the numpy dtype of their elements.
-STREAM_DTYPES = {
-    "codes": np.dtype("i1"),
-    "scales": np.dtype("<f2"),
-    "columns": np.dtype("i1"),
-    "halves": np.dtype("<f2"),
-    "floats": np.dtype("<f4"),
-}
 
 
-# The parts of a tensor by storage: (stream, shape of its elements in it).
-STORAGE_PARTS: dict[str, Callable[[list[int]], list[tuple[str, list[int]]]]] = {
-    "rows": lambda shape: [("codes", shape), ("scales", shape[:1])],
-    "steps": lambda shape: [("codes", shape), ("scales", shape[:1]), ("columns", shape[1:])],
-    "float16": lambda shape: [("halves", shape)],
-    "float32": lambda shape: [("floats", shape)],
-}
-
-
-def artifact_parts(model: GPT, cfg: Config, quantized: dict[str, Quantized]) -> dict[str, list[np.ndarray]]:
-    """Sort what the tensors are stored as into the streams; refuses weights that are not finite."""
-    params = dict(model.named_parameters())
-    coded = dict(quantized)
-    repaired = repaired_names(quantized) if cfg.quant.repair_rank else ()
-    for name in repaired:
-        coded |= {name + side: factor for side, factor in zip(REPAIR_SIDES, quantized[name].repair)}
-    raw: dict[str, list[np.ndarray]] = {name: [] for name in STREAM_DTYPES}
-    for row in tensor_table(cfg, repaired):
-        if row.name in coded:
-            codes, scales, columns, _ = coded[row.name]
-            raw["codes"].append(codes.cpu().numpy())
-            raw["scales"].append(scales.cpu().numpy())
-            if columns is not None:
-                raw["columns"].append(columns.cpu().numpy())
-            continue
-        weight = params[row.name].detach().cpu()
-        if not torch.isfinite(weight).all():
-            raise UserError(f"{row.name} is not finite: the run diverged. Lower the learning rates.")
-        if row.storage == "float32":
-            raw["floats"].append(weight.float().numpy())
-        else:
-            raw["halves"].append(weight.half().numpy())
-    return raw
-
-
-def repaired_names(quantized: dict[str, Quantized]) -> tuple[str, ...]:
-    """Name the matrices that a product of low rank repairs."""
-    return tuple(name for name, matrix in quantized.items() if matrix.repair)
+def has_aids(cfg: EvalConfig) -> bool:
+    """Whether the scorer takes anything but weights from the artifact."""
+    return cfg.tilt_static_entries > 0 or cfg.fit_scales
 
 
 def pack_model(
     model: GPT, cfg: Config, quantized: dict[str, Quantized], tokenizer_sha256: str
 ) -> tuple[bytes, list[tuple[str, int]]]:
     """Return an artifact's bytes and its ledger [(part, bytes)], whose sum is the file's size."""
-    raw = artifact_parts(model, cfg, quantized)
-    streams = {
-        name: b"".join(part.astype(dtype).tobytes() for part in raw[name])
-        for name, dtype in STREAM_DTYPES.items()
-    }
-    if cfg.quant.codec == "rans":
-        streams["codes"] = encode_codes(raw["codes"])
-        streams["scales"] = encode_halves([part.ravel() for part in raw["scales"]])
-    if cfg.eval.tilt_static_entries or cfg.eval.fit_scales:
-        streams |= write_aids(model.aids)
+    if cfg.quant.repair_rank:
+        quantized = with_factors(quantized)
     table = tensor_table(cfg, repaired_names(quantized) if cfg.quant.repair_rank else ())
+    streams = pack_tensors(table, quantized, dict(model.named_parameters()), cfg.quant.codec)
+    if has_aids(cfg.eval):
+        streams |= write_aids(model.aids)
     header = {"recipe": fixed_recipe(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": table}
-    return pack_artifact(header, streams, stream_codec(cfg))
+    return pack_artifact(header, streams, frame_codec(cfg.quant.codec))
 
 
 def write_artifact(
@@ -2095,11 +2037,6 @@ def write_artifact(
     with atomic_file(path) as file:
         file.write(blob)
     return ledger
-
-
-def stream_codec(cfg: Config) -> str:
-    """Return the codec of the artifact's frame: what rans coded is stored as it is, the rest at its best."""
-    return "best" if cfg.quant.codec == "rans" else cfg.quant.codec
 
 
 def read_recipe_of(header: dict, live: Config, path: Path) -> Config:
@@ -2143,63 +2080,11 @@ def check_extent(cfg: Config, path: Path) -> None:
         )
 
 
-def read_tensors(streams: dict[str, Stream], table: tuple[TensorRow, ...], cfg: Config) -> dict[str, Tensor]:
-    """Check the streams' lengths against the table, decompress them, cut and dequantize the tensors."""
-    parts = [(row, stream, shape) for row in table for stream, shape in STORAGE_PARTS[row.storage](row.shape)]
-    shapes = {name: [shape for _, stream, shape in parts if stream == name] for name in STREAM_DTYPES}
-    coded = ("codes", "scales") if cfg.quant.codec == "rans" else ()
-    needed = {
-        name: sum(map(math.prod, shapes[name])) * dtype.itemsize
-        for name, dtype in STREAM_DTYPES.items()
-        if name not in coded
-    }
-    found = {name: stream.raw_bytes for name, stream in streams.items() if name not in coded}
-    if found != needed or len(streams) != len(STREAM_DTYPES):
-        raise ArtifactError(f"artifact: expected streams of {needed} bytes, found {found}.")
-    sizes = [math.prod(shape) for shape in shapes["scales"]]
-    limits = {"codes": largest_stream(shapes["codes"]), "scales": largest_halves(sizes)}
-    for name in coded:  # before anything of that length is allocated
-        if streams[name].raw_bytes > limits[name]:
-            raise ArtifactError(f"artifact: {streams[name].raw_bytes} bytes are too many for its {name}.")
-    raw = {name: decompress(stream, stream_codec(cfg)) for name, stream in streams.items()}
-    values = {name: np.frombuffer(raw[name], STREAM_DTYPES[name]) for name in needed}
-    pieces = {
-        name: np.split(found, np.cumsum([math.prod(shape) for shape in shapes[name]])[:-1])
-        for name, found in values.items()
-    }
-    if coded:
-        pieces["codes"] = decode_codes(raw["codes"], shapes["codes"])
-        pieces["scales"] = decode_halves(raw["scales"], sizes)
-    tensors: dict[str, dict[str, Tensor]] = {row.name: {} for row in table}
-    left = {name: iter(found) for name, found in pieces.items()}
-    for row, stream, shape in parts:
-        tensors[row.name][stream] = torch.from_numpy(next(left[stream]).copy()).view(shape)
-    found = {name: restore_tensor(**piece) for name, piece in tensors.items()}
-    repaired = {name.rpartition("/")[0] for name in found} - {""} if cfg.quant.repair_rank else ()
-    for name in repaired:
-        found[name] = found[name]._replace(repair=tuple(found.pop(name + side) for side in REPAIR_SIDES))
-    return {
-        name: dequantize(part) if isinstance(part, Quantized) else part.float()
-        for name, part in found.items()
-    }
-
-
-def restore_tensor(codes=None, scales=None, columns=None, halves=None, floats=None) -> Quantized | Tensor:
-    """Put together one tensor from the pieces that its storage keeps."""
-    if codes is not None:
-        return Quantized(codes, scales[:, None], columns)
-    return halves if halves is not None else floats
-
-
 def load_aids(streams: dict[str, Stream], cfg: Config) -> Aids:
-    """Take what the scorer needs out of the streams; lengths are checked before anything is allocated."""
-    limits = aid_limits(cfg.eval)
-    aids = {name: streams.pop(name) for name in limits if name in streams}
-    sizes = {name: stream.raw_bytes for name, stream in aids.items()}
-    if set(aids) != set(limits) or any(sizes[name] > limits[name] for name in limits):
-        raise ArtifactError(f"artifact: expected streams of at most {limits} bytes, found {sizes}.")
-    raw = {name: decompress(stream, stream_codec(cfg)) for name, stream in aids.items()}
-    return read_aids(raw, cfg.eval, cfg.data.vocab_size)
+    """Take what the scorer needs out of the streams."""
+    return read_aids(
+        take_streams(streams, aid_limits(cfg.eval), cfg.quant.codec), cfg.eval, cfg.data.vocab_size
+    )
 
 
 def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple[GPT, Config, dict]:
@@ -2209,25 +2094,18 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     from `live`. Returns the model, the merged config and the header.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such artifact. Train one with `make run` or train_gpt.py.")
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise ArtifactError(f"{path}: expected at most {LARGEST_FILE:,} bytes, found {size:,}.")
-    header, streams = unpack_artifact(path.read_bytes(), path)
+    header, streams = read_artifact(path)
     cfg = read_recipe_of(header, live, path)
     repaired = ()
     if cfg.quant.repair_rank:
-        names = [str(row[0]) for row in header["tensors"] if isinstance(row, list) and row]
-        repaired = tuple(name for name in names if name + REPAIR_SIDES[0] in names)
+        rows = [row for row in header["tensors"] if isinstance(row, list) and row]
+        repaired = repaired_names(dict.fromkeys(str(row[0]) for row in rows))
     table = tensor_table(cfg, repaired)
     if header["tensors"] != [list(row) for row in table]:
         raise ArtifactError(f"{path}: the tensor table is not that of the recipe in it.")
-    numel = sum(math.prod(row.shape) for row in table)
-    if numel > LARGEST_NUMEL + NUMEL_A_BYTE * size:
-        raise ArtifactError(f"{path}: its {size:,} bytes cannot hold the {numel:,} weights of its recipe.")
-    aids = load_aids(streams, cfg) if cfg.eval.tilt_static_entries or cfg.eval.fit_scales else Aids()
-    tensors = read_tensors(streams, table, cfg)
+    check_numel(table, path.stat().st_size, path)
+    aids = load_aids(streams, cfg) if has_aids(cfg.eval) else Aids()
+    tensors = unpack_tensors(streams, table, cfg.quant.codec, cfg.quant.repair_rank > 0)
     wild = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if wild:
         raise ArtifactError(f"{path}: {wild[0]} has values that are not finite; it is damaged.")
@@ -2767,9 +2645,9 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
     """
     model, cfg, started = training.model, training.cfg, time.perf_counter()
     moments = collect_statistics(training) if cfg.quant.method != "round" else {}
-    if cfg.eval.tilt_static_entries or cfg.eval.fit_scales:
+    if has_aids(cfg.eval):
         model.aids = collect_aids(training)
-    if cfg.quant.method != "round" or cfg.eval.tilt_static_entries or cfg.eval.fit_scales:
+    if cfg.quant.method != "round" or has_aids(cfg.eval):
         calibration = 1000 * (time.perf_counter() - started)
         log.line(f"calibration_time:{calibration:.0f}ms reserve:{1000 * cfg.quant.reserve_seconds:.0f}ms")
         over = training.train_ms + calibration - 1000 * cfg.run.max_wallclock_seconds
@@ -2795,7 +2673,7 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     def phase(name: str) -> None:
         marks.append((name, time.perf_counter()))
 
-    require_codec(stream_codec(cfg))
+    require_codec(frame_codec(cfg.quant.codec))
     check_world_size(cfg, environment.world_size)
     text = load_validation(cfg.data)
     training, log, code_bytes = open_run(cfg, environment, text, checkpoint_path)
@@ -2911,22 +2789,18 @@ def flops_per_token(cfg: Config, named: dict[str, Tensor], visits: list[int]) ->
 
 
 def estimate_artifact_bytes(cfg: Config) -> int:
-    """Estimate the stored bytes: the target if there is one, else codes at their bits, scales, floats.
+    """Estimate the stored bytes: the target if there is one, else what the tensors take before coding.
 
     Water-filled codes have the entropy of a normal variable in steps of quant.step deviations.
     """
     if cfg.quant.target_bytes:
         return cfg.quant.target_bytes
-    quantized, total = quantized_names(cfg), 0.0
-    for row in tensor_table(cfg):
-        for stream, shape in STORAGE_PARTS[row.storage](row.shape):
-            bits = 8.0 * STREAM_DTYPES[stream].itemsize
-            if stream == "codes":
-                filled = 0.5 * math.log2(2 * math.pi * math.e) - math.log2(cfg.quant.step)
-                is_filled = cfg.quant.method == "water_fill"
-                bits = filled if is_filled else grid_of(quantized[row.name], cfg.quant).bits
-            total += bits * math.prod(shape) / 8
-    return round(total)
+    code_bits = {name: float(grid.bits) for name, grid in exported_grids(cfg).items()}
+    if cfg.quant.method == "water_fill":
+        code_bits = dict.fromkeys(
+            code_bits, 0.5 * math.log2(2 * math.pi * math.e) - math.log2(cfg.quant.step)
+        )
+    return estimate_bytes(tensor_table(cfg), code_bits)
 
 
 def describe_to_stdout(args, environment: Environment) -> None:

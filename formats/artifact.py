@@ -21,6 +21,7 @@ ARTIFACT_MAGIC = b"PGOLF\n"
 ARTIFACT_VERSION = 2
 ARTIFACT_PREFIX = struct.Struct("<6sHII")  # magic, version, header bytes stored, header bytes raw
 CHECKSUM_BYTES = 16
+LARGEST_FILE = 1 << 30  # bytes: far beyond any model of the contest
 MAX_HEADER_BYTES = 1 << 20
 MAX_STREAM_BYTES = 1 << 32
 PLANES, MOST_PLANES = (0, 1, 2), 1 << 20  # logarithms of widths tried, on streams below so many bytes
@@ -195,6 +196,16 @@ def pack_artifact(header: dict, streams: dict[str, bytes], codec: str) -> tuple[
     frame = ("container and recipe", len(prefix) + len(packed_header) + CHECKSUM_BYTES)
     parts = [frame, *((f"weights: {name}", len(data)) for name, data in stored.items())]
     return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES], parts
+
+
+def read_artifact(path: Path) -> tuple[dict, dict[str, Stream]]:
+    """Read an artifact file: its header and its streams, still compressed."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such artifact. Train one with `make run` or train_gpt.py.")
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise ArtifactError(f"{path}: expected at most {LARGEST_FILE:,} bytes, found {size:,}.")
+    return unpack_artifact(path.read_bytes(), path)
 
 
 def unpack_artifact(blob: bytes, path: Path) -> tuple[dict, dict[str, Stream]]:

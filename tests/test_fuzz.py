@@ -16,15 +16,12 @@ from hypothesis import strategies as st
 from test_artifact import put_together, sign, take_apart
 
 from data.errors import UserError
-from formats.artifact import CHECKSUM_BYTES, PLAIN_CODECS, ArtifactError, compress
+from formats.artifact import CHECKSUM_BYTES, LARGEST_FILE, PLAIN_CODECS, ArtifactError, compress
 from formats.recipe import flatten_recipe, recipe_of, with_values
+from quantizers.storage import STORAGE_PARTS, STREAM_DTYPES, TensorRow
 from train_gpt import (
     LARGEST_DEPTH,
-    LARGEST_FILE,
-    STORAGE_PARTS,
-    STREAM_DTYPES,
     Config,
-    TensorRow,
     build_model,
     load_artifact,
     pack_model,
