@@ -25,16 +25,13 @@ import json
 import math
 import os
 import resource
-import shutil
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,16 +47,12 @@ from data.errors import CommandParser, UserError, run_command
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import (
     TRAIN_GLOB,
-    VAL_GLOB,
     atomic_file,
-    check_token_ids,
-    find_shards,
-    read_manifest,
     read_report,
-    read_shard,
     sha256_file,
     write_json,
 )
+from data.validation import ValidationText, read_validation, scored_tokens
 from eval.adaptive import Reports, Session, Settings
 from eval.bpb import BpbMeter
 from eval.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
@@ -114,11 +107,13 @@ from formats.recipe import (
     with_values,
 )
 from formats.rotation import BEST_NAME, LOSSES_NAME, NUMBERED_GLOB, rotate_checkpoints
+from formats.rules import clock_rules, model_rules, stage_rules, storage_rules
 from formats.state import map_leaves, read_state, write_state
 from kernels.attention import BACKENDS, AttentionMask, Reach, attend, mask_of, resolve_attention
 from kernels.context import ContextRule, attend_compressed
 from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
 from kernels.loss import blocked_loss
+from kernels.machine import resolve_compile, resolve_dtype
 from kernels.muon import NS_TABLES, MuonSettings, Pending, Stack
 from quantizers.gptq import Calibrated, Moments, calibrate, collect_moments, combine_roles
 from quantizers.grid import (
@@ -126,8 +121,7 @@ from quantizers.grid import (
     Grid,
     Quantized,
     check_weight,
-    fake_quantize,
-    quantize,
+    stored_weights,
 )
 from quantizers.methods import METHODS, grid_of, quantize_matrices
 from quantizers.storage import (
@@ -532,109 +526,12 @@ def whole_recipe(cfg: Config) -> dict[str, dict]:
     return {section: fixed.get(section, {}) | rest.get(section, {}) for section in {**rest, **fixed}}
 
 
-def layers_fit(cfg: Config, layers: tuple) -> bool:
-    """Whether these layers exist."""
-    return all(0 <= layer < cfg.model.num_layers for layer in layers)
-
-
-def stage_rules(cfg: Config) -> list[tuple]:
-    """Return the rules that stages follow each other and that a step divides into rows and micro-batches."""
-    name = "schedule.stages" if cfg.schedule.stages else "data.batch_tokens"
-    starts = [stage.start for stage in stages_of(cfg)]
-    fits = starts[0] == 0 and len({s < 1 for s in starts[1:]}) < 2 and starts == sorted(set(starts))
-    rules = [("schedule.stages", fits, "must start at 0 and rise, by steps or by fractions of the run")]
-    for stage in stages_of(cfg):
-        micro_tokens, rest = divmod(stage.batch_tokens, stage.micro_batches)
-        whole = micro_tokens >= 1 and micro_tokens % stage.seq_len == 0
-        rows = f"/ micro_batches={stage.micro_batches} must be a multiple of data.seq_len={stage.seq_len}"
-        rules += [
-            (name, rest == 0, f"must be a multiple of data.micro_batches={stage.micro_batches}"),
-            (name, whole, rows),
-        ]
-    return rules
-
-
-def model_rules(cfg: Config) -> list[tuple]:
-    """Return the rules that sizes fit each other."""
-    model = cfg.model
-    head_dim = model.model_dim // model.num_heads
-    rotated = model.rope_dims or head_dim
-    smear_fits = model.smear != "gated" or model.model_dim >= 12
-    windowed = (model.attn_window > 0) == bool(model.window_layers)
-    plain_attention = not (model.window_layers or model.attn_in_document)
-    context_fits = not model.context_ratio or 1 <= model.context_ratio_min <= model.context_ratio
-    segment = model.recur_layers or (0, 0)
-    segment_fits = len(segment) == 2 and 0 <= segment[0] <= segment[-1] < model.num_layers
-    fracs = cfg.schedule.recur_start_fracs
-    fracs_fit = len(fracs) in (0, model.recur_passes - 1) and list(fracs) == sorted(fracs)
-    layer_range = f"must lie in [0, {model.num_layers})"
-    return [
-        ("model.model_dim", model.model_dim % model.num_heads == 0, "must be a multiple of num_heads"),
-        ("model.model_dim", head_dim % 2 == 0, f"gives head_dim {head_dim}, which must be even for RoPE"),
-        ("model.model_dim", smear_fits, "must be at least 12 for model.smear"),
-        ("model.num_kv_heads", model.num_heads % model.num_kv_heads == 0, "must divide num_heads"),
-        ("model.mlp_mult", model.mlp_mult * model.model_dim >= 1, "gives an empty mlp"),
-        ("model.rope_dims", rotated % 2 == 0 and rotated <= head_dim, f"must be even and at most {head_dim}"),
-        ("model.xsa_last", model.xsa_last <= model.num_layers, "must be at most num_layers"),
-        ("model.bigram_buckets", model.bigram_buckets != 1, "must be 0 or at least 2"),
-        ("model.value_embed_layers", layers_fit(cfg, model.value_embed_layers), layer_range),
-        ("model.window_layers", layers_fit(cfg, model.window_layers), layer_range),
-        ("model.attn_window", windowed, "and model.window_layers go together"),
-        ("model.context_ratio", context_fits, "must be at least context_ratio_min"),
-        ("model.context_ratio", not model.context_ratio or plain_attention, "excludes windows and documents"),
-        ("model.asymmetric_softcap", model.logit_softcap > 0 or not model.asymmetric_softcap, "needs a cap"),
-        ("model.norm_eps", model.norm != "layer" or model.norm_eps > 0, "must be above 0 for layer norm"),
-        ("model.embed_dim", model.embed_dim <= model.model_dim, "must be at most model_dim"),
-        ("model.recur_layers", segment_fits, f"must be a first and a last layer below {model.num_layers}"),
-        ("model.recur_passes", model.recur_passes == 1 or model.recur_layers, "needs model.recur_layers"),
-        ("schedule.recur_start_fracs", fracs_fit, "must have recur_passes - 1 rising entries, or none"),
-    ]
-
-
-def storage_rules(cfg: Config) -> list[tuple]:
-    """Return the rules of averaging, storing and scoring."""
-    quant, settings = cfg.quant, cfg.eval
-    one_average = not (cfg.average.ema_decay > 0 and cfg.average.swa_every > 0)
-    on_grid, solved = quant.method != "water_fill", quant.method == "gptq"
-    context_len = settings.context_len or cfg.data.seq_len
-    stride_fits = settings.mode == "chunked" or settings.stride <= context_len
-    lengths = settings.tilt_static_lengths
-    hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
-    narrow = not settings.tilt_static_entries or cfg.data.vocab_size <= 1 << 16
-    return [
-        ("average.swa_every", one_average, "excludes average.ema_decay: one average is applied"),
-        ("quant.codec", on_grid or quant.codec == "rans", "must be rans for quant.method=water_fill"),
-        ("quant.qat_start", on_grid or quant.qat_start == 1, "needs quant.method=round or gptq"),
-        ("quant.repair_rank", on_grid or quant.repair_rank == 0, "needs quant.method=round or gptq"),
-        ("quant.target_bytes", quant.method != "round" or quant.target_bytes == 0, "needs another method"),
-        ("quant.awq_group_cols", solved or quant.awq_group_cols == 0, "needs quant.method=gptq"),
-        ("quant.matrix_bits", quant.matrix_bits > 1 or quant.method == "round", "needs quant.method=round"),
-        ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
-        ("eval.tilt_static_lengths", hints_fit, "must be whole numbers from 1 on"),
-        ("eval.tilt_static_entries", narrow, "needs data.vocab_size of at most 65,536"),
-    ]
-
-
-def clock_rules(cfg: Config) -> list[tuple]:
-    """Return the rules of how long a run may be."""
-    clock, reserve = cfg.run.max_wallclock_seconds, cfg.quant.reserve_seconds
-    ends = cfg.run.iterations > 0 or clock > 0
-    return [
-        ("run.iterations", ends, "needs a step or a clock"),
-        (
-            "run.max_wallclock_seconds",
-            clock == 0 or reserve < clock,
-            f"must be 0 or above {reserve} reserved",
-        ),
-    ]
-
-
 def check_config(cfg: Config) -> None:
-    """Raise naming field, value and constraint when settings cannot work together."""
+    """Raise naming field, value and constraint when settings cannot work together (formats/rules.py)."""
     check_ranges(cfg)
     rules = clock_rules(cfg)
     if PACKED_RECIPE is None:  # a packed program's other fields passed when it was packed
-        rules = [*model_rules(cfg), *stage_rules(cfg), *storage_rules(cfg), *rules]
+        rules = [*model_rules(cfg), *stage_rules(cfg, stages_of(cfg)), *storage_rules(cfg), *rules]
     for name, holds, constraint in rules:
         if not holds:
             raise UserError(f"{name}={config_value(cfg, name)} {constraint}.")
@@ -836,85 +733,14 @@ def next_batch(loader: TokenLoader, stage: Stage, ranks: Ranks) -> Batch:
     return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=True) for part in rows))
 
 
-class ValidationText(NamedTuple):
-    """The validation tokens and what they stand for."""
-
-    tokens: np.ndarray  # (N + 1,) uint16
-    target_bytes: np.ndarray  # (N,) original UTF-8 bytes of each target
-    bos_id: int
-    pattern: str
-    tokenizer_kind: str
-    tokenizer_sha256: str
-    raw_bytes: int | None  # of the text itself, where a manifest states it
-
-
-def read_sidecar(path: Path, num_tokens: int) -> np.ndarray:
-    """Read the original bytes of each of a shard's tokens, (N,), from the file beside it."""
-    path = path.with_name(path.name.replace("val_", "val_bytes_"))
-    sizes = read_shard(path)
-    if sizes.size != num_tokens:
-        raise UserError(
-            f"{path}: expected the bytes of {num_tokens:,} tokens, found {sizes.size:,}. It belongs to "
-            "another shard; make the data again."
-        )
-    return sizes
-
-
 def tokenizer_of(cfg: DataConfig) -> TokenCodec:
     """Open the tokenizer that a config names."""
     return load_codec(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
 
 
-def check_tokenizer(cfg: DataConfig, codec: TokenCodec, expected_sha256: str) -> None:
-    """Refuse a tokenizer that is not the one which data or model were made with."""
-    if expected_sha256 != codec.digest:
-        raise UserError(
-            f"{cfg.tokenizer_path}: expected the tokenizer with sha256 {expected_sha256[:16]}, "
-            f"found {codec.digest[:16]}. Set TOKENIZER_PATH to it or make the data again."
-        )
-
-
 def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "") -> ValidationText:
-    """Load all validation shards, or the chosen ones, with the byte count of every target.
-
-    Refuses a byte total, or without a choice shards, that are not the manifest's. tokenizer_sha256 is that
-    of the tokenizer which the model was trained with, where one is known.
-    """
-    codec = tokenizer_of(cfg)
-    pattern = chosen or str(Path(cfg.data_path) / VAL_GLOB)
-    files = find_shards(pattern)
-    manifest = read_manifest(files[0].parent) or {}
-    made_with = tokenizer_sha256 or manifest.get("tokenizer", {}).get("sha256", codec.digest)
-    check_tokenizer(cfg, codec, made_with)
-    shards = [read_shard(path) for path in files]
-    for path, shard in zip(files, shards):
-        check_token_ids(shard, cfg.vocab_size, path)
-    tokens = np.concatenate(shards)
-    if tokens.size < 2:
-        raise UserError(
-            f"{pattern}: expected 2 or more validation tokens, found {tokens.size}. Make the data again."
-        )
-    if codec.needs_sidecar:  # the text's own sizes, which the tokens cannot tell
-        sidecars = [read_sidecar(path, shard.size) for path, shard in zip(files, shards)]
-        token_bytes = np.concatenate(sidecars).astype(np.int32)
-    else:
-        token_bytes = codec.token_bytes(tokens)
-    stated = manifest.get("val", {})
-    expected = [shard["file"] for shard in stated.get("shards", [])]
-    is_whole = expected == [path.name for path in files]
-    if expected and not is_whole and not chosen:
-        odd = min({*expected} ^ {path.name for path in files})
-        raise UserError(
-            f"{pattern}: expected the manifest's {len(expected)} shards, found {len(files)}; {odd} "
-            "is in one list only. Make the data again, or name the shards: python -m eval --val."
-        )
-    if is_whole and stated["expected_token_bytes"] != token_bytes.sum():
-        raise UserError(
-            f"{pattern}: the manifest expects {stated['expected_token_bytes']:,} bytes, the tokens have "
-            f"{token_bytes.sum():,}. A bits-per-byte figure from them would be wrong; make the data again."
-        )
-    raw_bytes = stated["raw_bytes"] if is_whole else None
-    return ValidationText(tokens, token_bytes[1:], codec.bos_id, pattern, codec.kind, codec.digest, raw_bytes)
+    """Load all validation shards, or the chosen ones; refuses another tokenizer than the one of this hash."""
+    return read_validation(cfg, tokenizer_of(cfg), chosen, tokenizer_sha256)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1502,16 +1328,6 @@ def mean_loss_in_blocks(model: GPT, batch: Batch, passes: int | None = None) -> 
     return blocked_loss(x.flatten(0, 1), rows, batch.targets.flatten(), model.cfg.logit_softcap)
 
 
-def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """Choose the compute dtype: auto is bfloat16 where the device multiplies it natively."""
-    if requested != "auto":
-        return getattr(torch, requested)
-    cpu_info = Path("/proc/cpuinfo")  # torch names these capabilities differently from version to version
-    flags = cpu_info.read_text().split() if cpu_info.is_file() else []
-    native = device.type == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
-    return torch.bfloat16 if native else torch.float32
-
-
 def fp8_linears(model: GPT) -> dict[str, CastLinear]:
     """Return the Linears whose products may be 8-bit: those of attention and mlp; all else stays wider."""
     return {
@@ -1530,16 +1346,6 @@ def attach_fp8(model: GPT, cfg: ModelConfig, device: torch.device) -> Fp8State:
     for index, module in enumerate(linears.values()):
         module.fp8 = Fp8Gemm(state, index)
     return state
-
-
-def resolve_compile(requested: str, device: torch.device) -> bool:
-    """Decide on torch.compile: auto needs a GPU, or a C++ compiler and Python's headers on a CPU."""
-    if requested != "auto":
-        return requested == "on"
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return device.type == "cuda" or (
-        headers.is_file() and any(shutil.which(c) for c in ("c++", "g++", "clang++"))
-    )
 
 
 def build_model(cfg: Config, device: torch.device) -> GPT:
@@ -1667,8 +1473,8 @@ class Optimizers:
         named = dict(model.named_parameters())
         groups: dict[tuple, list[nn.Parameter]] = {}
         for name, rule in match_rules(cfg, list(named)).items():
-            rates = getattr(cfg.optim, rule.lr), getattr(cfg.optim, rule.weight_decay)
-            in_stack = rule.optimizer == "matrix" and cfg.optim.matrix_optimizer == "muon"
+            rates = getattr(optim, rule.lr), getattr(optim, rule.weight_decay)
+            in_stack = rule.optimizer == "matrix" and optim.matrix_optimizer == "muon"
             shape = named[name].shape if in_stack else None  # None: AdamW, shapes may differ
             groups.setdefault((shape, *rates), []).append(named[name])
         self.adamw = torch.optim.AdamW(
@@ -1677,8 +1483,8 @@ class Optimizers:
                 for (shape, lr, decay), params in groups.items()
                 if shape is None
             ],
-            betas=(cfg.optim.beta1, cfg.optim.beta2),
-            eps=cfg.optim.adam_eps,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.adam_eps,
             fused=True,
         )
         stacks = [
@@ -1950,31 +1756,6 @@ def exported_grids(cfg: Config) -> dict[str, Grid]:
     return {name: grid_of(storage, cfg.quant) for name, storage in quantized_names(cfg).items()}
 
 
-@contextmanager
-def stored_weights(model: nn.Module, grids: dict[str, Grid], sharpness: float) -> Iterator[None]:
-    """Take gradients at the weights as they will be stored, then bring the masters back.
-
-    The gradient there is the masters' (see fake_quantize). Weights change in place: a compiled graph reads
-    their memory, while it would fold a flag and never quantize.
-    """
-    params = {name: param for name, param in model.named_parameters() if name in grids}
-    masters = {name: param.detach().clone() for name, param in params.items()}
-    slopes = {}
-    with torch.no_grad():
-        for name, param in params.items():
-            quantizer = partial(quantize, grid=grids[name])
-            values, slopes[name] = fake_quantize(masters[name], quantizer, sharpness)
-            param.copy_(values)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, param in params.items():
-                param.copy_(masters[name])
-                if slopes[name] is not None and param.grad is not None:
-                    param.grad *= slopes[name]
-
-
 def calibrated_matrices(model: GPT, cfg: Config, moments: dict[str, Moments]) -> dict[str, Calibrated]:
     """Put weights and their statistics together; a tied embedding has two roles. Rounding needs none."""
     params, matrices = dict(model.named_parameters()), {}
@@ -2135,19 +1916,6 @@ class Score(NamedTuple):
     num_units: int  # chunks or batches of documents that could adapt
     switch_at: int  # of them that did
     invalid: str  # why the score cannot be part of a record; empty when it can
-
-
-def scored_tokens(text: ValidationText, context_len: int, keep_tail: bool) -> np.ndarray:
-    """Return the tokens to score, whole windows only unless the tail is kept; at least one window."""
-    num_targets = len(text.tokens) - 1
-    if not keep_tail:
-        num_targets -= num_targets % context_len
-    if num_targets < 1:
-        raise UserError(
-            f"{text.pattern}: expected at least one window of {context_len} + 1 validation tokens, found "
-            f"{len(text.tokens):,}. Make the validation set larger or eval.context_len smaller."
-        )
-    return text.tokens[: num_targets + 1]
 
 
 def score_options(cfg: Config, text: ValidationText, ranks: Ranks) -> ScoreOptions:
@@ -2562,15 +2330,13 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
 def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
     """Make the run folder and write its recipe; an older run of the name gives way, a resumed one stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (
-        "result.json",
-        ARTIFACT_NAME,
-        *(() if is_resumed else ("train.log", "metrics.jsonl", EVENTS_NAME)),
-    ):
-        (folder / name).unlink(missing_ok=True)
+    old = ["result.json", ARTIFACT_NAME]
+    if not is_resumed:
+        old += ["train.log", "metrics.jsonl", EVENTS_NAME]
     if cfg.watch.keep_checkpoints > 0 and not is_resumed:
-        for name in (BEST_NAME, LOSSES_NAME, *(path.name for path in folder.glob(NUMBERED_GLOB))):
-            (folder / name).unlink(missing_ok=True)
+        old += [BEST_NAME, LOSSES_NAME, *(path.name for path in folder.glob(NUMBERED_GLOB))]
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
     recipe = whole_recipe(cfg)
     for section, key in (name.split(".") for name in PLACE_FIELDS):
         recipe[section].pop(key)
@@ -2583,8 +2349,8 @@ def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
     score, ledger = result["score"], result["ledger"]
     log.line("bytes of the submission\n" + format_ledger(ledger, cfg.quant.limit_bytes, "bytes"))
     log.line("seconds by phase\n" + format_ledger(list(result["seconds"].items()), None, "s"))
-    result["artifact_sha256"] = sha256_file(folder / ARTIFACT_NAME)
     result |= {
+        "artifact_sha256": sha256_file(folder / ARTIFACT_NAME),
         "config_hash": fixed_hash(cfg),
         "seed": cfg.run.seed,
         "places": place_values(cfg),
@@ -2754,10 +2520,7 @@ def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
             {
                 "step": step,
                 "lr": getattr(cfg.optim, next(iter(rules.values())).lr) * rates.lr_mul,
-                "lr_mul": rates.lr_mul,
-                "momentum": rates.momentum,
-                "decay_mul": rates.decay_mul,
-                "grad_clip_norm": rates.grad_clip_norm,
+                **rates._asdict(),
                 "seq_len": phase.stage.seq_len,
                 "batch_tokens": phase.stage.batch_tokens,
                 "recur_passes": phase.passes,
@@ -2779,9 +2542,7 @@ def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
 
 def flops_per_token(cfg: Config, named: dict[str, Tensor], visits: list[int]) -> int:
     """Count forward and backward operations a token: 6 a weight and visit, 6 T D a visit for attention."""
-    total = 6 * cfg.data.vocab_size * cfg.model.model_dim + 6 * cfg.data.seq_len * cfg.model.model_dim * len(
-        visits
-    )
+    total = 6 * cfg.model.model_dim * (cfg.data.vocab_size + cfg.data.seq_len * len(visits))
     for name, param in named.items():
         if name.startswith("blocks.") and param.ndim == 2:
             total += 6 * param.numel() * visits.count(int(name.split(".")[1]))

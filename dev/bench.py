@@ -30,6 +30,7 @@ from dev.codec import measure_codec
 from dev.pack import pack
 from eval.sliding import ScoreOptions, plan_windows, score_windows
 from formats.recipe import with_values
+from kernels.machine import resolve_compile
 from train_gpt import (
     Batch,
     Config,
@@ -41,7 +42,6 @@ from train_gpt import (
     mean_loss,
     next_batch,
     open_loader,
-    resolve_compile,
     stages_of,
 )
 

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 from data.errors import UserError
 from data.shards import read_json
+from data.validation import ValidationText
 from formats.recipe import read_recipe, with_values
 from train_gpt import (
     CHECKPOINT_NAME,
     Config,
     Ranks,
     Training,
-    ValidationText,
     load_artifact,
     load_validation,
     only_live,

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data.errors import CommandParser, UserError, run_command
 from data.shards import sha256_file
+from data.validation import ValidationText, check_tokenizer
 from eval.adaptive import Reports, plan_documents
 from eval.audit.checks import classify_bytes
 from eval.breakdown import as_facts, break_down, cost_of, format_tables
@@ -41,9 +42,7 @@ from train_gpt import (
     Config,
     KeepingRanks,
     Score,
-    ValidationText,
     check_config,
-    check_tokenizer,
     load_artifact,
     load_validation,
     read_environment,

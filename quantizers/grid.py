@@ -6,11 +6,13 @@ Writer and reader take steps from what is stored, so both see the same float32 w
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.errors import UserError
 
@@ -117,13 +119,6 @@ def quantize(weight: Tensor, grid: Grid) -> Quantized:
     return Quantized(codes, scales)
 
 
-def quantize_like(weight: Tensor, like: Quantized) -> Quantized:
-    """Round (rows, cols) weights to the steps of a stored matrix, for training on steps laid out before."""
-    steps = element_steps(like.scales, like.column_steps, weight.shape[1])
-    codes = round_codes(weight.detach().float(), steps, torch.iinfo(like.codes.dtype).max)
-    return like._replace(codes=codes.to(like.codes.dtype), repair=None)
-
-
 def dequantize(quantized: Quantized) -> Tensor:
     """Return the float32 weights (rows, cols) that a stored matrix stands for, exact on every platform."""
     codes = quantized.codes
@@ -157,3 +152,28 @@ def fake_quantize(
     inside = (target - weight).abs() <= 0.5001 * steps
     values = torch.where(inside, (below + 0.5 + rise / height) * steps, target)
     return values, torch.where(inside, sharpness * (1 - rise.square()) / height, 1.0)
+
+
+@contextmanager
+def stored_weights(model: nn.Module, grids: dict[str, Grid], sharpness: float) -> Iterator[None]:
+    """Take gradients at the weights as they will be stored, then bring the masters back.
+
+    The gradient there is the masters' (see fake_quantize). Weights change in place: a compiled graph reads
+    their memory, while it would fold a flag and never quantize.
+    """
+    params = {name: param for name, param in model.named_parameters() if name in grids}
+    masters = {name: param.detach().clone() for name, param in params.items()}
+    slopes = {}
+    with torch.no_grad():
+        for name, param in params.items():
+            quantizer = partial(quantize, grid=grids[name])
+            values, slopes[name] = fake_quantize(masters[name], quantizer, sharpness)
+            param.copy_(values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(masters[name])
+                if slopes[name] is not None and param.grad is not None:
+                    param.grad *= slopes[name]

@@ -131,13 +131,16 @@ def unpack_tensors(
     streams: dict[str, Stream], table: tuple[TensorRow, ...], codec: str, has_repairs: bool
 ) -> dict[str, Tensor]:
     """Cut a table's tensors out of their streams, put them together and dequantize them."""
-    parts = [(row.name, *part) for row in table for part in STORAGE_PARTS[row.storage](row.shape)]
-    shapes = {name: [shape for _, stream, shape in parts if stream == name] for name in STREAM_DTYPES}
+    parts = [(row.name, STORAGE_PARTS[row.storage](row.shape)) for row in table]
+    shapes = {
+        name: [shape for _, places in parts for stream, shape in places if stream == name]
+        for name in STREAM_DTYPES
+    }
     left = {name: iter(pieces) for name, pieces in read_pieces(streams, shapes, codec).items()}
-    tensors: dict[str, dict[str, Tensor]] = {row.name: {} for row in table}
-    for name, stream, shape in parts:
-        tensors[name][stream] = torch.from_numpy(next(left[stream]).copy()).view(shape)
-    found = {name: restore_tensor(**pieces) for name, pieces in tensors.items()}
+    found = {}
+    for name, places in parts:
+        pieces = {stream: torch.from_numpy(next(left[stream]).copy()).view(shape) for stream, shape in places}
+        found[name] = restore_tensor(**pieces)
     for name in repaired_names(found) if has_repairs else ():
         found[name] = found[name]._replace(repair=tuple(found.pop(name + side) for side in REPAIR_SIDES))
     return {

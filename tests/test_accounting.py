@@ -15,8 +15,9 @@ from data.errors import UserError
 from data.prepare import Document, write_dataset
 from data.shards import read_json, read_shard, write_json, write_shard
 from data.training import CONTEST_OPTIONS, train_sentencepiece
+from data.validation import ValidationText
 from eval.__main__ import warn_about_bytes
-from train_gpt import DataConfig, ValidationText, load_validation
+from train_gpt import DataConfig, load_validation
 
 TEXTS = [*small_texts(6, seed=5), "", "x", "\ue001 caf\u00e9 \U0001f600\n\n  y " * 40]
 KINDS = [*SIZES, "sentencepiece", "normalising caseops"]

@@ -124,6 +124,12 @@ def test_kernels_know_no_model():
     assert strays(named("kernels"), lambda found: top(found) == "kernels" or found == "data.errors") == []
 
 
+def test_quantizers_know_no_model():
+    """Matrices in, codes and streams out: they import each other, file formats and errors only."""
+    lower = ("quantizers", "formats")
+    assert strays(named("quantizers"), lambda found: top(found) in lower or found == "data.errors") == []
+
+
 def test_formats_know_no_model():
     """Recipes, artifact frames and states are read by tools that run without torch."""
     lower = ("data.errors", "data.shards")
@@ -133,7 +139,7 @@ def test_formats_know_no_model():
 
 def test_trainer_imports_only_what_ships():
     """Everything it imports is bundled into the counted program."""
-    ships = ("data.shards", "data.errors", "data.codecs", "data.loader")
+    ships = ("data.shards", "data.errors", "data.codecs", "data.loader", "data.validation")
 
     def allowed(found: str) -> bool:
         return (

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from data.errors import UserError
+from data.validation import ValidationText
 from eval.adaptive import Reports, plan_documents
 from eval.audit.probes import Event, coverage, order_of_events
 from eval.modes import Scoring
 from eval.reference import score_reference
 from formats.recipe import with_values
-from train_gpt import Environment, Ranks, ValidationText, build_model, score_model
+from train_gpt import Environment, Ranks, build_model, score_model
 
 BOS, VOCAB, CONTEXT, STRIDE = 1, 12, 16, 4
 SGD = {"sgd_lr": 0.2, "sgd_chunk_tokens": 24, "sgd_batch_seqs": 2, "sgd_epochs": 1}

@@ -36,7 +36,6 @@ from quantizers.grid import (
     element_steps,
     fake_quantize,
     quantize,
-    quantize_like,
 )
 from quantizers.rate import StorageChoice, allocate, class_entropy_bits, entropy_bits, fit_rate
 
@@ -138,16 +137,6 @@ def test_fake_quantization_is_the_exported_grid(name):
     quantizer = partial(quantize, grid=GRIDS[name])
     values, slope = fake_quantize(weight, quantizer)
     assert torch.equal(values, dequantize(quantizer(weight))) and slope is None
-
-
-def test_training_takes_steps_that_were_laid_out_before():
-    """Water-filled steps come from calibration, not from the weight: training keeps them."""
-    matrix = unlike_matrices()["m0"]
-    (relative,) = water_fill({"only": matrix}).values()
-    stored = rd_gptq(matrix, relative, 0.3)
-    moved = dequantize(stored) + 0.4 * element_steps(stored.scales, stored.column_steps, 48)
-    faked, _ = fake_quantize(moved, partial(quantize_like, like=stored))
-    assert torch.equal(faked, dequantize(stored))
 
 
 def test_soft_stairs_sharpen_into_rounding():

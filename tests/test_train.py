@@ -19,7 +19,7 @@ from data.shards import HEADER_BYTES, read_json
 from eval.budget import BudgetError
 from formats.recipe import with_values
 from formats.state import read_state
-from quantizers.grid import dequantize, quantize
+from quantizers.grid import dequantize, quantize, stored_weights
 from train_gpt import (
     CHECKPOINT_NAME,
     Environment,
@@ -308,7 +308,7 @@ def test_late_in_training_gradients_see_the_stored_weights(tiny_config, alone, t
     assert stored == [False] * 12 + [True] * 12
     params = dict(training.model.named_parameters())
     masters = {name: params[name].detach().clone() for name in grids}
-    with train_gpt.stored_weights(training.model, grids, 0.0):
+    with stored_weights(training.model, grids, 0.0):
         for name, grid in grids.items():
             assert torch.equal(params[name], dequantize(quantize(masters[name], grid)))
             assert not torch.equal(params[name], masters[name])

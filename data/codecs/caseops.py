@@ -20,7 +20,6 @@ CASE_BEFORE_SPACE = "\ue000"  # an ordinary piece, whose presence says where ope
 WORD_OR_OPERATOR = re.compile(f"[A-Za-z]+|[{CASE_OPERATORS}]")
 SPACED_WORD = re.compile(f" ?[A-Za-z]+|[{CASE_OPERATORS}]")
 CAPITAL_INSIDE = re.compile("[A-Z]")
-OPERATOR_BYTES = 3  # of each operator in UTF-8: EE 80 81 to EE 80 84
 OPERATED = re.compile(
     b"%b(\xee\x80[\x81-\x84])|%b( ?[a-z])|%b( ?[a-z]+)|%b([a-z])|\xee\x80[\x81-\x84]"
     % tuple(operator.encode() for operator in (CASE_ESCAPE, TITLE, ALL_CAPS, CAP_NEXT))
