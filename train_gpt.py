@@ -81,14 +81,7 @@ from eval.sliding import (
     scale_sums,
     score_windows,
 )
-from formats.artifact import (
-    STREAM_CODECS,
-    ArtifactError,
-    Stream,
-    pack_artifact,
-    read_artifact,
-    require_codec,
-)
+from formats.artifact import STREAM_CODECS, ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
 from formats.recipe import (
     changed_recipe,
@@ -116,13 +109,7 @@ from kernels.loss import blocked_loss
 from kernels.machine import resolve_compile, resolve_dtype
 from kernels.muon import NS_TABLES, MuonSettings, Pending, Stack
 from quantizers.gptq import Calibrated, Moments, calibrate, collect_moments, combine_roles
-from quantizers.grid import (
-    CLIP_RULES,
-    Grid,
-    Quantized,
-    check_weight,
-    stored_weights,
-)
+from quantizers.grid import CLIP_RULES, Grid, Quantized, check_weight, stored_weights
 from quantizers.methods import METHODS, grid_of, quantize_matrices
 from quantizers.storage import (
     TensorRow,
@@ -1533,10 +1520,7 @@ class Optimizers:
                 param.grad = None
 
     def state_dict(self) -> dict:
-        return {
-            "adamw": self.adamw.state_dict(),
-            "stacks": [stack.state_dict() for stack in self.stacks],
-        }
+        return {"adamw": self.adamw.state_dict(), "stacks": [stack.state_dict() for stack in self.stacks]}
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
@@ -2333,8 +2317,8 @@ def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
     old = ["result.json", ARTIFACT_NAME]
     if not is_resumed:
         old += ["train.log", "metrics.jsonl", EVENTS_NAME]
-    if cfg.watch.keep_checkpoints > 0 and not is_resumed:
-        old += [BEST_NAME, LOSSES_NAME, *(path.name for path in folder.glob(NUMBERED_GLOB))]
+        if cfg.watch.keep_checkpoints > 0:
+            old += [BEST_NAME, LOSSES_NAME, *(path.name for path in folder.glob(NUMBERED_GLOB))]
     for name in old:
         (folder / name).unlink(missing_ok=True)
     recipe = whole_recipe(cfg)

@@ -121,7 +121,7 @@ def read_pieces(streams: dict[str, Stream], shapes: dict[str, list], codec: str)
     }
     raw = take_streams(streams, lengths, codec)
     if streams or any(len(raw[name]) < lengths[name] for name in raw):
-        raise ArtifactError(f"artifact: expected streams of {lengths} bytes, found shorter ones or others.")
+        raise ArtifactError(f"artifact: expected streams of {lengths} bytes, found others.")
     for name, elements in raw.items():
         pieces[name] = np.split(np.frombuffer(elements, STREAM_DTYPES[name]), np.cumsum(sizes[name])[:-1])
     return pieces
