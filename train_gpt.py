@@ -802,8 +802,11 @@ def rope_tables(seq_len: int, dims: int, base: float, like: Tensor) -> tuple[Ten
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply RoPE to the first d dimensions of (B, T, H, K), those of the tables; pairs are (i, i + d / 2)."""
-    cos, sin = rope
+    """Apply RoPE to the first d dimensions of (B, T, H, K), those of the tables; pairs are (i, i + d / 2).
+
+    The tables may be longer: x holds the last of their positions.
+    """
+    cos, sin = (table[-x.size(1) :] for table in rope)
     half = cos.size(-1)
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
@@ -821,7 +824,7 @@ class Shared(NamedTuple):
 
     embedded: Tensor  # (B, T, D)
     rope: tuple[Tensor, Tensor] | None  # of queries and keys: cos and sin, (T, 1, d / 2)
-    masks: dict[int, AttentionMask]  # window -> what a query may see
+    masks: dict[tuple[int, int], AttentionMask]  # (window, first query) -> what queries may see
     extra_values: dict[int, Tensor]  # layer -> (B, T, G * K), added to its values
 
 
@@ -881,9 +884,9 @@ class SelfAttention(nn.Module):
         self.window = cfg.attn_window if layer in cfg.window_layers else 0
         self.attn_gate = AttnGate(cfg) if cfg.attn_gate != "none" else None
 
-    def queries_and_keys(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
-        """Project, normalise and rotate: (B, T, H, K) and (B, T, G, K)."""
-        q, k = self.q(x), self.k(x)
+    def queries_and_keys(self, x: Tensor, shared: Shared, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Project, normalise and rotate: (B, T - first, H, K) and (B, T, G, K)."""
+        q, k = self.q(x[:, first:]), self.k(x)
         if POSITIONS[self.cfg.positions][1] == "width":  # one head as wide as the model
             q, k = (rotate(part.unsqueeze(2), shared.rope).squeeze(2) for part in (q, k))
         q, k = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
@@ -893,9 +896,11 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, shared.rope), rotate(k, shared.rope)
         return (q * self.q_gain.to(x.dtype)[:, None] if self.cfg.qk_norm else q), k
 
-    def forward(self, x: Tensor, shared: Shared, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the output (B, T, D) and the values (B, T, G, K)."""
-        q, k = self.queries_and_keys(x, shared)
+    def forward(
+        self, x: Tensor, shared: Shared, first_value: Tensor | None, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output of positions from `first` on, (B, T - first, D), and all values (B, T, G, K)."""
+        q, k = self.queries_and_keys(x, shared, first)
         v = self.v(x)
         if self.cfg.value_embed_layers and self.layer in shared.extra_values:
             v = v + shared.extra_values[self.layer]
@@ -905,11 +910,11 @@ class SelfAttention(nn.Module):
         if self.cfg.context_ratio:
             y = attend_compressed(q, k, v, context_rule(self.cfg))
         else:
-            y = attend(q, k, v, shared.masks[self.window])
+            y = attend(q, k, v, shared.masks[self.window, first])
         if self.xsa:
-            y = subtract_self_value(y, v)
+            y = subtract_self_value(y, v[:, first:])
         if self.attn_gate is not None:
-            y = self.attn_gate(x, y)
+            y = self.attn_gate(x[:, first:], y)
         return self.out(y.flatten(2)), v
 
 
@@ -940,6 +945,7 @@ class Step(NamedTuple):
     push: bool = False  # keep the output for a later skip
     pop: int | None = None  # row of skip_weights that scales the newest kept output, added before the block
     kind: str = "serial"  # serial | gptj | two_lane
+    first: int = 0  # positions before it give keys and values only: nobody reads their output
 
 
 class Lanes(NamedTuple):
@@ -988,7 +994,8 @@ class Block(nn.Module):
         x = lanes.attn
         mixed = self.mix(x, shared.embedded)  # (B, T, D)
         normed = self.attn_norm(mixed) * self.norm_scale
-        attended, value = self.attn(normed, shared, lanes.first_value)
+        attended, value = self.attn(normed, shared, lanes.first_value, step.first)
+        x, mixed, normed = (part[:, step.first :] for part in (x, mixed, normed))
         attended = F.dropout(attended, self.cfg.dropout, self.training)
         if self.cfg.channel_scales:
             attended = self.attn_scale.to(x.dtype) * attended
@@ -1000,7 +1007,7 @@ class Block(nn.Module):
             return Lanes(x + self.fed(self.mlp_norm(x) * self.norm_scale), None, first_value)
         if step.kind == "gptj":
             return Lanes(mixed + attended + self.fed(normed), None, first_value)
-        mlp_lane = x if lanes.mlp is None else lanes.mlp
+        mlp_lane = x if lanes.mlp is None else lanes.mlp[:, step.first :]
         fed = self.fed(self.mlp_norm(mlp_lane) * self.norm_scale)
         keep, post = self.lane_keep.to(x.dtype), self.lane_post.to(x.dtype)
         return Lanes(
@@ -1234,15 +1241,17 @@ class GPT(nn.Module):
             x = turned.squeeze(2)
         return x
 
-    def share(self, tokens: Tensor, starts_doc: Tensor, embedded: Tensor) -> Shared:
+    def share(self, tokens: Tensor, starts_doc: Tensor, embedded: Tensor, plan: list[Step]) -> Shared:
         """Compute once what every block visit reads."""
         cfg, seq_len = self.cfg, tokens.size(1)
         turned = POSITIONS[cfg.positions][1]
         dims = {"head": rope_dims(cfg), "width": cfg.model_dim, None: 0}[turned]
         rope = rope_tables(seq_len, dims, rope_base_at(cfg, seq_len), embedded) if turned else None
         masks = {
-            window: mask_of(Reach(window, cfg.attn_in_document), starts_doc, self.attention, embedded.dtype)
-            for window in sorted({block.attn.window for block in self.blocks})
+            (window, first): mask_of(
+                Reach(window, cfg.attn_in_document), starts_doc, self.attention, embedded.dtype, first
+            )
+            for window, first in sorted({(self.blocks[step.layer].attn.window, step.first) for step in plan})
         }
         extra_values = self.value_embed(tokens, embedded.dtype) if self.value_embed is not None else {}
         return Shared(embedded, rope, masks, extra_values)
@@ -1279,15 +1288,18 @@ class GPT(nn.Module):
 
         passes is how often the recurrent segment runs; None: cfg.recur_passes, as in scoring.
         """
-        return self.predict(self.hidden(tokens, starts_doc, passes)[:, first:])
+        return self.predict(self.hidden(tokens, starts_doc, first, passes))
 
-    def hidden(self, tokens: Tensor, starts_doc: Tensor, passes: int | None = None) -> Tensor:
-        """Return the last block's output, (B, T, D)."""
+    def hidden(self, tokens: Tensor, starts_doc: Tensor, first: int = 0, passes: int | None = None) -> Tensor:
+        """Return the last block's output for positions from `first` on, (B, T - first, D)."""
         cfg = self.cfg
         x = self.embed_tokens(tokens, starts_doc)
-        shared = self.share(tokens, starts_doc, x)
+        plan = layer_plan(cfg, cfg.recur_passes if passes is None else passes)
+        last = 0 if cfg.context_ratio else first  # a compressed context is made for all queries
+        plan[-1] = plan[-1]._replace(first=last)
+        shared = self.share(tokens, starts_doc, x, plan)
         lanes, kept = Lanes(x), []
-        for visit, step in enumerate(layer_plan(cfg, cfg.recur_passes if passes is None else passes)):
+        for visit, step in enumerate(plan):
             if step.pop is not None:
                 lanes = lanes._replace(attn=self.join_skip(lanes.attn, kept.pop(), step.pop))
             block = self.blocks[step.layer]
@@ -1298,8 +1310,8 @@ class GPT(nn.Module):
             if step.push:
                 kept.append(lanes.attn)
         if cfg.parallel == "two_lane" and lanes.mlp is not None:
-            return (lanes.attn + lanes.mlp) / 2
-        return lanes.attn
+            lanes = Lanes((lanes.attn + lanes.mlp) / 2)
+        return lanes.attn[:, first - last :]
 
 
 def mean_loss(model: nn.Module, batch: Batch, passes: int | None = None) -> Tensor:
@@ -1311,7 +1323,7 @@ def mean_loss(model: nn.Module, batch: Batch, passes: int | None = None) -> Tens
 
 def mean_loss_in_blocks(model: GPT, batch: Batch, passes: int | None = None) -> Tensor:
     """Mean cross-entropy as mean_loss has it, without whole logits: faster on a CPU (kernels/loss.py)."""
-    x, rows = model.before_head(model.hidden(batch.tokens, batch.starts_doc, passes))
+    x, rows = model.before_head(model.hidden(batch.tokens, batch.starts_doc, 0, passes))
     return blocked_loss(x.flatten(0, 1), rows, batch.targets.flatten(), model.cfg.logit_softcap)
 
 

@@ -24,7 +24,7 @@ class CachedAttention(nn.Module):
         self.attn, self.window = attn, attn.window
         self.cache = ContextCache(context_rule(attn.cfg))
 
-    def forward(self, x: Tensor, shared, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shared, first_value: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
         q, k = self.attn.queries_and_keys(x, shared)
         v = self.attn.v(x).unflatten(-1, (-1, self.attn.head_dim))
         self.cache.append(k, v)

@@ -42,30 +42,40 @@ class AttentionMask(NamedTuple):
     backend: str
     window: int = 0
     segments: Tensor | None = None  # (B, T) int32: number of the document in its row
-    bias: Tensor | None = None  # (B or 1, 1, T, T) 0 or -inf, added to the scores
+    bias: Tensor | None = None  # (B or 1, 1, T - first, T) 0 or -inf, added to the scores
     offsets: Tensor | None = None  # (max_docs + 1,) int32: where documents start in B * T, then B * T
     blocks: object | None = None  # FlexAttention's BlockMask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Attend causally: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K), scores scaled by K^-1/2."""
+    """Attend causally: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K), scores scaled by K^-1/2.
+
+    q holds the positions that the mask was made for: all, or those from mask_of's `first` on.
+    """
     return BACKENDS[mask.backend].run(q, k, v, mask)
 
 
-def mask_of(reach: Reach, starts_doc: Tensor, backend: str, dtype: torch.dtype) -> AttentionMask:
-    """Put a reach over rows whose documents start at starts_doc (B, T) bool into a backend's form."""
+def mask_of(
+    reach: Reach, starts_doc: Tensor, backend: str, dtype: torch.dtype, first: int = 0
+) -> AttentionMask:
+    """Put a reach over rows whose documents start at starts_doc (B, T) bool into a backend's form.
+
+    `first` above 0: for the queries of positions from there on alone. No kernel skips what they do not see,
+    so they go to sdpa with a bias, whatever the backend.
+    """
+    backend = "sdpa" if first else backend
     mask = AttentionMask(backend, reach.window)
     form = BACKENDS[backend].form
     if form == "offsets" and reach.documents:
         return mask._replace(offsets=document_offsets(starts_doc, reach.max_docs))
-    if form == "offsets" or (form == "bias" and reach.is_plain):
+    if form == "offsets" or (form == "bias" and reach.is_plain and not first):
         return mask
     segments = starts_doc.cumsum(1, dtype=torch.int32) if reach.documents else None  # (B, T)
     if form == "segments":
         return mask._replace(segments=segments)
     if form == "blocks":
         return mask._replace(blocks=flex_blocks(segments, reach.window, starts_doc))
-    visible = visible_keys(starts_doc.size(1), reach.window, segments, starts_doc.device)
+    visible = visible_keys(starts_doc.size(1), reach.window, segments, starts_doc.device)[:, :, first:]
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask._replace(bias=bias.masked_fill(~visible, -math.inf))
 

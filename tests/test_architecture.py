@@ -267,6 +267,25 @@ def test_no_switch_looks_ahead(tiny_config, values):
     assert torch.equal(before[:, :9], after[:, :9])
 
 
+@pytest.mark.parametrize(
+    "values", [*SWITCHES, {"model.context_ratio": 2}], ids=lambda values: ",".join(map(str, values.items()))
+)
+@pytest.mark.parametrize("backend", ["sdpa", "blocked", "math"])
+def test_predicting_late_positions_alone_changes_nothing(tiny_config, values, backend):
+    """Scorers ask for the last positions: the last block computes no others, whatever is switched on."""
+    model = build_random(with_values(tiny_config, values, "test")).eval()
+    model.attention = backend
+    tokens = (torch.arange(32) * 7 % 300).view(2, 16)
+    starts = tokens == 70
+    seen = []
+    model.blocks[-1].mlp.register_forward_hook(lambda module, inputs, y: seen.append(y.size(1)))
+    whole = model(tokens, starts)
+    for first in (1, 11, 15):
+        torch.testing.assert_close(model(tokens, starts, first), whole[:, first:], atol=2e-5, rtol=1e-5)
+    expected = 16 if "model.context_ratio" in values else 1
+    assert seen[-1] == expected
+
+
 def shrunk(name: str) -> Config:
     """A recipe with all its switches, narrow; attention stays in documents, whatever it says."""
     cfg = recipe(name)

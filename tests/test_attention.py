@@ -95,6 +95,18 @@ def test_cpu_backends_equal_math_in_outputs_and_gradients(backend, name, heads):
         torch.testing.assert_close(fast, obvious, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_late_queries_alone_see_what_they_see_among_all(backend, name):
+    """Scoring asks the last block for its last positions only; keys and values are all there."""
+    q, k, v, dy = draw(4, 2)
+    starts_doc, reach = draw_starts(), REACHES[name]
+    whole = run_attention(q, k, v, starts_doc, reach, "math")[:, 50:]
+    late = attend(q[:, 50:], k, v, mask_of(reach, starts_doc, backend, q.dtype, 50))
+    for one, other in zip(*([y, *torch.autograd.grad(y, (q, k, v), dy[:, 50:])] for y in (late, whole))):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("seq_len", [1, 31, 32, 33])
 def test_blocks_need_no_whole_number(seq_len):
     """Scorers and curricula bring rows of any length."""
