@@ -72,6 +72,7 @@ def storage_rules(cfg) -> list[tuple]:
     stride_fits = settings.mode == "chunked" or settings.stride <= context_len
     lengths = settings.tilt_static_lengths
     hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
+    carries = settings.mode == "phased" or (settings.mode == "lora-ttt" and settings.lora_warm_lanes)
     narrow = not settings.tilt_static_entries or cfg.data.vocab_size <= 1 << 16
     return [
         ("average.swa_every", one_average, "excludes average.ema_decay: one average is applied"),
@@ -82,6 +83,11 @@ def storage_rules(cfg) -> list[tuple]:
         ("quant.awq_group_cols", solved or quant.awq_group_cols == 0, "needs quant.method=gptq"),
         ("quant.matrix_bits", quant.matrix_bits > 1 or quant.method == "round", "needs quant.method=round"),
         ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
+        (
+            "eval.tilt_online",
+            not (settings.tilt_online and carries),
+            "must be 0 with phases or warm lanes: hints would read text that is scored by what they helped",
+        ),
         ("eval.tilt_static_lengths", hints_fit, "must be whole numbers from 1 on"),
         ("eval.tilt_static_entries", narrow, "needs data.vocab_size of at most 65,536"),
     ]
