@@ -3,6 +3,7 @@
 The tests of single scorers are in test_adaptive.py, test_sliding.py and test_ngram.py.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -11,14 +12,25 @@ import torch
 
 from data.errors import UserError
 from data.validation import ValidationText
-from eval.adaptive import Reports, plan_documents
+from eval import ngram
+from eval.adaptive import LoraScorer, PhaseOptions, Reports, Session, Settings, plan_documents
 from eval.audit.probes import Event, coverage, order_of_events
-from eval.modes import Scoring
-from eval.reference import score_reference
+from eval.modes import Aids, Scoring, lora_options, scoring_cost, sgd_options
+from eval.ngram import NO_HINT
+from eval.reference import Slow, score_reference, score_slow_lora, score_slow_plain, score_slow_sgd
+from eval.sliding import ScoreOptions
 from formats.recipe import with_values
-from train_gpt import Environment, Ranks, build_model, score_model
+from train_gpt import (
+    CastLinear,
+    Config,
+    Environment,
+    Ranks,
+    build_model,
+    check_config,
+    score_model,
+)
 
-BOS, VOCAB, CONTEXT, STRIDE = 1, 12, 16, 4
+BOS, VOCAB, CONTEXT, STRIDE, BATCH_TOKENS = 1, 12, 16, 4, 64
 SGD = {"sgd_lr": 0.2, "sgd_chunk_tokens": 24, "sgd_batch_seqs": 2, "sgd_epochs": 1}
 LORA = {"lora_rank": 2, "lora_alpha": 4.0, "lora_sites": "q,mlp", "lora_lr": 0.02, "lora_chunk_tokens": 6,
         "lora_batch_docs": 2, "lora_seed": 3}  # fmt: skip
@@ -32,12 +44,24 @@ MODES = {
     "phased": LORA | SGD | {"phase_docs": 4, "phase_count": 2},
 }
 CASES = {mode: {"mode": mode} | values for mode, values in MODES.items()}
-# Not phased: a document's hints read the text before it, which is scored by weights that learned from it.
+# Not phased and not warm, where check_config refuses hints.
 TILTED = {f"{mode} tilt": CASES[mode] | TILT for mode in MODES if mode != "phased"}
-CASES |= TILTED
-IN_TEXT_ORDER = [name for name in CASES if name != "phased"]
+AIDS = TILT | {"tilt_static_entries": 16, "tilt_static_lengths": (2,), "fit_scales": True}
+CASES |= TILTED | {f"{mode} aids": CASES[mode] | AIDS for mode in ("sliding", "lora-ttt")}
+BY_LENGTH = {"lora-ttt warm": CASES["lora-ttt"] | {"lora_warm_lanes": 2}, "phased": CASES["phased"]}
+CASES |= BY_LENGTH
+IN_TEXT_ORDER = [name for name in CASES if name not in BY_LENGTH]
 LENGTHS = (20, 5, 1, 25, 1, 10, 2, 18)
 ACTS = ("score", "update")  # events that the order concerns
+SHAPE = {
+    "data.vocab_size": VOCAB,
+    "data.micro_batches": 1,
+    "model.num_layers": 2,
+    "model.model_dim": 16,
+    "eval.keep_tail": True,
+    "eval.stride": STRIDE,
+    "run.val_batch_tokens": BATCH_TOKENS,
+}
 SHORT_RULES = ((2, 0.4, 1),)
 
 
@@ -49,36 +73,43 @@ class KeepingRanks(Ranks):
         return self.nats
 
 
+class Attack:
+    """Score a stream as a case says: returns (N,) nats and the events."""
+
+    def __init__(self, base: Config, model: torch.nn.Module):
+        self.base, self.model = base, model
+
+    def configure(self, case: str, **changes) -> Config:
+        settings = CASES.get(case, {"mode": case} | SGD) | changes
+        return with_values(self.base, {f"eval.{name}": value for name, value in settings.items()}, "test")
+
+    def __call__(
+        self, case: str, tokens: np.ndarray, scale: float = 1.0, **changes
+    ) -> tuple[np.ndarray, list[dict]]:
+        text = ValidationText(tokens, np.ones(len(tokens) - 1), BOS, "val", "bytes", "", None)
+        ranks, events = KeepingRanks(Environment({}), "cpu"), []
+        with torch.no_grad():
+            self.model.embed.weight.mul_(scale)
+        score_model(self.model, self.configure(case, **changes), text, ranks, Scoring(Reports(events.append)))
+        with torch.no_grad():
+            self.model.embed.weight.div_(scale)
+        return ranks.nats.double().numpy(), events
+
+
 @pytest.fixture
 def attack(tiny_config, monkeypatch):
-    """Score a stream as a case says: returns (N,) nats and the events; hints speak after two tokens."""
-    from eval import ngram
-
+    """A random model of two layers; hints speak after two tokens."""
     rules = tuple(ngram.OnlineRule(*rule) for rule in SHORT_RULES)
     monkeypatch.setattr(ngram.online_tilt, "__defaults__", (2.0, rules))
-    shape = {"data.vocab_size": VOCAB, "model.num_layers": 2, "model.model_dim": 16, "eval.keep_tail": True}
-    base = with_values(tiny_config, shape | {"eval.stride": STRIDE, "run.val_batch_tokens": 256}, "test")
+    base = with_values(tiny_config, SHAPE, "test")
     torch.manual_seed(0)
     model = build_model(base, torch.device("cpu"))
     model.attention = "sdpa"  # the same rounding with and without a backward pass to come
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape) * 0.3)
-
-    def score(case: str, tokens: np.ndarray, scale: float = 1.0, **changes) -> tuple[np.ndarray, list[dict]]:
-        settings = CASES.get(case, {"mode": case} | SGD) | changes
-        cfg = with_values(base, {f"eval.{name}": value for name, value in settings.items()}, "test")
-        text = ValidationText(tokens, np.ones(len(tokens) - 1), BOS, "val", "bytes", "", None)
-        ranks, events = KeepingRanks(Environment({}), "cpu"), []
-        with torch.no_grad():
-            model.embed.weight.mul_(scale)
-        score_model(model, cfg, text, ranks, Scoring(Reports(events.append)))
-        with torch.no_grad():
-            model.embed.weight.div_(scale)
-        return ranks.nats.double().numpy(), events
-
-    score.model = model
-    return score
+    model.aids = Aids(ngram.build_table(TEXT, (2,), 16), (0.9, 1.2))  # for cases that ask for them
+    return Attack(base, model)
 
 
 def make_text(lengths=LENGTHS, seed=0, vocab_size=VOCAB) -> np.ndarray:
@@ -101,6 +132,69 @@ def other_words(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
 TEXT = make_text()
 
 
+class Bigrams(torch.nn.Module):
+    """A table of bigrams in two factors, with a place for an adapter."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(VOCAB, 8)
+        self.head = CastLinear(8, VOCAB)
+
+    def forward(self, tokens, starts_doc, first):
+        return self.head(self.embed(tokens[:, first:]))
+
+
+def slow_nats(model, settings, tokens: np.ndarray) -> np.ndarray:
+    """Score as settings say with eval/reference.py, on a copy of the model in float64."""
+    tilt = scoring_cost(settings, tokens, model.aids)
+    tilt = tilt.cost if settings.fit_scales else tilt
+    hints = [[] for _ in tokens[1:]]
+    if settings.tilt_online:
+        hints = [[(h, s) for h, s in zip(*row) if h != NO_HINT] for row in zip(tilt.hints, tilt.strengths)]
+    scales = model.aids.scales if settings.fit_scales else (1.0, 1.0)
+    double = copy.deepcopy(model).double()
+    double.compute_dtype = torch.float64
+    stride = 0 if settings.mode == "chunked" else STRIDE
+    slow = Slow(double, tokens, BOS, CONTEXT, stride, hints, scales)
+    if settings.mode in ("chunked", "sliding", "doc"):
+        whole = np.array([[0, len(tokens) - 1]])
+        return score_slow_plain(slow, plan_documents(tokens, BOS) if settings.mode == "doc" else whole)
+    if settings.mode == "sgd-ttt":
+        return score_slow_sgd(slow, sgd_options(settings))
+    options = ScoreOptions(BOS, BATCH_TOKENS)
+    session = Session(tokens, Settings(CONTEXT, STRIDE), options, None, Reports())
+    lora = lora_options(settings)
+    scorer = LoraScorer(model, session, lora)
+    phases = PhaseOptions(settings.phase_docs, settings.phase_count, sgd_options(settings))
+    phases = phases if settings.mode == "phased" else PhaseOptions()
+    return score_slow_lora(slow, lora, phases, BATCH_TOKENS, dict(zip(scorer.sites, scorer.starts)))
+
+
+@pytest.mark.parametrize("bigrams", [False, True], ids=["gpt", "bigrams"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_scorer_agrees_with_the_slow_float64_one(attack, case, bigrams):
+    """Batches, windows, deals and float32 move no score by 1e-4 bits: one target at a time says the same."""
+    sites = {"lora_sites": "head"} if bigrams else {}
+    fast = Attack(attack.base, Bigrams()) if bigrams else attack
+    fast.model.aids = attack.model.aids
+    nats, _ = fast(case, TEXT, **sites)
+    expected = slow_nats(fast.model, fast.configure(case, **sites).eval, TEXT)
+    assert abs(nats.mean() - expected.mean()) / math.log(2) < 1e-4
+    np.testing.assert_allclose(nats, expected, rtol=0, atol=2e-3)
+    assert not np.allclose(nats, attack("chunked", TEXT)[0], atol=1e-2) or case == "chunked"
+
+
+@pytest.mark.parametrize("case", MODES)
+def test_a_uniform_model_costs_the_log_of_the_vocabulary(attack, case):
+    """The one score that is known exactly, to the last digit of float32, as long as nothing is learned."""
+    model = Bigrams()
+    torch.nn.init.zeros_(model.head.weight)
+    model.aids = Aids()
+    nats, _ = Attack(attack.base, model)(case, TEXT, lora_sites="head", lora_lr=0.0, sgd_lr=0.0)
+    assert nats == pytest.approx(math.log(VOCAB), rel=2e-7)
+
+
 @pytest.mark.parametrize("case", IN_TEXT_ORDER)
 def test_scores_ignore_the_text_that_follows(attack, case):
     """Rule C1, bitwise in float32, at both sides of windows, chunks and documents."""
@@ -113,7 +207,7 @@ def test_scores_ignore_the_text_that_follows(attack, case):
             assert not np.array_equal(before[cut:], after[cut:])
 
 
-@pytest.mark.parametrize("case", ["lora-ttt", "phased", "sgd-ttt"])
+@pytest.mark.parametrize("case", ["lora-ttt", *BY_LENGTH, "sgd-ttt"])
 def test_scores_ignore_the_text_that_is_scored_later(attack, case):
     """Rule C3 in the order of the event log, which is not that of the text where long documents go first."""
     before, events = attack(case, TEXT)
@@ -153,10 +247,10 @@ def test_a_prefix_alone_is_scored_by_the_same_weights_until_rates_differ(attack,
 def test_probabilities_of_all_targets_add_up_to_one(attack, case):
     """Rule C2 over the whole vocabulary.
 
-    Not where a phase learns: a BOS as the target would make two shorter documents of one of the longest,
-    which is the price of that order (see test_adaptive.py).
+    Not where others learn from a document: a BOS as the target would make two shorter ones of one of the
+    longest, which is the price of an order by length (see test_adaptive.py).
     """
-    place = 62 if case == "phased" else 30  # in the document of two tokens, in that of 25
+    place = 62 if case in BY_LENGTH else 30  # in the document of two tokens, in that of 25
     total = 0.0
     for token in range(VOCAB):
         changed = TEXT.copy()
@@ -186,7 +280,7 @@ def test_every_target_is_scored_once_and_before_an_update_reads_it(attack, case)
     assert ("update" in {event.kind for event in events}) == (
         case.split()[0] in ("sgd-ttt", "lora-ttt", "phased")
     )
-    assert [row["kind"] for row in rows].count("precompute") == ("tilt" in case)
+    assert [row["kind"] for row in rows].count("precompute") == ("tilt" in case or "aids" in case)
     assert (nats > 0).all()
 
 
@@ -205,6 +299,15 @@ def test_documents_in_another_order_score_the_same(attack, case):
 def test_hints_speak_in_these_tests(attack, case):
     """A tilt that is silent would pass them all."""
     assert not np.allclose(attack(case, TEXT)[0], attack(case.removesuffix(" tilt"), TEXT)[0])
+
+
+@pytest.mark.parametrize("values", [MODES["phased"] | {"mode": "phased"}, BY_LENGTH["lora-ttt warm"]])
+def test_hints_are_refused_where_they_go_in_circles(attack, values):
+    """A long document's hints read text that is scored later, by weights that learned from the document."""
+    cfg = attack.configure("chunked", **values)
+    check_config(cfg)
+    with pytest.raises(UserError, match=r"eval\.tilt_online"):
+        check_config(attack.configure("chunked", **values, **TILT))
 
 
 # ---- Hostile texts -----------------------------------------------------------------------------------
