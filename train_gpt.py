@@ -372,7 +372,7 @@ class EvalConfig:
     context_len: int = option(0, "", "tokens a window may see; 0: data.seq_len", low=0)
     stride: int = option(64, "EVAL_STRIDE", "targets a sliding window scores", low=1)
     keep_tail: bool = option(False, "", "score the targets past the last whole window too")
-    deadline_s: float = option(0.0, "", "end adaptation so that scoring takes so long; 0: never", low=0)
+    deadline_s: float = option(0.0, "", "end adaptation so that scoring takes at most this; 0: never", low=0)
     tilt_online: float = option(0.0, "", "strength of hints from the text scored so far, times share", low=0)
     tilt_static_entries: int = option(0, "", "most n-grams of training text in the artifact; 0: none", low=0)
     tilt_static_lengths: tuple = option((3,), "", "tokens of their prefixes")
@@ -402,7 +402,7 @@ class EvalConfig:
     phase_docs: int = option(2500, "PHASED_TTT_PREFIX_DOCS", "documents before the last SGD phase", low=0)
     phase_count: int = option(1, "PHASED_TTT_NUM_PHASES", "SGD phases", low=1)
     limit_seconds: float = option(600.0, "", "scoring time budget", low=0)
-    limit_text_bytes: int = option(0, "", "the budget is for so many bytes, in proportion; 0: any", low=0)
+    limit_text_bytes: int = option(0, "", "budget and deadline are for so many, in proportion; 0: any", low=0)
 
 
 @dataclass(frozen=True)
@@ -1914,6 +1914,16 @@ class Score(NamedTuple):
     invalid: str  # why the score cannot be part of a record; empty when it can
 
 
+def seconds_for(cfg: EvalConfig, seconds: float, num_bytes: int) -> float:
+    """Scale seconds that are meant for cfg.limit_text_bytes of text to so many bytes."""
+    return seconds * num_bytes / cfg.limit_text_bytes if cfg.limit_text_bytes else seconds
+
+
+def scoring_limit(cfg: EvalConfig, num_bytes: int) -> float:
+    """Return the seconds that scoring so many bytes of text may take."""
+    return seconds_for(cfg, cfg.limit_seconds, num_bytes)
+
+
 def score_options(cfg: Config, text: ValidationText, ranks: Ranks) -> ScoreOptions:
     """Return how a scoring is batched and which batches are this rank's."""
     batch_tokens = cfg.run.val_batch_tokens // cfg.data.micro_batches
@@ -1943,7 +1953,9 @@ def score_model(
     context_len = settings.context_len or cfg.data.seq_len
     tokens = scored_tokens(text, context_len, settings.keep_tail)
     options = score_options(cfg, text, ranks)
-    windows = Settings(context_len, settings.stride, settings.deadline_s, scoring.switch_at)
+    num_bytes = int(text.target_bytes[: len(tokens) - 1].sum())
+    deadline_s = seconds_for(settings, settings.deadline_s, num_bytes)
+    windows = Settings(context_len, settings.stride, deadline_s, scoring.switch_at)
     session = Session(tokens, windows, options, ranks, scoring.reports)
     scorer = model.eval()
     if scoring.warms_up:
@@ -2362,11 +2374,6 @@ def place_values(cfg: Config) -> dict[str, str]:
     return {name: config_value(cfg, name) for name in PLACE_FIELDS}
 
 
-def scoring_limit(cfg: EvalConfig, num_bytes: int) -> float:
-    """Return the seconds that scoring so many bytes of text may take."""
-    return cfg.limit_seconds * (num_bytes / cfg.limit_text_bytes if cfg.limit_text_bytes else 1.0)
-
-
 def check_world_size(cfg: Config, world_size: int) -> None:
     """Raise unless the ranks can share every step's micro-batches."""
     for stage in stages_of(cfg):
@@ -2490,7 +2497,7 @@ def open_scorer(path: str) -> tuple[dict, Callable[[list[int]], tuple[list[float
         events: list[dict] = []
         tokens = np.array(stream, dtype=text.tokens.dtype)
         changed = ValidationText(tokens, np.ones(len(tokens) - 1, dtype=np.int64), *text[2:])
-        score_model(model, cfg, changed, ranks, Scoring(Reports(events.append)))
+        score_model(model, cfg, changed, ranks, Scoring(Reports(events.append), len(stream)))  # no clock
         return ranks.kept.tolist(), [[event["kind"], event["lo"], event["hi"]] for event in events]
 
     window = cfg.eval.context_len or cfg.data.seq_len

@@ -117,19 +117,19 @@ class CompiledWindows:
 
 
 class ProgressLines:
-    """Write a line at each tenth of the batches, with the time left."""
+    """Write a line after the first percent and each tenth of the targets, with the time left."""
 
     def __init__(self, write: Callable[[str], None]):
         self.write = write
         self.started = time.perf_counter()
-        self.tenths = 0
+        self.percent = 0
 
     def __call__(self, done: int, total: int) -> None:
-        tenths = done * 10 // total
-        if tenths > self.tenths and done < total >= 20:
+        percent = done * 10 // total * 10 or min(done * 100 // total, 1)
+        if percent > self.percent and done < total >= 20:
             left = (time.perf_counter() - self.started) * (total - done) / done
-            self.write(f"scoring: {10 * tenths}% seconds_left:{left:.0f}")
-        self.tenths = tenths
+            self.write(f"scoring: {percent}% seconds_left:{left:.0f}")
+        self.percent = percent
 
 
 @torch.no_grad()

@@ -9,9 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.adaptive import Reports, Session, Settings, weights_digest
-from eval.modes import EVAL_MODES, Scoring, rehearse
+from eval.modes import EVAL_MODES, Scoring, rehearse, score_session
 from eval.reference import score_reference, visible_start
-from eval.sliding import CompiledWindows, ScoreOptions, plan_batches, plan_windows, score_windows
+from eval.sliding import (
+    CompiledWindows,
+    ProgressLines,
+    ScoreOptions,
+    plan_batches,
+    plan_windows,
+    score_windows,
+)
 from formats.recipe import with_values
 from train_gpt import EvalConfig, load_validation, score_model
 
@@ -148,6 +155,33 @@ def test_a_rehearsal_that_moves_weights_is_found_out(tiny_model, alone, monkeypa
     session.ranks = alone
     with pytest.raises(ValueError, match="moved the model's weights"):
         rehearse(tiny_model, tiny_model, session, scored_settings("sliding"), 300)
+
+
+def test_the_deadline_is_in_proportion_to_the_text(tiny_config, tiny_model, alone, monkeypatch):
+    """Like the limit: a track that allows seconds for so many bytes allows more for a longer text."""
+    text, seen = load_validation(tiny_config.data), []
+
+    def spy(model, session, settings):
+        seen.append(session.settings.deadline_s)
+        return score_session(model, session, settings)
+
+    monkeypatch.setattr("train_gpt.score_session", spy)
+    limits = {"eval.deadline_s": 60.0, "eval.keep_tail": True}
+    for bytes_meant in (0, int(text.target_bytes.sum()) // 2):
+        cfg = with_values(tiny_config, limits | {"eval.limit_text_bytes": bytes_meant}, "test")
+        score_model(tiny_model, cfg, text, alone, Scoring(warms_up=False))
+    assert seen == pytest.approx([60, 120], rel=1e-3)
+
+
+def test_the_log_says_early_how_long_scoring_will_take(monkeypatch):
+    """After the first percent and each tenth: who is over the budget can stop in time."""
+    lines, now = [], iter(range(2001))
+    monkeypatch.setattr("eval.sliding.time.perf_counter", lambda: float(next(now)))
+    progress = ProgressLines(lines.append)
+    for done in range(1, 1001):
+        progress(done, 1000)
+    assert [line.split()[1] for line in lines] == ["1%", *(f"{tenth}0%" for tenth in range(1, 10))]
+    assert lines[0] == "scoring: 1% seconds_left:99"  # ten targets a second in this test
 
 
 @pytest.mark.slow
