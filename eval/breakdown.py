@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.adaptive import plan_document_windows, plan_documents
-from eval.sliding import plan_windows
+from eval.adaptive import chunk_tokens_of, plan_doc_batches, plan_document_windows, plan_documents
+from eval.modes import lora_options, plan_plain
 
 BYTE_CLASSES = ("letters", "digits", "whitespace", "punctuation", "non-ASCII", "no bytes")
 LENGTH_CLASSES = (256, 1024, 4096, 16_384, 65_536)  # bytes of a document
@@ -52,18 +52,42 @@ def octave_rows(seen: np.ndarray, costs: Costs) -> list[Row]:
     return rows_of(labels, names, costs)
 
 
-def visible_tokens(mode: str, documents: np.ndarray, context_len: int, stride: int) -> np.ndarray | None:
-    """Count the tokens that each of N targets sees in its window: (N,); None where windows depend on chunks.
+class Windows(NamedTuple):
+    """What decided which tokens a scored target saw."""
 
-    documents are the (D, 2) spans of the text.
+    settings: object  # with the fields of [eval]
+    context_len: int
+    batch_tokens: int
+    switch_at: int  # batches of documents that adapted
+
+
+def adapted_windows(documents: np.ndarray, how: Windows) -> np.ndarray:
+    """Lay the windows in which documents (D, 2) with adapters are scored; (W, 3) as plan_windows makes them.
+
+    Those of the batches past the switch are scored plainly.
     """
-    num_targets = int(documents[-1, 1])
-    if mode in ("lora-ttt", "phased"):
-        return None
-    if mode == "doc":
-        windows = plan_document_windows(documents, context_len, stride)
+    lora, windows = lora_options(how.settings), []
+    batches = plan_doc_batches(np.diff(documents).ravel(), lora, how.context_len, how.batch_tokens)
+    plain = {doc for batch in batches[how.switch_at :] for doc in batch.tolist()}
+    for doc, (lo, hi) in enumerate(documents.tolist()):
+        if doc in plain:
+            one = documents[doc : doc + 1]
+            windows.append(plan_document_windows(one, how.context_len, how.settings.stride))
+            continue
+        chunk = chunk_tokens_of(hi - lo, lora)
+        starts = np.arange(lo, hi, chunk)
+        begins = np.maximum(starts + chunk - how.context_len, lo)
+        windows.append(np.stack([begins, np.minimum(starts + chunk, hi), starts - begins], axis=1))
+    return np.concatenate(windows)
+
+
+def visible_tokens(tokens: np.ndarray, bos_id: int, how: Windows) -> np.ndarray:
+    """Count the tokens that each of the N targets of N + 1 tokens sees in its window: (N,)."""
+    settings, num_targets = how.settings, len(tokens) - 1
+    if settings.mode in ("lora-ttt", "phased"):
+        windows = adapted_windows(plan_documents(tokens, bos_id, settings.lora_max_doc_tokens), how)
     else:
-        windows = plan_windows(num_targets, context_len, 0 if mode == "chunked" else stride)
+        windows = plan_plain(settings, how.context_len, tokens, bos_id)
     scored = windows[:, 1] - windows[:, 0] - windows[:, 2]
     return np.arange(num_targets) - np.repeat(windows[:, 0], scored) + 1
 
@@ -115,13 +139,12 @@ def byte_rows(codec, targets: np.ndarray, costs: Costs) -> list[Row]:
     return [Row(name, *map(float, row)) for name, row in zip(BYTE_CLASSES, sums.T) if row[0]]
 
 
-def break_down(costs: Costs, tokens: np.ndarray, codec, window: tuple[str, int, int]) -> dict[str, list[Row]]:
-    """Make all tables of the N targets of N + 1 tokens; window is (mode, context_len, stride)."""
+def break_down(costs: Costs, tokens: np.ndarray, codec, how: Windows) -> dict[str, list[Row]]:
+    """Make all tables of the N targets of N + 1 tokens."""
     documents = plan_documents(tokens, codec.bos_id)
-    seen = visible_tokens(window[0], documents, *window[1:])
     place = np.arange(len(tokens) - 1) - np.repeat(documents[:, 0], np.diff(documents).ravel()) + 1
-    tables = {} if seen is None else {"tokens in the window": octave_rows(seen, costs)}
-    return tables | {
+    return {
+        "tokens in the window": octave_rows(visible_tokens(tokens, codec.bos_id, how), costs),
         "tokens of the document": octave_rows(place, costs),
         "bytes of the document": length_rows(documents, costs),
         "bytes of the target": byte_rows(codec, tokens[1:].astype(np.int64), costs),

@@ -140,10 +140,10 @@ def scoring_cost(settings, tokens: np.ndarray, aids: Aids) -> Cost:
 
 
 def plan_plain(settings, context_len: int, tokens: np.ndarray, bos_id: int) -> np.ndarray:
-    """Lay the windows of a mode that does not adapt."""
+    """Lay the windows of a mode without adapters."""
     if settings.mode == "doc":
         return plan_document_windows(plan_documents(tokens, bos_id), context_len, settings.stride)
-    return plan_windows(len(tokens) - 1, context_len, settings.stride if settings.mode == "sliding" else 0)
+    return plan_windows(len(tokens) - 1, context_len, 0 if settings.mode == "chunked" else settings.stride)
 
 
 def rehearse(model: nn.Module, scorer: Logits, session: Session, settings, vocab_size: int) -> None:
