@@ -8,7 +8,8 @@ from data.shards import read_json, sha256_file
 from formats.recipe import config_fields, read_recipe, with_values
 from train_gpt import ARTIFACT_NAME, Config, only_live, read_environment
 
-RESULT_NAME, SUBMISSION_NAME, RECIPE_NAME = "result.json", "submission.json", "recipe.toml"
+RESULT_NAME, SUBMISSION_NAME = "result.json", "submission.json"
+RECIPE_NAME, PROGRAM_NAME = "recipe.toml", "train_gpt.py"
 RUNS = Path("runs")
 TOLERANCE = 1e-6  # bits per byte; the same machine reproduces its own score far closer than this
 
@@ -25,8 +26,8 @@ class Target(NamedTuple):
 
 
 def newest_run(root: Path = RUNS) -> Path:
-    """Return the complete run folder (it has result.json) that was finished last."""
-    results = sorted(root.glob(f"*/{RESULT_NAME}"), key=lambda path: path.stat().st_mtime)
+    """Return the complete run folder (it has result.json) that was finished last, records' seeds too."""
+    results = sorted(root.glob(f"**/{RESULT_NAME}"), key=lambda path: path.stat().st_mtime)
     if not results:
         raise UserError(f"{root}: no complete run found. `make run` trains one; or name an artifact file.")
     return results[-1].parent
@@ -69,10 +70,11 @@ def find_run(folder: Path) -> Target:
 
 
 def find_record(folder: Path, chosen: Path | None) -> Target:
-    """Read a record folder: its own artifact, or the one in runs/ whose sha256 it states, or the chosen one.
+    """Read a record folder: its own artifact, or the one in runs/ that it states, or the chosen one.
 
     submission.json states them: seed_results[seed] with artifact_sha256, val_bpb and, where adaptation was
-    cut, switch_at; tolerance_bpb for all. Raises with the command that trains one where there is none.
+    cut, switch_at; tolerance_bpb for all. Raises with the command that trains one where there is none: the
+    record's own program, or without one the recipe.
     """
     path = folder / SUBMISSION_NAME
     facts = read_json(path) if path.is_file() else {}
@@ -80,7 +82,7 @@ def find_record(folder: Path, chosen: Path | None) -> Target:
              if "artifact_sha256" in row}  # fmt: skip
     live = live_config(read_recipe(folder / RECIPE_NAME))
     for artifact in (
-        [chosen] if chosen else [folder / ARTIFACT_NAME, *sorted(RUNS.glob(f"*/{ARTIFACT_NAME}"))]
+        [chosen] if chosen else [folder / ARTIFACT_NAME, *sorted(RUNS.glob(f"**/{ARTIFACT_NAME}"))]
     ):
         if not artifact.is_file():
             continue
@@ -97,9 +99,11 @@ def find_record(folder: Path, chosen: Path | None) -> Target:
                 f"{artifact}: expected an artifact that {path} states (sha256 {stated}), found "
                 f"{sha256_file(artifact)[:16]}. `python -m eval {artifact}` scores it by itself."
             )
-    seed = next((f" run.seed={seed}" for seed, _ in seeds.values()), "")
-    command = f"python train_gpt.py --recipe {folder / RECIPE_NAME}{seed}"
+    program = folder / PROGRAM_NAME
+    start = str(program) if program.is_file() else f"{PROGRAM_NAME} --recipe {folder / RECIPE_NAME}"
+    seed = "".join(f" run.seed={seed}" for seed, _ in [*seeds.values()][:1])
+    data = f"data.data_path={live.data.data_path} data.tokenizer_path={live.data.tokenizer_path}"
     raise UserError(
         f"{folder}: expected {ARTIFACT_NAME} in it, or in {RUNS}/ one that {SUBMISSION_NAME} states, found "
-        f"none. Name it (ARTIFACT=FILE) or train it: {command}"
+        f"none. Name it (ARTIFACT=FILE) or train it: python {start}{seed} {data}"
     )
