@@ -30,7 +30,7 @@ from data.shards import sha256_file
 from data.validation import ValidationText, check_tokenizer
 from eval.adaptive import Reports, plan_documents
 from eval.audit.checks import classify_bytes
-from eval.breakdown import as_facts, break_down, cost_of, format_tables
+from eval.breakdown import Windows, as_facts, break_down, cost_of, format_tables
 from eval.budget import format_ledger
 from eval.compare import check_same_documents, compare_documents, document_costs, format_comparison
 from eval.domains import format_domains, parse_domains, read_domain, score_domains
@@ -40,6 +40,7 @@ from eval.sliding import ScoreOptions
 from formats.recipe import config_fields, describe_fields, parse_overrides, with_values
 from train_gpt import (
     Config,
+    EvalConfig,
     KeepingRanks,
     Score,
     check_config,
@@ -48,6 +49,7 @@ from train_gpt import (
     read_environment,
     score_model,
     scoring_limit,
+    seconds_for,
     tokenizer_of,
 )
 
@@ -164,8 +166,9 @@ def score_target(target: Target, args: Namespace, ranks: KeepingRanks, settings:
         progress = ScoringProgress(limit) if ranks.is_main else None
         score = score_model(model, cfg, text, ranks, Scoring(Reports(on_event, progress), switch_at))
     if cfg.eval.deadline_s and ranks.is_main:
+        deadline = seconds_for(cfg.eval, cfg.eval.deadline_s, score.num_bytes)
         how = f"switch_at:{score.switch_at} of {score.num_units} seconds:{score.seconds:.1f}"
-        say(f"deadline_s:{cfg.eval.deadline_s:g} {how} {'replayed' if switch_at >= 0 else 'by the clock'}")
+        say(f"deadline_s:{deadline:g} {how} {'replayed' if switch_at >= 0 else 'by the clock'}")
     return Scored(score, ranks.kept.numpy(), text, cfg, is_stored)
 
 
@@ -190,6 +193,12 @@ def implied_bytes(score: Score) -> float:
     return score.val_loss / math.log(2) * score.num_tokens / score.val_bpb if score.val_bpb else math.nan
 
 
+def order_of(settings: EvalConfig) -> str:
+    """Say whether a probability depends on its prefix alone, or also on the lengths of documents."""
+    in_turns = settings.mode == "phased" or settings.lora_warm_lanes or settings.lora_short_chunks
+    return "by length" if settings.mode in ("lora-ttt", "phased") and in_turns else "text"
+
+
 def print_table(scored: Scored, target: Target) -> None:
     """Print the result table; a recorded run adds its training."""
     score, result = scored.score, target.result
@@ -204,6 +213,10 @@ def print_table(scored: Scored, target: Target) -> None:
     ]
     if result:
         rows.append(("trained", f"{result['steps']:,} steps, {result['tokens_per_second']:,.0f} tokens/s"))
+    if order_of(scored.cfg.eval) != "text":
+        rows.append(
+            ("disputed", "lengths of documents decide who learns from whom (contest pull request 1536)")
+        )
     if target.recorded_bpb is not None:
         rows.append(("recorded val_bpb", f"{target.recorded_bpb:.8f}"))
     if score.invalid:
@@ -215,6 +228,7 @@ def facts_of(scored: Scored, target: Target) -> dict:
     """Return what JSON says about one score."""
     facts = {"vocab_size": scored.cfg.data.vocab_size, "bos_id": scored.text.bos_id}
     facts |= {"implied_bytes": implied_bytes(scored.score), "tilt": scored.cfg.eval.tilt_online}
+    facts |= {"order": order_of(scored.cfg.eval)}
     facts |= {"artifact": str(target.artifact), "artifact_sha256": sha256_file(target.artifact)}
     return scored.score._asdict() | facts
 
@@ -234,8 +248,11 @@ def score_one(args: Namespace, ranks_of) -> int:
     tables = {}
     if args.breakdown:
         costs = cost_of(scored.nats, scored.text.target_bytes)
-        window = (score.mode, score.context_len, score.stride)
-        tables = break_down(costs, scored.tokens, tokenizer_of(scored.cfg.data), window)
+        cfg = scored.cfg
+        how = Windows(
+            cfg.eval, score.context_len, cfg.run.val_batch_tokens // cfg.data.micro_batches, score.switch_at
+        )
+        tables = break_down(costs, scored.tokens, tokenizer_of(cfg.data), how)
     if args.json:
         facts = facts_of(scored, target) | {"difference": difference, "breakdown": as_facts(tables)}
         facts |= {"ledgers": [dict(zip(("title", "parts", "limit", "unit"), row)) for row in accounts]}
