@@ -1,10 +1,15 @@
-"""Attention over a compressed context: reading R1 of a published model's "non-trainable projection 1/10".
+"""Attention over a compressed context: readings of a published model's "non-trainable projection 1/10".
 
-The sequence is cut into chunks of `ratio` tokens. A query in chunk j attends token by token to the first
-and the last `keep` chunks (its own included); every other past chunk i is replaced by the means of up to
-rho = min(ratio, ratio_min + j - keep - i) consecutive keys and values: the further back, the coarser, down
-to one vector a chunk. No parameters; only whole past chunks are pooled, so it is causal. Up to 2 * keep
-chunks it is full attention.
+R1, along time: the sequence is cut into chunks of `ratio` tokens. A query in chunk j attends token by token
+to the first and the last `keep` chunks (its own included); every other past chunk i is replaced by the
+means of up to rho = min(ratio, ratio_min + j - keep - i) consecutive keys and values: the further back, the
+coarser, down to one vector a chunk. No parameters; only whole past chunks are pooled, so it is causal. Up
+to 2 * keep chunks it is full attention.
+
+R2, along the features of a head: queries, keys and values are seen through a fixed Gaussian P (K, K / rho),
+rho growing with depth from ratio_min to ratio; the first and last `keep` layers stay exact. With
+E[P P^T] = 1 scores are those of full attention on average: (q P) . (k P) = (q P P^T) . k, and the head's
+output is a mean of v P P^T. One (K, K) product, so any attention backend serves; a cache needs k P and v P.
 """
 
 import math
@@ -16,7 +21,7 @@ from torch import Tensor
 
 
 class ContextRule(NamedTuple):
-    """How the context is compressed."""
+    """How the context is compressed; along the features, chunks are layers."""
 
     ratio: int  # tokens a chunk, and most tokens behind one pooled key
     ratio_min: int  # tokens behind a pooled key of the nearest compressed chunk
@@ -71,3 +76,22 @@ def attend_compressed(q: Tensor, k: Tensor, v: Tensor, rule: ContextRule) -> Ten
         q.transpose(1, 2), keys, values, attn_mask=mask, scale=1 / math.sqrt(q.size(3)), enable_gqa=grouped
     )
     return y.transpose(1, 2)
+
+
+def projected_dim(rule: ContextRule, layer: int, num_layers: int, head_dim: int) -> int:
+    """Return how many features a layer keeps of a head: all at the ends, then ever fewer with depth."""
+    last = num_layers - 1 - rule.keep
+    if not rule.keep <= layer <= last:
+        return head_dim
+    depth = (layer - rule.keep) / max(last - rule.keep, 1)
+    return max(round(head_dim / (rule.ratio_min + depth * (rule.ratio - rule.ratio_min))), 1)
+
+
+def feature_projection(rule: ContextRule, layer: int, num_layers: int, head_dim: int) -> Tensor:
+    """Return a layer's P P^T, (K, K) float32 on the CPU, drawn from the layer's number: no state."""
+    kept = projected_dim(rule, layer, num_layers, head_dim)
+    if kept == head_dim:
+        return torch.eye(head_dim, device="cpu")
+    generator = torch.Generator().manual_seed(layer)
+    drawn = torch.randn(head_dim, kept, generator=generator, device="cpu") / math.sqrt(kept)
+    return drawn @ drawn.T
