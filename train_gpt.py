@@ -103,7 +103,7 @@ from formats.rotation import BEST_NAME, LOSSES_NAME, NUMBERED_GLOB, rotate_check
 from formats.rules import clock_rules, model_rules, stage_rules, storage_rules
 from formats.state import map_leaves, read_state, write_state
 from kernels.attention import BACKENDS, AttentionMask, Reach, attend, mask_of, resolve_attention
-from kernels.context import ContextRule, attend_compressed
+from kernels.context import ContextRule, attend_compressed, feature_projection
 from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
 from kernels.loss import blocked_loss
 from kernels.machine import resolve_compile, resolve_dtype
@@ -226,9 +226,10 @@ class ModelConfig:
     attn_window: int = option(0, "", "tokens back that window_layers see", low=0)
     window_layers: tuple = option((), "", "layers with windowed attention")
     attn_in_document: bool = option(False, "", "attention stays in the token's document")
-    context_ratio: int = option(0, "", "tokens a chunk of compressed context; 0: full attention", low=0)
-    context_ratio_min: int = option(2, "", "tokens a mean of the nearest compressed chunk", low=1)
-    context_keep: int = option(2, "", "chunks at either end that stay exact", low=1)
+    context_axis: str = option("time", "", "what context_ratio compresses", choices=("time", "features"))
+    context_ratio: int = option(0, "", "tokens a chunk, or factor of the features; 0: full attention", low=0)
+    context_ratio_min: int = option(2, "", "where compression is least", low=1)
+    context_keep: int = option(2, "", "chunks, or layers, at either end that stay exact", low=1)
     tie_embeddings: bool = option(True, "TIE_EMBEDDINGS", "output head = token embedding")
     vocab_pad: int = option(0, "", "rows of the token tables beyond the tokenizer's entries", low=0)
     embed_dim: int = option(0, "", "width of a factorised embedding; 0: model_dim", low=0)
@@ -883,6 +884,8 @@ class SelfAttention(nn.Module):
         self.xsa = cfg.xsa_last > 0 and layer >= cfg.num_layers - cfg.xsa_last
         self.window = cfg.attn_window if layer in cfg.window_layers else 0
         self.attn_gate = AttnGate(cfg) if cfg.attn_gate != "none" else None
+        if cfg.context_ratio and cfg.context_axis == "features":  # a constant: neither weight nor buffer
+            self.projection = feature_projection(context_rule(cfg), layer, cfg.num_layers, self.head_dim)
 
     def queries_and_keys(self, x: Tensor, shared: Shared, first: int = 0) -> tuple[Tensor, Tensor]:
         """Project, normalise and rotate: (B, T - first, H, K) and (B, T, G, K)."""
@@ -907,8 +910,11 @@ class SelfAttention(nn.Module):
         v = v.unflatten(-1, (-1, self.head_dim))
         if self.cfg.value_residual and self.layer > 0:
             v = torch.lerp(v, first_value, self.value_mix.to(x.dtype))
-        if self.cfg.context_ratio:
+        if self.cfg.context_ratio and self.cfg.context_axis == "time":
             y = attend_compressed(q, k, v, context_rule(self.cfg))
+        elif self.cfg.context_ratio:
+            projection = self.projection.to(q)
+            y = attend(q @ projection, k, v @ projection, shared.masks[self.window])
         else:
             y = attend(q, k, v, shared.masks[self.window, first])
         if self.xsa:

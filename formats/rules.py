@@ -33,7 +33,7 @@ def model_rules(cfg) -> list[tuple]:
     rotated = model.rope_dims or head_dim
     smear_fits = model.smear != "gated" or model.model_dim >= 12
     windowed = (model.attn_window > 0) == bool(model.window_layers)
-    plain_attention = not (model.window_layers or model.attn_in_document)
+    any_reach = model.context_axis == "features" or not (model.window_layers or model.attn_in_document)
     context_fits = not model.context_ratio or 1 <= model.context_ratio_min <= model.context_ratio
     segment = model.recur_layers or (0, 0)
     segment_fits = len(segment) == 2 and 0 <= segment[0] <= segment[-1] < model.num_layers
@@ -53,7 +53,7 @@ def model_rules(cfg) -> list[tuple]:
         ("model.window_layers", layers_fit(cfg, model.window_layers), layer_range),
         ("model.attn_window", windowed, "and model.window_layers go together"),
         ("model.context_ratio", context_fits, "must be at least context_ratio_min"),
-        ("model.context_ratio", not model.context_ratio or plain_attention, "excludes windows and documents"),
+        ("model.context_ratio", not model.context_ratio or any_reach, "excludes windows and documents"),
         ("model.asymmetric_softcap", model.logit_softcap > 0 or not model.asymmetric_softcap, "needs a cap"),
         ("model.norm_eps", model.norm != "layer" or model.norm_eps > 0, "must be above 0 for layer norm"),
         ("model.embed_dim", model.embed_dim <= model.model_dim, "must be at most model_dim"),
