@@ -275,6 +275,7 @@ class ModelConfig:
     fp8_history: int = option(16, "", "steps whose amax their scales remember", low=1)
     fp8_amax: str = option("max", "", "which amax of the history", choices=("max", "most_recent"))
     fp8_calibration_steps: int = option(0, "", "first steps without them, which only record", low=0)
+    fp8_lr_mul: float = option(1.0, "", "factor of every learning rate with them", low=0)
 
 
 @dataclass(frozen=True)
@@ -1586,7 +1587,7 @@ def run_progress(cfg: Config, step: int, elapsed_ms: float) -> float:
 
 
 def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
-    """Return the factor of every learning rate before step `step`, of warm-up, shape and stage.
+    """Return the factor of every learning rate before step `step`, of warm-up, shape, stage and FP8.
 
     Steps stand for time at the average pace so far where there is a clock (the contest's rule), for
     themselves where there is none; so a run of N steps is N long either way.
@@ -1598,6 +1599,8 @@ def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
         factor = warmdown_mul(cfg, step, elapsed_ms)
     else:
         factor = cosine_mul(cfg, step, elapsed_ms)
+    if cfg.model.fp8 != "off":
+        factor *= cfg.model.fp8_lr_mul
     return factor * stage_at(cfg, step, run_progress(cfg, step, elapsed_ms)).lr_mul
 
 
