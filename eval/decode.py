@@ -14,6 +14,7 @@ from train_gpt import GPT, ModelConfig, SelfAttention, context_rule
 # keys and values would not be all of the past.
 NEEDS_NEIGHBOURS = {"smear": "none", "bigram_buckets": 0, "positions": "none", "value_residual": False}
 NEEDS_NEIGHBOURS |= {"value_embed_layers": (), "xsa_last": 0, "attn_gate": "none", "recur_passes": 1}
+NEEDS_NEIGHBOURS |= {"context_axis": "time"}
 
 
 class CachedAttention(nn.Module):
