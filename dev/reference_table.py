@@ -2,6 +2,7 @@
 
     python -m dev.reference_table           the fast checks
     python -m dev.reference_table --slow    the slow ones too: initial losses, and every twin is trained
+    python -m dev.reference_table C D       of these systems only
 
 A check is a test marked `reference(id)`; the ids of each system are listed below. Those that are arithmetic
 on published constants, with nothing of this project in them, are listed as such and not counted.
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from data.errors import CommandParser, run_command
+from data.errors import CommandParser, UserError, run_command
 from dev.twins import ROOT, SYSTEMS
 from train_gpt import describe, load_config
 
@@ -51,15 +52,16 @@ class Check(NamedTuple):
 class Recorder:
     """A pytest plugin that keeps the outcome of every test marked reference(id), and twins' facts."""
 
-    def __init__(self):
+    def __init__(self, systems: tuple[str, ...] = tuple(NUM_CHECKS)):
+        self.systems = systems
         self.ids: dict[str, list[str]] = {}
         self.outcomes: dict[str, list[Check]] = defaultdict(list)
         self.twins: dict[str, dict] = {}
 
     def pytest_collection_modifyitems(self, items) -> None:
-        """Drop what is no reference check."""
+        """Drop what is no check of these systems."""
         marked = {item.nodeid: [m.args[0] for m in item.iter_markers("reference")] for item in items}
-        self.ids = {node: ids for node, ids in marked.items() if ids}
+        self.ids = {node: ids for node, ids in marked.items() if any(i[0] in self.systems for i in ids)}
         items[:] = [item for item in items if item.nodeid in self.ids]
 
     def pytest_deselected(self, items) -> None:
@@ -78,7 +80,7 @@ class Recorder:
         for key, value in report.user_properties:
             if key == "twin":
                 facts = json.loads(value)
-                self.twins[facts["system"]] = facts
+                self.twins[facts["twin"]] = facts
 
 
 def verdict(checks: list[Check]) -> Check:
@@ -100,6 +102,8 @@ def sort_ids(system: str, outcomes: dict[str, list[Check]]) -> dict[str, list[st
             rows["arithmetic"].append(name)
         else:
             rows[found.outcome].append(f"{name} ({found.reason})" if found.reason else name)
+    twins = [name for name in outcomes if name.startswith(system) and "twin" in name]
+    rows["failed"] += [name for name in twins if verdict(outcomes[name]).outcome == "failed"]
     return rows
 
 
@@ -109,32 +113,46 @@ def count_parameters(folder: str) -> int:
     return describe(cfg, [0], [0.0])["num_params"]
 
 
-def format_row(system: str, rows: dict[str, list[str]], twin: dict | None) -> str:
+def format_twin(name: str, facts: dict) -> str:
+    """Write a trained twin's line."""
+    return (
+        f"{name}: loss {facts['artifact_loss']} nats a token, single tokens {facts['unigram_entropy']}, "
+        f"quantization {facts['quantization_gap']:+}, {facts['payload_bytes']:,} bytes of weights -> "
+        f"{facts['artifact_bytes']:,} + code {facts['code_bytes']:,} = {facts['total_bytes']:,}, "
+        f"{facts['step_ms']} ms a step"
+    )
+
+
+def format_row(system: str, rows: dict[str, list[str]], twins: dict[str, dict]) -> str:
     """Write a system's block of lines."""
     lines = [f"system {system}"]
     for folder, expected in RECIPES[system].items():
         lines.append(f"  recipe        records/reference_systems/{folder}/recipe.toml")
         lines.append(f"  parameters    {count_parameters(folder):,} of {expected:,} expected")
-    counted = len(rows["passed"]) + len(rows["failed"]) + len(rows["skipped"])
+    counted = NUM_CHECKS[system] - len(rows["arithmetic"])
     lines.append(f"  checks        {len(rows['passed'])} of {counted} passed")
     lines += [f"  {name:<14}{', '.join(ids)}" for name, ids in rows.items() if ids]
-    learned = "not run: --slow trains it"
-    if twin:
-        learned = f"loss {twin['artifact_loss']} nats a token, single tokens {twin['unigram_entropy']}"
-    lines += [f"  twin          {learned}", f"  not measured  {NOT_MEASURED[system]}"]
+    found = [format_twin(name, facts) for name, facts in twins.items() if name[0] == system]
+    lines += [f"  twin          {line}" for line in found or ["not run: --slow trains it"]]
+    lines.append(f"  not measured  {NOT_MEASURED[system]}")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the checks; returns 1 when one fails."""
     parser = CommandParser(prog="python -m dev.reference_table", description=__doc__)
+    parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="of A, B, C, D, E; default: all")
     parser.add_argument("--slow", action="store_true", help="run the slow checks and train the twins")
     args = parser.parse_args(argv)
+    systems = tuple(args.systems or NUM_CHECKS)
+    for system in systems:
+        if system not in NUM_CHECKS:
+            raise UserError(f"{system}: expected a system of {', '.join(NUM_CHECKS)}.")
     selection = "not gpu" if args.slow else "not slow and not gpu"
-    recorder = Recorder()
+    recorder = Recorder(systems)
     pytest.main(["-q", "-m", selection, "-p", "no:cacheprovider", str(ROOT / "tests")], plugins=[recorder])
-    sorted_ids = {system: sort_ids(system, recorder.outcomes) for system in NUM_CHECKS}
-    print("\n\n".join(format_row(name, rows, recorder.twins.get(name)) for name, rows in sorted_ids.items()))
+    sorted_ids = {system: sort_ids(system, recorder.outcomes) for system in systems}
+    print("\n\n".join(format_row(name, rows, recorder.twins) for name, rows in sorted_ids.items()))
     return int(any(rows["failed"] for rows in sorted_ids.values()))
 
 

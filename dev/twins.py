@@ -1,11 +1,12 @@
 """Train the scaled-down twins of the reference systems on the built-in corpus.
 
-    python -m dev.twins            all of them, one after the other
-    python -m dev.twins A E        systems A and E
-    python -m dev.twins --data     only collect the text, train the tokenizers, write the shards
+    python -m dev.twins             all of them, one after the other
+    python -m dev.twins A E-mem9    system A, and E with the curriculum mem9
+    python -m dev.twins --data      only collect the text, train the tokenizers, write the shards
 
 A twin has its system's switches at a size that two cores train in a minute, and a tokenizer of its kind.
-It learned something when its loss is below the entropy of single tokens of the validation text.
+It learned something when its loss is below the entropy of single tokens of the validation text. Each is one
+JSON object: parameters, losses, what quantization cost, how the bytes add up, milliseconds a step.
 """
 
 import json
@@ -22,7 +23,16 @@ from data.prepare import Document, write_dataset
 from data.shards import VAL_GLOB, find_shards, read_json, read_manifest, read_shard
 from data.training import TRAINERS, train_tokenizer
 from formats.recipe import read_recipe, with_values
-from train_gpt import Config, Environment, check_config
+from train_gpt import (
+    ARTIFACT_NAME,
+    Config,
+    Environment,
+    Ranks,
+    check_config,
+    load_artifact,
+    load_validation,
+    validate,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ROOT / "records" / "reference_systems"
@@ -43,13 +53,15 @@ TWINS = {
     "C": Twin("C_pr281", "contest", 1024),
     "D": Twin("D_exp01", "bytelevel", 1021),
     "E": Twin("E_yxanul197_ultra10", "superbpe", 1024),
+    "E-mem9": Twin("E_yxanul270_mem9", "superbpe", 1024),
+    "E-mem6": Twin("E_yxanul270_mem6", "superbpe", 1024),
 }
 
 
-def twin_config(letter: str, data: Path, out_dir: Path | str = "runs") -> Config:
+def twin_config(name: str, data: Path, out_dir: Path | str = "runs") -> Config:
     """Resolve a twin's recipe with its data below the folder `data`."""
-    twin, dataset = TWINS[letter], dataset_folder(TWINS[letter], data)
-    places = {"data.data_path": str(dataset), "run.out_dir": str(out_dir), "run.run_id": f"twin_{letter}"}
+    twin, dataset = TWINS[name], dataset_folder(TWINS[name], data)
+    places = {"data.data_path": str(dataset), "run.out_dir": str(out_dir), "run.run_id": f"twin_{name}"}
     places["data.tokenizer_path"] = str(dataset / tokenizer_name(twin))
     cfg = with_values(Config(), read_recipe(SYSTEMS / twin.folder / "recipe.small.toml"), twin.folder)
     cfg = with_values(cfg, places, "twin")
@@ -73,10 +85,10 @@ def first_bytes(documents: list[Document], num_bytes: int) -> list[Document]:
     return documents[: int(np.searchsorted(sizes, num_bytes)) + 1]
 
 
-def prepare(letters: list[str], data: Path) -> None:
+def prepare(names: list[str], data: Path) -> None:
     """Write the datasets of these twins that are not there yet; the corpus is read at most once."""
     missing = []
-    for twin in {dataset_folder(TWINS[letter], data): TWINS[letter] for letter in letters}.values():
+    for twin in {dataset_folder(TWINS[name], data): TWINS[name] for name in names}.values():
         manifest = read_manifest(dataset_folder(twin, data)) or {}
         if manifest.get("sources") != describe_sources(twin.vocab_size):
             missing.append(twin)
@@ -102,23 +114,32 @@ def unigram_entropy(dataset: Path) -> float:
     return float(-(probs * np.log(probs)).sum())
 
 
-def train_twin(letter: str, data: Path, out_dir: Path | str = "runs") -> dict:
-    """Train a twin and return what its README states: parameters, losses, sizes, seconds."""
-    cfg = twin_config(letter, data, out_dir)
+def train_twin(name: str, data: Path, out_dir: Path | str = "runs") -> dict:
+    """Train a twin and return what its README states: parameters, losses, sizes, times."""
+    cfg = twin_config(name, data, out_dir)
     train_gpt.run(cfg, Environment({}))
     folder = Path(cfg.run.out_dir) / cfg.run.run_id
     result = read_json(folder / "result.json")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = [event for event in map(json.loads, lines) if event["kind"] == "val"][-1]
+    ranks = Ranks(Environment({}), "cpu")
+    model, stored_cfg, header = load_artifact(folder / ARTIFACT_NAME, cfg, ranks.device)
+    stored_loss = validate(model, stored_cfg, load_validation(cfg.data), ranks).val_loss
+    (_, code_bytes), *parts = result["ledger"]
     return {
-        "system": letter,
+        "twin": name,
+        "parameters": sum(param.numel() for param in model.parameters()),
         "steps": result["steps"],
         "val_loss": round(last["val_loss"], 4),  # of the live weights, whole rows
-        "artifact_loss": round(result["score"]["val_loss"], 4),
+        "quantization_gap": round(stored_loss - last["val_loss"], 4),  # the stored weights', the same rows
+        "artifact_loss": round(result["score"]["val_loss"], 4),  # the stored weights', scored as recipes say
         "val_bpb": round(result["score"]["val_bpb"], 4),
         "unigram_entropy": round(unigram_entropy(Path(cfg.data.data_path)), 4),
-        "artifact_bytes": sum(size for _, size in result["ledger"][1:]),
-        "tokens_per_second": round(result["tokens_per_second"]),
+        "payload_bytes": sum(raw for _, _, raw in header["streams"]),  # codes and scales, not compressed
+        "artifact_bytes": sum(size for _, size in parts),
+        "code_bytes": code_bytes,
+        "total_bytes": code_bytes + (folder / ARTIFACT_NAME).stat().st_size,
+        "step_ms": round(result["train_ms"] / result["steps"], 1),
         "train_seconds": round(result["train_ms"] / 1000, 1),
     }
 
@@ -126,17 +147,17 @@ def train_twin(letter: str, data: Path, out_dir: Path | str = "runs") -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Run the command: one JSON object a twin."""
     parser = CommandParser(prog="python -m dev.twins", description=__doc__)
-    parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="of A, B, C, D, E; default: all")
+    parser.add_argument("twins", nargs="*", metavar="TWIN", help=f"of {', '.join(TWINS)}; default: all")
     parser.add_argument("--folder", type=Path, default=Path("data/datasets"), help="default: %(default)s")
     parser.add_argument("--data", action="store_true", help="make the data and stop")
     args = parser.parse_args(argv)
-    letters = args.systems or list(TWINS)
-    for letter in letters:
-        if letter not in TWINS:
-            raise UserError(f"{letter}: expected a system of {', '.join(TWINS)}.")
-    prepare(letters, args.folder)
-    for letter in [] if args.data else letters:
-        print(json.dumps(train_twin(letter, args.folder)), flush=True)
+    names = args.twins or list(TWINS)
+    for name in names:
+        if name not in TWINS:
+            raise UserError(f"{name}: expected a twin of {', '.join(TWINS)}.")
+    prepare(names, args.folder)
+    for name in [] if args.data else names:
+        print(json.dumps(train_twin(name, args.folder)), flush=True)
 
 
 if __name__ == "__main__":

@@ -74,16 +74,16 @@ ORIGINAL_KEYS = {
 }
 
 
-def small_switches(letter: str) -> tuple[Config, Config]:
+def small_switches(name: str) -> tuple[Config, Config]:
     """The full recipe and its twin."""
-    folder = SYSTEMS / TWINS[letter].folder
+    folder = SYSTEMS / TWINS[name].folder
     return tuple(
         with_values(Config(), read_recipe(folder / name), name)
         for name in ("recipe.toml", "recipe.small.toml")
     )
 
 
-@pytest.mark.parametrize("letter", TWINS)
+@pytest.mark.parametrize("letter", ORIGINAL_KEYS)
 def test_every_original_key_has_a_field_or_a_reason(letter):
     """And every named field exists; nothing is listed that the original does not have."""
     table = tomllib.loads((SYSTEMS / TWINS[letter].folder / "keys.toml").read_text(encoding="utf-8"))["keys"]
@@ -95,16 +95,28 @@ def test_every_original_key_has_a_field_or_a_reason(letter):
             assert answer and set(answer) <= set(config_fields(Config)), key
 
 
-@pytest.mark.parametrize("letter", TWINS)
-def test_a_twin_has_the_switches_of_its_system(letter):
+@pytest.mark.parametrize("folder", sorted(SYSTEMS.iterdir()), ids=lambda folder: folder.name)
+def test_every_folder_has_a_recipe_a_twin_and_keys(folder):
+    """Or names the folder whose keys it shares."""
+    assert folder.name in {twin.folder for twin in TWINS.values()}
+    assert (folder / "recipe.toml").is_file() and (folder / "recipe.small.toml").is_file()
+    shared = TWINS[folder.name[0]].folder
+    assert (folder / "keys.toml").is_file() or f"../{shared}" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_has_the_switches_of_its_system(name):
     """Every word and every yes or no of model, optimizer and quantizer; numbers may be smaller."""
-    full, twin = small_switches(letter)
+    full, twin = small_switches(name)
     allowed = {"model.fp8"}  # gemm needs a device, emulate rounds alike
-    for name, item in config_fields(Config).items():
-        if item.type in (str, bool) and not item.metadata["live"] and name not in allowed:
-            assert config_value(full, name) == config_value(twin, name), name
+    for field, item in config_fields(Config).items():
+        if item.type in (str, bool) and not item.metadata["live"] and field not in allowed:
+            assert config_value(full, field) == config_value(twin, field), field
     assert (full.model.fp8 == "off") == (twin.model.fp8 == "off")
-    assert bool(full.schedule.stages) == bool(twin.schedule.stages)
+    assert (full.model.fp8_lr_mul, full.model.context_ratio) == (
+        twin.model.fp8_lr_mul,
+        twin.model.context_ratio,
+    )
     assert len(full.schedule.stages) == len(twin.schedule.stages)
 
 
@@ -118,47 +130,43 @@ def twin_data(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "letter", [pytest.param(letter, marks=pytest.mark.reference(f"{letter}-twin")) for letter in TWINS]
+    "name", [pytest.param(name, marks=pytest.mark.reference(f"{name}-twin")) for name in TWINS]
 )
-def test_a_twin_learns_more_than_the_frequencies_of_tokens(letter, twin_data, tmp_path, record_property):
-    """The artifact's loss is below the unigram entropy of the validation text."""
-    facts = train_twin(letter, twin_data, tmp_path)
+def test_a_twin_learns_more_than_the_frequencies_of_tokens(name, twin_data, tmp_path, record_property):
+    """The artifact's loss is below the unigram entropy of the validation text, and its bytes add up."""
+    facts = train_twin(name, twin_data, tmp_path)
     record_property("twin", json.dumps(facts))
     assert facts["artifact_loss"] < facts["unigram_entropy"]
-    assert facts["artifact_bytes"] < 1_000_000
+    assert abs(facts["quantization_gap"]) < 0.1
+    assert facts["artifact_bytes"] < min(facts["payload_bytes"] + 4096, 2_000_000)
+    assert facts["total_bytes"] == facts["code_bytes"] + facts["artifact_bytes"]
+
+
+def train_to(cfg: Config, stop: int, checkpoint: Path, resumes: bool) -> list:
+    """Train to a step, from the start or from a checkpoint; write one and return every value in it."""
+    training = train_gpt.Training(cfg, train_gpt.Ranks(Environment({}), "cpu"), 0)
+    if resumes:
+        train_gpt.resume(training, checkpoint)
+    while training.step < stop:
+        progress = train_gpt.run_progress(cfg, training.step, 0.0)
+        training.accumulate(train_gpt.phase_at(cfg, training.step, progress), lambda: False)
+        training.update(0.0)
+    train_gpt.save_checkpoint(training, checkpoint)
+    return leaves(read_state(checkpoint)[0])
 
 
 @pytest.mark.slow
 @pytest.mark.reference("E15")
-@pytest.mark.parametrize("letter", TWINS)
-def test_a_twin_resumes_bitwise(letter, twin_data, tmp_path):
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_resumes_bitwise(name, twin_data, tmp_path):
     """Stop in the middle, across a stage where there are stages: weights, optimizer, loader, 8-bit scales."""
-    cfg = with_values(
-        twin_config(letter, twin_data, tmp_path),
-        {"run.val_loss_every": -1, "run.iterations": 24, "run.save_every": 8},
-        "test",
-    )
-    checkpoint = tmp_path / f"twin_{letter}" / CHECKPOINT_NAME
-    ends = []
-    for stop in (24, 16, 24):
-        part = train_gpt.Training(
-            with_values(cfg, {"run.iterations": 24}, "test"), train_gpt.Ranks(Environment({}), "cpu"), 0
-        )
-        if ends and stop == 24:
-            train_gpt.resume(part, checkpoint)
-        while part.step < stop:
-            progress = train_gpt.run_progress(cfg, part.step, 0.0)
-            part.accumulate(
-                train_gpt.stage_at(cfg, part.step, progress),
-                train_gpt.recur_passes_at(cfg, progress),
-                lambda: False,
-            )
-            part.update(0.0)
-        checkpoint.parent.mkdir(exist_ok=True)
-        train_gpt.save_checkpoint(part, checkpoint)
-        ends.append(leaves(read_state(checkpoint)[0]))
-    assert len(ends[0]) == len(ends[2]) and all(np.array_equal(a, b) for a, b in zip(ends[0], ends[2]))
-    assert not all(np.array_equal(a, b) for a, b in zip(ends[0], ends[1]))
+    cfg = with_values(twin_config(name, twin_data, tmp_path), {"run.iterations": 24}, "test")
+    checkpoint = tmp_path / CHECKPOINT_NAME
+    whole = train_to(cfg, 24, checkpoint, resumes=False)
+    half = train_to(cfg, 16, checkpoint, resumes=False)
+    resumed = train_to(cfg, 24, checkpoint, resumes=True)
+    assert len(whole) == len(resumed) and all(np.array_equal(a, b) for a, b in zip(whole, resumed))
+    assert not all(np.array_equal(a, b) for a, b in zip(whole, half))
 
 
 def leaves(tree) -> list:
