@@ -125,14 +125,15 @@ def test_a_hub_id_downloads_loads_and_generates(saved, tmp_path):
     assert hub.bodies["model.safetensors"] == 1 and not hub.bodies["optimizer.safetensors"]
 
 
-@pytest.mark.parametrize("state", ["unknown", "offline"])
+@pytest.mark.parametrize("state", ["unknown", "offline", "unreachable"])
 def test_a_hub_without_the_model_is_one_error_that_says_what_helps(tmp_path, state):
-    """An unknown id or no network."""
+    """An unknown id, no network by choice, no server."""
+    extra = {"offline": {"HF_HUB_OFFLINE": "1"}, "unreachable": {"HF_ENDPOINT": "http://127.0.0.1:9"}}
     with serve_fake_hub() as hub:
-        env = hub_environment(hub, tmp_path) | ({"HF_HUB_OFFLINE": "1"} if state == "offline" else {})
+        env = hub_environment(hub, tmp_path) | extra.get(state, {})
         result = run_python("-m", "eval.sample", "someone/none", env=env)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert ("HF_ENDPOINT" if state == "offline" else "Check the spelling") in result.stderr
+    assert ("Check the spelling" if state == "unknown" else "HF_ENDPOINT") in result.stderr
 
 
 def test_push_uploads_a_saved_folder(run_folder, monkeypatch):

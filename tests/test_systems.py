@@ -11,11 +11,21 @@ from data.codecs import load_codec
 from data.errors import UserError
 from data.prepare import Document, write_dataset
 from formats.recipe import with_values
-from kernels.context import ContextRule, attend_compressed, visible_entries
+from kernels.context import (
+    ContextRule,
+    attend_compressed,
+    feature_projection,
+    projected_dim,
+    visible_entries,
+)
 from train_gpt import (
     GPT,
     POSITIONS,
     Config,
+    Environment,
+    Optimizers,
+    Ranks,
+    StepRates,
     check_config,
     learning_rate_mul,
     make_gpt,
@@ -138,6 +148,35 @@ def test_system_a_starts_near_the_log_of_its_vocabulary():
     assert 10.82 <= start_loss(recipe(A), 512) <= 10.90
 
 
+@pytest.mark.slow
+@pytest.mark.reference("A7")
+def test_the_initial_stream_of_system_a_has_its_measured_size():
+    """Root mean square about 0.52 after eight blocks."""
+    torch.manual_seed(0)
+    model = GPT(recipe(A).model, 50_257).eval()
+    tokens = torch.randint(50_257, (1, 512))
+    with torch.no_grad():
+        stream = model.hidden(tokens, tokens == -1)
+    assert stream.square().mean().sqrt().item() == pytest.approx(0.52, abs=0.03)
+
+
+@pytest.mark.slow
+def test_system_a_learns_one_batch_by_heart():
+    """Its optimizer and blocks at a small size: 4 rows of 64 tokens to below 0.1 nats."""
+    values = {"model.num_layers": 4, "model.model_dim": 64, "model.init_std": 0.06, "model.dropout": 0.0}
+    cfg = small(A, **values | {"model.embed_init_std": 0.06})
+    torch.manual_seed(0)
+    model = GPT(cfg.model, 300)
+    optimizers = Optimizers(model, cfg, Ranks(Environment({}), "cpu"))
+    tokens = torch.randint(300, (4, 65))
+    for _ in range(150):
+        logits = model(tokens[:, :-1], tokens[:, :-1] == -1)
+        loss = F.cross_entropy(logits.flatten(0, 1)[:, :300], tokens[:, 1:].flatten())
+        loss.backward()
+        optimizers.step(StepRates(4.0, 0.9))  # a peak of 5.2e-3, for so few channels
+    assert loss.item() < 0.1
+
+
 @pytest.mark.reference("A9")
 def test_the_published_position_code_of_system_a_is_kept_as_it_was():
     """Interleaved angles on half-split pairs: not a rotation, kept for its weights only."""
@@ -238,25 +277,63 @@ def test_system_d_has_the_published_module_tree():
     assert used == ours
 
 
-CONTEXT = {"model.context_ratio": 10}
+FULL = {"model.context_ratio": 0}
+FEATURES = {"model.context_axis": "features"}
 
 
 @pytest.mark.reference("D4")
-def test_the_context_projection_has_no_parameters():
-    """The same names with and without it."""
-    assert set(sizes(with_values(recipe(D), CONTEXT, "test"))) == set(sizes(recipe(D)))
+@pytest.mark.parametrize("values", [FULL, FEATURES])
+def test_the_context_projection_has_no_parameters(values):
+    """The same names with, without it and along the other axis; along features no buffer either."""
+    changed = with_values(recipe(D), values, "test")
+    assert recipe(D).model.context_ratio == 10
+    assert set(shape_of(changed).state_dict()) == set(shape_of(recipe(D)).state_dict())
+    assert not dict(shape_of(changed).named_buffers())
 
 
 @pytest.mark.reference("D5")
 def test_a_short_context_is_not_compressed():
     """Up to 40 tokens full attention, beyond it something else."""
-    full = build_random(small(D, **{"model.model_dim": 64}))
-    compressed = build_random(small(D, **{"model.model_dim": 64} | CONTEXT))
+    full = build_random(small(D, **{"model.model_dim": 64} | FULL))
+    compressed = build_random(small(D, **{"model.model_dim": 64}))
     tokens = (torch.arange(64) * 7 % 300).view(1, 64)
     with torch.no_grad():
         ours, expected = (model(tokens, tokens == -1) for model in (compressed, full))
-        torch.testing.assert_close(ours[:, :40], expected[:, :40], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours[:, :40], expected[:, :40], atol=1e-6, rtol=1e-6)
     assert not torch.allclose(ours[:, 45:], expected[:, 45:], atol=1e-3)
+
+
+def test_features_shrink_with_depth_between_exact_ends():
+    """Of 64 in 32 layers: half in the third, a tenth in the thirtieth, all in the two at either end."""
+    rule = ContextRule(10, 2, 2)
+    kept = [projected_dim(rule, layer, 32, 64) for layer in range(32)]
+    assert kept[:3] == [64, 64, 32] and kept[29:] == [6, 64, 64]
+    assert kept[2:30] == sorted(kept[2:30], reverse=True)
+    assert torch.equal(feature_projection(rule, 1, 32, 64), torch.eye(64))
+    drawn = feature_projection(rule, 29, 32, 64)
+    assert torch.linalg.matrix_rank(drawn) == 6 and torch.equal(drawn, feature_projection(rule, 29, 32, 64))
+    mean = sum(feature_projection(ContextRule(2, 2, 0), layer, 400, 8) for layer in range(400)) / 400
+    torch.testing.assert_close(mean, torch.eye(8), atol=0.12, rtol=0)
+
+
+def test_attention_along_projected_features_is_its_slow_definition():
+    """softmax(q P (k P)^T / sqrt(K)) v P P^T, row by row; it is causal, and gradients pass."""
+    cfg = small(D, **{"model.num_layers": 5, "model.model_dim": 64} | FEATURES)
+    attn = build_random(cfg).blocks[2].attn
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    shared = build_random(cfg).share(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9).bool(), x)
+    y, _ = attn(x, shared, None)
+    q, k, v = (part(x).unflatten(-1, (16, 4)) for part in (attn.q, attn.k, attn.v))
+    values, vectors = torch.linalg.eigh(attn.projection)
+    half = vectors * values.clamp(min=0).sqrt()  # a P of the same product
+    rows = []
+    for t in range(9):
+        scores = torch.einsum("hk,shk->hs", q[0, t] @ half, k[0, : t + 1] @ half) / 2
+        rows.append(torch.einsum("hs,shk->hk", scores.softmax(1), v[0, : t + 1] @ half) @ half.T)
+    slow = attn.out(torch.stack(rows).flatten(1))
+    torch.testing.assert_close(y[0], slow, atol=1e-4, rtol=1e-4)
+    y[0, 3].sum().backward()
+    assert x.grad[0, :4].abs().sum(1).min() > 0 and not x.grad[0, 4:].any()
 
 
 @pytest.mark.reference("D6")
@@ -371,6 +448,44 @@ def test_system_e_has_the_memory_saving_stages():
     ] * 3
     assert [stage.start for stage in stages] == [0, 3000, 6000, 10000, 15000, 25000, 40000, 60000, 100000]
     assert 1000 * sum(stage_at(cfg, s, 0.0).batch_tokens for s in range(0, 150_000, 1000)) == 8_847_360_000
+
+
+@pytest.mark.reference("E10")
+def test_system_e_has_the_six_stages_of_its_card():
+    """The nine without the stage of 1,536 tokens and the repetitions; one more total that is exact."""
+    cfg = recipe(E270_MEM6)
+    found = [(stage.start, stage.seq_len, stage.batch_tokens) for stage in stages_of(cfg)]
+    assert found == [
+        (0, 128, 32_768), (3_000, 256, 32_768), (6_000, 512, 32_768), (10_000, 768, 49_152),
+        (15_000, 1024, 32_768), (25_000, 2048, 65_536),
+    ]  # fmt: skip
+    tokens = sum(stage_at(cfg, step, 0.0).batch_tokens for step in range(0, 150_000, 1000))
+    assert 1000 * tokens == 9_093_120_000
+    sequences = [stage.batch_tokens // stage.seq_len for stage in stages_of(cfg)]
+    assert sequences[:5] == [256, 128, 64, 64, 32]
+
+
+@pytest.mark.reference("E10")
+@pytest.mark.parametrize("name, accumulation", [(E197, [8, 4, 4, 4, 4, 4, 4, 3, 6, 4]), (E270, [32] * 9)])
+def test_system_e_accumulates_gradients_as_published(name, accumulation):
+    """The original's loop never did; a step is a step of the optimizer."""
+    cfg = recipe(name)
+    assert [stage.micro_batches for stage in stages_of(cfg)] == accumulation
+    assert all(
+        stage.batch_tokens % (stage.seq_len * count) == 0
+        for stage, count in zip(stages_of(cfg), accumulation)
+    )
+
+
+@pytest.mark.parametrize("name", [E197, E270, E270_MEM6])
+def test_learning_rates_are_higher_with_8_bit_products(name):
+    """By 1.2, as published; model.fp8=off, the original's --disable-fp8, takes that back too."""
+    cfg = recipe(name)
+    wide = with_values(cfg, {"model.fp8": "off"}, "test")
+    for step in (500, 70_000, 140_000):
+        factor = stage_at(cfg, step, 0.0).lr_mul * min(step / cfg.schedule.lr_warmup_iters, 1)
+        assert learning_rate_mul(wide, step, 0.0) == pytest.approx(factor)
+        assert learning_rate_mul(cfg, step, 0.0) == pytest.approx(1.2 * factor)
 
 
 @pytest.mark.slow
