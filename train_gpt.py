@@ -915,7 +915,7 @@ class SelfAttention(nn.Module):
             y = attend_compressed(q, k, v, context_rule(self.cfg))
         elif self.cfg.context_ratio:
             projection = self.projection.to(q)
-            y = attend(q @ projection, k, v @ projection, shared.masks[self.window])
+            y = attend(q @ projection, k, v @ projection, shared.masks[self.window, first])
         else:
             y = attend(q, k, v, shared.masks[self.window, first])
         if self.xsa:
