@@ -68,6 +68,7 @@ from eval.modes import (
     read_aids,
     rehearse,
     score_session,
+    score_tail_again,
     scoring_cost,
     write_aids,
 )
@@ -374,6 +375,7 @@ class EvalConfig:
     context_len: int = option(0, "", "tokens a window may see; 0: data.seq_len", low=0)
     stride: int = option(64, "EVAL_STRIDE", "targets a sliding window scores", low=1)
     keep_tail: bool = option(False, "", "score the targets past the last whole window too")
+    tail_legacy: bool = option(False, "", "systems B, C: the last targets count many times; invalid")
     deadline_s: float = option(0.0, "", "end adaptation so that scoring takes at most this; 0: never", low=0)
     tilt_online: float = option(0.0, "", "strength of hints from the text scored so far, times share", low=0)
     tilt_static_entries: int = option(0, "", "most n-grams of training text in the artifact; 0: none", low=0)
@@ -1979,6 +1981,9 @@ def score_model(
         session.referee.event("precompute", 0, len(tokens) - 1)  # hints: each reads its own prefix
     outcome = score_session(scorer, session, settings)
     meter = measure(outcome.nats, text, ranks)
+    if settings.tail_legacy:
+        places, nats = score_tail_again(model, session, settings.stride)
+        meter.add(nats, text.target_bytes[places])
     seconds = ranks.agree(time.perf_counter() - started)
     totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
     stride = 0 if settings.mode == "chunked" else settings.stride

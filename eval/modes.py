@@ -6,6 +6,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from data.errors import UserError
@@ -36,12 +37,13 @@ from eval.ngram import (
     static_tilt,
     write_table,
 )
-from eval.sliding import Cost, Logits, ScaledCost, plain_cost, plan_windows
+from eval.sliding import Cost, Logits, ScaledCost, plain_cost, plan_windows, score_batch
 
 AID_DTYPE = np.dtype("<f4")
 NOT_STORED = ": expected what it needs in the artifact, found nothing. Train with it or set it to 0 here."
 PLAIN_MODES = ("chunked", "sliding", "doc")
 EVAL_MODES = (*PLAIN_MODES, "sgd-ttt", "lora-ttt", "phased", "legacy_pre_eval")
+LEGACY_TAIL = "the text's last targets count more than once, as in systems B and C (contest rule C4)"
 
 
 class Scoring(NamedTuple):
@@ -146,6 +148,30 @@ def plan_plain(settings, context_len: int, tokens: np.ndarray, bos_id: int) -> n
     return plan_windows(len(tokens) - 1, context_len, 0 if settings.mode == "chunked" else settings.stride)
 
 
+def plan_tail(num_targets: int, context_len: int, stride: int) -> np.ndarray:
+    """Lay the windows that begin behind the first one that reaches the text's end, as in systems B and C.
+
+    Each scores the last `stride` of num_targets once more; (W, 3) int64 rows (start, end, first), W =
+    context_len / stride - 1 (contest pull requests 281, 1666).
+    """
+    starts = np.arange(num_targets - context_len + stride, num_targets, stride, dtype=np.int64)
+    return np.stack([starts, np.full_like(starts, num_targets), num_targets - stride - starts], axis=1)
+
+
+def score_tail_again(model: Logits, session: Session, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Score the windows of plan_tail, on every rank alike; returns places (R,) and nats (R,) of targets."""
+    plan = plan_tail(session.num_targets, session.settings.context_len, stride)
+    parts = [score_batch(model, session.tokens, row[None], session.options) for row in plan]
+    return tuple(torch.cat(column).numpy() for column in zip(*parts))
+
+
+def broken_rules(settings) -> str:
+    """Say why a score under compat settings is invalid; empty without them."""
+    is_misaligned = settings.tilt_static_entries and settings.tilt_legacy
+    found = ((is_misaligned, LEGACY_ALIGNMENT), (settings.tail_legacy, LEGACY_TAIL))
+    return "; ".join(reason for is_set, reason in found if is_set)
+
+
 def rehearse(model: nn.Module, scorer: Logits, session: Session, settings, vocab_size: int) -> None:
     """Score random tokens as settings.mode will the text: what is built at first use is built here.
 
@@ -168,8 +194,7 @@ def rehearse(model: nn.Module, scorer: Logits, session: Session, settings, vocab
 
 def score_session(model: nn.Module, session: Session, settings) -> Outcome:
     """Score a session's text as settings.mode says."""
-    if settings.tilt_static_entries and settings.tilt_legacy:
-        session.referee.invalid = LEGACY_ALIGNMENT
+    session.referee.invalid = broken_rules(settings)
     context_len = session.settings.context_len
     if settings.mode in PLAIN_MODES:
         windows = plan_plain(settings, context_len, session.tokens, session.options.bos_id)

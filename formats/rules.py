@@ -70,6 +70,8 @@ def storage_rules(cfg) -> list[tuple]:
     on_grid, solved = quant.method != "water_fill", quant.method == "gptq"
     context_len = settings.context_len or cfg.data.seq_len
     stride_fits = settings.mode == "chunked" or settings.stride <= context_len
+    whole_strides = context_len % settings.stride == 0 and context_len > settings.stride
+    repeats = settings.mode == "sliding" and not settings.keep_tail and whole_strides
     lengths = settings.tilt_static_lengths
     hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
     carries = settings.mode == "phased" or (settings.mode == "lora-ttt" and settings.lora_warm_lanes)
@@ -83,6 +85,11 @@ def storage_rules(cfg) -> list[tuple]:
         ("quant.awq_group_cols", solved or quant.awq_group_cols == 0, "needs quant.method=gptq"),
         ("quant.matrix_bits", quant.matrix_bits > 1 or quant.method == "round", "needs quant.method=round"),
         ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
+        (
+            "eval.tail_legacy",
+            repeats or not settings.tail_legacy,
+            "needs eval.mode=sliding, eval.keep_tail=0 and a context of several whole strides",
+        ),
         (
             "eval.tilt_online",
             not (settings.tilt_online and carries),
