@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.codecs import load_codec
 from data.errors import UserError, run_command
-from data.selection import FILTERS, ORDERS, Selection
+from data.selection import add_selection_options, selection_of
 from data.shards import (
     MANIFEST_NAME,
     REPORT_NAME,
@@ -507,14 +507,6 @@ def describe_files(files: list[str]) -> list[dict]:
     return [{"file": Path(path).name, "bytes": Path(path).stat().st_size} for path in files]
 
 
-def add_selection_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--train-filter", choices=FILTERS, help="keep only such training documents")
-    parser.add_argument(
-        "--train-order", choices=ORDERS, help="write training documents in this order; needs memory for all"
-    )
-    parser.add_argument("--val-filter", "--val-order", dest="val_selection", help=argparse.SUPPRESS)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare",
@@ -556,6 +548,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="encoding threads (default: all cores)",
     )
     add_selection_options(parser)
+    parser.add_argument("--val-filter", "--val-order", dest="val_selection", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.val_selection:
         raise UserError(
@@ -586,7 +579,7 @@ def main(argv: list[str] | None = None) -> None:
             "first_documents",
             itertools.islice(train, options.val_docs or choose_val_docs(options.input)),
         )
-    selection = Selection(options.train_filter, options.train_order)
+    selection = selection_of(options)
     sources["train_selection"] = selection.facts
     manifest = write_dataset(
         options.out,

@@ -2,11 +2,16 @@
 
 Filter "quality": 50 words or more, a type/token ratio of 0.25 or more, fewer than 3 marks of boilerplate.
 Order "difficulty", easy first: 0.3 * mean word length / 10 + 0.4 * type/token ratio + 0.3 * words a
-sentence / 30 (openai/parameter-golf pull request 1666).
+sentence / 30 (openai/parameter-golf pull request 1666). There the first documents in this order, the
+easy ones, were all that it trained on.
 """
 
+import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+from data.errors import UserError
 
 MIN_WORDS = 50
 MIN_TYPE_RATIO = 0.25
@@ -55,20 +60,39 @@ ORDERS: dict[str, Callable[[str], float]] = {"difficulty": difficulty}
 class Selection:
     """Which training documents stay, and in which order; `facts` is for the manifest and counts them."""
 
-    def __init__(self, filter_name: str | None = None, order_name: str | None = None):
+    def __init__(
+        self, filter_name: str | None = None, order_name: str | None = None, most: int | None = None
+    ):
         self.keeps = FILTERS[filter_name] if filter_name else None
         self.rates = ORDERS[order_name] if order_name else None
-        self.facts = {"filter": filter_name, "order": order_name, "dropped": 0}
+        self.most = most
+        self.facts = {"filter": filter_name, "order": order_name, "most": most, "dropped": 0}
 
     def apply(self, documents: Iterable) -> Iterator:
-        """Yield the documents that stay. An order holds all of them in memory."""
+        """Yield the documents that stay, the first `most` of them. An order holds all of them in memory."""
         kept = documents if self.keeps is None else filter(self.is_kept, documents)
-        yield from (
-            kept if self.rates is None else sorted(kept, key=lambda document: self.rates(document.text))
-        )
+        if self.rates is not None:
+            kept = sorted(kept, key=lambda document: self.rates(document.text))
+        yield from islice(kept, self.most)
 
     def is_kept(self, document) -> bool:
         """Tell whether a document stays; count it otherwise."""
         is_kept = self.keeps(document.text)
         self.facts["dropped"] += not is_kept
         return is_kept
+
+
+def add_selection_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what selects training documents, under the same names wherever some are read."""
+    parser.add_argument("--train-filter", choices=FILTERS, help="keep only such training documents")
+    parser.add_argument(
+        "--train-order", choices=ORDERS, help="take training documents in this order; needs memory for all"
+    )
+    parser.add_argument("--train-docs", type=int, metavar="N", help="of these the first N (default: all)")
+
+
+def selection_of(options: argparse.Namespace) -> Selection:
+    """Return the selection that the options ask for."""
+    if options.train_docs is not None and options.train_docs < 1:
+        raise UserError(f"--train-docs must be at least 1, found {options.train_docs}.")
+    return Selection(options.train_filter, options.train_order, options.train_docs)

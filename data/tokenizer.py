@@ -7,6 +7,7 @@ import os
 from data.codecs import load_codec
 from data.errors import CommandParser, run_command
 from data.prepare import check_inputs, read_documents
+from data.selection import add_selection_options, selection_of
 from data.shards import write_json
 from data.training import TRAINERS, train_tokenizer
 from data.verify import compare_codec, verify_codec
@@ -32,7 +33,8 @@ COLUMNS = (  # title, key of a row, format
 
 def run_train(options: argparse.Namespace) -> int:
     """Train a tokenizer and print its name, size and digest."""
-    texts = (document.text for document in read_documents(options.input))
+    selected = selection_of(options).apply(read_documents(options.input))
+    texts = (document.text for document in selected)
     vocab_size = options.vocab_size or TRAINERS[options.kind].vocab_size
     train_tokenizer(texts, vocab_size, options.out, options.kind, options.transition)
     codec = load_codec(options.out)
@@ -105,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="superbpe: entries before merges span words (default: 0.4)",
     )
+    add_selection_options(train)
     train.add_argument("--out", required=True, metavar="FILE", help="the .model or .json file to write")
     verify = add_action(actions, "verify", run_verify, "prove what a tokenizer keeps and counts")
     verify.add_argument("--tokenizer", required=True, metavar="FILE", help=TOKENIZER_HELP)

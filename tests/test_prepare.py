@@ -101,16 +101,17 @@ def test_selection_changes_training_documents_alone(prepare, tmp_path, lossless_
     source.write_bytes(json_lines(texts))
     val.write_bytes(json_lines(TEXTS[:3] + ["short"]))
     choice = ["--val-docs", 10] if val_first else ["--val-input", val]
-    out = prepare("--input", source, *choice, "--train-filter", "quality", "--train-order", "difficulty")
+    selected = ["--train-filter", "quality", "--train-order", "difficulty", "--train-docs", 20]
+    out = prepare("--input", source, *choice, *selected)
     train = texts[10:] if val_first else texts
     kept = [text for text in train if is_good(text)]
-    assert texts_of(out, "train", lossless_codec) == sorted(kept, key=difficulty) != kept
+    assert texts_of(out, "train", lossless_codec) == sorted(kept, key=difficulty)[:20] != kept[:20]
     assert texts_of(out, "val", lossless_codec) == (texts[:10] if val_first else [*TEXTS[:3], "short"])
     manifest = read_manifest(out)
-    facts = {"filter": "quality", "order": "difficulty", "dropped": len(train) - len(kept)}
-    assert manifest["sources"]["train_selection"] == facts and len(kept) < len(train)
+    facts = {"filter": "quality", "order": "difficulty", "most": 20, "dropped": len(train) - len(kept)}
+    assert manifest["sources"]["train_selection"] == facts and 20 < len(kept) < len(train)
     first, last = manifest["train"]["documents"]
-    assert last - first == len(kept)
+    assert last - first == 20
 
 
 @pytest.mark.parametrize("option", ["--val-filter", "--val-order"])

@@ -2,8 +2,9 @@
 
 A codec has: kind, path, vocab_size, bos_id, lossless, digest (sha256 of its file or files), encode(text)
 -> ids, encode_batch(texts) -> list of ids, decode(ids) -> bytes, token_bytes(ids) -> original bytes of
-each; and needs_sidecar: CaseOps over a model that normalises has encode_with_bytes(text) -> ids and the
-exact bytes of each, which lie beside the shards because the ids alone do not tell them.
+each; loses: what it drops of a text that the contest's own tokenizers keep, so that its scores compare with
+no other, "" for nothing; and needs_sidecar: CaseOps over a model that normalises has encode_with_bytes(text)
+-> ids and the exact bytes of each, which lie beside the shards because the ids alone do not tell them.
 """
 
 from pathlib import Path

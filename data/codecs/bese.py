@@ -48,7 +48,7 @@ def base_table(single_letters: str, groups: list[str] | tuple[str, ...]) -> np.n
 def to_base(texts: list[str], table: np.ndarray) -> np.ndarray:
     """Write texts in base symbols, BESE_BOS before each: (N,) uint16."""
     bos = np.array([BESE_BOS], dtype=np.uint16)
-    parts = []
+    parts = [bos[:0]]
     for text in texts:
         symbols = table[np.frombuffer(text.encode(), np.uint8)].ravel()
         parts += [bos, symbols[symbols != NO_SYMBOL].astype(np.uint16)]
@@ -75,6 +75,7 @@ class BeseCodec(PieceCodec):
     """One file of system B's format. Text does not come back: case, most signs and non-ASCII are lost."""
 
     kind = "bese"
+    loses = "the tokenizer (bese) drops case, most signs and all that is not ASCII"
 
     def __init__(self, path: str | Path):
         content = read_json(path)

@@ -33,6 +33,7 @@ class PieceCodec:
 
     kind = ""
     needs_sidecar = False
+    loses = ""
 
     def __init__(self, path: str | Path, pieces: list[bytes], bos_id: int):
         self.path = Path(path)

@@ -22,6 +22,7 @@ class SentencePieceCodec:
     """
 
     kind = "sentencepiece"
+    loses = ""  # the normalisation of the contest's models is no loss: everybody's score has it
     needs_sidecar = False  # whether token_bytes is short of the text's bytes, and encode_with_bytes is not
 
     def __init__(self, path: str | Path):
