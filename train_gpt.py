@@ -1923,6 +1923,7 @@ class Score(NamedTuple):
     num_units: int  # chunks or batches of documents that could adapt
     switch_at: int  # of them that did
     invalid: str  # why the score cannot be part of a record; empty when it can
+    not_comparable: str  # what the tokenizer drops of the text, which other scores pay for; empty for nothing
 
 
 def seconds_for(cfg: EvalConfig, seconds: float, num_bytes: int) -> float:
@@ -1988,7 +1989,7 @@ def score_model(
     totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
     stride = 0 if settings.mode == "chunked" else settings.stride
     tail = "included" if settings.keep_tail else "cut"
-    return Score(*totals, settings.mode, context_len, stride, tail, seconds, *outcome[1:])
+    return Score(*totals, settings.mode, context_len, stride, tail, seconds, *outcome[1:], text.loses)
 
 
 def new_average(model: nn.Module, cfg: AverageConfig) -> Ema | Swa | None:
@@ -2342,6 +2343,8 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
     )
     if score.invalid:
         log.line(f"invalid:{score.invalid}")
+    if score.not_comparable:
+        log.line(f"not_comparable:{score.not_comparable}")
     if score.mode == "sliding":
         log.line(f"{label}_sliding_window_exact {exact} stride:{score.stride}")
     rounded = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}"

@@ -23,6 +23,7 @@ class ValidationText(NamedTuple):
     tokenizer_kind: str
     tokenizer_sha256: str
     raw_bytes: int | None  # of the text itself, where a manifest states it
+    loses: str = ""  # what of it the tokenizer drops, as the codec says
 
 
 def read_sidecar(path: Path, num_tokens: int) -> np.ndarray:
@@ -85,7 +86,8 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
             f"{token_bytes.sum():,}. A bits-per-byte figure from them would be wrong; make the data again."
         )
     raw_bytes = stated["raw_bytes"] if is_whole else None
-    return ValidationText(tokens, token_bytes[1:], codec.bos_id, pattern, codec.kind, codec.digest, raw_bytes)
+    made_by = (codec.bos_id, pattern, codec.kind, codec.digest)
+    return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, codec.loses)
 
 
 def scored_tokens(text: ValidationText, context_len: int, keep_tail: bool) -> np.ndarray:

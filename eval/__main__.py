@@ -199,6 +199,12 @@ def order_of(settings: EvalConfig) -> str:
     return "by length" if settings.mode in ("lora-ttt", "phased") and in_turns else "text"
 
 
+def reservations(score: Score) -> list[tuple[str, str]]:
+    """Return (title, reason) of what keeps a score from being part of a record."""
+    found = (("INVALID", score.invalid), ("NOT COMPARABLE", score.not_comparable))
+    return [row for row in found if row[1]]
+
+
 def print_table(scored: Scored, target: Target) -> None:
     """Print the result table; a recorded run adds its training."""
     score, result = scored.score, target.result
@@ -219,9 +225,7 @@ def print_table(scored: Scored, target: Target) -> None:
         )
     if target.recorded_bpb is not None:
         rows.append(("recorded val_bpb", f"{target.recorded_bpb:.8f}"))
-    if score.invalid:
-        rows.insert(0, ("INVALID", score.invalid))
-    print("\n".join(f"{name:<18}{value}" for name, value in rows))
+    print("\n".join(f"{name:<18}{value}" for name, value in [*reservations(score), *rows]))
 
 
 def facts_of(scored: Scored, target: Target) -> dict:
@@ -288,8 +292,8 @@ def score_two(args: Namespace, ranks_of) -> int:
     if args.json:
         print(json.dumps(report | {"sides": [facts_of(*pair) for pair in zip(sides, targets)]}))
     else:
-        invalid = [f" INVALID: {side.score.invalid}" if side.score.invalid else "" for side in sides]
-        print(format_comparison(report, [f"{path}{note}" for path, note in zip(args.compare, invalid)]))
+        notes = ["".join(f" {title}: {text}" for title, text in reservations(side.score)) for side in sides]
+        print(format_comparison(report, [f"{path}{note}" for path, note in zip(args.compare, notes)]))
     return 0
 
 
@@ -309,6 +313,8 @@ def score_by_domain(args: Namespace, ranks_of) -> int:
     rows = score_domains(domains, model, context_len, stride, options)
     ranks.close()
     if ranks.is_main:
+        if codec.loses:
+            say(f"warning: not comparable: {codec.loses}")
         print(json.dumps([row._asdict() for row in rows]) if args.json else format_domains(rows))
     return 0
 
