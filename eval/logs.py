@@ -30,9 +30,13 @@ FACTS = (
     ("model_bytes", re.compile(r"Serialized model \S.*?: (\d+) bytes")),
     ("total_bytes", re.compile(r"Total submission size \S.*?: (\d+) bytes")),
     ("code_bytes", re.compile(r"Code size(?: \((?:compressed)\))?: (\d+) bytes")),
+    ("val_bytes", re.compile(r"val_bytes:(\d+) raw_bytes:")),
+    ("scored_bytes", re.compile(r"eval_mode:.* bytes:(\d+) adapted:")),
     ("within_gate", re.compile(r"ngram_tilt:hints .*\bwithin_gate[:=](\d+)")),
     ("word_gate", re.compile(r"ngram_tilt:hints .*\bword_gate[:=](\d+)")),
 )
+# What a log says against its own score.
+RESERVATION = re.compile(r"(invalid|not_comparable):(.+)")
 # Keys of the configuration that differ between honest runs of one configuration.
 VOLATILE = re.compile(
     r"seed|run_id|logfile|rank|config_hash|total_eval_time|iters_each|.*(?:_dir|_path|_files|_pattern|dataset)|model_params"
@@ -90,6 +94,13 @@ def parse_log(name: str, text: str) -> RunLog:
         if not has_started:
             _read_config(line, config)
     return RunLog(name, scores, facts, config, text)
+
+
+def reservations(log: RunLog, kind: str) -> list[str]:
+    """Return the reasons, in printed order, for which a log calls its score invalid or not_comparable."""
+    lines = (PREFIX.sub("", line[:MAX_LINE], count=1).rstrip() for line in log.text.splitlines())
+    found = [RESERVATION.fullmatch(line) for line in lines]
+    return [match[2] for match in found if match and match[1] == kind]
 
 
 def _score(line: str) -> ScoreLine | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data.doctor import examine
 from data.errors import CommandParser, UserError, run_command
-from eval.audit.checks import Finding, worst
+from eval.audit.checks import Finding, join, worst
 from eval.audit.folder import Case, Folder, find_track, read_logs, read_submission
 from eval.audit.matrix import CASES, print_matrix
 from eval.audit.program import read_program
@@ -80,7 +80,7 @@ def measure(args: Namespace) -> dict[str, Finding]:
         found |= probe_artifact(args.artifact)
     for check, finding in (audit_data(args.data, args.tokenizer) if args.data else {}).items():
         other = found.get(check, Finding("PASS", []))
-        found[check] = Finding(worst(finding.verdict, other.verdict), [*finding.evidence, *other.evidence])
+        found[check] = join(finding, other)
     return found
 
 

@@ -9,9 +9,18 @@ import math
 import re
 from typing import NamedTuple
 
+from data.codecs.bese import BESE_TYPE, BeseCodec
 from eval.audit.folder import ARTIFACTS, Case
 from eval.audit.program import external_commands, suspicions, third_party_imports
-from eval.logs import RunLog, ScoreLine, headlines, read_seed, settings_hash, stable_config
+from eval.logs import (
+    RunLog,
+    ScoreLine,
+    headlines,
+    read_seed,
+    reservations,
+    settings_hash,
+    stable_config,
+)
 from eval.stats import (
     ALPHA,
     FRONTIER_ALPHA,
@@ -31,6 +40,7 @@ KNOWN_BYTES = (
     (176_330_000, "a leading space counted twice (#1545, #1698, #1734)"),
     (157_320_000, "byte-fallback tokens counted as three bytes (#1143, #1184)"),
     (164_590_000, "case sentinels counted as text (#2071, #2138)"),
+    (146_965_620, "validation documents that a quality filter dropped (#1666)"),
     (32_760_000, "10,000 documents instead of 50,000 (#1854, #2039)"),
 )
 KNOWN_TOLERANCE = 0.004
@@ -50,6 +60,7 @@ STOP_TOLERANCE_MS = 200  # the cap is tested after a step; merged logs overshoot
 SAME_BPB = 5e-5  # half a unit of the fourth decimal
 OTHER_BPB = 5e-4  # a seed's spread: further apart it is another run
 STD_TOLERANCE = 2e-5
+ROUNDED_MEAN = 1e-4  # how far a rounded mean of rounded scores may be from the true mean
 SAME_RATIO = 0.005  # of bytes per token within one log
 MINIMAL_KEYS = ("author", "github_id", "name", "date", "val_bpb")
 HEADLINE_KEYS = ("val_bpb", "mean_val_bpb", "mean_bpb")
@@ -70,6 +81,7 @@ OTHER_NAMES = {
     "python_minifier": ("pyminify",),
     "zstandard": ("zstd",),
 }
+NEEDS_DATA = "needs the data: --data DIR (`python -m data.doctor`), or --run PROGRAM for K9 in miniature"
 DOUBLED_PATH = re.compile(r"datasets/datasets/")
 
 
@@ -83,6 +95,12 @@ class Finding(NamedTuple):
 def worst(*verdicts: str) -> str:
     """Return the worst of some verdicts; PASS of none."""
     return max(verdicts, key=VERDICTS.index, default="PASS")
+
+
+def join(*findings: Finding) -> Finding:
+    """Put findings of one check together, the worst first."""
+    ordered = sorted(findings, key=lambda found: -VERDICTS.index(found.verdict))
+    return Finding(ordered[0].verdict, [text for found in ordered for text in found.evidence])
 
 
 class Notes:
@@ -160,6 +178,10 @@ def check_implied_bytes(case: Case) -> Finding:
         ratios = [score.bytes_per_token for score in log.scores if score.bytes_per_token]
         if ratios and max(ratios) > min(ratios) * (1 + SAME_RATIO):
             text = f"{min(ratios):.4f} and {max(ratios):.4f} bytes a token in one log: two denominators"
+            notes.add("FAIL", f"{log.name}: {text}")
+        scored, whole = (log.facts.get(name, 0) for name in ("scored_bytes", "val_bytes"))
+        if scored > whole > 0:
+            text = f"scored {scored:,.0f} bytes of a text of {whole:,.0f}: targets count more than once (C4)"
             notes.add("FAIL", f"{log.name}: {text}")
     if not case.track.has_contest_text:
         return notes.finding(f"{case.track.name} does not score the contest's validation text")
@@ -303,6 +325,21 @@ def size_claims(case: Case) -> list[tuple[str, float]]:
     return [(key, float(value)) for key, value in found if isinstance(value, int | float) and value > 0]
 
 
+# Tokenizer
+
+
+def check_tokenizer(case: Case) -> Finding:
+    """K9: tokenizers that lose text, by the logs or by a BESE file of the folder; others need the data."""
+    notes = Notes()
+    for path in case.folder.named("*.json"):
+        if f'"{BESE_TYPE}"' in case.folder.text(path):
+            notes.add("SUSPECT", f"{path}: {BeseCodec.loses}: no text comes back, scores compare with none")
+    for log in case.logs:
+        for reason in reservations(log, "not_comparable"):
+            notes.add("SUSPECT", f"{log.name}: not comparable: {reason}")
+    return notes.finding(NEEDS_DATA)
+
+
 # Claims
 
 
@@ -349,6 +386,9 @@ def check_claims(case: Case) -> Finding:
             notes.add("SUSPECT", f"README.md does not state {key} {value}")
     for seed, value in seed_claims(case) if scored else []:
         notes.add(*support_seed(seed, value, scored))
+    for log in claimed_logs(case):
+        for reason in reservations(log, "invalid"):
+            notes.add("FAIL", f"{log.name} calls its score invalid: {reason}")
     _check_seeds(case, scored, notes)
     _check_configs(case, notes)
     return notes.finding("no claim and no log")
@@ -361,6 +401,11 @@ def support(case: Case, key: str, value: float, scored: list[RunLog]) -> tuple[s
         for mean, names in means:
             if abs(mean - value) <= SAME_BPB and len(names) > 1:
                 return "PASS", f"{key} {value} is the mean of {len(names)} logs ({label})"
+    means = [(label, *row) for label, rows in label_means(scored, num_seeds).items() for row in rows]
+    for label, mean, names in means:
+        if abs(mean - value) <= ROUNDED_MEAN and len(names) > 1:
+            text = f"is {mean - value:+.6f} from the mean {mean:.8f} of {len(names)} logs ({label})"
+            return "SUSPECT", f"{key} {value} {text}: a mean of rounded scores?"
     printed = [(abs(score.val_bpb - value), score, log.name) for log in scored for score in log.scores]
     distance, score, name = min(printed, key=lambda row: row[0])
     if distance <= SAME_BPB:

@@ -16,6 +16,7 @@ MAX_DEPTH = 5
 MAX_TEXT = 2_000_000  # bytes read of one file; of a longer log its two ends
 MAX_LOGS = 24
 ARTIFACTS = "artifact*.bin"
+RECIPE_FILES = {"recipe.toml", "README.md", "recipe.small.toml", "keys.toml"}
 LIMIT_16MB = 16_000_000
 
 
@@ -128,7 +129,7 @@ class Case(NamedTuple):
 
     @property
     def is_recipe_only(self) -> bool:
-        return set(self.folder.files) <= {"recipe.toml", "README.md"} and "recipe.toml" in self.folder.files
+        return set(self.folder.files) <= RECIPE_FILES and "recipe.toml" in self.folder.files
 
 
 def read_submission(folder: Folder) -> tuple[dict | None, str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from eval.audit.checks import (
+    NEEDS_DATA,
     Finding,
     check_claims,
     check_clock,
@@ -16,7 +17,9 @@ from eval.audit.checks import (
     check_reachable,
     check_sizes,
     check_statistics,
+    check_tokenizer,
     check_unwrapped,
+    join,
 )
 from eval.audit.folder import Case
 
@@ -35,7 +38,6 @@ class Check(NamedTuple):
 
 
 NEEDS_RUN = "needs the program to run: --run PROGRAM"
-NEEDS_DATA = "needs the data: --data DIR (`python -m data.doctor`), or --run PROGRAM for K9 in miniature"
 NEEDS_NAMES = "programs do not say how their tables of tokens are to be renamed"
 CHECKS = (
     Check("K1", "static", "whole program readable", "README: code is counted, reviewable, self-contained",
@@ -59,8 +61,8 @@ CHECKS = (
     Check("K8", "statistics", "better by more than noise",
           "README: 0.005 nats at p < 0.01; practice: p < 0.25", "#1902 #2146",
           "run at least three seeds and give all", check_statistics),
-    Check("K9", "data", "raw bytes", "README: bytes per byte of the text", "#897 #1719 #1729",
-          "see `data.doctor`", absent=NEEDS_DATA),
+    Check("K9", "data", "raw bytes", "README: bytes per byte of the text", "#897 #1604 #1719 #1729",
+          "see `data.doctor`; a tokenizer must give back the text that it is scored on", check_tokenizer),
     Check("K10", "data", "no document in training and validation", "C1", "#2127", "see `data.doctor`",
           absent=NEEDS_DATA),
     Check("K11", "dynamic", "weights ignore validation text",
@@ -98,11 +100,9 @@ CHECKS = (
 
 def judge(case: Case, measured: dict[str, Finding] | None = None) -> list[tuple[Check, Finding]]:
     """Return every row of the table with its finding; `measured` holds those of probes that were run."""
-    found = []
+    found, measured = [], measured or {}
     for check in CHECKS:
-        if measured and check.id in measured:
-            finding = measured[check.id]
-        elif check.run is None:
+        if check.run is None:
             finding = Finding("NOT RUN", [check.absent])
         elif case.is_recipe_only and check.run is not check_package:
             finding = Finding("NOT RUN", ["recipe only: no record to check"])
@@ -111,5 +111,7 @@ def judge(case: Case, measured: dict[str, Finding] | None = None) -> list[tuple[
                 finding = check.run(case)
             except (RecursionError, MemoryError) as error:
                 finding = Finding("SUSPECT", [f"gave up on hostile input: {type(error).__name__}"])
-        found.append((check, finding))
+        parts = [finding, measured[check.id]] if check.id in measured else [finding]
+        told = [part for part in parts if part.verdict != "NOT RUN"]
+        found.append((check, join(*(told or parts[-1:]))))
     return found
