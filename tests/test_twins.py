@@ -40,7 +40,7 @@ ORIGINAL_KEYS = {
         rope_dims xsa_last_n leaky_slope ln_scale ve_layers ve_dim value_residual
         parallel_start_layer recur_layers num_loops recur_start_frac parallel_muon ema_decay
         swa_enabled swa_every late_qat_threshold ngram_order ngram_beta ngram_alignment
-        over_count_tail
+        over_count_tail ngram_prior_entries ngram_prior_tokens val_filter doc_separator lzma_preset
     """,
     "C": GOLF_KEYS
     + """
