@@ -118,7 +118,7 @@ class Unwrapped:
                 except Unknown:
                     self.opaque.append(f"{name}:{node.lineno}: exec of a computed value")
                 else:
-                    if isinstance(inner, bytes | str):
+                    if isinstance(inner, bytes | str) and not constants.learn(inner):
                         yield f"{name} > exec", home, inner
             for path in _local_files(self.folder, node):
                 if path.endswith(".py"):

@@ -1,7 +1,8 @@
 """Unwrap self-extracting programs without running them: fold constants, decompress within bounds.
 
 A value is computed only from literals, local file names and the pure functions of DECODERS; everything else
-is unknown. Unwrapping never calls anything of the program.
+is unknown. Unwrapping never calls anything of the program: a text packed by formats/mix.py is read with that
+module's own decoder, and only when the program ships exactly this decoder.
 """
 
 import ast
@@ -16,6 +17,9 @@ from typing import Any
 
 import brotli
 import zstandard
+
+from formats.mix import DECODER_NAME, MAX_LENGTH, decode, decoder_text
+from formats.stub import is_mix_stub
 
 MAX_OUTPUT = 4_000_000  # bytes out of one decompression
 MAX_WORK = 20_000  # expressions computed for one module, plus one for each 1,000 bytes of their values
@@ -170,10 +174,32 @@ class Constants:
         self.read = read  # reads a local file by name; raises Unknown for any other
         self.work_left = MAX_WORK
         self.modules = dict(_import_names(tree))
+        self.is_mixed = is_mix_stub(tree)
+        self.learned: dict[str, Callable] = {}  # functions that the module got from `exec` and that we have
         self.assigned: dict[str, list[ast.expr]] = {}
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 self.assigned.setdefault(node.targets[0].id, []).append(node.value)
+
+    def learn(self, executed: bytes | str) -> bool:
+        """Whether an executed text is the decoder that we pack with; its function may then be called."""
+        if not self.is_mixed or len(executed) > 2 * len(decoder_text()):
+            return False
+        try:
+            is_ours = ast.dump(parse_source(executed)) == ast.dump(ast.parse(decoder_text()))
+        except (SyntaxError, RecursionError):
+            return False
+        if is_ours:
+            self.learned[DECODER_NAME] = self._unmix
+        return is_ours
+
+    def _unmix(self, payload: str, length: int) -> str:
+        if not 0 <= length <= MAX_LENGTH or re.search(r"[^\x01-\xff]", payload):
+            raise Unreadable(f"a mixed text of {length:,} characters, at most {MAX_LENGTH:,}, or no bytes")
+        self.work_left -= length * MAX_WORK // MAX_LENGTH
+        if self.work_left < 0:
+            raise Unreadable(f"mixed texts of over {MAX_LENGTH:,} characters in one module")
+        return decode(payload, length)
 
     def dotted(self, node: ast.expr) -> str:
         """Return the full dotted name of a Name or Attribute chain, import aliases resolved, or ""."""
@@ -220,7 +246,7 @@ class Constants:
 
     def _call(self, node: ast.Call, depth: int) -> Any:
         name = self.dotted(node.func)
-        function = DECODERS.get(name)
+        function = DECODERS.get(name) or self.learned.get(name)
         arguments: list = []
         if function is None and isinstance(node.func, ast.Attribute):
             method, owner = node.func.attr, node.func.value
