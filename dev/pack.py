@@ -589,9 +589,12 @@ def unwrap(packed: bytes) -> str:
     if not packed.startswith(b"#coding:L1\n"):
         return packed.decode()
     assigned = next(node for node in ast.parse(packed).body if isinstance(node, ast.Assign))
-    literals = [node.value for node in walk(assigned) if isinstance(node, ast.Constant)]
     if b"import zlib" in packed[:64]:
-        return decode(*literals)
+        source = decode(*(argument.value for argument in assigned.value.args))
+        if b"%08x" % zlib.crc32(source.encode()) not in packed[-200:]:
+            raise PackingError("expected a text with the checksum that the program states, found another.")
+        return source
+    literals = [node.value for node in walk(assigned) if isinstance(node, ast.Constant)]
     data = max((value for value in literals if isinstance(value, str)), key=len).encode("latin-1")
     if b"import brotli" in packed[:64]:
         import brotli

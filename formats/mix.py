@@ -7,8 +7,8 @@ A character is seven binary decisions. For each decision every context (the last
 the open bracket, the shape of the last tokens, what followed the longest repeat) has its own probability; a
 logistic mixture weighs them, learns from its error, and an arithmetic coder spends -log2(p) bits
 (Mahoney, "Adaptive weighing of context models for lossless data compression", 2005). What ships is the text
-of `rebuild` and `decode` themselves, so encoder and decoder cannot drift apart; they use integers and the
-floats' + - * / alone, which give the same bits on every machine and Python.
+of `contexts`, `rebuild` and `decode` themselves, so encoder and decoder cannot drift apart. They use integers
+and the floats' + - * / alone, which give the same bits on every machine and Python.
 
 The payload's digits have base 253 and are characters that a string literal of a latin-1 source holds
 unescaped: all but NUL, CR and the backslash.
@@ -22,9 +22,57 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from zlib import crc32
 
+from data.errors import UserError
+
 BASE = 253  # digits of a payload
 MAX_LENGTH = 1 << 18  # characters; decoding takes about 0.1 ms each
 DECODER_NAME = "D"  # what `decode` is called where it ships
+
+
+def contexts():
+    """Yield (contexts, expected character, length of the repeat) of the next character; receive it."""
+    text = word = shape = guess = quote = ""
+    brackets = [""]  # open ones, each with the word before it
+    places = {}  # last 5 characters -> where they stood last
+    match = run = 0
+    while True:
+        near = brackets[-1]
+        character = yield (
+            [
+                "",
+                text[-3:],
+                text[-4:-1],
+                word,
+                word + quote + text[-1:],
+                shape[-5:] + text[-1:],
+                text[-1:] + near[-1:] + chr(len(brackets)),
+                near + shape[-2:] + word,
+                guess + chr(min(run, 15)),
+                text[-2:] + guess + chr(run > 5),
+            ],
+            guess,
+            run,
+        )
+        text += character
+        if ("a" + character).isidentifier():
+            word += character
+            shape = shape.rstrip("a") + "a"
+        else:
+            if character in "([{":
+                brackets += [word + character]
+            elif character in ")]}":
+                brackets = brackets[:-1] or [""]
+            if character in "'\"" and quote in ("", character):
+                quote = character[len(quote) :]
+            word = ""
+            shape = shape[-4:] + character
+        run = run + 1 if guess == character else 0
+        match += 1
+        if run == 0:
+            match = places.get(text[-5:], 0)
+            run = match > 0
+        places[text[-5:]] = len(text)
+        guess = text[match] if run else ""
 
 
 def rebuild(length, answer):
@@ -40,39 +88,22 @@ def rebuild(length, answer):
         while squash[place] * 4096 < chance:
             place += 1
         stretch += [place / 100 - 12.14]
-    chances = {}
-    weights = [[0.07] * 10 for place in range(300)]
-    text = word = shape = guess = ""
-    brackets = [""]
-    seen = {}
-    match = run = 0
+    chances = {}  # context and bits of the character so far -> chance that the next bit is 1
+    weights = [[0.07] * 11 for place in range(300)]
+    text = ""
+    reader = contexts()
+    texts, guess, run = next(reader)
     while len(text) < length:
-        last = text[-1:]
-        near = brackets[-1]
-        bases = [
-            crc32(context.encode(), order)
-            for order, context in enumerate(
-                [
-                    last,
-                    text[-3:],
-                    word,
-                    guess + chr(min(run, 15)),
-                    shape[-4:] + last,
-                    last + near[-1:] + chr(len(brackets)),
-                    near + shape[-2:] + word,
-                    text[-2:] + guess + chr(run > 5),
-                    text[-4:-1],
-                ]
-            )
-        ]
+        bases = [crc32(context.encode(), order) for order, context in enumerate(texts)]
         node = 1
         while node < 128:
             places = [base * 128 + node for base in bases]
-            inputs = [stretch[int(chances.get(place, 0.5) * 4096)] for place in places] + [0.3]
+            found = [chances.get(place, 0.5) for place in places]
+            inputs = [stretch[int(chance * 4096)] for chance in found] + [0.3]
             agrees = ord(guess or "\0") + 128 >> 8 - node.bit_length() == node
             ones = weights[min(run, 15) * agrees]
             twos = weights[16 + node]
-            threes = weights[144 + ord(last or "\0")]
+            threes = weights[144 + ord(text[-1:] or "\0")]
             total = 0
             for value, one, two, three in zip(inputs, ones, twos, threes):
                 total += value * (one + two + three)
@@ -84,29 +115,11 @@ def rebuild(length, answer):
                 ones[order] += value
                 twos[order] += value
                 threes[order] += value
-            for place in places:
-                chance = chances.get(place, 0.5)
+            for place, chance in zip(places, found):
                 chances[place] = chance + (bit - chance) * (0.95 if chance == 0.5 else 0.22)
             node += node + bit
-        character = chr(node - 128)
-        text += character
-        if ("a" + character).isidentifier():
-            word += character
-            shape = shape.rstrip("a") + "a"
-        else:
-            if character in "([{":
-                brackets += [word + character]
-            elif character in ")]}":
-                brackets = brackets[:-1] or [""]
-            word = ""
-            shape = shape[-4:] + character
-        run = run + 1 if guess == character else 0
-        match += 1
-        if run == 0:
-            match = seen.get(text[-4:], 0)
-            run = match > 0
-        seen[text[-4:]] = len(text)
-        guess = text[match] if run else ""
+        text += chr(node - 128)
+        texts, guess, run = reader.send(text[-1])
     return text
 
 
@@ -134,6 +147,11 @@ def decode(payload, length):
 
 def encode(text: str, report: Callable[[float], None] = lambda done: None) -> str:
     """Compress ASCII text; `report` hears the fraction done."""
+    if not text.isascii() or len(text) > MAX_LENGTH:
+        raise UserError(
+            f"mix: expected at most {MAX_LENGTH:,} characters of ASCII, found {len(text):,} or others. "
+            "Spell the others as escapes, or compress with brotli."
+        )
     digits: list[int] = []  # of the interval's low end, base 253, carries not yet taken
     span, count = 1, 0
 
@@ -150,7 +168,7 @@ def encode(text: str, report: Callable[[float], None] = lambda done: None) -> st
         else:
             digits[-1] += part
             span -= part
-        if count % 7000 == 0:
+        if count % 7000 == 0 or count == 7 * len(text):
             report(count / 7 / len(text))
         return bit
 
@@ -174,8 +192,8 @@ def _spell(digits: list[int], span: int) -> str:
 
 
 def decoder_text() -> str:
-    """Return what ships: `rebuild` and `decode` under short names, without docstrings and spare blanks."""
-    tree = ast.parse("\n".join(inspect.getsource(part) for part in (rebuild, decode)))
+    """Return what ships: the three functions above under short names, without docstrings or spare blanks."""
+    tree = ast.parse("\n".join(inspect.getsource(part) for part in (contexts, rebuild, decode)))
     bound: Counter = Counter()
     for node in ast.walk(tree):
         match node:

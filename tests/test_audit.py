@@ -286,7 +286,7 @@ def test_wrappers_are_opened_without_running_them(wrapped, tmp_path):
     assert verdicts(write_folder(tmp_path, clean_files() | {"train_gpt.py": wrapped}))["K2"] == "SUSPECT"
 
 
-@pytest.mark.parametrize("method", ["brotli", "lzma"])
+@pytest.mark.parametrize("method", ["brotli", "lzma", "mix"])
 def test_own_packed_programs_are_readable(method, tmp_path):
     """The packer's stub is one of the wrappers that the audit opens."""
     packed = wrap(CACHE_ON, method)

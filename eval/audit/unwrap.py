@@ -226,6 +226,8 @@ class Constants:
         match node:
             case ast.Constant():
                 return node.value
+            case ast.UnaryOp(op=ast.USub()):
+                return -self.value(node.operand, depth)
             case ast.Name(id="__file__"):
                 return self.file_name
             case ast.Name() if len(self.assigned.get(node.id, ())) == 1:
