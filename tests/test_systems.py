@@ -27,6 +27,7 @@ from train_gpt import (
     Ranks,
     StepRates,
     check_config,
+    layer_plan,
     learning_rate_mul,
     make_gpt,
     match_rules,
@@ -319,10 +320,11 @@ def test_features_shrink_with_depth_between_exact_ends():
 def test_attention_along_projected_features_is_its_slow_definition():
     """softmax(q P (k P)^T / sqrt(K)) v P P^T, row by row; it is causal, and gradients pass."""
     cfg = small(D, **{"model.num_layers": 5, "model.model_dim": 64} | FEATURES)
-    attn = build_random(cfg).blocks[2].attn
+    model = build_random(cfg)
+    attn = model.blocks[2].attn
     x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    shared = build_random(cfg).share(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9).bool(), x)
-    y, _ = attn(x, shared, None)
+    tokens = torch.zeros(1, 9, dtype=torch.long)
+    y, _ = attn(x, model.share(tokens, tokens.bool(), x, layer_plan(cfg.model)), None, 0)
     q, k, v = (part(x).unflatten(-1, (16, 4)) for part in (attn.q, attn.k, attn.v))
     values, vectors = torch.linalg.eigh(attn.projection)
     half = vectors * values.clamp(min=0).sqrt()  # a P of the same product
