@@ -365,6 +365,7 @@ class QuantConfig:
         "zlib", "", "of the artifact's streams; rans: formats/codes.py", choices=(*STREAM_CODECS, "rans")
     )
     limit_bytes: int = option(LIMIT_BYTES, "", "most bytes of code + artifact", low=0)
+    code_wrap: str = option("brotli", "", "of the packed code", choices=("brotli", "lzma", "mix", "none"))
 
 
 @dataclass(frozen=True)
