@@ -553,7 +553,11 @@ def _deflated(text: str) -> bytes:
 def spell_ascii(source: str) -> str:
     r"""Spell a program in ASCII: characters beyond it, which only string literals hold, become \x, \u, \U."""
     spelled = source.encode("ascii", "backslashreplace").decode()
-    if ast.dump(ast.parse(spelled)) != ast.dump(ast.parse(source)):
+    try:
+        is_same = ast.dump(ast.parse(spelled)) == ast.dump(ast.parse(source))
+    except SyntaxError:
+        is_same = False
+    if not is_same:
         raise PackingError(
             "wrap mix: expected characters beyond ASCII in plain string literals only, found others. "
             "Spell them as escapes, or use --wrap brotli."
@@ -603,18 +607,21 @@ def unwrap(packed: bytes) -> str:
     return lzma.decompress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}]).decode()
 
 
-def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str = "brotli") -> PackReport:
+def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str = "") -> PackReport:
     """Bundle, embed, fold, minify, compress, check and write the program.
 
-    Without a recipe the program looks for one when it runs, as the readable one does.
+    Without a recipe the program looks for one when it runs, as the readable one does. Without a method the
+    recipe's quant.code_wrap says how to compress.
     """
     left_out = []
     statements = bundled_statements(entry, entry.resolve().parent)
     source = folded = to_source([statement.node for statement in statements])
     if recipe_path is not None:
         recipe = read_recipe(recipe_path)
+        method = method or recipe.get("quant", {}).get("code_wrap", "")
         source = embed_recipe(source, recipe)
         folded = to_source([statement.node for statement in fold_statements(statements, recipe)])
+    method = method or "brotli"
     minified = folded
     if has_library("python_minifier"):
         minified = minify(folded)
@@ -657,10 +664,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--wrap",
         choices=METHODS,
-        default="brotli",
+        default="",
         help="compression: brotli (the program then needs that package), lzma (standard library, about 5 %% "
         "larger), mix (standard library, about 18 %% smaller; ten seconds to pack and to start) or none "
-        "(readable); default %(default)s",
+        "(readable); default: the recipe's quant.code_wrap, else brotli",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(argv)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import UserError
-from dev.pack import PackingError, escape, pack, unwrap, wrap
+from dev.pack import PackingError, escape, pack, spell_ascii, unwrap, wrap
 from eval.audit.folder import Folder
 from eval.audit.program import read_program
 from formats.mix import DECODER_NAME, MAX_LENGTH, decode, decoder_text, encode
@@ -74,9 +74,9 @@ def test_characters_beyond_ascii_become_escapes_or_a_reason(tmp_path):
     entry.write_text("print('\u2581 \u00e9')\n")
     pack(None, tmp_path / "packed.py", entry, "mix")
     assert "\\u2581 \\xe9" in unwrap((tmp_path / "packed.py").read_bytes())
-    entry.write_text("print(r'\u2581')\n# \u00e9\n\u00e9 = 1\n")
-    with pytest.raises(PackingError, match="plain string literals"):
-        pack(None, tmp_path / "packed.py", entry, "mix")
+    for source in ("\u00e9 = 1\n", "x = r'\u2581'\n"):
+        with pytest.raises(PackingError, match="plain string literals"):
+            spell_ascii(source)
 
 
 def test_a_flipped_payload_is_an_error_and_a_suspicion(tmp_path):
@@ -106,6 +106,15 @@ def altered(change: str) -> bytes:
 def test_audit_decodes_only_what_ships_our_decoder_and_nothing_else(change, tmp_path):
     """Another decoder could show the audit a text that does not run."""
     assert any("exec of" in reason for reason in opaque(tmp_path, altered(change)))
+
+
+def test_the_recipe_chooses_the_compression_unless_the_caller_does(tmp_path):
+    """So every command that packs a record's recipe writes the same bytes."""
+    (tmp_path / "train_gpt.py").write_text("PACKED_RECIPE: dict | None = None\nprint(PACKED_RECIPE)\n")
+    (tmp_path / "recipe.toml").write_text('[quant]\ncode_wrap = "mix"\n')
+    for method, library in (("", b"zlib"), ("lzma", b"lzma")):
+        pack(tmp_path / "recipe.toml", tmp_path / "packed.py", tmp_path / "train_gpt.py", method)
+        assert (tmp_path / "packed.py").read_bytes().startswith(b"#coding:L1\nimport " + library)
 
 
 @pytest.mark.slow
