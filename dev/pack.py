@@ -37,7 +37,7 @@ from dev.names import (
     needed_statements,
     walk,
 )
-from dev.rename import make_positional
+from dev.rename import rename
 from formats.mix import decode, decoder_text, encode
 from formats.stub import make_stub
 
@@ -461,7 +461,7 @@ def minify(source: str) -> str:
     drop_annotations(tree)
     kernel_names = _triton_names(tree)
     reads_docstrings = _shorten_docstrings(tree)
-    make_positional(tree)
+    rename(tree, KEPT_NAMES, kernel_names)
     return python_minifier.minify(
         ast.unparse(tree),
         remove_annotations=python_minifier.RemoveAnnotationsOptions(
@@ -471,10 +471,7 @@ def minify(source: str) -> str:
             remove_class_attribute_annotations=False,
         ),
         remove_literal_statements=not reads_docstrings,
-        rename_locals=True,
-        preserve_locals=sorted(kernel_names),
-        rename_globals=not kernel_names,  # a Triton kernel may read no global but a constexpr
-        preserve_globals=KEPT_NAMES,
+        rename_locals=False,
         hoist_literals=False,
     )
 
