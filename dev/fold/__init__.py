@@ -2,9 +2,9 @@
 
 `fold` writes the recipe into the config classes, replaces what is thereby constant, takes the branches that
 constants decide and drops what nothing names any more, until nothing changes. What cannot be proved
-constant stays. PACKED_RECIPE becomes all that the recipe changes, PACKED_ENVIRONMENT the environment names
-of all that it fixes; of these fields the classes keep, as constants, what the program still reads. Taken on
-trust, all of it house style:
+constant stays. Error messages end with their first sentence. PACKED_RECIPE becomes all that the recipe
+changes, PACKED_ENVIRONMENT the environment names of all that it fixes; of these fields the classes keep, as
+constants, what the program still reads. Taken on trust, all of it house style:
 
 - A config class declares its fields with `option` (formats/recipe.py); a field that is not live has the
   recipe's value in every instance. A class that the program also makes with arguments of its own is left
@@ -20,6 +20,7 @@ import ast
 
 from dev.fold.bake import bake
 from dev.fold.drop import drop_entries, drop_imports, drop_members, drop_rows
+from dev.fold.errors import shorten_errors
 from dev.fold.facts import PACKED_ENVIRONMENT, PACKED_RECIPE, Program
 from dev.fold.folder import Folder
 from dev.fold.learn import learn, learn_pure
@@ -42,6 +43,7 @@ def fold_tree(tree: ast.Module, recipe: dict) -> None:
     program = Program(
         tree, {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items()}
     )
+    shorten_errors(tree)
     program.index()
     bake(program)
     packed = {PACKED_RECIPE: program.recipe, PACKED_ENVIRONMENT: " ".join(program.environment)}
