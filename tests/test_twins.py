@@ -180,12 +180,14 @@ def leaves(tree) -> list:
 
 @pytest.mark.slow
 def test_8_bit_training_ends_within_two_percent_of_the_exact(twin_data, tmp_path, monkeypatch):
-    """System E's twin with and without FP8, the same data and steps."""
+    """System E's twin with and without FP8, the same data, steps and learning rates."""
     losses = []
     for fp8 in ("off", "emulate"):
         monkeypatch.setattr(
             "dev.twins.twin_config",
-            lambda *args, fp8=fp8: with_values(twin_config(*args), {"model.fp8": fp8}, "test"),
+            lambda *args, fp8=fp8: with_values(
+                twin_config(*args), {"model.fp8": fp8, "model.fp8_lr_mul": 1.0}, "test"
+            ),
         )
         losses.append(train_twin("E", twin_data, tmp_path / fp8)["val_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
