@@ -45,7 +45,7 @@ def contexts():
                 word,
                 word + quote + text[-1:],
                 shape[-5:] + text[-1:],
-                text[-1:] + near[-1:] + chr(len(brackets)),
+                quote + text[-1:] + near[-1:] + chr(len(brackets)),
                 near + shape[-2:] + word,
                 guess + chr(min(run, 15)),
                 text[-2:] + guess + chr(run > 5),
@@ -82,24 +82,24 @@ def rebuild(length, answer):
     while odds < 177e3:
         squash += [odds / (1 + odds)]
         odds *= 1.01
-    stretch = []  # chance in 4096ths -> logit
+    stretch = []  # chance in 256ths -> logit
     place = 0
-    for chance in range(4096):
-        while squash[place] * 4096 < chance:
+    for chance in range(256):
+        while squash[place] * 256 < chance + 0.5:
             place += 1
         stretch += [place / 100 - 12.14]
     chances = {}  # context and bits of the character so far -> chance that the next bit is 1
-    weights = [[0.07] * 11 for place in range(300)]
+    weights = [[0.06] * 11 for place in range(300)]
     text = ""
     reader = contexts()
     texts, guess, run = next(reader)
     while len(text) < length:
-        bases = [crc32(context.encode(), order) for order, context in enumerate(texts)]
+        bases = [crc32(context.encode()) * 16 + order for order, context in enumerate(texts)]
         node = 1
         while node < 128:
             places = [base * 128 + node for base in bases]
             found = [chances.get(place, 0.5) for place in places]
-            inputs = [stretch[int(chance * 4096)] for chance in found] + [0.3]
+            inputs = [stretch[int(chance * 256)] for chance in found] + [0.3]
             agrees = ord(guess or "\0") + 128 >> 8 - node.bit_length() == node
             ones = weights[min(run, 15) * agrees]
             twos = weights[16 + node]
