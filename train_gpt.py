@@ -182,7 +182,9 @@ class RunConfig:
     train_log_every: int = option(
         200, "TRAIN_LOG_EVERY", "log the loss every so many steps", live=True, low=0
     )
-    save_every: int = option(0, "", "steps between checkpoints for --resume; 0: none", live=True, low=0)
+    save_every: int = option(
+        0, "", "steps between checkpoints for --resume; 0: none; -1: never", live="auto", low=-1
+    )
     val_batch_tokens: int = option(
         524_288, "VAL_BATCH_SIZE", "scoring batch; data.micro_batches share it", live=True, low=1
     )
@@ -489,7 +491,7 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
         for name in (*environment, *changes):
             if name not in free:
                 raise UserError(
-                    f"{name} is fixed in this packed program, or unknown. Free are {', '.join(free)}; for "
+                    f"{name} is fixed in this packed program, or unknown; free are {', '.join(free)}. For "
                     "the rest change the recipe and pack it again."
                 )
     cfg = with_values(Config(), read_recipe(recipe_path), recipe_path) if recipe_path else Config()
@@ -2604,7 +2606,10 @@ def main(argv: list[str] | None = None) -> None:
         epilog=fields,
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help=f"go on from a run's {CHECKPOINT_NAME}")
+    if Config().run.save_every >= 0:
+        parser.add_argument(
+            "--resume", type=Path, metavar="FILE", help=f"go on from a run's {CHECKPOINT_NAME}"
+        )
     parser.add_argument("--score", type=Path, metavar="FILE", help="score an artifact instead of training")
     if PACKED_RECIPE is None:
         parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
@@ -2624,7 +2629,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.score:
             score_file(args.score, cfg, environment)
         else:
-            run(cfg, environment, args.resume)
+            run(cfg, environment, args.resume if Config().run.save_every >= 0 else None)
     except UserError:
         if environment.rank == 0:
             raise

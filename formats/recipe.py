@@ -19,8 +19,8 @@ from data.errors import UserError
 def option(default, env: str = "", text: str = "", *, live=False, low=None, high=None, choices=()):
     """Declare a config field: default, contest environment name, help, and the values that it may take.
 
-    A live field (paths, seed, clock, logging) stays free in a packed program, one with live="auto" while its
-    value is "auto"; the others are the recipe.
+    A live field (paths, seed, clock, logging) stays free in a packed program, one with live="auto" while the
+    recipe leaves it at its default; the others are the recipe.
     """
     metadata = {"env": env, "help": text, "live": live, "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)

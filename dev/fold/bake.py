@@ -75,7 +75,7 @@ def bake_section(program: Program, section: str, key: str, replaced: set[str]) -
         value = _parsed(f"{key}.{name}", values.get(name, default.value), kind)
         _check_bounds(program, f"{key}.{name}", value, settings)
         call.args[0] = literal(value)
-        if not _is_live(settings.get("live"), value):
+        if not _is_live(settings.get("live"), value == default.value):
             program.configs[section][name] = value
             program.attributes[section, name] = Known(value)
             node.body[at] = ast.copy_location(ast.Assign([one.target], literal(value)), one)
@@ -87,10 +87,10 @@ def bake_section(program: Program, section: str, key: str, replaced: set[str]) -
     return fixed
 
 
-def _is_live(node: ast.expr | None, value) -> bool:
-    """Whether a field stays free: live=True, or live="auto" and the recipe leaves it at that."""
+def _is_live(node: ast.expr | None, is_default: bool) -> bool:
+    """Whether a field stays free: live=True, or live="auto" and the recipe leaves it at its default."""
     live = node.value if isinstance(node, ast.Constant) else node is not None
-    return value == "auto" if live == "auto" else bool(live)
+    return is_default if live == "auto" else bool(live)
 
 
 def _bare(call: ast.Call) -> ast.Call:
