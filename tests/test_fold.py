@@ -519,6 +519,16 @@ def test_a_field_that_is_live_while_auto_folds_when_the_recipe_decides_it():
     assert "cfg.model.seed ==" not in fold(source, {"model": {"seed": "fa3"}})
 
 
+def test_a_recipe_that_rules_checkpoints_out_ships_none():
+    """run.save_every=-1 saves the 1.0611 recipe the reading and the writing of checkpoints."""
+    source = HEADER.replace("live=True)\n@", 'live="auto")\n@') + (
+        "def main(cfg: Config):\n    return resume() if Config().model.seed >= 0 else None\n"
+        "def resume():\n    return 1\nR = main(Config())\n"
+    )
+    assert "resume" in fold(source, {}) and "resume" in fold(source, {"model": {"seed": 9}})
+    assert "resume" not in fold(source, {"model": {"seed": -1}})
+
+
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.parent.name)
 def tiny_recipe(request, tmp_path_factory):
     """Write a recipe with its features at the size of a test."""
