@@ -143,6 +143,7 @@ def check_bese(content: dict, path: str | Path) -> None:
         isinstance(letters, str)
         and len(letters) == FIRST_GROUP - NUM_SPECIAL
         and isinstance(groups, list)
+        and all(isinstance(group, str) for group in groups)
         and [len(group) for group in groups] == [4, 4, 4, 3]
         and sorted(letters + "".join(groups)) == sorted("abcdefghijklmnopqrstuvwxyz")
     )
@@ -154,9 +155,12 @@ def check_bese(content: dict, path: str | Path) -> None:
             f"letters {letters!r}, groups {groups!r}, sizes {stated}, {num_merges} merges. Train it again: "
             "`python -m data.tokenizer train --kind bese`."
         )
-    for new, ((left, right), written) in enumerate(merges, start=NUM_BASE):
-        if written != new or not (NUM_SPECIAL <= left < new and NUM_SPECIAL <= right < new):
-            raise UserError(
-                f"{path}: expected merge {new - NUM_BASE} to make id {new} of two earlier ids from "
-                f"{NUM_SPECIAL} on, found {[[left, right], written]}. The file is damaged."
-            )
+    for new, merge in enumerate(merges, start=NUM_BASE):
+        match merge:
+            case [[int(left), int(right)], written] if written == new:
+                if min(left, right) >= NUM_SPECIAL and max(left, right) < new:
+                    continue
+        raise UserError(
+            f"{path}: expected merge {new - NUM_BASE} to make id {new} of two earlier ids from "
+            f"{NUM_SPECIAL} on, found {merge}. The file is damaged."
+        )

@@ -103,4 +103,8 @@ def read_ranks(path: Path, family: RankFamily) -> dict[bytes, int]:
                 f"{piece[:40]!r} of rank {rank}. The file is damaged or of another family than its name says."
             )
         ranks[piece] = rank
+    if not ranks:
+        raise UserError(
+            f"{path}: expected base64 tokens and their ranks, found an empty file. Copy it again."
+        )
     return ranks

@@ -23,13 +23,15 @@ class BytesCodec(PieceCodec):
 
     def __init__(self, path: str | Path):
         content = read_json(path)
-        config = content.get("config", {})
-        self._offset, bos_id = config.get("byte_offset", -1), config.get("bos_id", -1)
-        is_whole = config.get("byte_count") == 256 and content.get("vocab_size") == self._offset + 256
-        if not is_whole or not 0 <= bos_id < self._offset:
+        match content.get("config"):
+            case {"byte_offset": int(offset), "bos_id": int(bos_id), "byte_count": 256}:
+                self._offset = offset
+            case _:
+                self._offset = bos_id = -1
+        if not 0 <= bos_id < self._offset or content.get("vocab_size") != self._offset + 256:
             raise UserError(
                 f"{path}: expected a BOS id below byte_offset, byte_count 256 and vocab_size byte_offset "
-                f"+ 256, found {config} and {content.get('vocab_size')}. "
+                f"+ 256, found {content.get('config')} and {content.get('vocab_size')}. "
                 "`python -m data.tokenizer train --kind bytes` writes such a file."
             )
         pieces = [b""] * self._offset + [bytes([value]) for value in range(256)]
