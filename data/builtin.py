@@ -25,8 +25,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.codecs import load_codec
-from data.errors import UserError, run_command
-from data.prepare import Document, mark_unfinished, print_table, write_dataset
+from data.documents import Document
+from data.errors import CommandParser, UserError, at_least_one, run_command
+from data.prepare import mark_unfinished, print_table, write_dataset
 from data.shards import MANIFEST_NAME, REPORT_NAME, read_manifest, sha256_file, write_json
 from data.training import train_tokenizer
 from data.verify import verify_codec
@@ -356,7 +357,8 @@ def build(out: str | Path, vocab_size: int, list_modules: Callable[[], list[Modu
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
+        formatter_class=argparse.HelpFormatter,
         prog="python -m data.builtin",
         description="Make the built-in corpus: help topics and docstrings of this Python environment, a "
         "tokenizer trained on them, and their shards. Needs no network. Run again, it does nothing unless "
@@ -366,7 +368,11 @@ def main(argv: list[str] | None = None) -> None:
         "--out", required=True, metavar="DIR", help="folder for shards, tokenizer and manifest"
     )
     parser.add_argument(
-        "--vocab-size", type=int, default=1024, metavar="N", help="tokenizer entries (default: %(default)s)"
+        "--vocab-size",
+        type=at_least_one,
+        default=1024,
+        metavar="N",
+        help="tokenizer entries (default: %(default)s)",
     )
     options = parser.parse_args(argv)
     start = time.perf_counter()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.errors import UserError, run_command
+from data.errors import CommandParser, UserError, run_command
 from data.prepare import CONTEST_VAL_DOCS, DOCS_MANIFEST_NAME, DOCS_NAME
 from data.shards import MANIFEST_NAME, atomic_file, read_json, read_shard, sha256_file, write_json
 
@@ -321,7 +321,8 @@ def download(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
+        formatter_class=argparse.HelpFormatter,
         prog="python -m data.download",
         description="Download the contest's published token shards and tokenizer. Files are checked; run it "
         "again after an interruption and it goes on where it stopped.",

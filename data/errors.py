@@ -35,9 +35,24 @@ class CommandParser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse unknown options here: an action's parser knows the options near them, its caller's not."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 after usage, message and suggestion."""
         known = [option for action in self._actions for option in action.option_strings]
-        words = [word.split("=")[0] for word in message.split() if word.startswith("-")]
-        near = [match for word in words for match in difflib.get_close_matches(word, known, n=1)]
+        words = [word.split("=")[0].rstrip(":,") for word in message.split() if word.startswith("-")]
+        unknown = [word for word in words if word not in known]
+        near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
         super().error(f"{message}. Did you mean {near[0]}?" if near else message)
+
+
+def at_least_one(text: str) -> int:
+    """Read the value of an option that counts something; argparse adds the option's name to the error."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    return int(text)

@@ -5,22 +5,22 @@ the built-in corpus. Text passes through in batches, so inputs may be larger tha
 """
 
 import argparse
-import gzip
 import hashlib
 import itertools
-import json
 import os
 import sys
-import zlib
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data.codecs import load_codec
-from data.errors import UserError, run_command
+from data.codecs import TokenCodec, load_codec
+from data.documents import INPUT_HELP, Document, batched, check_inputs, read_documents
+from data.errors import CommandParser, UserError, at_least_one, run_command
 from data.selection import add_selection_options, selection_of
 from data.shards import (
     MANIFEST_NAME,
@@ -34,9 +34,7 @@ from data.shards import (
 
 MANIFEST_FORMAT = 1
 SHARD_TOKENS = 100_000_000  # the contest's shard length
-BATCH_BYTES = 4 << 20  # text encoded at once; the ids of a batch take about twenty times as much memory
-READ_BYTES = 1 << 17
-ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=27` to `--long=31` files need more than the default window
+NUM_AHEAD = 2  # batches in work: one is encoded by the library's threads while Python lays out the other
 MIN_VAL_DOCUMENTS = 50
 VAL_FRAC = 0.01
 DOCS_NAME = "docs_selected.jsonl"  # the contest's text: its first documents are the validation set
@@ -44,195 +42,6 @@ DOCS_MANIFEST_NAME = "docs_selected.source_manifest.json"
 CONTEST_VAL_DOCS = 50_000
 SIDECAR_SPLIT = "val_bytes"  # the contest's name: fineweb_val_bytes_000000.bin
 ALL_SHARDS_GLOB = "fineweb_*.bin"
-
-
-class Document(NamedTuple):
-    """One text and where it comes from ("file", "file:line"), for error messages."""
-
-    text: str
-    place: str
-
-
-# ---- Reading ----------------------------------------------------------------------------------------
-
-
-def read_documents(files: Iterable[str | Path]) -> Iterator[Document]:
-    """Yield the documents of .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files in order."""
-    for path in map(Path, files):
-        found = False
-        for document in find_reader(path)(path):
-            if not document.text:
-                raise UserError(f"{document.place}: expected text, found an empty document. Remove it.")
-            found = True
-            yield document
-        if not found:
-            raise UserError(f"{path}: expected documents, found none. Remove the file from the input list.")
-
-
-def find_reader(path: Path):
-    """Choose the reader of a file by its suffix; raise when the file or the suffix is unknown."""
-    for suffix, reader in READERS.items():
-        if path.name.endswith(suffix):
-            if not path.is_file():
-                raise UserError(f"{path}: no such file.")
-            return reader
-    raise UserError(
-        f"{path}: unknown suffix {path.suffix!r}. Expected one of {', '.join(READERS)}; "
-        "rename or convert the file."
-    )
-
-
-def check_inputs(files: Iterable[str | Path]) -> None:
-    """Raise for the first file that cannot be read at all, before any work starts."""
-    for path in files:
-        find_reader(Path(path))
-
-
-def read_txt(path: Path) -> Iterator[Document]:
-    """Yield the whole file as one document; nothing for an empty file."""
-    raw = path.read_bytes()
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
-    if text:
-        yield Document(text, str(path))
-
-
-def read_jsonl(path: Path) -> Iterator[Document]:
-    """Yield the "text" of each line of JSON; blank lines are no documents."""
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
-            place = f"{path}:{number}"
-            yield Document(parse_line(line, place), place)
-
-
-def parse_line(line: bytes, place: str) -> str:
-    """Take the text out of one line of JSON; raise UserErrors that name the place."""
-    value = parse_object(line, place)
-    if not isinstance(value.get("text"), str):
-        raise UserError(
-            f'{place}: expected a JSON object with a string under "text", found keys {sorted(value)}.'
-        )
-    return require_utf8(value["text"], place)
-
-
-def parse_object(line: bytes, place: str) -> dict:
-    """Parse one line of JSON that holds an object."""
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error}). Expected one JSON object a line.") from error
-    if not isinstance(value, dict):
-        found = type(value).__name__
-        raise UserError(f'{place}: expected a JSON object with a string under "text", found {found}.')
-    return value
-
-
-def require_utf8(text: str, place: str) -> str:
-    """Return the text; raise where UTF-8 cannot express it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: the text holds half of a surrogate pair at character {error.start}, which UTF-8 "
-            "cannot express. Repair or remove the line."
-        ) from error
-    return text
-
-
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a plain, gzip or zstd file."""
-    with open(path, "rb") as file:
-        if path.suffix == ".zst":
-            yield from split_lines(decompress_zstd(file, path))
-        elif path.suffix == ".gz":
-            try:
-                with gzip.open(file) as lines:
-                    yield from lines
-            except (OSError, EOFError, zlib.error) as error:
-                raise UserError(f"{path}: not a whole gzip file ({error}). Copy or make it again.") from error
-        else:
-            yield from file
-
-
-def decompress_zstd(file, path: Path) -> Iterator[bytes]:
-    """Yield the contents of all frames; raise when the last one is cut off.
-
-    zstandard's stream reader ends silently at a truncated frame, hence the frame objects.
-    """
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(f"{path}: reading .zst needs `pip install zstandard`.") from error
-    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
-    frame = None
-    try:
-        while data := file.read(READ_BYTES):
-            while data:
-                frame = frame or decompressor.decompressobj()
-                yield frame.decompress(data)
-                data = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    except zstandard.ZstdError as error:
-        raise UserError(f"{path}: not a zstd file ({error}). Copy or make it again.") from error
-    if frame is not None:
-        raise UserError(f"{path}: the zstd file is cut off. Copy or make it again.")
-
-
-def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a byte stream that comes in chunks."""
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def read_parquet(path: Path) -> Iterator[Document]:
-    """Yield the rows of the column `text`; rows count from 1."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading .parquet needs `pip install pyarrow`.") from error
-    try:
-        table = parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a parquet file ({error}). Copy or make it again.") from error
-    with table:
-        names = table.schema_arrow.names
-        if "text" not in names:
-            raise UserError(f'{path}: expected a column "text", found {names}.')
-        number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-            for value in batch.column(0):
-                number += 1
-                yield Document(parse_cell(value, f"{path}:{number}"), f"{path}:{number}")
-
-
-def parse_cell(value, place: str) -> str:
-    """Take the text out of one parquet cell; raise UserErrors that name the place."""
-    try:
-        text = value.as_py()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 ({error.reason}). Write the column again as UTF-8.") from error
-    if not isinstance(text, str):
-        raise UserError(f'{place}: expected a string under "text", found {type(text).__name__}.')
-    return text
-
-
-READERS = {
-    ".txt": read_txt,
-    ".jsonl": read_jsonl,
-    ".jsonl.gz": read_jsonl,
-    ".jsonl.zst": read_jsonl,
-    ".parquet": read_parquet,
-}
 
 
 # ---- Writing ----------------------------------------------------------------------------------------
@@ -268,10 +77,15 @@ class ShardWriter:
 
 
 class Overlap:
-    """Remember the validation documents; refuse the training document that equals one of them."""
+    """Remember the validation documents; leave out the training documents that equal one of them.
+
+    Crawls repeat themselves, so a few are natural; a model that trained on them would be scored on what it
+    remembers.
+    """
 
     def __init__(self):
         self.val_places: dict[bytes, str] = {}
+        self.num_left_out, self.first = 0, ""
 
     def remember(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Pass validation documents through, keeping a hash of each."""
@@ -279,16 +93,15 @@ class Overlap:
             self.val_places.setdefault(hash_text(document.text), document.place)
             yield document
 
-    def refuse(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Pass training documents through; raise for the first that is also in validation."""
+    def leave_out(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Pass the training documents through that are not in validation; count the others."""
         for document in documents:
             val_place = self.val_places.get(hash_text(document.text))
-            if val_place is not None:
-                raise UserError(
-                    f"{document.place}: this training document is also in validation, at {val_place}. "
-                    "The score would be that of remembered text. Remove one of the two."
-                )
-            yield document
+            if val_place is None:
+                yield document
+            else:
+                self.num_left_out += 1
+                self.first = self.first or f"{document.place} is {val_place}"
 
 
 def hash_text(text: str) -> bytes:
@@ -296,35 +109,27 @@ def hash_text(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents until a batch holds BATCH_BYTES characters or more."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode_with_bos(codec, batch: list[Document], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_documents(
+    codec: TokenCodec, num_threads: int, batch: list[Document]
+) -> tuple[np.ndarray, np.ndarray]:
     """Encode a batch to (N,) ids, BOS before each document, and (N,) the bytes that each stands for."""
-    encoded = codec.encode_batch([document.text for document in batch], num_threads=num_threads)
-    documents = [np.concatenate([[codec.bos_id], ids]).astype(np.int32) for ids in encoded]
-    sizes = [codec.token_bytes(ids) for ids in documents]
+    encoded = codec.encode_batch([document.text for document in batch], num_threads)
+    bos = np.array([codec.bos_id], dtype=np.int32)
+    ids = np.concatenate([part for document_ids in encoded for part in (bos, document_ids)])
+    sizes = codec.token_bytes(ids)
     if codec.lossless:
-        for document, counted in zip(batch, sizes):
-            found, expected = int(counted.sum()), len(document.text.encode())
-            if found != expected:  # a wrong codec, not a wrong input
+        ends = np.cumsum([document_ids.size + 1 for document_ids in encoded])
+        counted = np.diff(np.cumsum(sizes, dtype=np.int64)[ends - 1], prepend=0)
+        for document, found in zip(batch, counted.tolist()):
+            if found != len(document.text.encode()):  # a wrong codec, not a wrong input
                 raise RuntimeError(
-                    f"{document.place}: the lossless codec counts {found} bytes, the text has {expected}"
+                    f"{document.place}: the lossless codec counts {found} bytes, the text has "
+                    f"{len(document.text.encode())}"
                 )
-    return np.concatenate(documents), np.concatenate(sizes)
+    return ids, sizes
 
 
-def encode_for_sidecar(codec, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+def encode_for_sidecar(codec: TokenCodec, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
     """Do the same with sizes that add up to the bytes of each document; slower."""
     documents, sizes = [], []
     for document in batch:
@@ -340,9 +145,22 @@ def encode_for_sidecar(codec, batch: list[Document]) -> tuple[np.ndarray, np.nda
     return np.concatenate(documents), np.concatenate(sizes)
 
 
+def encode_ahead(batches: Iterable[list[Document]], encode: Callable) -> Iterator[tuple]:
+    """Yield each batch with its ids and sizes, in order, while the next ones are encoded."""
+    waiting = deque()
+    with ThreadPoolExecutor(NUM_AHEAD) as pool:
+        for batch in batches:
+            waiting.append((batch, pool.submit(encode, batch)))
+            if len(waiting) > NUM_AHEAD:
+                batch, encoded = waiting.popleft()
+                yield batch, *encoded.result()
+        for batch, encoded in waiting:
+            yield batch, *encoded.result()
+
+
 def write_split(
     documents: Iterable[Document],
-    codec,
+    codec: TokenCodec,
     writer: ShardWriter,
     num_threads: int,
     sidecar: ShardWriter | None = None,
@@ -352,14 +170,12 @@ def write_split(
     `sidecar` writes the bytes of each token, as shards of the same lengths.
     """
     counts = {"documents": [0, 0], "tokens": 0, "raw_bytes": 0, "token_bytes": 0}
+    encode = partial(encode_for_sidecar, codec) if sidecar else partial(encode_documents, codec, num_threads)
     with tqdm(desc=writer.split, unit="B", unit_scale=True, mininterval=1.0) as progress:
-        for batch in batched(documents):
-            if sidecar:
-                ids, sizes = encode_for_sidecar(codec, batch)
-                sidecar.add(sizes)
-            else:
-                ids, sizes = encode_with_bos(codec, batch, num_threads)
+        for batch, ids, sizes in encode_ahead(batched(documents), encode):
             writer.add(ids)
+            if sidecar:
+                sidecar.add(sizes)
             raw_bytes = sum(len(document.text.encode()) for document in batch)
             counts["documents"][1] += len(batch)
             counts["tokens"] += ids.size
@@ -369,7 +185,7 @@ def write_split(
     writer.flush()
     if not counts["documents"][1]:
         raise UserError(
-            f"expected at least one document for {writer.split}, found none. "
+            f"expected at least one document for {writer.split}, found none that is kept. "
             "Give more input, or a smaller --val-docs."
         )
     counts["shards"] = writer.shards
@@ -429,7 +245,14 @@ def write_dataset(
     )
     sidecar = ShardWriter(out, SIDECAR_SPLIT, shard_tokens, 1 << 16) if codec.needs_sidecar else None
     val_counts = write_split(overlap.remember(val), codec, val_writer, num_threads, sidecar)
-    train_counts = write_split(overlap.refuse(train), codec, train_writer, num_threads)
+    train_counts = write_split(overlap.leave_out(train), codec, train_writer, num_threads)
+    train_counts["left_out"] = overlap.num_left_out
+    if overlap.num_left_out:
+        print(
+            f"note: left out {overlap.num_left_out:,} training documents that are also in validation; "
+            f"the first: {overlap.first}",
+            file=sys.stderr,
+        )
     if split == "first_documents":
         num_val = val_counts["documents"][1]
         train_counts["documents"] = [first + num_val for first in train_counts["documents"]]
@@ -480,12 +303,17 @@ def print_table(out: str | Path, manifest: dict) -> None:
 # ---- Command ----------------------------------------------------------------------------------------
 
 
+def is_contest_text(file: str) -> bool:
+    """Tell whether a file is the contest's text, compressed or not."""
+    return Path(file).name.startswith(DOCS_NAME)
+
+
 def choose_val_docs(files: list[str]) -> int:
     """Default number of validation documents: the contest's for its text, else a share of the input.
 
     The share takes one reading of all input, which also checks it.
     """
-    if Path(files[0]).name == DOCS_NAME:
+    if is_contest_text(files[0]):
         return CONTEST_VAL_DOCS
     total = sum(1 for _ in tqdm(read_documents(files), desc="count", unit=" documents", mininterval=1.0))
     return max(MIN_VAL_DOCUMENTS, int(total * VAL_FRAC))
@@ -493,8 +321,8 @@ def choose_val_docs(files: list[str]) -> int:
 
 def note_other_validation(options: argparse.Namespace) -> None:
     """Say so where the contest's text is given another validation set than the contest's."""
-    is_contest = any(Path(path).name == DOCS_NAME for path in options.input)
-    if is_contest and (options.val_input or options.val_docs not in (None, CONTEST_VAL_DOCS)):
+    is_contests = is_contest_text(options.input[0]) and options.val_docs in (None, CONTEST_VAL_DOCS)
+    if any(map(is_contest_text, options.input)) and (options.val_input or not is_contests):
         print(
             f"note: the contest's validation set is the first {CONTEST_VAL_DOCS:,} documents of {DOCS_NAME}; "
             "scores on this one compare with none of its records",
@@ -508,45 +336,34 @@ def describe_files(files: list[str]) -> list[dict]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data.prepare",
         description="Tokenize your own text into training and validation shards.",
         epilog="Then train on the folder: DATA_PATH=DIR TOKENIZER_PATH=MODEL python train_gpt.py",
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help=".txt (one document a file), .jsonl, .jsonl.gz, .jsonl.zst (key text), .parquet (column text)",
-    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
-        "--val-input", nargs="+", metavar="FILE", help="validation text; no document may also be in --input"
+        "--val-input", nargs="+", metavar="FILE", help="validation text; what is also in --input is left out"
     )
     choice.add_argument(
         "--val-docs",
-        type=int,
+        type=at_least_one,
         metavar="N",
         help="take the first N documents of --input for validation "
         f"(default: {CONTEST_VAL_DOCS:,} of {DOCS_NAME}, else the larger of 50 and 1 percent)",
     )
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer file")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for shards and manifest.json")
-    parser.add_argument(
-        "--shard-tokens",
-        type=int,
-        default=SHARD_TOKENS,
-        metavar="N",
-        help="tokens a shard (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num-threads",
-        type=int,
-        default=os.cpu_count(),
-        metavar="N",
-        help="encoding threads (default: all cores)",
-    )
+    counts = {"shard-tokens": (SHARD_TOKENS, "tokens a shard"), "num-threads": (os.cpu_count(), "threads")}
+    for name, (default, meaning) in counts.items():
+        parser.add_argument(
+            f"--{name}",
+            type=at_least_one,
+            default=default,
+            metavar="N",
+            help=f"{meaning} (default: %(default)s)",
+        )
     add_selection_options(parser)
     parser.add_argument("--val-filter", "--val-order", dest="val_selection", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -555,10 +372,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             "validation documents are scored whole and in their order, or the score compares with no other: "
             "found an option that selects them. --train-filter and --train-order select training documents."
         )
-    for name in ("val_docs", "shard_tokens", "num_threads"):
-        value = vars(options)[name]
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, found {value}.")
     return options
 
 
@@ -575,10 +388,8 @@ def main(argv: list[str] | None = None) -> None:
         split, val = "separate_input", read_documents(options.val_input)
         sources["val_input"] = describe_files(options.val_input)
     else:
-        split, val = (
-            "first_documents",
-            itertools.islice(train, options.val_docs or choose_val_docs(options.input)),
-        )
+        num_val = options.val_docs or choose_val_docs(options.input)
+        split, val = "first_documents", itertools.islice(train, num_val)
     selection = selection_of(options)
     sources["train_selection"] = selection.facts
     manifest = write_dataset(

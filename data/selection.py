@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from data.errors import UserError
+from data.errors import UserError, at_least_one
 
 MIN_WORDS = 50
 MIN_TYPE_RATIO = 0.25
@@ -88,7 +88,9 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train-order", choices=ORDERS, help="take training documents in this order; needs memory for all"
     )
-    parser.add_argument("--train-docs", type=int, metavar="N", help="of these the first N (default: all)")
+    parser.add_argument(
+        "--train-docs", type=at_least_one, metavar="N", help="of these the first N (default: all)"
+    )
 
 
 def selection_of(options: argparse.Namespace) -> Selection:

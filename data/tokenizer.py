@@ -5,14 +5,13 @@ import json
 import os
 
 from data.codecs import load_codec
-from data.errors import CommandParser, run_command
-from data.prepare import check_inputs, read_documents
+from data.documents import INPUT_HELP, check_inputs, read_documents
+from data.errors import CommandParser, at_least_one, run_command
 from data.selection import add_selection_options, selection_of
 from data.shards import write_json
 from data.training import TRAINERS, train_tokenizer
 from data.verify import compare_codec, verify_codec
 
-INPUT_HELP = ".txt, .jsonl, .jsonl.gz, .jsonl.zst (key text), .parquet (column text)"
 TOKENIZER_HELP = "a .model, tokenizer.json, vocab.json beside merges.txt, a .tiktoken, a BESE or byte .json"
 
 
@@ -83,7 +82,7 @@ def add_action(actions, name: str, run, help_text: str) -> argparse.ArgumentPars
     """Add one action with the options that all share."""
     action = actions.add_parser(name, help=help_text, description=f"{help_text.capitalize()}.")
     action.set_defaults(run=run)
-    action.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"text: {INPUT_HELP}")
+    action.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     return action
 
 
@@ -96,29 +95,38 @@ def make_parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = add_action(actions, "train", run_train, "train a tokenizer on training text")
     train.add_argument(
-        "--kind", choices=TRAINERS, default="sentencepiece", help="default: %(default)s, lossless"
+        "--kind",
+        choices=TRAINERS,
+        default="sentencepiece",
+        metavar="KIND",
+        help="one of those below (default: %(default)s)",
     )
     train.add_argument(
-        "--vocab-size", type=int, metavar="N", help="entries (default: 1024; bese 288, bytes 260)"
+        "--vocab-size", type=at_least_one, metavar="N", help="entries (default: 1024; bese 288, bytes 260)"
     )
     train.add_argument(
         "--transition",
-        type=int,
+        type=at_least_one,
         metavar="N",
-        help="superbpe: entries before merges span words (default: 0.4)",
+        help="superbpe: entries before merges span words (default: 0.4 of them)",
     )
     add_selection_options(train)
+    rows = (
+        f"  {kind:<16}{trainer.meaning}{'' if trainer.is_lossless else ' (loses text)'}"
+        for kind, trainer in TRAINERS.items()
+    )
+    train.epilog = "kinds:\n" + "\n".join(rows)
     train.add_argument("--out", required=True, metavar="FILE", help="the .model or .json file to write")
     verify = add_action(actions, "verify", run_verify, "prove what a tokenizer keeps and counts")
     verify.add_argument("--tokenizer", required=True, metavar="FILE", help=TOKENIZER_HELP)
     verify.add_argument("--out", metavar="FILE", help="write the report, with its own digest, as JSON")
     verify.add_argument(
-        "--num-threads", type=int, default=os.cpu_count(), metavar="N", help="default: all cores"
+        "--num-threads", type=at_least_one, default=os.cpu_count(), metavar="N", help="default: all cores"
     )
     report = add_action(actions, "report", run_report, "compare tokenizers on the same text")
     report.add_argument("--tokenizer", nargs="+", required=True, metavar="FILE", help=TOKENIZER_HELP)
     report.add_argument(
-        "--model-dim", type=int, default=512, metavar="N", help="width (default: %(default)s)"
+        "--model-dim", type=at_least_one, default=512, metavar="N", help="width (default: %(default)s)"
     )
     report.add_argument("--bits", type=float, default=8, metavar="N", help="a weight (default: %(default)s)")
     for action in (verify, report):

@@ -66,6 +66,7 @@ HOSTILE_TEXTS = (
     "\u2581" * 300 + "\ue004" * 301,
 )
 END_OF_TEXT = "<|endoftext|>"
+BYTE_ENTRIES = 257  # of byte-level BPE before any merge: END_OF_TEXT and the bytes
 # What may not be part of a longer token when spaces may (the rule of the shared SuperBPE vocabulary, with
 # one digit a token): digits, runs of signs, spaces at the end of a run.
 SUPERWORD_SPLIT = r"\p{N}| ?[^\s\p{L}\p{N}]{2,}[\r\n/]*| +(?!\S)"
@@ -98,9 +99,10 @@ def train_tokenizer(
     out = Path(out)
     if out.suffix != trainer.suffix:
         raise UserError(f"{out}: expected a name that ends in {trainer.suffix}.")
-    if transition is not None and (kind != "superbpe" or transition > vocab_size):
+    if transition is not None and not (kind == "superbpe" and BYTE_ENTRIES <= transition <= vocab_size):
         raise UserError(
-            f"--transition {transition}: for --kind superbpe only, at most --vocab-size {vocab_size}."
+            f"--transition {transition}: for --kind superbpe only, from {BYTE_ENTRIES} to --vocab-size "
+            f"{vocab_size}."
         )
     # A list, not a stream: the libraries would wrap an error of the reader in one of their own.
     texts = list(training_texts(documents))
@@ -128,7 +130,8 @@ def require_size(found: int, vocab_size: int) -> None:
     """Raise when the text did not give the merges that the vocabulary needs."""
     if found != vocab_size:
         raise UserError(
-            f"expected {vocab_size} entries, the text gives {found}: change --vocab-size or give more text."
+            f"expected {vocab_size} entries, this kind gives {found} on this text: change --vocab-size or "
+            "give more text."
         )
 
 
@@ -192,8 +195,8 @@ def train_byte_merges(texts: list[str], vocab_size: int):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
         raise UserError("training byte-level BPE needs `pip install tokenizers`.") from error
-    if vocab_size < 257:
-        raise UserError(f"--vocab-size {vocab_size}: byte-level BPE needs at least 257 entries.")
+    if vocab_size < BYTE_ENTRIES:
+        raise UserError(f"--vocab-size {vocab_size}: byte-level BPE needs at least {BYTE_ENTRIES} entries.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -215,7 +218,7 @@ def train_super_bpe(texts: list[str], vocab_size: int, transition: int = 0) -> b
     In the second stage each token of the first is one character of a new text, so a common BPE trainer
     learns the merges. `transition` 0 means 0.4 of the vocabulary, as 80,000 of 200,000.
     """
-    tokenizer = train_byte_merges(texts, transition or vocab_size * 2 // 5)
+    tokenizer = train_byte_merges(texts, transition or max(BYTE_ENTRIES, vocab_size * 2 // 5))
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -307,15 +310,18 @@ class Trainer(NamedTuple):
     suffix: str
     vocab_size: int  # the default
     is_lossless: bool
+    meaning: str
 
 
 TRAINERS = {
-    "sentencepiece": Trainer(train_lossless, ".model", 1024, True),
-    "contest": Trainer(train_contest, ".model", 1024, False),
-    "caseops": Trainer(train_case_ops, ".model", 1024, True),
-    "caseops_spaced": Trainer(train_spaced_case_ops, ".model", 1024, True),
-    "bytelevel": Trainer(train_byte_level, ".json", 1024, True),
-    "superbpe": Trainer(train_super_bpe, ".json", 1024, True),
-    "bese": Trainer(train_bese, ".json", 288, False),
-    "bytes": Trainer(write_bytes_file, ".json", 260, True),
+    "sentencepiece": Trainer(train_lossless, ".model", 1024, True, "SentencePiece BPE that keeps every byte"),
+    "contest": Trainer(train_contest, ".model", 1024, False, "the contest's options: NFKC, spaces merged"),
+    "caseops": Trainer(train_case_ops, ".model", 1024, True, "capitals as operators before lower case"),
+    "caseops_spaced": Trainer(
+        train_spaced_case_ops, ".model", 1024, True, "the same, operators before the word's space"
+    ),
+    "bytelevel": Trainer(train_byte_level, ".json", 1024, True, "GPT-2's BPE of bytes, one digit a token"),
+    "superbpe": Trainer(train_super_bpe, ".json", 1024, True, "the same, later merges span words"),
+    "bese": Trainer(train_bese, ".json", 288, False, "system B's alphabet: no case, few signs"),
+    "bytes": Trainer(write_bytes_file, ".json", 260, True, "the contest's byte260; learns nothing"),
 }

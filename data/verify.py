@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from data.codecs import TokenCodec
 from data.codecs.caseops import CASE_OPERATORS, from_case_operators
-from data.prepare import Document, batched, describe_codec
+from data.documents import Document, batched
+from data.prepare import describe_codec
 from data.shards import digest_of_report, read_json
 from data.training import HOSTILE_TEXTS
 

@@ -11,18 +11,17 @@ from typing import NamedTuple
 import numpy as np
 
 from data.codecs import TokenCodec
-from data.errors import UserError
-from data.prepare import (
+from data.documents import (
     Document,
     batched,
     check_inputs,
-    encode_for_sidecar,
-    encode_with_bos,
     parse_object,
     read_documents,
     read_lines,
     require_utf8,
 )
+from data.errors import UserError
+from data.prepare import encode_documents, encode_for_sidecar
 from eval.adaptive import plan_document_windows, plan_documents
 from eval.bpb import BpbMeter
 from eval.sliding import Logits, ScoreOptions, score_windows
@@ -92,7 +91,7 @@ def read_domain(name: str, path: Path, codec: TokenCodec) -> Domain:
     for batch in batched(domain_documents(path)):
         num_documents += len(batch)
         parts.append(
-            encode_for_sidecar(codec, batch) if codec.needs_sidecar else encode_with_bos(codec, batch, 1)
+            encode_for_sidecar(codec, batch) if codec.needs_sidecar else encode_documents(codec, 1, batch)
         )
     if not parts:
         raise UserError(f"{path}: expected documents, found none.")

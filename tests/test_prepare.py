@@ -182,7 +182,7 @@ def test_shards_are_full_but_for_the_last_and_length_changes_no_token(prepare, s
 
 def test_batches_change_no_token(prepare, source, lossless_codec, monkeypatch):
     """Text streams through in batches; where they end must not show."""
-    monkeypatch.setattr("data.prepare.BATCH_BYTES", 700)
+    monkeypatch.setattr("data.documents.BATCH_BYTES", 700)
     assert texts_of(prepare("--input", source), "train", lossless_codec) == TEXTS[50:]
 
 
@@ -197,15 +197,19 @@ def test_validation_is_fifty_documents_or_one_percent(prepare, tmp_path):
 def test_the_contests_text_has_the_contests_validation_set(prepare, tmp_path, monkeypatch, capsys):
     """Its first 50,000 documents, nothing else without a word: 10,000 were a leak (issue 2127)."""
     monkeypatch.setattr("data.prepare.CONTEST_VAL_DOCS", 30)
-    path = tmp_path / "docs_selected.jsonl"
+    path, zipped = tmp_path / "docs_selected.jsonl", tmp_path / "docs_selected.jsonl.gz"
     path.write_bytes(json_lines(TEXTS))
-    out = prepare("--input", path)
-    assert read_manifest(out)["val"]["documents"] == [0, 30]
-    assert read_manifest(out)["train"]["documents"] == [30, 70]
-    assert "compare with none" not in capsys.readouterr().err
-    prepare("--input", path, "--val-docs", 10)
-    assert read_manifest(out)["val"]["documents"] == [0, 10]
-    assert "first 30 documents of docs_selected.jsonl; scores on this one" in capsys.readouterr().err
+    zipped.write_bytes(gzip.compress(json_lines(TEXTS)))
+    for file in (path, zipped):
+        out = prepare("--input", file)
+        assert read_manifest(out)["val"]["documents"] == [0, 30]
+        assert read_manifest(out)["train"]["documents"] == [30, 70]
+        assert "compare with none" not in capsys.readouterr().err
+    (tmp_path / "other.jsonl").write_bytes(json_lines(small_texts(20, seed=2)))
+    for choice in (["--val-docs", 10], [path.with_name("other.jsonl"), "--val-docs", 30]):
+        prepare("--input", *choice[:-2], path, *choice[-2:])
+        assert read_manifest(out)["val"]["documents"] == [0, choice[-1]]
+        assert "first 30 documents of docs_selected.jsonl; scores on this one" in capsys.readouterr().err
 
 
 def test_a_separate_validation_input_counts_from_zero_and_is_all_used(
@@ -363,25 +367,33 @@ def test_validation_that_takes_every_document_is_an_error(prepare, source):
 
 
 @pytest.mark.parametrize("option", ["--val-docs", "--shard-tokens", "--num-threads"])
-def test_counts_below_one_are_errors(prepare, source, option):
+def test_counts_below_one_are_errors(prepare, source, option, capsys):
     """Zero would mean "default" to one reader and "none" to another."""
-    with pytest.raises(UserError, match=option):
+    with pytest.raises(SystemExit) as exit_info:
         prepare("--input", source, option, 0)
+    assert exit_info.value.code == 2
+    assert f"argument {option}: expected a whole number from 1 on, found '0'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("separate", [True, False])
-def test_a_validation_document_in_training_is_an_error_that_names_both_places(
-    prepare, source, tmp_path, separate
+def test_a_validation_document_is_left_out_of_training_and_said_so(
+    prepare, source, tmp_path, separate, lossless_codec, capsys
 ):
-    """A model scores well on text that it has seen; such a score is worth nothing."""
+    """A model scores well on text that it has seen; crawls repeat themselves, so it is no error."""
     other = tmp_path / "other.jsonl"
-    other.write_bytes(json_lines(["new", TEXTS[4]]))
-    with pytest.raises(UserError, match=r"training document is also in validation") as error:
-        if separate:
-            prepare("--input", source, "--val-input", other)
-        else:
-            prepare("--input", source, other, "--val-docs", 5)
-    assert "source.jsonl:5" in str(error.value) and "other.jsonl:2" in str(error.value)
+    other.write_bytes(json_lines(["new", TEXTS[4], TEXTS[4]]))
+    if separate:
+        out = prepare("--input", source, "--val-input", other)
+        expected = TEXTS[:4] + TEXTS[5:]
+    else:
+        out = prepare("--input", source, other, "--val-docs", 5)
+        expected = [*TEXTS[5:], "new"]
+    assert texts_of(out, "train", lossless_codec) == expected
+    left_out = 1 if separate else 2
+    assert read_manifest(out)["train"]["left_out"] == left_out
+    note = capsys.readouterr().err
+    assert f"left out {left_out} training documents that are also in validation" in note
+    assert "source.jsonl:5" in note and "other.jsonl:2" in note
 
 
 # ---- Other tokenizers -------------------------------------------------------------------------------
