@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data.codecs import TokenCodec, load_codec
+from data.download import RECORD_NAME, read_record
 from data.errors import CommandParser, UserError, run_command
 from data.prepare import CONTEST_VAL_DOCS
-from data.shards import UNFINISHED_NAME, read_manifest, read_shard, sha256_file
+from data.shards import MANIFEST_NAME, UNFINISHED_NAME, read_manifest, read_shard, sha256_file
 
 SPLITS = ("train", "val")
 SIDECAR_MARK = "_bytes_"
@@ -100,12 +101,21 @@ def check_files(dataset: Dataset) -> Finding:
     return judge("files", problems, f"{count} shards")
 
 
+def named_files(dataset: Dataset) -> list[dict]:
+    """List the shards that the manifest names; without one, those that data.download recorded."""
+    if dataset.manifest is None:
+        record = read_record(dataset.folder / RECORD_NAME)
+        names = {local: Path(local).name for local in record if Path(local).match("fineweb_*.bin")}
+        return [{"file": name} | record[local] for local, name in names.items()]
+    parts = [dataset.stated(split).get("shards", []) for split in SPLITS]
+    return [entry for part in [*parts, dataset.stated("val").get("sidecars", [])] for entry in part]
+
+
 def check_manifest(dataset: Dataset) -> Finding:
     """The files are those that the manifest names, byte for byte."""
-    if dataset.manifest is None:
-        return Finding("manifest", "skipped", "no manifest.json")
-    parts = [dataset.stated(split).get("shards", []) for split in SPLITS]
-    entries = [entry for part in [*parts, dataset.stated("val").get("sidecars", [])] for entry in part]
+    entries = named_files(dataset)
+    if dataset.manifest is None and not entries:
+        return Finding("manifest", "skipped", f"neither {MANIFEST_NAME} nor {RECORD_NAME}")
     problems = []
     for entry in entries:
         path = dataset.folder / entry["file"]

@@ -83,6 +83,17 @@ def test_a_contest_folder_without_a_manifest_is_examined(dataset, trained):
     assert faults(dataset, trained["bytes"]) == {}
 
 
+def test_downloaded_shards_are_compared_with_the_record_of_the_download(dataset):
+    """The hub's client checks sizes once; a disk goes bad later."""
+    files = sorted(dataset.glob("fineweb_*.bin"))
+    record = {f"datasets/{dataset.name}/{path.name}": {"sha256": sha256_file(path)} for path in files}
+    write_json(dataset / "download.json", {"files": record | {"tokenizers/a.model": {"sha256": "0"}}})
+    (dataset / "manifest.json").unlink()
+    assert faults(dataset) == {}
+    files[-1].write_bytes(files[-1].read_bytes()[:-2] + b"ab")
+    assert faults(dataset) == {"manifest": f"{files[-1].name} is not the file that was written (sha256)"}
+
+
 # ---- Damaged files ----------------------------------------------------------------------------------
 
 
