@@ -1,11 +1,13 @@
 """Speed of the main parts, each against a yardstick measured in the same run (`make bench`).
 
     python -m dev.bench                 all parts, a table
-    python -m dev.bench --only step     one of: step, scoring, packing, loader, codec
+    python -m dev.bench --only step     one of: step, scoring, packing, loader, data, codec
     python -m dev.bench --json          one JSON object
 
 `--only codec` codes the contest's quantization of a trained model: of the CPU track's, trained for 45 s on
 the built-in corpus, or with `--artifact PATH` of an artifact file or of a run folder with a checkpoint.
+`--only data` works on the built-in corpus, and for overlap on random tokens as many as 200 MB of text have;
+it takes minutes, measures once what takes long, and compares it with the time that it may take.
 
 Ratios travel between machines, seconds do not: compare the last column. Figures are medians.
 """
@@ -24,9 +26,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 
+from data.builtin import find_modules, make_corpus, parse_modules, write_document
+from data.codecs import load_codec
+from data.doctor import Dataset, check_overlap
+from data.documents import Document
 from data.errors import run_command
+from data.prepare import write_dataset
 from data.shards import write_shard
+from data.training import train_tokenizer
 from dev.codec import measure_codec
 from dev.pack import pack
 from eval.sliding import ScoreOptions, plan_batches, plan_windows, score_windows
@@ -46,6 +55,9 @@ from train_gpt import (
     stages_of,
 )
 
+NUM_BATCHES = 2000
+NUM_THREADS = 2
+TEXT_MEGABYTES = 20
 SHAPE = {"model.num_layers": 6, "model.model_dim": 128, "model.num_heads": 4, "model.num_kv_heads": 2}
 
 
@@ -103,19 +115,25 @@ def bench_step(ranks: Ranks) -> list[Measurement]:
         cfg.data.micro_batches * matmul_seconds(cfg, micro_rows * cfg.data.seq_len, ranks.device)
     )
     for compiled in (False, True) if resolve_compile("auto", ranks.device) else (False,):
-        model = build_model(cfg, ranks.device)
-        optimizers = Optimizers(model, cfg, ranks)
-        loss = torch.compile(mean_loss, dynamic=False, fullgraph=True) if compiled else mean_loss
-
-        def step(model=model, optimizers=optimizers, loss=loss):
-            for _ in range(cfg.data.micro_batches):
-                loss(model, random_batch(cfg, micro_rows, ranks.device)).backward()
-            optimizers.step(StepRates(1.0, 0.95))
-
-        speed = cfg.data.batch_tokens / seconds_of(step, 5)
+        speed = cfg.data.batch_tokens / step_seconds(cfg, ranks, compiled)
         name = "step 6x128 T512, compiled" if compiled else "step 6x128 T512, eager"
         rows.append(Measurement(name, speed, "tokens/s", "bare matrix products", bare))
     return rows
+
+
+def step_seconds(cfg: Config, ranks: Ranks, compiled: bool) -> float:
+    """Time a training step on random tokens."""
+    model = build_model(cfg, ranks.device)
+    optimizers = Optimizers(model, cfg, ranks)
+    loss = torch.compile(mean_loss, dynamic=False, fullgraph=True) if compiled else mean_loss
+    micro_rows = cfg.data.batch_tokens // cfg.data.micro_batches // cfg.data.seq_len
+
+    def step():
+        for _ in range(cfg.data.micro_batches):
+            loss(model, random_batch(cfg, micro_rows, ranks.device)).backward()
+        optimizers.step(StepRates(1.0, 0.95))
+
+    return seconds_of(step, 5)
 
 
 def bench_scoring(ranks: Ranks) -> list[Measurement]:
@@ -177,11 +195,76 @@ def bench_loader(ranks: Ranks) -> list[Measurement]:
     return [Measurement("loader", speed, "tokens/s", "cast and copy", copying)]
 
 
+def bench_data(ranks: Ranks) -> list[Measurement]:
+    """Text to shards, BESE, the search for overlap and the loader's batches, each against its bar."""
+    documents = [write_document(chapter) for chapter in make_corpus(parse_modules(find_modules())).train]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = bench_text(documents, folder)
+        write_random_shards(folder / "random")
+        return rows + bench_overlap(folder / "random") + bench_batches(folder / "random", ranks)
+
+
+def bench_text(documents: list[Document], folder: Path) -> list[Measurement]:
+    """Write shards, against the bare encoder; train BESE, scaled to TEXT_MEGABYTES, and encode with it."""
+    texts = [document.text for document in documents]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    model, bese = folder / "sp.model", folder / "bese.json"
+    train_tokenizer(texts, 1024, model)
+    codec, bare = load_codec(model), SentencePieceProcessor(model_file=str(model))
+    encoding = seconds_of(lambda: bare.encode(texts, num_threads=NUM_THREADS), 5)
+    dataset = (folder / "sp", codec, documents[50:], documents[:50], {})
+    writing = seconds_of(lambda: write_dataset(*dataset, num_threads=NUM_THREADS), 5)
+    started = time.perf_counter()
+    train_tokenizer(texts, 288, bese, "bese")
+    training = (time.perf_counter() - started) * TEXT_MEGABYTES / megabytes
+    codec = load_codec(bese)
+    merging = seconds_of(lambda: codec.encode_batch(texts, NUM_THREADS), 1)
+    return [
+        Measurement("shard writing", megabytes / writing, "MB/s", "bare encoder", megabytes / encoding),
+        Measurement("BESE training, 20 MB", training, "s", "bar", 60),
+        Measurement("BESE encoding", megabytes / merging, "MB/s", "bar", 2),
+    ]
+
+
+def write_random_shards(folder: Path) -> None:
+    """Write as many tokens as 200 MB and 4.2 MB of text have in the contest's sp1024, a BOS every 500."""
+    rng = np.random.default_rng(0)
+    for split, size in (("train", 83_000_000), ("val", 1_730_000)):
+        tokens = rng.integers(2, 1024, size, dtype=np.uint16)
+        tokens[::500] = 1
+        write_shard(folder / f"fineweb_{split}_000000.bin", tokens)
+
+
+def bench_overlap(folder: Path) -> list[Measurement]:
+    """Search training shards for validation documents."""
+    started = time.perf_counter()
+    check_overlap(Dataset(folder, None))
+    return [Measurement("overlap, 200 MB", time.perf_counter() - started, "s", "bar", 60)]
+
+
+def bench_batches(folder: Path, ranks: Ranks) -> list[Measurement]:
+    """Read micro-batches of the CPU track's size, against training on them."""
+    shape = SHAPE | {"data.seq_len": 256, "data.batch_tokens": 4096, "data.micro_batches": 1}
+    cfg = with_values(Config(), shape | {"data.data_path": str(folder)}, "bench")
+    loader, stage, times = open_loader(cfg, bos_id=1), stages_of(cfg)[0], []
+    for _ in range(NUM_BATCHES):
+        started = time.perf_counter()
+        next_batch(loader, stage, ranks)
+        times.append(time.perf_counter() - started)
+    step = step_seconds(cfg, ranks, compiled=False)
+    return [
+        Measurement("batches of 4,096", 4096 / median(times), "tokens/s", "step 6x128", 4096 / step),
+        Measurement("slowest of 2,000", 1000 * max(times), "ms", "1 % of a step", 10 * step),
+    ]
+
+
 PARTS: dict[str, Callable[[Ranks], list[Measurement]]] = {
     "step": bench_step,
     "scoring": bench_scoring,
     "packing": bench_packing,
     "loader": bench_loader,
+    "data": bench_data,
 }
 
 
