@@ -125,11 +125,12 @@ def test_every_parameter_of_every_recipe_has_a_rule(name):
 
 @pytest.mark.reference("B5")
 def test_parts_of_system_b_have_their_counts():
-    """Value embedding and matrix banks."""
+    """The whole, value embedding and matrix banks."""
     named = {
         name: param.numel()
         for name, param in shape_of(recipe("reference_systems/B_bese288")).named_parameters()
     }
+    assert sum(named.values()) == 26_522_716
     assert sum(size for name, size in named.items() if name.startswith("value_embed.")) == 69_635
     banks = [size for name, size in named.items() if name.startswith("blocks.") and name.endswith(".weight")]
     assert sum(banks) == 25_952_256

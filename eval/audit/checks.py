@@ -397,15 +397,18 @@ def check_claims(case: Case) -> Finding:
 def support(case: Case, key: str, value: float, scored: list[RunLog]) -> tuple[str, str]:
     """Say how the logs support a headline: as a mean over seeds, as one run, or not."""
     num_seeds = len(listed_seeds(case) or seed_claims(case)) or len(scored)
-    for label, means in label_means(scored, num_seeds).items():
-        for mean, names in means:
-            if abs(mean - value) <= SAME_BPB and len(names) > 1:
-                return "PASS", f"{key} {value} is the mean of {len(names)} logs ({label})"
-    means = [(label, *row) for label, rows in label_means(scored, num_seeds).items() for row in rows]
-    for label, mean, names in means:
-        if abs(mean - value) <= ROUNDED_MEAN and len(names) > 1:
-            text = f"is {mean - value:+.6f} from the mean {mean:.8f} of {len(names)} logs ({label})"
-            return "SUSPECT", f"{key} {value} {text}: a mean of rounded scores?"
+    means = [
+        (abs(mean - value), mean, f"{len(names)} logs ({label})")
+        for label, rows in label_means(scored, num_seeds).items()
+        for mean, names in rows
+        if len(names) > 1
+    ]
+    distance, mean, logs = min(means, default=(math.inf, 0.0, ""))
+    if distance <= SAME_BPB:
+        return "PASS", f"{key} {value} is the mean of {logs}"
+    if distance <= ROUNDED_MEAN:
+        text = f"{key} {value} is {value - mean:+.6f} from {mean:.8f}, the mean of {logs}"
+        return "SUSPECT", f"{text}: a mean of rounded scores?"
     printed = [(abs(score.val_bpb - value), score, log.name) for log in scored for score in log.scores]
     distance, score, name = min(printed, key=lambda row: row[0])
     if distance <= SAME_BPB:
