@@ -45,6 +45,7 @@ CASES = (
     Row("carried_state", ("K17",)),
     Row("train_data_at_eval", ("K17",)),
     Row("hidden_file", ("K17",)),
+    Row("other_rank", ("K17",)),
     Row("network_call", ("K18",)),
     Row("spaces_twice", ("K9",)),
     Row("paused_clock", ("K23",)),

@@ -47,6 +47,8 @@ BYTES_TOLERANCE = 0.01  # a dropped tail moves the mean bytes of a token by less
 CLOCK_RATIO, CLOCK_SLACK_S = 2.0, 0.5  # a machine shared with others
 PROBE_TOKENS = 49
 MAX_PROBE_S = 100.0  # seconds for the sums over the vocabulary
+AS_RANK = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}  # torchrun's words to the second of two
+RANK_LIMITS = Limits(seconds=30)
 PER_TARGET = "shows no score per target: offer load(path) and score(model, tokens, note)"
 
 
@@ -85,10 +87,11 @@ class Scene:
             more["shims"] = str(self.box.root / "inside")
         return self.box.run(data, self.settings(data), self.plan.limits, **more)
 
-    def serve(self) -> Server:
+    def serve(self, limits: Limits | None = None, **settings: str) -> Server:
         """Start the scorer on the artifact of the first run, in a world without training text."""
         data = self.data(self.world.val, None)
-        return self.box.serve(data, self.scored_artifact(), self.settings(data), self.plan.limits)
+        settings = self.settings(data) | settings
+        return self.box.serve(data, self.scored_artifact(), settings, limits or self.plan.limits)
 
     def scored_artifact(self) -> Path:
         """Return the artifact that the first run read last, else the only one there is."""
@@ -362,8 +365,25 @@ def probe_server(scene: Scene, server: Server, printed: ScoreLine) -> dict[str, 
     again = score(world.val)
     if len(again) != len(nats) or np.abs(again - nats).max() > probes.NATS_TOLERANCE:
         found["K13"] = Finding("FAIL", ["the same text has other scores after other texts: state is kept"])
+    if facts["protocol"] != "harness" and found["K17"].verdict == "PASS":
+        found["K17"] = check_rank(scene, nats, found["K17"])
     found["trace"] = read_trace(server.folder)
     return found
+
+
+def check_rank(scene: Scene, nats: np.ndarray, found: Finding) -> Finding:
+    """K17: the same scores where the environment says that this is one of several ranks?
+
+    A scorer that waits for the other ranks gives no answer in time, and no verdict.
+    """
+    try:
+        with contextlib.closing(scene.serve(RANK_LIMITS, **AS_RANK)) as server:
+            other = server.ask(scene.world.val)[0]
+    except UserError:
+        return found
+    if len(other) == len(nats) and np.abs(other - nats).max() <= probes.NATS_TOLERANCE:
+        return Finding(found.verdict, [*found.evidence, "the same scores as rank 1 of 2"])
+    return Finding("FAIL", ["other scores of the same text and artifact as rank 1 of 2", *found.evidence])
 
 
 def check_reproduced(nats: np.ndarray, printed: ScoreLine, protocol: str) -> Finding:
