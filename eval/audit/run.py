@@ -48,6 +48,7 @@ CLOCK_RATIO, CLOCK_SLACK_S = 2.0, 0.5  # a machine shared with others
 PROBE_TOKENS = 49
 MAX_PROBE_S = 100.0  # seconds for the sums over the vocabulary
 AS_RANK = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}  # torchrun's words to the second of two
+HARNESS_SECONDS = 900.0  # of one run: filling a byte limit takes minutes on a busy machine
 RANK_LIMITS = Limits(seconds=30)
 PER_TARGET = "shows no score per target: offer load(path) and score(model, tokens, note)"
 
@@ -137,7 +138,7 @@ def plan_run(box: Box, recipe: Path | None) -> Plan:
     settings = SETTINGS | (TOY_SETTINGS | {"VOCAB_SIZE": str(vocab_size)} if is_free else {})
     if facts.get("reserve_seconds", 0):  # needs a clock; this one never ends
         settings["MAX_WALLCLOCK_SECONDS"] = "10000000"
-    return Plan(vocab_size, settings, argv, Limits(seconds=400), False)
+    return Plan(vocab_size, settings, argv, Limits(seconds=HARNESS_SECONDS), False)
 
 
 def harness_fields(tree: ast.Module) -> dict[str, object]:
