@@ -523,6 +523,20 @@ def test_two_and_four_ranks_give_the_score_of_one(make_run, tmp_path, mode):
         assert coverage(sorted(events, key=lambda event: event.lo), score["num_tokens"]).verdict == "PASS"
 
 
+@pytest.mark.slow
+def test_a_switch_by_the_clock_of_two_ranks_is_replayed_on_one(make_run, tmp_path, capsys):
+    """Rank 0's clock decides for all; what it decided is in the result, and the number needs no clock."""
+    folder = make_run("run", HINTED)
+    cut, rows = evaluate_on_ranks(2, tmp_path, folder, "--set", "deadline_s=0.12")
+    assert 0 <= cut["switch_at"] <= cut["num_units"] == 4
+    assert {(row["rank"], row["kind"]) for row in rows} >= {
+        (r, k) for r in (0, 1) for k in ("load", "precompute")
+    }
+    assert any(row["kind"] == "update" for row in rows) == (cut["switch_at"] > 0)
+    again = evaluate(capsys, folder, "--switch-at", cut["switch_at"])
+    assert again["val_bpb"] == pytest.approx(cut["val_bpb"], abs=1e-5)
+
+
 def test_domains_are_files_of_text_scored_a_row_each(make_run, tiny_data, tmp_path, capsys):
     """System E's validation: the same artifact on several kinds of text, without shards of them."""
     (tmp_path / "web.txt").write_text("\n\n".join(make_documents(4, seed=5)))
