@@ -95,6 +95,4 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
 
 def selection_of(options: argparse.Namespace) -> Selection:
     """Return the selection that the options ask for."""
-    if options.train_docs is not None and options.train_docs < 1:
-        raise UserError(f"--train-docs must be at least 1, found {options.train_docs}.")
     return Selection(options.train_filter, options.train_order, options.train_docs)
