@@ -4,6 +4,7 @@ import heapq
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from test_codec_kinds import needs_corpora, shared, shared_texts
 
 import data.prepare
 import data.tokenizer
+import train_gpt
 from data.codecs import load_codec
 from data.codecs.bese import to_base
 from data.errors import UserError
@@ -236,8 +238,14 @@ def test_bytes_of_the_filtered_text_are_known_by_name():
     )  # fmt: skip
 
 
+def leave_program(folder: Path) -> tuple[int, str]:
+    """Put a stub where a run leaves its packed program."""
+    (folder / "train_gpt.py").write_text(SOURCE)
+    return len(SOURCE), ""
+
+
 @pytest.fixture
-def miniature(tmp_path):
+def miniature(tmp_path, monkeypatch):
     """A tiny run of system B with the faults of the original that a compat field has, and its folder."""
     folder, texts = tmp_path / "bese", titled_texts()
     folder.mkdir()
@@ -254,6 +262,7 @@ def miniature(tmp_path):
         "eval.tilt_legacy": True, "eval.tilt_static_lengths": published.eval.tilt_static_lengths,
         "eval.tilt_static_strength": published.eval.tilt_static_strength,
     }  # fmt: skip
+    monkeypatch.setattr(train_gpt, "weigh_code", leave_program)  # packing takes seconds
     run(with_values(Config(), values, "test"), Environment({}))
     return tmp_path / "runs" / "mini"
 
