@@ -48,7 +48,7 @@ train: setup ## train RECIPE=... without the reload in a fresh process
 eval: setup ## reproduce the val_bpb of the newest run, or of RECORD=... (ARTIFACT=...); fails when it differs
 	$(PY) -m eval $(RECORD) $(if $(ARTIFACT),--artifact $(ARTIFACT))
 
-record: setup ## train RECIPE=... with SEEDS=..., score, audit, write a record; AGAINST=, DATA=, NAME=, TRACK=
+record: $(if $(DATA),setup,data) ## train RECIPE=... with SEEDS=..., score, audit, write a record; AGAINST=, DATA=, NAME=, TRACK=
 	$(PY) -m dev.record --recipe $(RECIPE) --seeds $(SEEDS) --out records/$(TRACK) \
 		$(addprefix --against ,$(AGAINST)) $(addprefix --data ,$(DATA)) $(addprefix --name ,$(NAME))
 

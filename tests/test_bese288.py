@@ -63,7 +63,7 @@ def test_the_data_path_of_system_b(tmp_path):
     assert manifest["val"]["documents"] == [0, 1] and not manifest["tokenizer"]["lossless"]
     with pytest.raises(UserError, match="validation documents are scored whole"):
         data.prepare.main([*chosen, "20", "--val-filter", "quality", *paths])
-    with pytest.raises(UserError, match="--train-docs must be at least 1"):
+    with pytest.raises(UserError, match="argument --train-docs: expected a whole number from 1 on"):
         data.prepare.main([*chosen, "0", *paths])
 
 
