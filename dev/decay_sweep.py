@@ -44,10 +44,8 @@ def measure_decay(cfg: Config, decay: float, folder: Path) -> Point:
     run_id = f"decay_{decay:g}_{cfg.run.seed}_{cfg.run.iterations}"
     cfg = with_values(cfg, {"run.out_dir": str(folder), "run.run_id": run_id}, "decay")
     if not is_done(folder / run_id, cfg):
-        with (
-            redirect_stdout(sys.stderr),
-            suppress(BudgetError),
-        ):  # the table tells the size; result.json is there by then
+        # Over budget is no error here: the table tells the size, and result.json is written by then.
+        with redirect_stdout(sys.stderr), suppress(BudgetError):
             train_gpt.run(cfg, Environment({}))
     result = read_json(folder / run_id / "result.json")
     (_, code_bytes), *parts = result["ledger"]
@@ -119,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--json", action="store_true", help="print the points as one JSON object")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_args(argv)
     if bool(args.decays) == (args.target_bytes is not None):
         raise UserError("expected either --decays or --target-bytes.")
     cfg = load_config(args.recipe, read_environment().overrides, args.overrides)

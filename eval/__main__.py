@@ -267,9 +267,10 @@ def score_one(args: Namespace, ranks_of) -> int:
             print(f"{title}\n{format_ledger(parts, limit, unit)}")
         if tables:
             print(format_tables(tables))
-    if difference is not None and not abs(difference) <= target.tolerance:
+    tolerance = target.tolerance(score.mode)
+    if difference is not None and not abs(difference) <= tolerance:
         say(f"error: not reproduced: val_bpb differs from the recorded one by {difference:+.3e}, more than "
-            f"the tolerance of {target.tolerance:g}")  # fmt: skip
+            f"the tolerance of {tolerance:g}")  # fmt: skip
         return 1
     return 0
 

@@ -30,7 +30,7 @@ from eval.breakdown import (
 )
 from eval.compare import are_alike, document_costs
 from eval.modes import Scoring, score_session
-from eval.runs import find_target, newest_run
+from eval.runs import Target, find_target, newest_run
 from eval.sliding import ScoreOptions
 from formats.recipe import config_fields, with_values
 from train_gpt import (
@@ -271,6 +271,13 @@ def test_a_difference_above_the_stated_tolerance_fails(record, stated, status, c
     write_json(folder / "submission.json", facts | ({"tolerance_bpb": stated} if stated else {}))
     assert main([str(folder)]) == status
     assert ("not reproduced" in capsys.readouterr().err) == bool(status)
+
+
+def test_scorers_that_adapt_have_a_wider_tolerance():
+    """On another number of ranks or threads their gradients are summed in another order."""
+    unstated = Target(Path("artifact.bin"), Config())
+    assert [unstated.tolerance(mode) for mode in ("sliding", "lora-ttt", "phased")] == [1e-6, 1e-5, 1e-5]
+    assert unstated._replace(stated_tolerance=0.0).tolerance("phased") == 0
 
 
 def test_the_newest_complete_run_is_the_default(make_run, tmp_path):

@@ -520,10 +520,10 @@ def test_a_field_that_is_live_while_auto_folds_when_the_recipe_decides_it():
 
 
 def test_a_recipe_that_rules_checkpoints_out_ships_none():
-    """run.save_every=-1 saves the 1.0611 recipe the reading and the writing of checkpoints."""
+    """A branch behind a live field goes when the recipe decides the field, as run.save_every=-1 does."""
     source = HEADER.replace("live=True)\n@", 'live="auto")\n@') + (
         "def main(cfg: Config):\n    return resume() if Config().model.seed >= 0 else None\n"
-        "def resume():\n    return 1\nR = main(Config())\n"
+        "def resume():\n    print(1)\nR = main(Config())\n"
     )
     assert "resume" in fold(source, {}) and "resume" in fold(source, {"model": {"seed": 9}})
     assert "resume" not in fold(source, {"model": {"seed": -1}})
