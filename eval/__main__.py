@@ -36,7 +36,7 @@ from eval.compare import check_same_documents, compare_documents, document_costs
 from eval.domains import format_domains, parse_domains, read_domain, score_domains
 from eval.modes import EVAL_MODES, Scoring
 from eval.runs import Target, find_target, newest_run
-from eval.sliding import ScoreOptions
+from eval.sliding import Pace, ScoreOptions
 from formats.recipe import config_fields, describe_fields, parse_overrides, with_values
 from train_gpt import (
     Config,
@@ -66,15 +66,16 @@ class ScoringProgress:
     """A bar on standard error and, once a percent is done, how long all of it will take."""
 
     def __init__(self, limit: float):
-        self.started, self.limit = time.perf_counter(), limit
+        self.started, self.limit, self.pace = time.perf_counter(), limit, Pace()
         self.bar, self.is_projected = None, False
 
     def __call__(self, done: int, total: int) -> None:
         if self.bar is None:
             self.bar = tqdm(desc="score", total=total, unit=" targets", unit_scale=True, mininterval=1.0)
         self.bar.update(done - self.bar.n)
-        if not self.is_projected and total > done >= total / 100:
-            seconds = (time.perf_counter() - self.started) * total / done
+        left = self.pace.seconds_left(done, total)
+        if left is not None and not self.is_projected and total > done >= total / 100:
+            seconds = time.perf_counter() - self.started + left
             over = ", over it" if 0 < self.limit < seconds else ""
             say(f"projected_seconds:{seconds:.1f} limit:{self.limit:.1f}{over}")
             self.is_projected = True

@@ -116,20 +116,34 @@ class CompiledWindows:
         return run(tokens, starts_doc, first)
 
 
+class Pace:
+    """How long a job still takes, from its second report on: the first bears what starting costs."""
+
+    def __init__(self):
+        self.first: tuple[float, int] | None = None
+
+    def seconds_left(self, done: int, total: int) -> float | None:
+        """Return the time that the rest takes at the pace since the first report; None in that."""
+        now = time.perf_counter()
+        if self.first is None:
+            self.first = now, done
+            return None
+        started, done_before = self.first
+        return (now - started) * (total - done) / max(done - done_before, 1)
+
+
 class ProgressLines:
     """Write a line after the first percent and each tenth of the targets, with the time left."""
 
     def __init__(self, write: Callable[[str], None]):
-        self.write = write
-        self.started = time.perf_counter()
-        self.percent = 0
+        self.write, self.pace, self.percent = write, Pace(), 0
 
     def __call__(self, done: int, total: int) -> None:
+        left = self.pace.seconds_left(done, total)
         percent = done * 10 // total * 10 or min(done * 100 // total, 1)
-        if percent > self.percent and done < total >= 20:
-            left = (time.perf_counter() - self.started) * (total - done) / done
+        if left is not None and percent > self.percent and done < total >= 20:
             self.write(f"scoring: {percent}% seconds_left:{left:.0f}")
-        self.percent = percent
+            self.percent = percent
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from eval.modes import EVAL_MODES, Scoring, rehearse, score_session
 from eval.reference import score_reference, visible_start
 from eval.sliding import (
     CompiledWindows,
+    Pace,
     ProgressLines,
     ScoreOptions,
     plan_batches,
@@ -181,7 +182,8 @@ def test_the_log_says_early_how_long_scoring_will_take(monkeypatch):
     for done in range(1, 1001):
         progress(done, 1000)
     assert [line.split()[1] for line in lines] == ["1%", *(f"{tenth}0%" for tenth in range(1, 10))]
-    assert lines[0] == "scoring: 1% seconds_left:99"  # ten targets a second in this test
+    assert lines[0] == "scoring: 1% seconds_left:990"  # a target a second in this test
+    assert Pace().seconds_left(30, 1000) is None  # a start of unknown cost tells nothing
 
 
 @pytest.mark.slow
