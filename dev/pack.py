@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from data.errors import UserError, run_command
 from data.shards import atomic_file
 from dev.fold import fold_tree
@@ -519,7 +521,9 @@ def best_method() -> str:
 def compress(data: bytes, method: str) -> bytes:
     """Compress with the settings whose result makes the shortest literal."""
     if method == "mix":
-        return encode(data.decode(), _report_progress).encode("latin-1")
+        with tqdm(desc="mix", total=len(data), unit="char", mininterval=1.0) as bar:
+            payload = encode(data.decode(), lambda done: bar.update(round(done * len(data)) - bar.n))
+        return payload.encode("latin-1")
     if method == "brotli":
         import brotli
 
@@ -532,10 +536,6 @@ def compress(data: bytes, method: str) -> bytes:
         ]
         made = [lzma.compress(data, lzma.FORMAT_RAW, filters=[one]) for one in filters]
     return min(made, key=lambda packed: len(escape(packed)))
-
-
-def _report_progress(done: float) -> None:
-    print(f"\rmix: {done:4.0%} encoded", end="\n" if done == 1 else "", file=sys.stderr, flush=True)
 
 
 def _deflated(text: str) -> bytes:
