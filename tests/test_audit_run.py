@@ -1,11 +1,13 @@
 """The dynamic audit: what the sandbox allows, what the miniature world knows, what is judged from outside."""
 
 import base64
+import contextlib
 import json
 import lzma
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -48,6 +50,12 @@ def num_left(uid):
     return sum(sandbox.owner_of(path) == uid for path in Path("/proc").glob("[0-9]*"))
 
 
+def running_commands():
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            yield path.read_bytes()
+
+
 # The sandbox
 
 
@@ -61,6 +69,22 @@ def test_hostile_programs_are_ended(tmp_path, name):
     time.sleep(0.2)
     if os.getuid() == 0:
         assert num_left(sandbox.FIRST_UID + os.getpid() % 100_000) == 0
+
+
+def test_an_audit_that_is_ended_leaves_nothing(tmp_path):
+    """Its folder goes and its program ends, as when it comes to its own end."""
+    program = tmp_path / "train_gpt.py"
+    program.write_text(HOSTILE["an endless loop"])
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o711)  # the sandbox's user passes through
+        command = [sys.executable, "-m", "eval.audit", "--run", str(program)]
+        audit = subprocess.Popen(command, env=os.environ | {"TMPDIR": place}, cwd=Path(__file__).parent.parent)
+        while not (runs := list(Path(place).glob("golf-audit-*/run1/*"))) and audit.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        audit.terminate()
+        assert (bool(runs), audit.wait(HANGS), os.listdir(place)) == (True, 143, [])
+        assert not [command for command in running_commands() if place.encode() in command]
 
 
 def test_memory_is_bounded(tmp_path):

@@ -14,6 +14,8 @@ verdict: 0 PASS (or NOT RUN), 3 SUSPECT, 4 FAIL; 1 and 2 are errors of the comma
 
 import json
 import re
+import signal
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -123,4 +125,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that programs end and their folders go
     run_command(main)

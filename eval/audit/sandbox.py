@@ -144,6 +144,7 @@ class Box:
         self.root = Path(tempfile.mkdtemp(prefix="golf-audit-"))
         self.uid = FIRST_UID + os.getpid() % 100_000 if os.getuid() == 0 else 0
         self.count = 0
+        self.processes: list[subprocess.Popen] = []
         self.root.chmod(0o711)
         for name in ("program", "inside", "data"):
             (self.root / name).mkdir()
@@ -159,6 +160,9 @@ class Box:
         return self
 
     def __exit__(self, *_) -> None:
+        for process in self.processes:
+            if process.poll() is None:  # the audit itself was ended
+                end(process)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def add(self, file: Path) -> Path:
@@ -202,10 +206,12 @@ class Box:
         } | settings  # fmt: skip
         script = str(self.root / "inside" / INSIDE[0])
         command = [*namespace_command(), sys.executable, script, json.dumps(job)]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, env=environment, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True, pass_fds=pass_fds,
         )  # fmt: skip
+        self.processes.append(process)
+        return process
 
     def run(self, data: Path, settings: dict[str, str], limits: Limits, **more) -> Ran:
         """Run the program to its end, or to that of a limit."""
