@@ -78,7 +78,9 @@ def test_an_audit_that_is_ended_leaves_nothing(tmp_path):
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o711)  # the sandbox's user passes through
         command = [sys.executable, "-m", "eval.audit", "--run", str(program)]
-        audit = subprocess.Popen(command, env=os.environ | {"TMPDIR": place}, cwd=Path(__file__).parent.parent)
+        audit = subprocess.Popen(
+            command, env=os.environ | {"TMPDIR": place}, cwd=Path(__file__).parent.parent
+        )
         while not (runs := list(Path(place).glob("golf-audit-*/run1/*"))) and audit.poll() is None:
             time.sleep(0.05)
         time.sleep(0.5)

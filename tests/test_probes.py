@@ -1,6 +1,5 @@
 """The probes on toy scorers: every cheat is caught by the check that should, every honest scorer passes."""
 
-import hashlib
 import json
 from itertools import pairwise
 
@@ -19,6 +18,7 @@ VOCAB = 12
 BOS = 0
 CONTEXT, STRIDE = 16, 8
 SOURCE = probes.text_source(VOCAB, seed=3)
+NOISE = probes.Source(np.full(VOCAB, 1 / VOCAB), np.full((VOCAB, VOCAB), 1 / VOCAB))
 STREAM = SOURCE.draw(49, seed=5)
 TABLE = torch.log(torch.tensor(0.9 * SOURCE.step + 0.1 / VOCAB, dtype=torch.float32))
 
@@ -136,7 +136,7 @@ def verdicts(score):
         "K14": probes.prefix_truncation(score, STREAM, cuts, tail=CONTEXT),
         "K20": probes.memory_of_a_copy(score, STREAM[: 1 + 2 * CONTEXT]),
         "K22": probes.entropy_floor(score, SOURCE, 400),
-        "K22 noise": probes.entropy_floor(score, probes.uniform_source(VOCAB), 400),
+        "K22 noise": probes.entropy_floor(score, NOISE, 400),
     }
     return {check: finding.verdict for check, finding in found.items()}
 
@@ -186,21 +186,6 @@ def test_our_windows_score_every_target_once(stride, keep_tail):
     assert probes.coverage(events, n).verdict == "PASS"
     assert probes.coverage(events[:-1], n).verdict == "FAIL"
     assert probes.coverage([*events, events[0]], n).verdict == "FAIL"
-
-
-def test_training_that_reads_validation_text_changes_its_artifact():
-    """Printing a validation loss is legal; weights that depend on it are not."""
-    val = SOURCE.draw(100, seed=9)
-
-    def monitors(tokens):
-        print(int(tokens.sum()))
-        return b"weights"
-
-    assert probes.noise_validation(monitors, val).verdict == "PASS"
-    assert (
-        probes.noise_validation(lambda tokens: hashlib.sha256(tokens.tobytes()).digest(), val).verdict
-        == "FAIL"
-    )
 
 
 def test_documents_in_another_order_show_what_is_carried_over():

@@ -5,7 +5,6 @@ does inside (windows, caches, adaptation) is its own business. `windowed` makes 
 The probes know nothing else, so they judge a table of counts, a model and a cheat alike.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -47,11 +46,6 @@ class Source(NamedTuple):
     def nats(self, stream: np.ndarray) -> np.ndarray:
         """Return the nats that the source itself pays for each target: no legal scorer pays less for long."""
         return -np.log(self.step[stream[:-1], stream[1:]])
-
-
-def uniform_source(vocab_size: int) -> Source:
-    """Every token as likely as any other, whatever came before."""
-    return Source(np.full(vocab_size, 1 / vocab_size), np.full((vocab_size, vocab_size), 1 / vocab_size))
 
 
 def text_source(vocab_size: int, seed: int = 0, concentration: float = 0.1) -> Source:
@@ -195,15 +189,6 @@ def coverage(events: list[Event], num_targets: int) -> Finding:
 def window_events(windows: np.ndarray) -> list[Event]:
     """Return the score events of rows (start, end, first) as `plan_windows` lays them."""
     return [Event("score", int(start + first), int(end)) for start, end, first in windows]
-
-
-def noise_validation(train: Callable[[np.ndarray], bytes], val: np.ndarray) -> Finding:
-    """K11: train twice, the second time with noise for validation text; the artifact may not change."""
-    noise = np.random.default_rng(0).choice(np.unique(val), size=len(val)).astype(val.dtype)
-    digests = [hashlib.sha256(train(tokens)).hexdigest()[:12] for tokens in (val, noise)]
-    if digests[0] == digests[1]:
-        return Finding("PASS", [f"artifact {digests[0]} with the text and with noise"])
-    return Finding("FAIL", [f"artifact {digests[0]} with the text, {digests[1]} with noise"])
 
 
 def document_order(score: Scorer, documents: list[np.ndarray], tolerance: float = NATS_TOLERANCE) -> Finding:

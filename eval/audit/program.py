@@ -305,8 +305,8 @@ def train_on_val(program: Program) -> list[tuple[str, str]]:
     for function in by_function:
         named.setdefault(function.name if function else "<module>", []).append(function)
     calls = {function: _calls(items) for function, items in by_function.items()}
-    trains = _reaching({f for f, items in by_function.items() if _learns_from_val(f, items)}, named, calls)
-    writes = _reaching({f for f, items in by_function.items() if _writes_bytes(items)}, named, calls)
+    trains = _reaching({f for f, items in by_function.items() if _learns_from_val(items)}, calls)
+    writes = _reaching({f for f, items in by_function.items() if _writes_bytes(items)}, calls)
     found = []
     for function, items in by_function.items():
         first = [(line, name) for name, line in calls[function] if trains & set(named.get(name, ()))]
@@ -324,7 +324,7 @@ def _calls(items: list[Live]) -> list[tuple[str, int]]:
     return [(last_name(node.func), node.lineno) for node in nodes]
 
 
-def _reaching(seeds: set, named: dict[str, list], calls: dict) -> set:
+def _reaching(seeds: set, calls: dict) -> set:
     """Return the functions from which a chain of calls by name leads to one of `seeds`."""
     found = set(seeds)
     while True:
@@ -348,7 +348,7 @@ def _writes_bytes(items: list[Live]) -> bool:
     return any(_is_write(item.node) for item in items)
 
 
-def _learns_from_val(function: Any, items: list[Live]) -> bool:
+def _learns_from_val(items: list[Live]) -> bool:
     """Whether a `.backward()` here works on a loss that local assignments derive from val tokens."""
     losses = [
         item.node.func.value
