@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 from data.errors import UserError
 from data.shards import read_json, sha256_file
+from eval.logs import parse_log
 from eval.modes import PLAIN_MODES
 from formats.recipe import config_fields, read_recipe, with_values
 from train_gpt import ARTIFACT_NAME, Config, only_live, read_environment
 
 RESULT_NAME, SUBMISSION_NAME = "result.json", "submission.json"
-RECIPE_NAME, PROGRAM_NAME = "recipe.toml", "train_gpt.py"
+RECIPE_NAME, PROGRAM_NAME, LOG_NAME = "recipe.toml", "train_gpt.py", "train.log"
 RUNS = Path("runs")
 TOLERANCE = 1e-6  # bits per byte; the same machine reproduces its own score far closer than this
 ADAPTING_TOLERANCE = 1e-5  # other numbers of ranks or threads sum gradients in another order
@@ -21,7 +22,7 @@ class Target(NamedTuple):
 
     artifact: Path
     live: Config  # paths and device; every other field is a default that the artifact replaces
-    result: dict | None = None  # a run's result.json
+    result: dict | None = None  # a run's result.json, and the calibration_ms of its log
     recorded_bpb: float | None = None
     stated_tolerance: float | None = None  # of the recorded score, in bits per byte
     switch_at: int = -1  # units that adapted when the score was recorded
@@ -72,7 +73,11 @@ def find_run(folder: Path) -> Target:
             f"{artifact}: not the file that {RESULT_NAME} describes. Run it again, or name the artifact."
         )
     live = with_values(Config(), read_recipe(folder / RECIPE_NAME) | result["places"], str(folder))
-    score = result["score"]
+    score, log = result["score"], folder / LOG_NAME
+    facts = (
+        parse_log(LOG_NAME, log.read_text(encoding="utf-8", errors="replace")).facts if log.is_file() else {}
+    )
+    result["calibration_ms"] = facts.get("calibration_ms", 0.0)
     return Target(artifact, only_live(live), result, score["val_bpb"], None, score["switch_at"])
 
 

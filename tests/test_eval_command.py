@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,19 @@ def evaluate(capsys, *args) -> dict:
 
 
 # ---- What comes from where ---------------------------------------------------------------------------
+
+
+def test_the_budget_counts_calibration_as_training(make_run, capsys):
+    """Quantizers and tables read training text: that is time of the training clock."""
+    folder = make_run("calibrated", {"run.max_wallclock_seconds": 10.0})
+    with open(folder / "train.log", "a", encoding="utf-8") as log:
+        log.write("calibration_time:2500ms reserve:4000ms\n")
+    assert main([str(folder), "--budget"]) == 0
+    clock = capsys.readouterr().out.split("training clock")[1].split("scoring clock")[0]
+    rows = dict(re.findall(r"^  (\w.*?) +([\d.]+) s$", clock, re.MULTILINE))
+    assert rows == {
+        "training": "0.0", "calibration and n-grams": "2.5", "total": "2.5", "limit": "10.0", "left": "7.5"
+    }  # fmt: skip
 
 
 def test_the_environment_cannot_change_what_the_artifact_stores(make_run, tiny_config, monkeypatch, capsys):

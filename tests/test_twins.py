@@ -15,6 +15,7 @@ from formats.state import read_state
 from train_gpt import CHECKPOINT_NAME, Config, Environment
 
 REASON = "not applicable: "
+HANGS = 1800  # seconds until a training counts as hung: two twins, on a loaded machine
 # Those that the systems B and C share: they are of one stack.
 GOLF_KEYS = """
     vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings
@@ -129,6 +130,7 @@ def twin_data(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(HANGS)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.reference(f"{name}-twin")) for name in TWINS]
 )
@@ -156,6 +158,7 @@ def train_to(cfg: Config, stop: int, checkpoint: Path, resumes: bool) -> list:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(HANGS)
 @pytest.mark.reference("E15")
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twin_resumes_bitwise(name, twin_data, tmp_path):
@@ -179,6 +182,8 @@ def leaves(tree) -> list:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(HANGS)
+@pytest.mark.reference("E-fp8-twin")
 def test_8_bit_training_ends_within_two_percent_of_the_exact(twin_data, tmp_path, monkeypatch):
     """System E's twin with and without FP8, the same data, steps and learning rates."""
     losses = []
