@@ -1,0 +1,409 @@
+"""Turn text into token shards with a manifest: `python -m data.prepare --help`.
+
+`write_dataset` is the one writer of datasets; the command below feeds it files, data.builtin feeds it
+the built-in corpus. Text passes through in batches, so inputs may be larger than memory.
+"""
+
+import argparse
+import hashlib
+import itertools
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.codecs import TokenCodec, load_codec
+from data.documents import INPUT_HELP, Document, batched, check_inputs, read_documents
+from data.errors import CommandParser, UserError, at_least_one, run_command
+from data.selection import add_selection_options, selection_of
+from data.shards import (
+    MANIFEST_NAME,
+    REPORT_NAME,
+    UNFINISHED_NAME,
+    read_manifest,
+    sha256_file,
+    write_json,
+    write_shard,
+)
+
+MANIFEST_FORMAT = 1
+SHARD_TOKENS = 100_000_000  # the contest's shard length
+NUM_AHEAD = 2  # batches in work: one is encoded by the library's threads while Python lays out the other
+MIN_VAL_DOCUMENTS = 50
+VAL_FRAC = 0.01
+DOCS_NAME = "docs_selected.jsonl"  # the contest's text: its first documents are the validation set
+DOCS_MANIFEST_NAME = "docs_selected.source_manifest.json"
+CONTEST_VAL_DOCS = 50_000
+SIDECAR_SPLIT = "val_bytes"  # the contest's name: fineweb_val_bytes_000000.bin
+ALL_SHARDS_GLOB = "fineweb_*.bin"
+
+
+# ---- Writing ----------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Cut a stream of ids into shards of equal length; documents may cross from one to the next."""
+
+    def __init__(self, out: Path, split: str, shard_tokens: int, vocab_size: int):
+        self.out, self.split, self.shard_tokens, self.vocab_size = out, split, shard_tokens, vocab_size
+        self.shards: list[dict] = []
+        self.waiting: list[np.ndarray] = []
+        self.num_waiting = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Take (N,) ids; write every shard that they fill."""
+        while ids.size:
+            part, ids = np.split(ids, [self.shard_tokens - self.num_waiting])
+            self.waiting.append(part)
+            self.num_waiting += part.size
+            if self.num_waiting == self.shard_tokens:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting as the next shard, if anything is."""
+        if not self.num_waiting:
+            return
+        path = self.out / f"fineweb_{self.split}_{len(self.shards):06d}.bin"
+        write_shard(path, np.concatenate(self.waiting), self.vocab_size)
+        entry = {"file": path.name, "tokens": self.num_waiting, "bytes": path.stat().st_size}
+        self.shards.append(entry | {"sha256": sha256_file(path)})
+        self.waiting, self.num_waiting = [], 0
+
+
+class Overlap:
+    """Remember the validation documents; leave out the training documents that equal one of them.
+
+    Crawls repeat themselves, so a few are natural; a model that trained on them would be scored on what it
+    remembers.
+    """
+
+    def __init__(self):
+        self.val_places: dict[bytes, str] = {}
+        self.num_left_out, self.first = 0, ""
+
+    def remember(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Pass validation documents through, keeping a hash of each."""
+        for document in documents:
+            self.val_places.setdefault(hash_text(document.text), document.place)
+            yield document
+
+    def leave_out(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Pass the training documents through that are not in validation; count the others."""
+        for document in documents:
+            val_place = self.val_places.get(hash_text(document.text))
+            if val_place is None:
+                yield document
+            else:
+                self.num_left_out += 1
+                self.first = self.first or f"{document.place} is {val_place}"
+
+
+def hash_text(text: str) -> bytes:
+    """Hash a document; 16 bytes of SHA-256 keep collisions out of any corpus."""
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
+def encode_documents(
+    codec: TokenCodec, num_threads: int, batch: list[Document]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode a batch to (N,) ids, BOS before each document, and (N,) the bytes that each stands for."""
+    encoded = codec.encode_batch([document.text for document in batch], num_threads)
+    bos = np.array([codec.bos_id], dtype=np.int32)
+    ids = np.concatenate([part for document_ids in encoded for part in (bos, document_ids)])
+    sizes = codec.token_bytes(ids)
+    if codec.lossless:
+        ends = np.cumsum([document_ids.size + 1 for document_ids in encoded])
+        counted = np.diff(np.cumsum(sizes, dtype=np.int64)[ends - 1], prepend=0)
+        for document, found in zip(batch, counted.tolist()):
+            if found != len(document.text.encode()):  # a wrong codec, not a wrong input
+                raise RuntimeError(
+                    f"{document.place}: the lossless codec counts {found} bytes, the text has "
+                    f"{len(document.text.encode())}"
+                )
+    return ids, sizes
+
+
+def encode_for_sidecar(codec: TokenCodec, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """Do the same with sizes that add up to the bytes of each document; slower."""
+    documents, sizes = [], []
+    for document in batch:
+        ids, counted = codec.encode_with_bytes(document.text)
+        expected = len(document.text.encode())
+        if int(counted.sum()) != expected:
+            raise UserError(
+                f"{document.place}: the tokenizer keeps nothing of this document of {expected} bytes, so no "
+                "token could count them. Remove it."
+            )
+        documents += [[codec.bos_id], ids]
+        sizes += [[0], counted]
+    return np.concatenate(documents), np.concatenate(sizes)
+
+
+def encode_ahead(batches: Iterable[list[Document]], encode: Callable) -> Iterator[tuple]:
+    """Yield each batch with its ids and sizes, in order, while the next ones are encoded."""
+    waiting = deque()
+    with ThreadPoolExecutor(NUM_AHEAD) as pool:
+        for batch in batches:
+            waiting.append((batch, pool.submit(encode, batch)))
+            if len(waiting) > NUM_AHEAD:
+                batch, encoded = waiting.popleft()
+                yield batch, *encoded.result()
+        for batch, encoded in waiting:
+            yield batch, *encoded.result()
+
+
+def write_split(
+    documents: Iterable[Document],
+    codec: TokenCodec,
+    writer: ShardWriter,
+    num_threads: int,
+    sidecar: ShardWriter | None = None,
+) -> dict:
+    """Encode one split into shards; returns its counts for the manifest.
+
+    `sidecar` writes the bytes of each token, as shards of the same lengths.
+    """
+    counts = {"documents": [0, 0], "tokens": 0, "raw_bytes": 0, "token_bytes": 0}
+    encode = partial(encode_for_sidecar, codec) if sidecar else partial(encode_documents, codec, num_threads)
+    with tqdm(desc=writer.split, unit="B", unit_scale=True, mininterval=1.0) as progress:
+        for batch, ids, sizes in encode_ahead(batched(documents), encode):
+            writer.add(ids)
+            if sidecar:
+                sidecar.add(sizes)
+            raw_bytes = sum(len(document.text.encode()) for document in batch)
+            counts["documents"][1] += len(batch)
+            counts["tokens"] += ids.size
+            counts["raw_bytes"] += raw_bytes
+            counts["token_bytes"] += int(sizes.sum())
+            progress.update(raw_bytes)
+    writer.flush()
+    if not counts["documents"][1]:
+        raise UserError(
+            f"expected at least one document for {writer.split}, found none that is kept. "
+            "Give more input, or a smaller --val-docs."
+        )
+    counts["shards"] = writer.shards
+    if sidecar:
+        sidecar.flush()
+        counts["sidecars"] = sidecar.shards
+    return counts
+
+
+def mark_unfinished(out: Path) -> None:
+    """Take the manifest away, so that a folder half rewritten is not mistaken for a dataset."""
+    write_json(out / UNFINISHED_NAME, {"note": "shards are being written; run the same command again"})
+    for name in (MANIFEST_NAME, REPORT_NAME):
+        (out / name).unlink(missing_ok=True)
+
+
+def check_folder(out: Path, digest: str) -> None:
+    """Raise when `out` holds shards that a dataset made with the tokenizer `digest` may not replace."""
+    manifest = read_manifest(out)
+    if manifest is not None:
+        found = manifest.get("tokenizer", {}).get("sha256")
+        if found != digest:
+            raise UserError(
+                f"{out}: holds shards of another tokenizer (sha256 {found}, yours is {digest}). "
+                "Choose another --out folder, or delete this one."
+            )
+    elif any(out.glob(ALL_SHARDS_GLOB)) and not (out / UNFINISHED_NAME).is_file():
+        raise UserError(
+            f"{out}: holds shards without a {MANIFEST_NAME}, which this command did not write. "
+            "Choose another --out folder, or delete this one."
+        )
+
+
+def write_dataset(
+    out: str | Path,
+    codec,
+    train: Iterable[Document],
+    val: Iterable[Document],
+    sources: dict,
+    *,
+    split: str = "separate_input",
+    shard_tokens: int = SHARD_TOKENS,
+    num_threads: int | None = None,
+) -> dict:
+    """Write both splits as shards and, last, the manifest, which is returned.
+
+    `val` is read to its end before `train` starts, so both may come from one stream. With split
+    "first_documents" train's document numbers go on where val's end, otherwise both count from 0.
+    """
+    out = Path(out)
+    num_threads = num_threads or os.cpu_count()
+    check_folder(out, codec.digest)
+    mark_unfinished(out)
+    overlap = Overlap()
+    val_writer, train_writer = (
+        ShardWriter(out, name, shard_tokens, codec.vocab_size) for name in ("val", "train")
+    )
+    sidecar = ShardWriter(out, SIDECAR_SPLIT, shard_tokens, 1 << 16) if codec.needs_sidecar else None
+    val_counts = write_split(overlap.remember(val), codec, val_writer, num_threads, sidecar)
+    train_counts = write_split(overlap.leave_out(train), codec, train_writer, num_threads)
+    train_counts["left_out"] = overlap.num_left_out
+    if overlap.num_left_out:
+        print(
+            f"note: left out {overlap.num_left_out:,} training documents that are also in validation; "
+            f"the first: {overlap.first}",
+            file=sys.stderr,
+        )
+    if split == "first_documents":
+        num_val = val_counts["documents"][1]
+        train_counts["documents"] = [first + num_val for first in train_counts["documents"]]
+    val_counts["expected_token_bytes"] = val_counts["token_bytes"]
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "tokenizer": describe_codec(codec),
+        "split": split,
+        "train": train_counts,
+        "val": val_counts,
+        "sources": sources,
+    }
+    files = train_counts["shards"] + val_counts["shards"] + val_counts.get("sidecars", [])
+    written = {shard["file"] for shard in files}
+    for path in out.glob(ALL_SHARDS_GLOB):
+        if path.name not in written:  # of an earlier, longer dataset
+            path.unlink()
+    write_json(out / MANIFEST_NAME, manifest)
+    (out / UNFINISHED_NAME).unlink()
+    return manifest
+
+
+def describe_codec(codec) -> dict:
+    """Name the tokenizer of a dataset: enough to refuse any other."""
+    return {
+        "kind": codec.kind,
+        "file": codec.path.name,
+        "sha256": codec.digest,
+        "vocab_size": codec.vocab_size,
+        "bos_id": codec.bos_id,
+        "lossless": codec.lossless,
+    }
+
+
+def print_table(out: str | Path, manifest: dict) -> None:
+    """Print the closing table: what was written, one row a split."""
+    tokenizer = manifest["tokenizer"]
+    print(f"{out}: {tokenizer['vocab_size']} token types, sha256 {tokenizer['sha256'][:12]}")
+    print(f"{'split':<6}{'documents':>12}{'bytes':>17}{'tokens':>16}{'bytes/token':>13}{'shards':>8}")
+    for split in ("train", "val"):
+        row = manifest[split]
+        documents = row["documents"][1] - row["documents"][0]
+        ratio = row["raw_bytes"] / row["tokens"]
+        print(f"{split:<6}{documents:>12,}{row['raw_bytes']:>17,}{row['tokens']:>16,}", end="")
+        print(f"{ratio:>13.3f}{len(row['shards']):>8}")
+
+
+# ---- Command ----------------------------------------------------------------------------------------
+
+
+def is_contest_text(file: str) -> bool:
+    """Tell whether a file is the contest's text, compressed or not."""
+    return Path(file).name.startswith(DOCS_NAME)
+
+
+def choose_val_docs(files: list[str]) -> int:
+    """Default number of validation documents: the contest's for its text, else a share of the input.
+
+    The share takes one reading of all input, which also checks it.
+    """
+    if is_contest_text(files[0]):
+        return CONTEST_VAL_DOCS
+    total = sum(1 for _ in tqdm(read_documents(files), desc="count", unit=" documents", mininterval=1.0))
+    return max(MIN_VAL_DOCUMENTS, int(total * VAL_FRAC))
+
+
+def note_other_validation(options: argparse.Namespace) -> None:
+    """Say so where the contest's text is given another validation set than the contest's."""
+    is_contests = is_contest_text(options.input[0]) and options.val_docs in (None, CONTEST_VAL_DOCS)
+    if any(map(is_contest_text, options.input)) and (options.val_input or not is_contests):
+        print(
+            f"note: the contest's validation set is the first {CONTEST_VAL_DOCS:,} documents of {DOCS_NAME}; "
+            "scores on this one compare with none of its records",
+            file=sys.stderr,
+        )
+
+
+def describe_files(files: list[str]) -> list[dict]:
+    """Name and size of each input for the manifest; folders stay out of it."""
+    return [{"file": Path(path).name, "bytes": Path(path).stat().st_size} for path in files]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = CommandParser(
+        prog="python -m data.prepare",
+        description="Tokenize your own text into training and validation shards.",
+        epilog="Then train on the folder: DATA_PATH=DIR TOKENIZER_PATH=MODEL python train_gpt.py",
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--val-input", nargs="+", metavar="FILE", help="validation text; what is also in --input is left out"
+    )
+    choice.add_argument(
+        "--val-docs",
+        type=at_least_one,
+        metavar="N",
+        help="take the first N documents of --input for validation "
+        f"(default: {CONTEST_VAL_DOCS:,} of {DOCS_NAME}, else the larger of 50 and 1 percent)",
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer file")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for shards and manifest.json")
+    counts = {"shard-tokens": (SHARD_TOKENS, "tokens a shard"), "num-threads": (os.cpu_count(), "threads")}
+    for name, (default, meaning) in counts.items():
+        parser.add_argument(
+            f"--{name}",
+            type=at_least_one,
+            default=default,
+            metavar="N",
+            help=f"{meaning} (default: %(default)s)",
+        )
+    add_selection_options(parser)
+    parser.add_argument("--val-filter", "--val-order", dest="val_selection", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.val_selection:
+        raise UserError(
+            "validation documents are scored whole and in their order, or the score compares with no other: "
+            "found an option that selects them. --train-filter and --train-order select training documents."
+        )
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
+    options = parse_arguments(argv)
+    codec = load_codec(options.tokenizer)
+    check_inputs(options.input + (options.val_input or []))
+    check_folder(Path(options.out), codec.digest)
+    note_other_validation(options)
+    sources = {"input": describe_files(options.input)}
+    train = read_documents(options.input)
+    if options.val_input:
+        split, val = "separate_input", read_documents(options.val_input)
+        sources["val_input"] = describe_files(options.val_input)
+    else:
+        num_val = options.val_docs or choose_val_docs(options.input)
+        split, val = "first_documents", itertools.islice(train, num_val)
+    selection = selection_of(options)
+    sources["train_selection"] = selection.facts
+    manifest = write_dataset(
+        options.out,
+        codec,
+        selection.apply(train),
+        val,
+        sources,
+        split=split,
+        shard_tokens=options.shard_tokens,
+        num_threads=options.num_threads,
+    )
+    print_table(options.out, manifest)
+
+
+if __name__ == "__main__":
+    run_command(main)

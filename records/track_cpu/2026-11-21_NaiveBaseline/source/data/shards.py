@@ -1,0 +1,199 @@
+"""Token shards in the contest's file format, their manifest, and files that are never half written.
+
+A shard is a header of 256 little-endian int32 (magic, version, token count, zeros) and then the tokens,
+little-endian: uint16 in version 1, the contest's; uint32 in version 2, for vocabularies above 65,536.
+Each document in it starts with the tokenizer's BOS id.
+"""
+
+import errno
+import glob
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import UserError
+
+SHARD_MAGIC = 20240520
+SHARD_DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # version -> tokens; the narrowest first
+HEADER_INTS = 256
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+HEADER_BYTES = HEADER_INTS * 4
+TRAIN_GLOB = "fineweb_train_*.bin"
+VAL_GLOB = "fineweb_val_*.bin"
+MANIFEST_NAME = "manifest.json"
+# Marks a folder whose shards are being replaced. Without it, shards without a manifest are not ours.
+UNFINISHED_NAME = "unfinished.json"
+REPORT_NAME = "tokenizer_report.json"  # what `python -m data.tokenizer verify --out` found, beside shards
+
+
+@contextmanager
+def atomic_file(path: str | Path):
+    """Yield a binary file that takes the name `path` only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")  # a fixed name: a killed writer's rest is overwritten
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise UserError(
+                f"{path}: not written, the disk is full. Free space and run this again."
+            ) from error
+        raise
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hash a file of any size in constant memory; returns lower-case hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_version(vocab_size: int) -> int:
+    """Choose the narrowest version whose tokens hold every id of a vocabulary."""
+    return next(version for version, dtype in SHARD_DTYPES.items() if vocab_size <= np.iinfo(dtype).max + 1)
+
+
+def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int = 65_536) -> None:
+    """Write (N,) token ids below vocab_size as one shard, whole or not at all."""
+    tokens = np.asarray(tokens)
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
+        raise UserError(
+            f"{path}: token ids must be in [0, {vocab_size - 1}] for a vocabulary of {vocab_size:,}, "
+            f"found [{tokens.min()}, {tokens.max()}]. Write them with the tokenizer that made them."
+        )
+    version = shard_version(vocab_size)
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, version, tokens.size
+    with atomic_file(path) as file:
+        file.write(header.tobytes())
+        file.write(tokens.astype(SHARD_DTYPES[version], copy=False).tobytes())
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """Map a shard's tokens into memory: (N,) uint16 or uint32, read-only. Header and size are checked."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such shard. Make it with `make data` or data.download.")
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    again = "Delete it and make or download it again."
+    if header.size != HEADER_INTS:
+        raise UserError(
+            f"{path}: expected {HEADER_BYTES} header bytes, found {path.stat().st_size} in all. {again}"
+        )
+    magic, version, num_tokens = (int(value) for value in header[:3])
+    if magic != SHARD_MAGIC or version not in SHARD_DTYPES:
+        raise UserError(
+            f"{path}: expected shard magic {SHARD_MAGIC} version {' or '.join(map(str, SHARD_DTYPES))}, "
+            f"found {magic} version {version}. This is not a token shard. {again}"
+        )
+    dtype = SHARD_DTYPES[version]
+    expected = HEADER_BYTES + num_tokens * dtype.itemsize
+    found = path.stat().st_size
+    if num_tokens < 0 or found != expected:
+        raise UserError(
+            f"{path}: expected {num_tokens:,} tokens = {expected:,} bytes, found {found:,}. {again}"
+        )
+    if num_tokens == 0:
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+
+
+def check_token_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
+    """Raise when an id does not fit the vocabulary (tokens of another tokenizer)."""
+    if tokens.size and int(tokens.max()) >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(
+            f"{where}: token id {int(tokens[at])} at position {at} is not below the vocabulary size "
+            f"{vocab_size}. The shard was made with another tokenizer; set VOCAB_SIZE or DATA_PATH to match."
+        )
+
+
+def check_stated_shards(files: list[Path], split: str) -> None:
+    """Raise unless shards are those of the manifest beside them, by name and size; cheap, reads no token."""
+    stated = (read_manifest(files[0].parent) or {}).get(split, {}).get("shards")
+    if stated is None:
+        return
+    expected = {entry["file"]: entry["bytes"] for entry in stated}
+    found = {path.name: path.stat().st_size for path in files}
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, size = expected.get(name, "none by the manifest"), found.get(name, "none")
+        if wanted != size:
+            raise UserError(
+                f"{files[0].with_name(name)}: expected bytes: {wanted}, found: {size}. `python -m "
+                f"data.doctor {files[0].parent}` says more; make the data again."
+            )
+
+
+def find_shards(pattern: str | Path) -> list[Path]:
+    """List the shards of a glob pattern in name order; at least one. Byte sidecars are left out.
+
+    Raises for a folder that a writer did not finish.
+    """
+    unfinished = Path(pattern).parent / UNFINISHED_NAME
+    if unfinished.is_file():
+        raise UserError(
+            f"{unfinished}: expected a finished dataset, found one whose writing was cut off. Run the "
+            "command that makes it again."
+        )
+    files = sorted(Path(name) for name in glob.glob(str(pattern)) if "_bytes_" not in Path(name).name)
+    if not files:
+        raise UserError(
+            f"no shards match {pattern}. `make data` writes the built-in corpus, `python -m data.prepare` "
+            "your own text, `python -m data.download` the contest's."
+        )
+    return files
+
+
+def read_json(path: str | Path):
+    """Read a JSON file; raises a UserError where it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Make it again.") from error
+
+
+def read_manifest(folder: str | Path) -> dict | None:
+    """Read the manifest that lies beside a folder's shards; None where there is none."""
+    path = Path(folder) / MANIFEST_NAME
+    return read_json(path) if path.is_file() else None
+
+
+def digest_of_report(report: dict) -> str:
+    """Hash all that a tokenizer report says but its digest: SHA-256 of its JSON with sorted keys."""
+    stated = {key: value for key, value in report.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+
+
+def read_report(folder: str | Path, tokenizer_sha256: str) -> str:
+    """Return the digest of the tokenizer report beside shards; "none" where there is none.
+
+    Raises for one that was altered, is of another tokenizer or found a fault.
+    """
+    path = Path(folder) / REPORT_NAME
+    if not path.is_file():
+        return "none"
+    report = read_json(path)
+    named = report.get("tokenizer", {}).get("sha256")
+    if report.get("digest") != digest_of_report(report) or named != tokenizer_sha256 or not report["passed"]:
+        raise UserError(
+            f"{path}: expected a report that passed on tokenizer {tokenizer_sha256[:16]}, found one altered, "
+            f"failed or of tokenizer {str(named)[:16]}. Make it again: python -m data.tokenizer verify --out."
+        )
+    return report["digest"]

@@ -1,0 +1,340 @@
+"""All attention of a model goes through `attend`; which kernel does the work is chosen once, by name.
+
+    backend = resolve_attention("auto", device, dtype, heads, reach).backend    # at start, self-tested
+    mask = mask_of(reach, starts_doc, backend, dtype)                            # once per forward
+    y = attend(q, k, v, mask)                                                    # in every layer
+
+Attention is causal. A Reach narrows it: a window of W lets position i see i - W .. i (W + 1 keys, as the
+flash kernels count), document masks end it at the document's first token. `math` is the oracle.
+Shapes: B rows, T positions, H query heads, G kv heads (G divides H), K head dim.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from data.errors import UserError
+from kernels.blocked import blocked_forward
+from kernels.flash import flash2, flash3, flash4
+
+
+class Reach(NamedTuple):
+    """Which earlier positions of its row a query may see."""
+
+    window: int = 0  # at most so many positions back; 0: all
+    documents: bool = False  # only those of its own document
+    max_docs: int = 0  # most pieces of documents in a batch, rows' ends cut; 0: B + B * T / 128
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but causality limits it."""
+        return self.window == 0 and not self.documents
+
+
+class AttentionMask(NamedTuple):
+    """A Reach in the form that one backend reads; made once per forward, used in every layer."""
+
+    backend: str
+    window: int = 0
+    segments: Tensor | None = None  # (B, T) int32: number of the document in its row
+    bias: Tensor | None = None  # (B or 1, 1, T - first, T) 0 or -inf, added to the scores
+    offsets: Tensor | None = None  # (max_docs + 1,) int32: where documents start in B * T, then B * T
+    blocks: object | None = None  # FlexAttention's BlockMask
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Attend causally: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K), scores scaled by K^-1/2.
+
+    q holds the positions that the mask was made for: all, or those from mask_of's `first` on.
+    """
+    return BACKENDS[mask.backend].run(q, k, v, mask)
+
+
+def mask_of(
+    reach: Reach, starts_doc: Tensor, backend: str, dtype: torch.dtype, first: int = 0
+) -> AttentionMask:
+    """Put a reach over rows whose documents start at starts_doc (B, T) bool into a backend's form.
+
+    `first` above 0: for the queries of positions from there on alone. No kernel skips what they do not see,
+    so they go to sdpa with a bias, whatever the backend.
+    """
+    backend = "sdpa" if first else backend
+    mask = AttentionMask(backend, reach.window)
+    form = BACKENDS[backend].form
+    if form == "offsets" and reach.documents:
+        return mask._replace(offsets=document_offsets(starts_doc, reach.max_docs))
+    if form == "offsets" or (form == "bias" and reach.is_plain and not first):
+        return mask
+    segments = starts_doc.cumsum(1, dtype=torch.int32) if reach.documents else None  # (B, T)
+    if form == "segments":
+        return mask._replace(segments=segments)
+    if form == "blocks":
+        return mask._replace(blocks=flex_blocks(segments, reach.window, starts_doc))
+    visible = visible_keys(starts_doc.size(1), reach.window, segments, starts_doc.device)[:, :, first:]
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask._replace(bias=bias.masked_fill(~visible, -math.inf))
+
+
+def visible_keys(seq_len: int, window: int, segments: Tensor | None, device: torch.device) -> Tensor:
+    """Say which keys each query sees: (B, 1, T, T) bool, or (1, 1, T, T) without segments (B, T)."""
+    position = torch.arange(seq_len, device=device)
+    back = position[:, None] - position  # (T, T): how far behind the query a key lies
+    visible = (back >= 0)[None, None]
+    if window:
+        visible = visible & (back <= window)
+    if segments is not None:
+        visible = visible & (segments[:, None, :, None] == segments[:, None, None, :])
+    return visible
+
+
+def document_offsets(starts_doc: Tensor, max_docs: int = 0) -> Tensor:
+    """Return where documents start in the flattened rows, as (max_docs + 1,) int32 padded with B * T.
+
+    A row's first position always starts one. The length is fixed, so that a compiled graph stays valid; more
+    documents than max_docs stop the program (on a GPU: at the next synchronisation) instead of being merged.
+    """
+    rows, seq_len = starts_doc.shape
+    total = rows * seq_len
+    max_docs = min(max_docs or rows + total // 128, total)
+    starts = (starts_doc | (torch.arange(seq_len, device=starts_doc.device) == 0)).flatten()
+    torch._assert_async(
+        starts.sum() <= max_docs, f"a batch holds more than {max_docs} documents: raise Reach.max_docs"
+    )
+    index = torch.arange(total, dtype=torch.int32, device=starts.device)
+    found = torch.where(starts, index, total).sort().values[:max_docs]
+    return F.pad(found, (0, 1), value=total)
+
+
+# The oracle
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Compute softmax(q k^T / sqrt(K) + mask) v as it is written, in float32 or better."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    group = q.size(2) // k.size(2)
+    wide_q, wide_k, wide_v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, K)
+    wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (wide_k, wide_v))
+    scores = wide_q @ wide_k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
+    visible = visible_keys(q.size(1), mask.window, mask.segments, q.device)
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    return (weights @ wide_v).transpose(1, 2).to(q.dtype)
+
+
+# What is part of torch
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Use torch's scaled_dot_product_attention; without a bias it skips what causality hides."""
+    bias, grouped = mask.bias, q.size(2) != k.size(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """The same, asking cuDNN before torch's flash kernel; what it refuses goes on to the others."""
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return sdpa(q, k, v, mask)
+
+
+def cudnn_only(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """The same without the others: what the self-test calls."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v, mask)
+
+
+VARLEN_TAKES_GROUPS = torch.__version__ >= (2, 12)  # before, keys and values are repeated for each query head
+
+
+def torch_varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Use torch's own flash kernel for rows of any length (torch >= 2.11): windows, documents, no package."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, seq_len, num_heads, _ = q.shape
+    offsets, options = mask.offsets, {"window_size": (mask.window or -1, 0)}
+    if offsets is None:
+        offsets = torch.arange(rows + 1, dtype=torch.int32, device=q.device) * seq_len
+    if VARLEN_TAKES_GROUPS:
+        options["enable_gqa"] = num_heads != k.size(2)
+    else:
+        k, v = (x.repeat_interleave(num_heads // k.size(2), dim=2) for x in (k, v))
+    q_flat, k_flat, v_flat = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, heads, K)
+    return varlen_attn(q_flat, k_flat, v_flat, offsets, offsets, seq_len, seq_len, **options).view_as(q)
+
+
+def flex_blocks(segments: Tensor | None, window: int, starts_doc: Tensor) -> object:
+    """Make FlexAttention's block mask: blocks that nobody sees are skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, seq_len = starts_doc.shape
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        visible = i >= j
+        if window:
+            visible = visible & (i - j <= window)
+        return visible if segments is None else visible & (segments[b, i] == segments[b, j])
+
+    return create_block_mask(
+        sees, None if segments is None else rows, None, seq_len, seq_len, device=starts_doc.device
+    )
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Use FlexAttention, which torch.compile turns into a kernel for this mask."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compiler.is_compiling()
+    kernel = flex_attention if compiled else torch.compile(flex_attention, dynamic=False)
+    grouped = q.size(2) != k.size(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return kernel(q, k, v, block_mask=mask.blocks, enable_gqa=grouped).transpose(1, 2)
+
+
+# What the neighbouring modules hold
+
+
+KEPT_BYTES = 1 << 28  # most bytes of softmax weights that a layer keeps for its backward pass
+
+
+def blocked(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Attend block by block of queries; sdpa where no backward pass follows, or too much is to be kept."""
+    weight_bytes = q.size(0) * q.size(2) * q.size(1) ** 2 // 2 * q.element_size()
+    if not torch.is_grad_enabled() or weight_bytes > KEPT_BYTES:
+        return sdpa(q, k, v, mask)
+    return blocked_forward(q, k, v, mask.bias, mask.window)[0]
+
+
+def fa2(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Use flash-attn 2."""
+    return flash2(q, k, v, mask.offsets, mask.window)
+
+
+def fa3(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Use FlashAttention 3."""
+    return flash3(q, k, v, mask.offsets, mask.window)
+
+
+def fa4(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Use FlashAttention 4."""
+    return flash4(q, k, v, mask.offsets, mask.window)
+
+
+# The choice
+
+
+HALF = (torch.bfloat16, torch.float16)
+FULL = (torch.float32, torch.float64)
+
+
+class Backend(NamedTuple):
+    """One way to compute attention: what it needs, and in which form it reads a mask."""
+
+    run: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
+    form: str  # of its mask: bias, offsets, segments or blocks
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[torch.dtype, ...] = HALF + FULL
+    probe: Callable | None = None  # what the self-test calls instead of run
+
+
+BACKENDS = {
+    "fa3": Backend(fa3, "offsets", ("cuda",), HALF),
+    "fa4": Backend(fa4, "offsets", ("cuda",), HALF),
+    "fa2": Backend(fa2, "offsets", ("cuda",), HALF),
+    "cudnn": Backend(cudnn_first, "bias", ("cuda",), HALF, cudnn_only),
+    "varlen": Backend(torch_varlen, "offsets", ("cuda",), HALF),
+    "flex": Backend(flex, "blocks", ("cuda",)),  # on a CPU it has no backward pass
+    "blocked": Backend(blocked, "bias", ("cpu",), FULL),
+    "sdpa": Backend(sdpa, "bias"),
+    "math": Backend(math_attention, "segments"),
+}
+# What auto tries, best first, by device and whether windows or documents narrow the reach: a bias costs
+# memory traffic of B * T * T, so kernels that skip what is hidden come before those that add one.
+AUTO_ORDER = {
+    ("cpu", False): ("blocked", "sdpa"),
+    ("cpu", True): ("blocked", "sdpa"),
+    ("hopper", False): ("fa3", "fa4", "cudnn", "sdpa"),
+    ("hopper", True): ("fa3", "fa4", "varlen", "flex", "sdpa"),
+    ("cuda", False): ("fa4", "fa2", "sdpa"),
+    ("cuda", True): ("fa4", "fa2", "varlen", "flex", "sdpa"),
+}
+
+
+class Choice(NamedTuple):
+    """The backend that computes attention, and why those that auto tried before it do not."""
+
+    backend: str
+    refused: dict[str, str]  # name -> reason
+
+
+def resolve_attention(
+    requested: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], reach: Reach
+) -> Choice:
+    """Choose and self-test a backend for heads (H, G, K); raise when the one asked for cannot do it."""
+    if requested != "auto" and requested not in BACKENDS:
+        raise UserError(f"attention={requested}: expected auto or one of {', '.join(BACKENDS)}.")
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    order = AUTO_ORDER["hopper" if hopper else device.type, not reach.is_plain]
+    refused = {}
+    for name in order if requested == "auto" else [requested]:
+        refused[name] = refusal(name, device, dtype, heads, reach)
+        if not refused[name]:
+            return Choice(name, {other: reason for other, reason in refused.items() if reason})
+    reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
+    raise UserError(
+        f"attention={requested}: expected a backend that works on {device.type} in {dtype}, found:{reasons}\n"
+        "Use attention=auto, or install what is missing (requirements/flash.txt, requirements/flash4.txt)."
+    )
+
+
+def refusal(
+    name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], reach: Reach
+) -> str:
+    """Say why a backend cannot be used; empty when it can."""
+    backend = BACKENDS[name]
+    if device.type not in backend.devices:
+        return f"it trains on {' and '.join(backend.devices)} only"
+    if dtype not in backend.dtypes:
+        return f"it computes in {', '.join(map(str, backend.dtypes))} only"
+    tolerance = 2e-2 if dtype in HALF else 1e-3  # of the largest element; a GPU may multiply in TF32
+    try:
+        error = self_test(name, device, dtype, heads, reach)
+    except Exception as problem:  # what foreign kernels raise has no common class
+        return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
+    return "" if error <= tolerance else f"it differs from math by {error:.2g} of the largest element"
+
+
+def self_test(
+    name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], reach: Reach
+) -> float:
+    """Compare outputs and gradients with `math` in float32; returns the largest relative difference."""
+    num_heads, num_kv_heads, head_dim = heads
+    rows, seq_len = 2, 128
+    generator = torch.Generator().manual_seed(0)
+    shapes = [
+        (rows, seq_len, count, head_dim) for count in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    ]
+    *inputs, dy = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    starts_doc = (torch.arange(seq_len, device=device) == 50).expand(rows, -1)
+    small = reach._replace(window=min(reach.window, 20))
+    results = []
+    with torch.enable_grad():
+        for tested, computed in ((name, dtype), ("math", torch.promote_types(dtype, torch.float32))):
+            leaves = [x.detach().to(computed).requires_grad_() for x in inputs]
+            kernel = BACKENDS[tested].probe or BACKENDS[tested].run
+            y = kernel(*leaves, mask_of(small, starts_doc, tested, computed))
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(computed))])
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results)]
+    return math.inf if any(map(math.isnan, errors)) else max(errors)

@@ -1,0 +1,103 @@
+"""Validation text as tokens, and how many bytes of the original text each of them stands for.
+
+`settings` is the data section of a recipe, or any object with its data_path, tokenizer_path and vocab_size.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.codecs import TokenCodec
+from data.errors import UserError
+from data.shards import VAL_GLOB, check_token_ids, find_shards, read_manifest, read_shard
+
+
+class ValidationText(NamedTuple):
+    """The validation tokens and what they stand for."""
+
+    tokens: np.ndarray  # (N + 1,) uint16
+    target_bytes: np.ndarray  # (N,) original UTF-8 bytes of each target
+    bos_id: int
+    pattern: str
+    tokenizer_kind: str
+    tokenizer_sha256: str
+    raw_bytes: int | None  # of the text itself, where a manifest states it
+    loses: str = ""  # what of it the tokenizer drops, as the codec says
+
+
+def read_sidecar(path: Path, num_tokens: int) -> np.ndarray:
+    """Read the original bytes of each of a shard's tokens, (N,), from the file beside it."""
+    path = path.with_name(path.name.replace("val_", "val_bytes_"))
+    sizes = read_shard(path)
+    if sizes.size != num_tokens:
+        raise UserError(
+            f"{path}: expected the bytes of {num_tokens:,} tokens, found {sizes.size:,}. It belongs to "
+            "another shard; make the data again."
+        )
+    return sizes
+
+
+def check_tokenizer(settings, codec: TokenCodec, expected_sha256: str) -> None:
+    """Refuse a tokenizer that is not the one which data or model were made with."""
+    if expected_sha256 != codec.digest:
+        raise UserError(
+            f"{settings.tokenizer_path}: expected the tokenizer with sha256 {expected_sha256[:16]}, "
+            f"found {codec.digest[:16]}. Set TOKENIZER_PATH to it or make the data again."
+        )
+
+
+def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: str) -> ValidationText:
+    """Read all validation shards, or the chosen ones, with the byte count of every target.
+
+    Refuses a byte total, or without a choice shards, that are not the manifest's. tokenizer_sha256 is that
+    of the tokenizer which the model was trained with, where one is known.
+    """
+    pattern = chosen or str(Path(settings.data_path) / VAL_GLOB)
+    files = find_shards(pattern)
+    manifest = read_manifest(files[0].parent) or {}
+    made_with = tokenizer_sha256 or manifest.get("tokenizer", {}).get("sha256", codec.digest)
+    check_tokenizer(settings, codec, made_with)
+    shards = [read_shard(path) for path in files]
+    for path, shard in zip(files, shards):
+        check_token_ids(shard, settings.vocab_size, path)
+    tokens = np.concatenate(shards)
+    if tokens.size < 2:
+        raise UserError(
+            f"{pattern}: expected 2 or more validation tokens, found {tokens.size}. Make the data again."
+        )
+    if codec.needs_sidecar:  # the text's own sizes, which the tokens cannot tell
+        sidecars = [read_sidecar(path, shard.size) for path, shard in zip(files, shards)]
+        token_bytes = np.concatenate(sidecars).astype(np.int32)
+    else:
+        token_bytes = codec.token_bytes(tokens)
+    stated = manifest.get("val", {})
+    expected = [shard["file"] for shard in stated.get("shards", [])]
+    is_whole = expected == [path.name for path in files]
+    if expected and not is_whole and not chosen:
+        odd = min({*expected} ^ {path.name for path in files})
+        raise UserError(
+            f"{pattern}: expected the manifest's {len(expected)} shards, found {len(files)}; {odd} "
+            "is in one list only. Make the data again, or name the shards: python -m eval --val."
+        )
+    if is_whole and stated["expected_token_bytes"] != token_bytes.sum():
+        raise UserError(
+            f"{pattern}: the manifest expects {stated['expected_token_bytes']:,} bytes, the tokens have "
+            f"{token_bytes.sum():,}. A bits-per-byte figure from them would be wrong; make the data again."
+        )
+    raw_bytes = stated["raw_bytes"] if is_whole else None
+    made_by = (codec.bos_id, pattern, codec.kind, codec.digest)
+    return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, codec.loses)
+
+
+def scored_tokens(text: ValidationText, context_len: int, keep_tail: bool) -> np.ndarray:
+    """Return the tokens to score, whole windows only unless the tail is kept; at least one window."""
+    num_targets = len(text.tokens) - 1
+    if not keep_tail:
+        num_targets -= num_targets % context_len
+    if num_targets < 1:
+        raise UserError(
+            f"{text.pattern}: expected at least one window of {context_len} + 1 validation tokens, found "
+            f"{len(text.tokens):,}. Make the validation set larger or eval.context_len smaller."
+        )
+    return text.tokens[: num_targets + 1]

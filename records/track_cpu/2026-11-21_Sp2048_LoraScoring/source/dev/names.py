@@ -1,0 +1,246 @@
+"""What a bundled module binds, names and no longer needs: the questions that packing and folding share."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+
+# Decorators that only change what they decorate. Any other may register it somewhere, so what it
+# decorates always ships.
+PURE_DECORATORS = {
+    "cache",
+    "contextmanager",
+    "dataclass",
+    "inference_mode",
+    "lru_cache",
+    "no_grad",
+    "total_ordering",
+}
+
+# Decorators of kernels that are reached by the name of what they decorate; fakes and gradients hang on it.
+KERNEL_DECORATORS = {"custom_op", "triton_op"}
+
+# torch.library and Triton read argument annotations (schemas, tl.constexpr); singledispatch reads types.
+DISPATCHERS = {"singledispatch", "singledispatchmethod"}
+ANNOTATION_READERS = {"custom_op", "triton_op", "jit"} | DISPATCHERS
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = Function | ast.ClassDef
+Import = ast.Import | ast.ImportFrom
+
+
+def children(node: ast.AST) -> list[ast.AST]:
+    """List the nodes right below a node, expression contexts aside."""
+    found = []
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if value.__class__ is list:
+            found += [item for item in value if isinstance(item, ast.AST)]
+        elif isinstance(value, ast.AST) and name != "ctx":
+            found.append(value)
+    return found
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield a node and all below it: ast.walk at three times its speed."""
+    todo = [node]
+    while todo:
+        node = todo.pop()
+        yield node
+        todo += children(node)
+
+
+def bound_names(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield (name, imported object or "") for what a statement binds in the scope it stands in."""
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            yield node.name, ""
+            yield from ((name, "") for name in declared_global(node))
+            return
+        case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            return
+        case ast.Import():
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                yield alias.asname or top, alias.name if alias.asname else top
+        case ast.ImportFrom():
+            for alias in node.names:
+                yield alias.asname or alias.name, f"{node.module}.{alias.name}"
+        case ast.Name(ctx=ast.Store()):
+            yield node.id, ""
+        case ast.ExceptHandler(name=str(name)):
+            yield name, ""
+    for child in children(node):
+        yield from bound_names(child)
+
+
+@cache
+def declared_global(node: Definition) -> tuple[str, ...]:
+    """List the names that functions in a definition declare global."""
+    return tuple(name for inner in walk(node) if isinstance(inner, ast.Global) for name in inner.names)
+
+
+def identifiers(node: ast.AST, with_strings: bool = True) -> set[str]:
+    """Collect every global name that code below `node` may look up, docstrings aside.
+
+    With strings, those without spaces count with each identifier in them: globals()["name"] finds them.
+    Modules share one namespace when packed, so an attribute never names a global.
+    """
+    texts = _texts(node) if with_strings else ()
+    return free_names(node).union(*(re.findall(r"[A-Za-z_]\w*", text) for text in texts if " " not in text))
+
+
+def _texts(node: ast.AST) -> list[str]:
+    """List the strings below a node that are no docstrings."""
+    inner = list(walk(node))
+    docstrings = {id(one.value) for one in inner if isinstance(one, ast.Expr)}
+    constants = [one for one in inner if isinstance(one, ast.Constant) and id(one) not in docstrings]
+    return [one.value for one in constants if isinstance(one.value, str)]
+
+
+def free_names(node: ast.AST) -> set[str]:
+    """Collect the names that code looks up outside the functions and comprehensions that bind them."""
+    match node:
+        case ast.Name():
+            return {node.id}
+        case ast.Global() | ast.Nonlocal():
+            return set(node.names)
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
+            body = node.body if isinstance(node.body, list) else [node.body]
+            return _names_of([one for one in children(node) if one not in body]) | (
+                _names_of(body) - _own_names(node, body)
+            )
+        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            targets = _names_of([one.target for one in node.generators])
+            return _names_of([node.generators[0].iter]) | (_names_of(children(node)) - targets)
+    return _names_of(children(node))
+
+
+def _names_of(nodes: list[ast.AST]) -> set[str]:
+    return set().union(*map(free_names, nodes))
+
+
+def _own_names(node: Function | ast.Lambda, body: list[ast.AST]) -> set[str]:
+    """Name the parameters and locals of a function."""
+    own = {arg.arg for arg in walk(node.args) if isinstance(arg, ast.arg)}
+    own |= {name for one in body for name, _ in bound_names(one)}
+    declared = [one.names for one in walk(node) if isinstance(one, ast.Global | ast.Nonlocal)]
+    return own.difference(*declared)
+
+
+def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
+    """Return the indices of the statements that run or that one of those names, directly or through others.
+
+    `always` holds the indices of statements that stay whatever they are.
+    """
+    own = {name for node in body if not isinstance(node, Import) for name, _ in bound_names(node)}
+    hooks = {"__init_subclass__", "__subclasses__"}
+    kernels = {
+        node.name
+        for node in body
+        if isinstance(node, Function) and KERNEL_DECORATORS & {last_name(one) for one in node.decorator_list}
+    }
+    looks_up = any(isinstance(one, ast.Name) and one.id == "globals" for node in body for one in walk(node))
+    named_by = [identifiers(node, looks_up) for node in body]
+    has_hooks = any(hooks & words(node) for node in body)
+    records = {node.name for node in body if isinstance(node, ast.ClassDef) and is_record(node)}
+    defines: dict[int, set[str]] = {}  # index of a droppable statement -> its names
+    for i, node in enumerate(body):
+        registers = has_hooks and isinstance(node, ast.ClassDef) and node.bases
+        if i not in always and not registers and is_pure_definition(node, own - records):
+            defines[i] = {name for name, _ in bound_names(node)}
+        elif i not in always and kernel_of(node) in kernels:
+            defines[i] = {kernel_of(node)}
+    kept = set(range(len(body))) - set(defines)
+    fresh = set(kept)
+    while fresh:
+        named = set().union(*(named_by[i] for i in fresh))
+        fresh = {i for i, names in defines.items() if i not in kept and names & named}
+        kept |= fresh
+    return sorted(kept)
+
+
+def is_record(node: ast.ClassDef) -> bool:
+    """Whether a class is a NamedTuple."""
+    return [last_name(base) for base in node.bases] == ["NamedTuple"]
+
+
+def kernel_of(node: ast.stmt) -> str | None:
+    """Name the kernel whose fake or gradient a statement registers: `@k.register_fake`, `k.register(...)`."""
+    match node:
+        case ast.FunctionDef(decorator_list=[ast.Attribute(value=ast.Name(id=name))]):
+            return name
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))):
+            return name
+    return None
+
+
+def words(node: ast.stmt) -> set[str]:
+    """Name the functions and attributes below a statement."""
+    inner = list(walk(node))
+    return {one.name for one in inner if isinstance(one, Function)} | {
+        one.attr for one in inner if isinstance(one, ast.Attribute)
+    }
+
+
+def is_pure_definition(node: ast.stmt, own: set[str]) -> bool:
+    """Whether running `node` only binds its names, as far as can be told without running it."""
+    if isinstance(node, Definition):
+        pure = PURE_DECORATORS | KERNEL_DECORATORS
+        return all(last_name(decorator) in pure for decorator in node.decorator_list)
+    if not isinstance(node, ast.Assign | ast.AnnAssign):
+        return False
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    plain = all(
+        isinstance(inner, ast.Name | ast.Tuple | ast.expr_context) for t in targets for inner in walk(t)
+    )
+    calls = [inner for inner in walk(node) if isinstance(inner, ast.Call)]
+    return plain and not any(own & identifiers(call.func) for call in calls)
+
+
+def last_name(decorator: ast.expr) -> str:
+    """Give `c` for the decorators `@c`, `@a.b.c` and `@a.b.c(...)`."""
+    target = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return ast.unparse(target).rpartition(".")[2]
+
+
+def drop_annotations(tree: ast.Module) -> None:
+    """Drop the annotations of functions where nothing reads them; a NamedTuple's become `int`."""
+    nodes = list(walk(tree))
+    readers = {
+        id(node): ANNOTATION_READERS & {last_name(one) for one in node.decorator_list}
+        for node in nodes
+        if isinstance(node, Function)
+    }
+    if any(read & DISPATCHERS for read in readers.values()):
+        return
+    reads_fields = {"__annotations__", "get_type_hints"} & {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in nodes
+        if isinstance(node, ast.Attribute | ast.Name)
+    }
+    for node in nodes:
+        if isinstance(node, Function) and not readers[id(node)]:
+            node.returns = None
+            for argument in (inner for inner in walk(node.args) if isinstance(inner, ast.arg)):
+                argument.annotation = None
+            _drop_variable_annotations(node)
+        elif isinstance(node, ast.ClassDef) and is_record(node) and not reads_fields:
+            for field in (one for one in node.body if isinstance(one, ast.AnnAssign)):
+                field.annotation = ast.copy_location(ast.Name("int", ast.Load()), field.annotation)
+
+
+def _drop_variable_annotations(node: Function) -> None:
+    """Turn `name: Type = value` in a function's blocks into `name = value`."""
+    for holder in (inner for inner in walk(node) if not isinstance(inner, ast.ClassDef)):
+        for block in ("body", "orelse", "finalbody"):
+            body = getattr(holder, block, None)
+            if isinstance(body, list):
+                body[:] = [_plain(one) for one in body]
+
+
+def _plain(node: ast.stmt) -> ast.stmt:
+    """Return an annotated assignment without its annotation."""
+    if not isinstance(node, ast.AnnAssign) or node.value is None:
+        return node
+    return ast.copy_location(ast.Assign([node.target], node.value), node)

@@ -1,0 +1,141 @@
+"""Score a model on several kinds of text: loss, perplexity, bits a byte and surprise of each domain.
+
+A domain is a file of documents. Each document is read by itself from its BOS, in windows of equal length
+or alone in its batch: there is no padding, so none can be counted.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.codecs import TokenCodec
+from data.documents import (
+    Document,
+    batched,
+    check_inputs,
+    parse_object,
+    read_documents,
+    read_lines,
+    require_utf8,
+)
+from data.errors import UserError
+from data.prepare import encode_documents, encode_for_sidecar
+from eval.adaptive import plan_document_windows, plan_documents
+from eval.bpb import BpbMeter
+from eval.sliding import Logits, ScoreOptions, score_windows
+
+# Keys of a JSON line -> its text: plain documents; GSM8K and HumanEval as system E writes them.
+LAYOUTS = {
+    ("text",): "{text}",
+    ("question", "answer"): "Question: {question}\nAnswer: {answer}",
+    ("prompt", "canonical_solution"): "{prompt}{canonical_solution}",
+}
+
+
+class Domain(NamedTuple):
+    """The tokens of a file, BOS before each document and behind the last, and what they stand for."""
+
+    name: str
+    num_documents: int
+    tokens: np.ndarray  # (N + 1,) int32
+    target_bytes: np.ndarray  # (N,) original UTF-8 bytes of each target
+
+
+class DomainScore(NamedTuple):
+    """What a model pays for a domain; surprise_ratio is its perplexity over the domains' mean."""
+
+    domain: str
+    documents: int
+    tokens: int
+    bytes: int
+    val_loss: float
+    perplexity: float
+    val_bpb: float
+    surprise_ratio: float
+
+
+def parse_domains(choices: list[str]) -> dict[str, Path]:
+    """Read NAME=FILE choices; the files must exist and have a known suffix."""
+    named = dict(choice.partition("=")[::2] for choice in choices)
+    if len(named) < len(choices) or not all(name and file for name, file in named.items()):
+        raise UserError(f"--domains: expected NAME=FILE with different names, found {' '.join(choices)}.")
+    check_inputs(named.values())
+    return {name: Path(file) for name, file in named.items()}
+
+
+def domain_documents(path: Path) -> Iterator[Document]:
+    """Yield the documents of a file; JSON lines may have the keys of any of LAYOUTS."""
+    if ".jsonl" not in path.suffixes:
+        yield from read_documents([path])
+        return
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            place = f"{path}:{number}"
+            yield Document(layout_text(parse_object(line, place), place), place)
+
+
+def layout_text(value: dict, place: str) -> str:
+    """Write one object as text by the layout whose keys it has."""
+    for keys, layout in LAYOUTS.items():
+        if all(isinstance(value.get(key), str) for key in keys):
+            return require_utf8(layout.format_map(value), place)
+    expected = " or ".join(" and ".join(keys) for keys in LAYOUTS)
+    raise UserError(f"{place}: expected a JSON object with strings under {expected}, found {sorted(value)}.")
+
+
+def read_domain(name: str, path: Path, codec: TokenCodec) -> Domain:
+    """Encode a domain's file with a model's tokenizer."""
+    parts, num_documents = [], 0
+    for batch in batched(domain_documents(path)):
+        num_documents += len(batch)
+        parts.append(
+            encode_for_sidecar(codec, batch) if codec.needs_sidecar else encode_documents(codec, 1, batch)
+        )
+    if not parts:
+        raise UserError(f"{path}: expected documents, found none.")
+    ids, sizes = (np.concatenate(part) for part in zip(*parts))
+    return Domain(name, num_documents, np.append(ids, codec.bos_id), np.append(sizes, 0)[1:])
+
+
+def score_domains(
+    domains: list[Domain], logits: Logits, context_len: int, stride: int, options: ScoreOptions
+) -> list[DomainScore]:
+    """Score every target of every domain once; each document sees up to context_len of its own tokens.
+
+    stride 0 cuts documents into chunks. A document's end, the BOS behind it, is a target of no bytes.
+    """
+    scored = []
+    for domain in domains:
+        documents = plan_documents(domain.tokens, options.bos_id)
+        windows = plan_document_windows(documents, context_len, stride)
+        meter = BpbMeter()
+        meter.add(score_windows(logits, domain.tokens, windows, options).numpy(), domain.target_bytes)
+        scored.append((domain, meter))
+    perplexities = np.exp([meter.val_loss for _, meter in scored])
+    return [
+        DomainScore(
+            domain.name,
+            domain.num_documents,
+            meter.num_tokens,
+            meter.num_bytes,
+            meter.val_loss,
+            float(perplexity),
+            meter.val_bpb,
+            float(perplexity / perplexities.mean()),
+        )
+        for (domain, meter), perplexity in zip(scored, perplexities)
+    ]
+
+
+def format_domains(scores: list[DomainScore]) -> str:
+    """Draw the table, one row a domain."""
+    title = f"{'domain':<16}{'documents':>10}{'tokens':>12}{'bytes':>12}{'loss':>9}{'perplexity':>12}"
+    rows = [title + f"{'bpb':>9}{'surprise':>10}"]
+    rows += [
+        f"{row.domain:<16}{row.documents:>10,}{row.tokens:>12,}{row.bytes:>12,}{row.val_loss:>9.4f}"
+        f"{row.perplexity:>12.2f}{row.val_bpb:>9.4f}{row.surprise_ratio:>10.3f}"
+        for row in scores
+    ]
+    return "\n".join(rows)

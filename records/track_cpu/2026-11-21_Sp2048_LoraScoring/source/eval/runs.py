@@ -1,0 +1,116 @@
+"""Find what is to be scored: an artifact, where its data lie, and the score that somebody recorded for it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from data.errors import UserError
+from data.shards import read_json, sha256_file
+from eval.modes import PLAIN_MODES
+from formats.recipe import config_fields, read_recipe, with_values
+from train_gpt import ARTIFACT_NAME, Config, only_live, read_environment
+
+RESULT_NAME, SUBMISSION_NAME = "result.json", "submission.json"
+RECIPE_NAME, PROGRAM_NAME = "recipe.toml", "train_gpt.py"
+RUNS = Path("runs")
+TOLERANCE = 1e-6  # bits per byte; the same machine reproduces its own score far closer than this
+ADAPTING_TOLERANCE = 1e-5  # other numbers of ranks or threads sum gradients in another order
+
+
+class Target(NamedTuple):
+    """An artifact to score. What is not known is None."""
+
+    artifact: Path
+    live: Config  # paths and device; every other field is a default that the artifact replaces
+    result: dict | None = None  # a run's result.json
+    recorded_bpb: float | None = None
+    stated_tolerance: float | None = None  # of the recorded score, in bits per byte
+    switch_at: int = -1  # units that adapted when the score was recorded
+
+    def tolerance(self, mode: str) -> float:
+        """Return how far a score may be from the recorded one."""
+        usual = TOLERANCE if mode in PLAIN_MODES else ADAPTING_TOLERANCE
+        return usual if self.stated_tolerance is None else self.stated_tolerance
+
+
+def newest_run(root: Path = RUNS) -> Path:
+    """Return the complete run folder (it has result.json) that was finished last, records' seeds too."""
+    results = sorted(root.glob(f"**/{RESULT_NAME}"), key=lambda path: path.stat().st_mtime)
+    if not results:
+        raise UserError(f"{root}: no complete run found. `make run` trains one; or name an artifact file.")
+    return results[-1].parent
+
+
+def find_target(path: Path, chosen: Path | None = None) -> Target:
+    """Resolve a run folder, a record folder or an artifact file; `chosen` is the artifact of a record."""
+    if (path / RESULT_NAME).is_file():
+        return find_run(path)
+    if (path / RECIPE_NAME).is_file() and (path / "README.md").is_file():
+        return find_record(path, chosen)
+    if path.is_dir():
+        raise UserError(
+            f"{path}: expected {RESULT_NAME} (a complete run), or {RECIPE_NAME} and README.md (a record), "
+            "found neither. Run it again or name an artifact."
+        )
+    return Target(path, live_config({}))
+
+
+def live_config(values: dict) -> Config:
+    """Merge the live fields of `values` and of the environment, which wins; other fields are ignored."""
+    live = [name for name, item in config_fields(Config).items() if item.metadata["live"]]
+    cfg = Config()
+    for source, found in (("recipe", values), ("environment", read_environment().overrides)):
+        cfg = with_values(cfg, {name: found[name] for name in live if name in found}, source)
+    return cfg
+
+
+def find_run(folder: Path) -> Target:
+    """Read a run folder; refuses an artifact that is not the one which the result describes."""
+    result = read_json(folder / RESULT_NAME)
+    artifact = folder / ARTIFACT_NAME
+    if sha256_file(artifact) != result["artifact_sha256"]:
+        raise UserError(
+            f"{artifact}: not the file that {RESULT_NAME} describes. Run it again, or name the artifact."
+        )
+    live = with_values(Config(), read_recipe(folder / RECIPE_NAME) | result["places"], str(folder))
+    score = result["score"]
+    return Target(artifact, only_live(live), result, score["val_bpb"], None, score["switch_at"])
+
+
+def find_record(folder: Path, chosen: Path | None) -> Target:
+    """Read a record folder: its own artifact, or the one in runs/ that it states, or the chosen one.
+
+    submission.json states them: seed_results[seed] with artifact_sha256, val_bpb and, where adaptation was
+    cut, switch_at; tolerance_bpb for all. Raises with the command that trains one where there is none: the
+    record's own program, or without one the recipe.
+    """
+    path = folder / SUBMISSION_NAME
+    facts = read_json(path) if path.is_file() else {}
+    seeds = {row["artifact_sha256"]: (seed, row) for seed, row in facts.get("seed_results", {}).items()
+             if "artifact_sha256" in row}  # fmt: skip
+    live = live_config(read_recipe(folder / RECIPE_NAME))
+    for artifact in (
+        [chosen] if chosen else [folder / ARTIFACT_NAME, *sorted(RUNS.glob(f"**/{ARTIFACT_NAME}"))]
+    ):
+        if not artifact.is_file():
+            continue
+        _, row = seeds.get(sha256_file(artifact), ("", None))
+        if row:
+            is_run = (artifact.parent / RESULT_NAME).is_file()  # it knows where its data lie
+            found = find_run(artifact.parent) if is_run else Target(artifact, live)
+            switch_at = row.get("switch_at", found.switch_at)
+            stated = facts.get("tolerance_bpb")
+            return found._replace(recorded_bpb=row["val_bpb"], stated_tolerance=stated, switch_at=switch_at)
+        if chosen or artifact.parent == folder:
+            stated = ", ".join(sha[:16] for sha in seeds) or "none"
+            raise UserError(
+                f"{artifact}: expected an artifact that {path} states (sha256 {stated}), found "
+                f"{sha256_file(artifact)[:16]}. `python -m eval {artifact}` scores it by itself."
+            )
+    program = folder / PROGRAM_NAME
+    start = str(program) if program.is_file() else f"{PROGRAM_NAME} --recipe {folder / RECIPE_NAME}"
+    seed = "".join(f" run.seed={seed}" for seed, _ in [*seeds.values()][:1])
+    data = f"data.data_path={live.data.data_path} data.tokenizer_path={live.data.tokenizer_path}"
+    raise UserError(
+        f"{folder}: expected {ARTIFACT_NAME} in it, or in {RUNS}/ one that {SUBMISSION_NAME} states, found "
+        f"none. Name it (ARTIFACT=FILE) or train it: python {start}{seed} {data}"
+    )

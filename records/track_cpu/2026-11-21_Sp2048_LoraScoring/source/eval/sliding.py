@@ -1,0 +1,185 @@
+"""Chunked and sliding-window scoring: every target exactly once, in the window where it is newest.
+
+A stream of N + 1 tokens has N targets: target i is tokens[i + 1], predicted from tokens[: i + 1]. A scorer
+is a callable `logits(tokens (B, T), starts_doc (B, T), first) -> (B, T - first, V)`; it knows no files,
+no ranks and no model class.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+Logits = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+# cost(scores (R, V), targets (R,), places (R,)) -> nats (R,); places number the targets in the stream
+Cost = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def plan_windows(num_targets: int, context_len: int, stride: int = 0, keep_tail: bool = True) -> np.ndarray:
+    """Lay windows over the targets; returns (W, 3) int64 rows (start, end, first).
+
+    A window reads tokens[start:end] and scores targets [start + first, end); every target is scored in
+    exactly one. stride 0 cuts the stream into chunks of context_len. With a stride, each later window
+    scores the next `stride` targets with up to context_len tokens before their ends. Without keep_tail
+    the targets past the last multiple of context_len are dropped, as the contest's baseline does.
+    """
+    if not keep_tail:
+        num_targets = num_targets // context_len * context_len
+    if num_targets <= 0:
+        return np.zeros((0, 3), dtype=np.int64)
+    step = stride or context_len
+    ends = np.arange(min(context_len, num_targets), num_targets + step, step, dtype=np.int64)
+    ends = np.minimum(ends, num_targets)
+    ends = ends[: np.searchsorted(ends, num_targets) + 1]  # the first window that reaches the end is the last
+    scored_from = np.concatenate([[0], ends[:-1]])
+    starts = np.maximum(ends - context_len, 0) if stride else scored_from
+    return np.stack([starts, ends, scored_from - starts], axis=1)
+
+
+def plan_batches(windows: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Group windows of equal length and equal `first` into batches of at most batch_tokens tokens."""
+    batches = []
+    lengths = windows[:, 1] - windows[:, 0]
+    kinds = np.stack([lengths, windows[:, 2]], axis=1)
+    for length, first in np.unique(kinds, axis=0):
+        rows = np.flatnonzero((kinds[:, 0] == length) & (kinds[:, 1] == first))
+        size = max(1, batch_tokens // int(length))
+        batches += [rows[i : i + size] for i in range(0, len(rows), size)]
+    return sorted(batches, key=lambda rows: int(rows[0]))
+
+
+def plain_cost(scores: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Charge the negative log softmax of the target, whatever its place."""
+    return F.cross_entropy(scores, targets, reduction="none")
+
+
+def scale_logits(scores: torch.Tensor, positive: float, negative: float) -> torch.Tensor:
+    """Multiply positive logits by one factor and negative ones by another: equal ones are a temperature."""
+    return torch.where(scores > 0, positive * scores, negative * scores)
+
+
+class ScaledCost(NamedTuple):
+    """A cost of scaled logits (after contest pull request 1923)."""
+
+    positive: float
+    negative: float
+    cost: Cost
+
+    def __call__(self, scores: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return self.cost(scale_logits(scores, self.positive, self.negative), targets, places)
+
+
+def scale_sums(scores: torch.Tensor, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Add up gradient and Hessian of the cost in the two scales over (R, V) logits; (6,) float64."""
+    parts = torch.stack([scores.clamp_min(0), scores.clamp_max(0)])  # (2, R, V): their sum is scores
+    chances = torch.einsum("s,srv->rv", scales.to(scores), parts).softmax(-1)
+    means = torch.einsum("srv,rv->sr", parts, chances)
+    hits = parts.gather(-1, targets.expand(2, -1).unsqueeze(-1)).squeeze(-1)
+    squares = torch.einsum("srv,trv,rv->str", parts, parts, chances)
+    hessian = squares - means.unsqueeze(0) * means.unsqueeze(1)
+    return torch.cat([(means - hits).double().sum(-1), hessian.double().sum(-1).flatten()])
+
+
+def newton_step(scales: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Move the two scales to where gradient and Hessian of all targets put the least cost."""
+    return scales - torch.linalg.pinv(sums[2:].view(2, 2), hermitian=True) @ sums[:2]
+
+
+class ScoreOptions(NamedTuple):
+    """How windows are batched and charged, and which of the batches this process scores."""
+
+    bos_id: int
+    batch_tokens: int
+    device: torch.device | str = "cpu"
+    rank: int = 0
+    world_size: int = 1
+    cost: Cost = plain_cost
+
+
+class CompiledWindows:
+    """A model compiled for the commonest shape of a plan's batches; all other shapes run as they are."""
+
+    def __init__(self, model: Logits, windows: np.ndarray, batch_tokens: int):
+        shapes = [
+            (len(rows), *np.diff(windows[rows[0], :2]).tolist(), int(windows[rows[0], 2]))
+            for rows in plan_batches(windows, batch_tokens)
+        ]
+        self.model, self.graph = model, torch.compile(model, dynamic=False)
+        self.shape = max(shapes, key=Counter(shapes).__getitem__)  # (B, T, first)
+
+    def __call__(self, tokens: torch.Tensor, starts_doc: torch.Tensor, first: int) -> torch.Tensor:
+        run = self.graph if (*tokens.shape, first) == self.shape else self.model
+        return run(tokens, starts_doc, first)
+
+
+class Pace:
+    """How long a job still takes, from its second report on: the first bears what starting costs."""
+
+    def __init__(self):
+        self.first: tuple[float, int] | None = None
+
+    def seconds_left(self, done: int, total: int) -> float | None:
+        """Return the time that the rest takes at the pace since the first report; None in that."""
+        now = time.perf_counter()
+        if self.first is None:
+            self.first = now, done
+            return None
+        started, done_before = self.first
+        return (now - started) * (total - done) / max(done - done_before, 1)
+
+
+class ProgressLines:
+    """Write a line after the first percent and each tenth of the targets, with the time left."""
+
+    def __init__(self, write: Callable[[str], None]):
+        self.write, self.pace, self.percent = write, Pace(), 0
+
+    def __call__(self, done: int, total: int) -> None:
+        left = self.pace.seconds_left(done, total)
+        percent = done * 10 // total * 10 or min(done * 100 // total, 1)
+        if left is not None and percent > self.percent and done < total >= 20:
+            self.write(f"scoring: {percent}% seconds_left:{left:.0f}")
+            self.percent = percent
+
+
+@torch.no_grad()
+def score_batch(
+    logits: Logits, tokens: np.ndarray, rows: np.ndarray, options: ScoreOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score windows of one shape; returns the places (R,) of their targets and the nats (R,), on the CPU."""
+    length, first = int(rows[0, 1] - rows[0, 0]), int(rows[0, 2])
+    span = rows[:, :1] + np.arange(length + 1)  # (B, T + 1)
+    chunk = torch.from_numpy(tokens[span].astype(np.int64)).to(options.device)
+    inputs, targets = chunk[:, :-1], chunk[:, 1 + first :]
+    scores = logits(inputs, inputs == options.bos_id, first)  # (B, T - first, V)
+    places = torch.from_numpy(span[:, first:-1].ravel())
+    nats = options.cost(scores.float().flatten(0, 1), targets.flatten(), places)
+    return places, nats.float().cpu()
+
+
+def score_windows(
+    logits: Logits,
+    tokens: np.ndarray,
+    windows: np.ndarray,
+    options: ScoreOptions,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Score the windows of a token stream; returns the nats of each target, (N,) float32 on the CPU.
+
+    Batches are dealt round-robin to the ranks and their composition does not depend on world_size: a
+    target that another rank scores is 0 here, so a sum over ranks is exact and the same for any number.
+    progress(done, total) is called with batch counts.
+    """
+    num_targets = int(windows[-1, 1]) if len(windows) else 0
+    nats = torch.zeros(num_targets)
+    batches = plan_batches(windows, options.batch_tokens)
+    for index in range(options.rank, len(batches), options.world_size):
+        places, costs = score_batch(logits, tokens, windows[batches[index]], options)
+        nats[places] = costs
+        if progress:
+            progress(index + 1, len(batches))
+    return nats

@@ -1,0 +1,195 @@
+"""Recipes: a config as frozen dataclasses, one a section, filled from TOML, environment and command line.
+
+A field is declared with `option`; its name everywhere is "section.key". Works on any such config class, so
+that tools without a model (the audit, the packer) can read recipes too.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from data.errors import UserError
+
+
+def option(default, env: str = "", text: str = "", *, live=False, low=None, high=None, choices=()):
+    """Declare a config field: default, contest environment name, help, and the values that it may take.
+
+    A live field (paths, seed, clock, logging) stays free in a packed program, one with live="auto" while the
+    recipe leaves it at its default; the others are the recipe.
+    """
+    metadata = {"env": env, "help": text, "live": live, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def config_fields(config) -> dict[str, dataclasses.Field]:
+    """Map "section.key" to its field, in order; `config` is a config class or an instance of it."""
+    return {
+        f"{section.name}.{item.name}": item
+        for section in dataclasses.fields(config)
+        for item in dataclasses.fields(section.type)
+    }
+
+
+def config_value(config, name: str):
+    """Read a field by its "section.key" name."""
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def parse_value(value, kind: type):
+    """Convert text or a TOML value to a field's type; raises ValueError when it does not fit."""
+    if kind is bool:
+        words = {"1": True, "true": True, "0": False, "false": False}
+        if str(value).lower() not in words:
+            raise ValueError
+        return words[str(value).lower()]
+    if kind is tuple:
+        items = [item for item in value.split(",") if item] if isinstance(value, str) else value
+        return tuple(parse_item(item) for item in items)
+    if kind is int and isinstance(value, str):
+        return int(value.replace("_", ""))
+    if isinstance(value, (dict, list)) or (kind is int and value != int(value)):
+        raise ValueError
+    converted = kind(value)
+    if kind is float and not math.isfinite(converted):
+        raise ValueError
+    return converted
+
+
+def parse_item(value):
+    """Convert an item of a tuple: a number, or a row of numbers written a:b:c or as a list."""
+    if isinstance(value, (list, tuple)) or (isinstance(value, str) and ":" in value):
+        return tuple(parse_number(part) for part in (value.split(":") if isinstance(value, str) else value))
+    return parse_number(value)
+
+
+def parse_number(value) -> int | float:
+    """Convert text or a number to an int where it is one, else to a finite float."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return int(number) if number.is_integer() else number
+
+
+def with_values(config, values: dict, source: str):
+    """Return config with {"section.key": value} applied; an unknown name is an error with a suggestion."""
+    known = config_fields(config)
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"Did you mean {near[0]}?" if near else "`python train_gpt.py --help` lists all fields."
+            raise UserError(f"{source}: unknown field {name!r}. {hint}")
+        section, key = name.split(".")
+        try:
+            changed = {key: parse_value(value, known[name].type)}
+        except (ValueError, TypeError, OverflowError) as error:
+            env = known[name].metadata["env"]
+            alias = f" ({env})" if env else ""
+            kind = known[name].type.__name__
+            raise UserError(f"{source}: {name}{alias}: expected {kind}, found {value!r}.") from error
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **changed)}
+        )
+    return config
+
+
+def check_ranges(config) -> None:
+    """Raise for the first field whose value is outside the range or the choices of its declaration."""
+    for name, item in config_fields(config).items():
+        value, limits = config_value(config, name), item.metadata
+        if limits["choices"] and value not in limits["choices"]:
+            raise UserError(f"{name}={value} must be one of {', '.join(limits['choices'])}.")
+        for bound, word, broken in (
+            (limits["low"], "least", lambda value, bound: value < bound),
+            (limits["high"], "most", lambda value, bound: value > bound),
+        ):
+            if bound is not None and broken(value, bound):
+                raise UserError(f"{name}={value} must be at {word} {bound}.")
+
+
+def environment_values(config, environ: Mapping[str, str]) -> dict[str, str]:
+    """Pick the fields that an environment sets under their contest names."""
+    named = {name: item.metadata["env"] for name, item in config_fields(config).items()}
+    return {name: environ[env] for name, env in named.items() if env and env in environ}
+
+
+def flatten_recipe(recipe: dict, source: str) -> dict:
+    """Turn {section: {key: value}} into {"section.key": value}."""
+    stray = [key for key, value in recipe.items() if not isinstance(value, dict)]
+    if stray:
+        raise UserError(f"{source}: expected key = value below a [section], found {stray[0]!r} outside.")
+    return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
+
+
+def read_recipe(path: str | Path) -> dict:
+    """Read a recipe.toml as {"section.key": value}."""
+    try:
+        recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such recipe. Recipes are records/*/*/recipe.toml.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}.") from error
+    return flatten_recipe(recipe, str(path))
+
+
+def parse_overrides(texts: list[str]) -> dict[str, str]:
+    """Split "section.key=value" arguments."""
+    bad = [text for text in texts if "=" not in text]
+    if bad:
+        raise UserError(f"command line: expected section.key=value, found {bad[0]!r}.")
+    return dict(text.split("=", 1) for text in texts)
+
+
+def recipe_of(config, live: bool = False) -> dict[str, dict]:
+    """Return {section: {key: value}} of every field that a recipe fixes, or with live of all fields."""
+    recipe: dict[str, dict] = {}
+    for name, item in config_fields(config).items():
+        if live or not item.metadata["live"]:
+            section, key = name.split(".")
+            recipe.setdefault(section, {})[key] = config_value(config, name)
+    return recipe
+
+
+def changed_recipe(config) -> dict[str, dict]:
+    """Return {section: {key: value}} of the fields that a recipe fixes to other values than the defaults."""
+    known = config_fields(config)
+    changed = {
+        section: {key: value for key, value in keys.items() if value != known[f"{section}.{key}"].default}
+        for section, keys in recipe_of(config).items()
+    }
+    return {section: keys for section, keys in changed.items() if keys}
+
+
+def recipe_hash(recipe: dict[str, dict]) -> str:
+    """Hash what a recipe changes: equal for all seeds, machines and paths of one configuration."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def config_hash(config) -> str:
+    """Hash what a config's recipe changes."""
+    return recipe_hash(changed_recipe(config))
+
+
+def format_toml(recipe: dict[str, dict]) -> str:
+    """Write {section: {key: value}} as TOML; JSON spells these values alike."""
+    sections = [
+        "\n".join([f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())])
+        for section, keys in recipe.items()
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def describe_fields(config) -> str:
+    """List every field with its default, environment name and meaning, for --help."""
+    rows = []
+    for name, item in config_fields(config).items():
+        limits = item.metadata
+        env = f" [{limits['env']}]" if limits["env"] else ""
+        choices = f" ({' | '.join(limits['choices'])})" if limits["choices"] else ""
+        rows.append(f"  {name} = {item.default!r}{env}: {limits['help']}{choices}")
+    return "fields (default, [environment name], meaning):\n" + "\n".join(rows)

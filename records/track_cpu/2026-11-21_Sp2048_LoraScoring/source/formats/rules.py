@@ -1,0 +1,114 @@
+"""Which settings of a recipe cannot stand together: rows (field, whether the rule holds, what must hold).
+
+`cfg` is a whole config of train_gpt.py; the range and the choices of a single field are in its declaration.
+"""
+
+
+def layers_fit(cfg, layers: tuple) -> bool:
+    """Whether these layers exist."""
+    return all(0 <= layer < cfg.model.num_layers for layer in layers)
+
+
+def stage_rules(cfg, stages: list) -> list[tuple]:
+    """Return the rules that stages follow each other and that a step divides into rows and micro-batches."""
+    name = "schedule.stages" if cfg.schedule.stages else "data.batch_tokens"
+    starts = [stage.start for stage in stages]
+    fits = starts[0] == 0 and len({s < 1 for s in starts[1:]}) < 2 and starts == sorted(set(starts))
+    rules = [("schedule.stages", fits, "must start at 0 and rise, by steps or by fractions of the run")]
+    for stage in stages:
+        micro_tokens, rest = divmod(stage.batch_tokens, stage.micro_batches)
+        whole = micro_tokens >= 1 and micro_tokens % stage.seq_len == 0
+        rows = f"/ micro_batches={stage.micro_batches} must be a multiple of data.seq_len={stage.seq_len}"
+        rules += [
+            (name, rest == 0, f"must be a multiple of data.micro_batches={stage.micro_batches}"),
+            (name, whole, rows),
+        ]
+    return rules
+
+
+def model_rules(cfg) -> list[tuple]:
+    """Return the rules that sizes fit each other."""
+    model = cfg.model
+    head_dim = model.model_dim // model.num_heads
+    rotated = model.rope_dims or head_dim
+    smear_fits = model.smear != "gated" or model.model_dim >= 12
+    windowed = (model.attn_window > 0) == bool(model.window_layers)
+    any_reach = model.context_axis == "features" or not (model.window_layers or model.attn_in_document)
+    context_fits = not model.context_ratio or 1 <= model.context_ratio_min <= model.context_ratio
+    segment = model.recur_layers or (0, 0)
+    segment_fits = len(segment) == 2 and 0 <= segment[0] <= segment[-1] < model.num_layers
+    fracs = cfg.schedule.recur_start_fracs
+    fracs_fit = len(fracs) in (0, model.recur_passes - 1) and list(fracs) == sorted(fracs)
+    layer_range = f"must lie in [0, {model.num_layers})"
+    return [
+        ("model.model_dim", model.model_dim % model.num_heads == 0, "must be a multiple of num_heads"),
+        ("model.model_dim", head_dim % 2 == 0, f"gives head_dim {head_dim}, which must be even for RoPE"),
+        ("model.model_dim", smear_fits, "must be at least 12 for model.smear"),
+        ("model.num_kv_heads", model.num_heads % model.num_kv_heads == 0, "must divide num_heads"),
+        ("model.mlp_mult", model.mlp_mult * model.model_dim >= 1, "gives an empty mlp"),
+        ("model.rope_dims", rotated % 2 == 0 and rotated <= head_dim, f"must be even and at most {head_dim}"),
+        ("model.xsa_last", model.xsa_last <= model.num_layers, "must be at most num_layers"),
+        ("model.bigram_buckets", model.bigram_buckets != 1, "must be 0 or at least 2"),
+        ("model.value_embed_layers", layers_fit(cfg, model.value_embed_layers), layer_range),
+        ("model.window_layers", layers_fit(cfg, model.window_layers), layer_range),
+        ("model.attn_window", windowed, "and model.window_layers go together"),
+        ("model.context_ratio", context_fits, "must be at least context_ratio_min"),
+        ("model.context_ratio", not model.context_ratio or any_reach, "excludes windows and documents"),
+        ("model.asymmetric_softcap", model.logit_softcap > 0 or not model.asymmetric_softcap, "needs a cap"),
+        ("model.norm_eps", model.norm != "layer" or model.norm_eps > 0, "must be above 0 for layer norm"),
+        ("model.embed_dim", model.embed_dim <= model.model_dim, "must be at most model_dim"),
+        ("model.recur_layers", segment_fits, f"must be a first and a last layer below {model.num_layers}"),
+        ("model.recur_passes", model.recur_passes == 1 or model.recur_layers, "needs model.recur_layers"),
+        ("schedule.recur_start_fracs", fracs_fit, "must have recur_passes - 1 rising entries, or none"),
+    ]
+
+
+def storage_rules(cfg) -> list[tuple]:
+    """Return the rules of averaging, storing and scoring."""
+    quant, settings = cfg.quant, cfg.eval
+    one_average = not (cfg.average.ema_decay > 0 and cfg.average.swa_every > 0)
+    on_grid, solved = quant.method != "water_fill", quant.method == "gptq"
+    context_len = settings.context_len or cfg.data.seq_len
+    stride_fits = settings.mode == "chunked" or settings.stride <= context_len
+    whole_strides = context_len % settings.stride == 0 and context_len > settings.stride
+    repeats = settings.mode == "sliding" and not settings.keep_tail and whole_strides
+    lengths = settings.tilt_static_lengths
+    hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
+    carries = settings.mode == "phased" or (settings.mode == "lora-ttt" and settings.lora_warm_lanes)
+    narrow = not settings.tilt_static_entries or cfg.data.vocab_size <= 1 << 16
+    return [
+        ("average.swa_every", one_average, "excludes average.ema_decay: one average is applied"),
+        ("quant.codec", on_grid or quant.codec == "rans", "must be rans for quant.method=water_fill"),
+        ("quant.qat_start", on_grid or quant.qat_start == 1, "needs quant.method=round or gptq"),
+        ("quant.repair_rank", on_grid or quant.repair_rank == 0, "needs quant.method=round or gptq"),
+        ("quant.target_bytes", quant.method != "round" or quant.target_bytes == 0, "needs another method"),
+        ("quant.awq_group_cols", solved or quant.awq_group_cols == 0, "needs quant.method=gptq"),
+        ("quant.matrix_bits", quant.matrix_bits > 1 or quant.method == "round", "needs quant.method=round"),
+        ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
+        (
+            "eval.tail_legacy",
+            repeats or not settings.tail_legacy,
+            "needs eval.mode=sliding, eval.keep_tail=0 and a context of several whole strides",
+        ),
+        (
+            "eval.tilt_online",
+            not (settings.tilt_online and carries),
+            "must be 0 with phases or warm lanes: hints would read text that is scored by what they helped",
+        ),
+        ("eval.tilt_static_lengths", hints_fit, "must be whole numbers from 1 on"),
+        ("eval.tilt_static_entries", narrow, "needs data.vocab_size of at most 65,536"),
+    ]
+
+
+def clock_rules(cfg) -> list[tuple]:
+    """Return the rules of how long a run may be."""
+    clock, reserve = cfg.run.max_wallclock_seconds, cfg.quant.reserve_seconds
+    ends = cfg.run.iterations > 0 or clock > 0
+    return [
+        ("run.iterations", ends, "needs a step or a clock"),
+        (
+            "run.max_wallclock_seconds",
+            clock == 0 or reserve < clock,
+            f"must be 0 or above {reserve} reserved",
+        ),
+    ]

@@ -1,0 +1,2643 @@
+"""Train a small language model, pack it into an artifact, score the artifact in bits per byte.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py                     the contest's naive baseline
+    python train_gpt.py --recipe records/track_cpu/NAME/recipe.toml           a recipe
+    python train_gpt.py --recipe R model.num_layers=9 run.seed=7              with overrides
+
+A run is one recipe: dataclass defaults (the naive baseline) < recipe.toml < environment variables under
+the contest's names < section.key=value. It leaves runs/<run_id>/ with the log, the resolved recipe, the
+packed source, the artifact and the score that was measured from the artifact's bytes.
+
+Map: 1 constants, 2 config, 3 ranks, clock, log, 4 data, 5 model, 6 optimizers, 7 schedules, 8 averaging,
+9 quantization, 10 artifact, 11 training loop, 12 main. A section calls only sections above it.
+
+Shapes: B batch, T time, D model, H query heads, G kv heads, K head dim, F mlp hidden, V vocabulary.
+"""
+
+# ----------------------------------------------------------------------------------------------------------
+# 1 imports and constants
+# ----------------------------------------------------------------------------------------------------------
+
+import copy
+import fnmatch
+import itertools
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data.codecs import TokenCodec, load_codec
+from data.errors import CommandParser, UserError, run_command
+from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
+from data.shards import (
+    TRAIN_GLOB,
+    atomic_file,
+    read_report,
+    sha256_file,
+    write_json,
+)
+from data.validation import ValidationText, read_validation, scored_tokens
+from eval.adaptive import Reports, Session, Settings
+from eval.bpb import BpbMeter
+from eval.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
+from eval.generate import Sampling, draw_tokens, last_logits, stream_text
+from eval.modes import (
+    EVAL_MODES,
+    PLAIN_MODES,
+    Aids,
+    Scoring,
+    aid_limits,
+    make_table,
+    plan_plain,
+    read_aids,
+    rehearse,
+    score_session,
+    score_tail_again,
+    scoring_cost,
+    write_aids,
+)
+from eval.sliding import (
+    CompiledWindows,
+    ProgressLines,
+    ScoreOptions,
+    newton_step,
+    plain_cost,
+    plan_windows,
+    scale_sums,
+    score_windows,
+)
+from formats.artifact import STREAM_CODECS, ArtifactError, Stream, pack_artifact, read_artifact, require_codec
+from formats.events import EVENTS_NAME, append_scalars
+from formats.recipe import (
+    changed_recipe,
+    check_ranges,
+    config_fields,
+    config_value,
+    describe_fields,
+    environment_values,
+    flatten_recipe,
+    format_toml,
+    option,
+    parse_overrides,
+    read_recipe,
+    recipe_hash,
+    recipe_of,
+    with_values,
+)
+from formats.rotation import BEST_NAME, LOSSES_NAME, NUMBERED_GLOB, rotate_checkpoints
+from formats.rules import clock_rules, model_rules, stage_rules, storage_rules
+from formats.state import map_leaves, read_state, write_state
+from kernels.attention import BACKENDS, AttentionMask, Reach, attend, mask_of, resolve_attention
+from kernels.context import ContextRule, attend_compressed, feature_projection
+from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
+from kernels.loss import blocked_loss
+from kernels.machine import resolve_compile, resolve_dtype
+from kernels.muon import NS_TABLES, MuonSettings, Pending, Stack
+from quantizers.gptq import Calibrated, Moments, calibrate, collect_moments, combine_roles
+from quantizers.grid import CLIP_RULES, Grid, Quantized, check_weight, stored_weights
+from quantizers.methods import METHODS, grid_of, quantize_matrices
+from quantizers.storage import (
+    TensorRow,
+    check_numel,
+    estimate_bytes,
+    frame_codec,
+    pack_tensors,
+    repair_rows,
+    repaired_names,
+    take_streams,
+    unpack_tensors,
+    with_factors,
+)
+
+# dev/pack.py puts here what a packed program's recipe changes, and environment names of what it fixes.
+PACKED_RECIPE: dict | None = None
+PACKED_ENVIRONMENT = ""
+
+ARTIFACT_NAME, CHECKPOINT_NAME = "artifact.bin", "checkpoint.safetensors"
+TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "tiktoken", "bese")
+
+NEWTON_STEPS = 2  # of fit_scales: the cost is nearly a parabola there
+
+# Arithmetic of activations and products; masters are float32, or float64 with it.
+DTYPES = ("float32", "bfloat16", "float64")
+
+# Where positions enter: what turns the embeddings, what turns queries and keys. "head" turns rope_dims of
+# each head, "width" all of model_dim as one head, "interleaved" is a published form that is no rotation.
+POSITIONS = {
+    "heads": (None, "head"),
+    "embed_heads": ("width", "head"),
+    "bwetaf06": ("width", "width"),
+    "bwetaf051": ("interleaved", None),
+    "none": (None, None),
+}
+
+# What may compute in 8 bits: queries, keys, values, output, gate and up, down. Embeddings, norms, head and
+# softmax stay in the compute dtype; masters, optimizer state, gradient sums and the loss in float32.
+FP8_MODULES = ("blocks.*.attn.[qkv]", "blocks.*.attn.out", "blocks.*.mlp.up", "blocks.*.mlp.down")
+
+# Initial output projections: their factor in a model of so many layers.
+OUT_INITS = {
+    "zero": lambda num_layers: 0.0,
+    "plain": lambda num_layers: 1.0,
+    "depth": lambda num_layers: (2 * num_layers) ** -0.5,
+}
+
+# ----------------------------------------------------------------------------------------------------------
+# 2 config
+# ----------------------------------------------------------------------------------------------------------
+# Frozen dataclasses, one a section; the defaults are the contest's naive baseline. A field carries its
+# environment name in the contest, a line of help, its range, and whether it stays free in a packed program.
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where, how long and how loud; never part of the recipe's hash."""
+
+    run_id: str = option("", "RUN_ID", "name of the run folder; empty: time and seed", live=True)
+    out_dir: str = option("runs", "", "where run folders go", live=True)
+    seed: int = option(1337, "SEED", "seed of the initial weights", live=True)
+    device: str = option("auto", "", "where to compute", live="auto", choices=("auto", "cpu", "cuda"))
+    compile: str = option("auto", "", "torch.compile", live="auto", choices=("auto", "on", "off"))
+    attention: str = option("auto", "", "attention backend", live="auto", choices=("auto", *BACKENDS))
+    iterations: int = option(20_000, "ITERATIONS", "most optimizer steps", live=True, low=0)
+    max_wallclock_seconds: float = option(600.0, "MAX_WALLCLOCK_SECONDS", "0: no limit", live=True, low=0)
+    warmup_steps: int = option(20, "WARMUP_STEPS", "before the clock; state is restored", live=True, low=0)
+    val_loss_every: int = option(1000, "VAL_LOSS_EVERY", "steps; 0: at the end, -1: never", live=True, low=-1)
+    train_log_every: int = option(
+        200, "TRAIN_LOG_EVERY", "log the loss every so many steps", live=True, low=0
+    )
+    save_every: int = option(
+        0, "", "steps between checkpoints for --resume; 0: none; -1: never", live="auto", low=-1
+    )
+    val_batch_tokens: int = option(
+        524_288, "VAL_BATCH_SIZE", "scoring batch; data.micro_batches share it", live=True, low=1
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards, tokenizer and the shape of a step."""
+
+    data_path: str = option("./data/datasets/fineweb10B_sp1024", "DATA_PATH", "token shards", live=True)
+    tokenizer_path: str = option(
+        "./data/tokenizers/fineweb_1024_bpe.model", "TOKENIZER_PATH", "tokenizer file", live=True
+    )
+    tokenizer_kind: str = option("sentencepiece", "", "codec of the tokenizer", choices=TOKENIZER_KINDS)
+    vocab_size: int = option(1024, "VOCAB_SIZE", "entries of the tokenizer", low=2)
+    loader: str = option("sequential", "", "order of the training tokens", choices=tuple(LOADERS))
+    seq_len: int = option(1024, "TRAIN_SEQ_LEN", "tokens a training row", low=2)
+    batch_tokens: int = option(524_288, "TRAIN_BATCH_TOKENS", "tokens a step, all ranks together", low=1)
+    micro_batches: int = option(8, "", "a step's micro-batches; the world size divides them", low=1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture."""
+
+    num_layers: int = option(9, "NUM_LAYERS", "transformer blocks", low=1)
+    model_dim: int = option(512, "MODEL_DIM", "width of the residual stream", low=1)
+    num_heads: int = option(8, "NUM_HEADS", "query heads", low=1)
+    num_kv_heads: int = option(4, "NUM_KV_HEADS", "key and value heads; divides num_heads", low=1)
+    mlp_mult: float = option(2.0, "MLP_MULT", "mlp hidden size / model_dim", low=0)
+    mlp: str = option("square", "", "activation of the mlp", choices=("square", "swiglu", "gelu"))
+    leaky_slope: float = option(0.0, "LEAKY_SLOPE", "square is max(x, slope * x)^2; 0: ReLU^2")
+    biases: str = option("none", "", "which Linears have a bias", choices=("none", "outputs", "all"))
+    norm: str = option("rms", "", "of block inputs and output", choices=("rms", "rms_gain", "layer"))
+    norm_eps: float = option(0.0, "", "of these norms; 0: the dtype's", low=0)
+    final_norm: bool = option(True, "", "normalise what the head reads")
+    embed_norm: bool = option(True, "", "RMS-normalise the embedding")
+    qk_norm: bool = option(True, "", "RMS-normalise queries and keys, with a gain a query head")
+    channel_scales: bool = option(True, "", "scales a channel on stream, embedding, attention and mlp")
+    value_residual: bool = option(False, "", "blend the first layer's values into all others")
+    dropout: float = option(0.0, "", "of attention's output, in training", low=0, high=0.99)
+    attn_window: int = option(0, "", "tokens back that window_layers see", low=0)
+    window_layers: tuple = option((), "", "layers with windowed attention")
+    attn_in_document: bool = option(False, "", "attention stays in the token's document")
+    context_axis: str = option("time", "", "what context_ratio compresses", choices=("time", "features"))
+    context_ratio: int = option(0, "", "tokens a chunk, or factor of the features; 0: full attention", low=0)
+    context_ratio_min: int = option(2, "", "where compression is least", low=1)
+    context_keep: int = option(2, "", "chunks, or layers, at either end that stay exact", low=1)
+    tie_embeddings: bool = option(True, "TIE_EMBEDDINGS", "output head = token embedding")
+    vocab_pad: int = option(0, "", "rows of the token tables beyond the tokenizer's entries", low=0)
+    embed_dim: int = option(0, "", "width of a factorised embedding; 0: model_dim", low=0)
+    embed_init_std: float = option(0.005, "TIED_EMBED_INIT_STD", "of the initial tied embedding", low=0)
+    untied_embed_init_std: float = option(1.0, "", "of the initial untied embedding", low=0)
+    embed_proj_init_std: float = option(0.02, "", "of a factorised embedding's projection", low=0)
+    positions: str = option("heads", "", "where RoPE turns", choices=tuple(POSITIONS))
+    rope_base: float = option(10_000.0, "ROPE_BASE", "RoPE base", low=1)
+    q_gain_init: float = option(1.5, "QK_GAIN_INIT", "initial gain of the normalised queries")
+    rope_dims: int = option(0, "ROPE_DIMS", "rotated dimensions of a head; 0: all", low=0)
+    rope_ref_len: int = option(0, "", "NTK-scale the RoPE base for longer rows; 0: never", low=0)
+    init: str = option("default", "", "of the matrices", choices=("default", "orthogonal", "normal"))
+    init_std: float = option(0.02, "", "of normal init", low=0)
+    out_init: str = option(
+        "zero", "", "of output projections; depth: / sqrt(2 num_layers)", choices=tuple(OUT_INITS)
+    )
+    unet_skips: bool = option(True, "", "add first-half outputs to second-half inputs, last to first")
+    skip_gates: bool = option(False, "SKIP_GATES_ENABLED", "blend skips in by a sigmoid gate a channel")
+    ln_scale: bool = option(False, "LN_SCALE", "scale normed inputs of block l by 1 / sqrt(l + 1)")
+    xsa_last: int = option(0, "XSA_LAST_N", "exclusive self-attention in the last so many layers", low=0)
+    attn_gate: str = option("none", "", "gate of heads' outputs", choices=("none", "out", "sparse", "dense"))
+    smear: str = option("none", "", "mix in the previous token", choices=("none", "gated", "channel"))
+    bigram_buckets: int = option(0, "BIGRAM_VOCAB_SIZE", "rows of the hashed bigram table; 0: none", low=0)
+    bigram_dim: int = option(128, "BIGRAM_DIM", "width of the hashed bigram table", low=1)
+    bigram_proj_scale: float = option(1.0, "", "factor of the bigram projection's initial weights", low=0)
+    value_embed_layers: tuple = option((), "VE_LAYERS", "layers whose values get a token embedding")
+    value_embed_dim: int = option(128, "VE_DIM", "width of the value embedding", low=1)
+    recur_layers: tuple = option((), "", "first and last layer of the recurrent segment; empty: none")
+    recur_passes: int = option(1, "", "runs of that segment when recurrence is fully on", low=1)
+    recur_skips: str = option(
+        "all_visits", "", "visits that skips join", choices=("all_visits", "first_pass")
+    )
+    parallel: str = option("none", "", "attention and mlp side by side", choices=("none", "gptj", "two_lane"))
+    parallel_start: int = option(0, "PARALLEL_START_LAYER", "first layer that is parallel", low=0)
+    logit_softcap: float = option(30.0, "LOGIT_SOFTCAP", "cap * tanh(logits / cap); 0: none", low=0)
+    asymmetric_softcap: bool = option(False, "", "learned caps of positive and of negative logits")
+    checkpoint_every: int = option(0, "", "recompute every n-th visit in backward; 0: none", low=0)
+    compute_dtype: str = option("auto", "", "of activations and matrix products", choices=("auto", *DTYPES))
+    fp8: str = option(
+        "off", "", "8-bit products in training; emulate: anywhere", choices=("off", "emulate", "gemm")
+    )
+    fp8_margin: int = option(0, "", "octaves of headroom of their scales", low=0)
+    fp8_history: int = option(16, "", "steps whose amax their scales remember", low=1)
+    fp8_amax: str = option("max", "", "which amax of the history", choices=("max", "most_recent"))
+    fp8_calibration_steps: int = option(0, "", "first steps without them, which only record", low=0)
+    fp8_lr_mul: float = option(1.0, "", "factor of every learning rate with them", low=0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Learning rates and decays by group (see PARAM_RULES), Muon and AdamW."""
+
+    matrix_optimizer: str = option("muon", "", "of the block matrices", choices=("muon", "adamw"))
+    matrix_lr: float = option(0.04, "MATRIX_LR", "Muon learning rate of the block matrices", low=0)
+    embed_lr: float = option(0.6, "EMBED_LR", "AdamW learning rate of an untied embedding", low=0)
+    tied_embed_lr: float = option(0.05, "TIED_EMBED_LR", "AdamW learning rate of a tied embedding", low=0)
+    head_lr: float = option(0.008, "HEAD_LR", "AdamW learning rate of an untied head", low=0)
+    scalar_lr: float = option(0.04, "SCALAR_LR", "AdamW learning rate of gains, scales and gates", low=0)
+    matrix_weight_decay: float = option(0.0, "MUON_WD", "decoupled decay of the block matrices", low=0)
+    embed_weight_decay: float = option(0.0, "EMBED_WD", "decoupled decay of embedding and head", low=0)
+    scalar_weight_decay: float = option(0.0, "ADAM_WD", "decoupled decay of gains, scales, gates", low=0)
+    muon_momentum: float = option(0.95, "MUON_MOMENTUM", "Muon momentum after its warm-up", low=0, high=1)
+    muon_momentum_warmup_start: float = option(0.85, "MUON_MOMENTUM_WARMUP_START", "at step 0", low=0, high=1)
+    muon_momentum_warmup_steps: int = option(500, "MUON_MOMENTUM_WARMUP_STEPS", "of the warm-up", low=0)
+    bigram_proj: str = option("muon", "", "optimizer of the bigram projection", choices=("muon", "adamw"))
+    num_ns_steps: int = option(5, "MUON_BACKEND_STEPS", "Newton-Schulz iterations", low=1)
+    ns_table: str = option("classic", "", "coefficients of the iterations", choices=tuple(NS_TABLES))
+    row_norm: bool = option(False, "MUON_ROW_NORMALIZE", "normalise update rows before them (MuonEq-R)")
+    normuon_beta2: float = option(0.0, "", "of row scales after them (NorMuon); 0: off", low=0, high=1)
+    decay_taper_start: float = option(1.0, "", "progress where the matrices' decay starts to fall", high=1)
+    decay_taper_end: float = option(0.5, "", "its factor at the end", low=0, high=1)
+    beta1: float = option(0.9, "BETA1", "AdamW beta1", low=0, high=1)
+    beta2: float = option(0.95, "BETA2", "AdamW beta2", low=0, high=1)
+    adam_eps: float = option(1e-8, "ADAM_EPS", "AdamW epsilon", low=0)
+    grad_clip_norm: float = option(0.0, "GRAD_CLIP_NORM", "of the reduced gradient, global; 0: off", low=0)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate, depth and shape of the steps over the run."""
+
+    shape: str = option("warmdown", "", "of the learning rate", choices=("warmdown", "cosine"))
+    lr_warmup_iters: int = option(0, "", "steps over which it rises from 0", low=0)
+    lr_hold_iters: int = option(1, "", "steps for which the cosine is held", low=1)
+    warmdown_iters: int = option(1200, "WARMDOWN_ITERS", "linear decay over so many steps' time", low=0)
+    warmdown_frac: float = option(0.0, "WARMDOWN_FRAC", "decay over this fraction instead", low=0, high=1)
+    min_lr_frac: float = option(0.0, "MIN_LR", "floor of the decay", low=0, high=1)
+    recur_start_fracs: tuple = option((), "", "progress at which each further pass is switched on")
+    stages: tuple = option(
+        (), "", "start:seq_len:batch_tokens:micro_batches:lr_mul:grad_clip_norm,...; start < 1 is progress"
+    )
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """Weight averaging: one of the two, or none."""
+
+    ema_decay: float = option(0.0, "EMA_DECAY", "exponential moving average; 0: off", low=0, high=0.999999)
+    swa_every: int = option(0, "SWA_EVERY", "steps between snapshots of a plain average; 0: off", low=0)
+    swa_below: float = option(0.5, "SWA_START_FRAC", "snapshots while the lr factor is below", low=0, high=1)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How weights are stored and how many bytes they may take."""
+
+    method: str = option("round", "", "how matrices become codes", choices=METHODS)
+    matrix_bits: int = option(8, "", "of the block matrices' codes, one scale a row", low=1, high=8)
+    embed_bits: int = option(8, "", "of the embedding's and head's codes", low=1, high=8)
+    mlp_bits: int = option(0, "", "of the mlps' codes; 0: matrix_bits", low=0, high=8)
+    clip_rule: str = option("quantile", "", "of a row's largest code", choices=tuple(CLIP_RULES))
+    matrix_clip: float = option(0.9999984, "", "the rule's number for block matrices", low=0)
+    embed_clip: float = option(0.9999984, "", "the rule's number for embedding and head", low=0)
+    mlp_clip: float = option(0.0, "", "the rule's number for the mlps; 0: matrix_clip", low=0)
+    step: float = option(0.4, "", "water_fill: steps of the median matrix, in deviations", low=1e-3, high=8)
+    target_bytes: int = option(0, "", "code + artifact: water_fill fits step, gptq bits; 0: free", low=0)
+    awq_group_cols: int = option(0, "", "gptq: columns of a matrix with steps a quarter as large", low=0)
+    repair_rank: int = option(0, "", "of products added to the worst matrices (LQER); 0: none", low=0)
+    repair_top: int = option(3, "", "how many matrices are repaired", low=0)
+    repair_bits: int = option(4, "", "of the products' codes", low=2, high=8)
+    repair_outputs: bool = option(True, "", "gptq: repair the outputs' error, not the weights'")
+    rate_weight: float = option(0.0, "", "water_fill: price of bits in rounding, 1: all of it", low=0)
+    qat_start: float = option(1.0, "", "progress from which gradients see stored weights", low=0, high=1)
+    qat_sharpness: float = option(0.0, "", "of their soft stairs; 0: straight-through", low=0)
+    damping: float = option(0.01, "", "of Hessians, a fraction of the mean diagonal", low=0)
+    calib_batches: int = option(16, "", "training micro-batches that Hessians are taken from", low=1)
+    reserve_seconds: float = option(0.0, "", "of the clock that training leaves for calibration", low=0)
+    float16_numel: int = option(65_536, "", "matrices of at most so many elements stay float16", low=0)
+    float16_names: str = option("", "", "patterns, with commas between, of others that stay float16")
+    scale_floor: bool = option(True, "", "scales are at least 1 / largest code (contest's baseline)")
+    codec: str = option(
+        "zlib", "", "of the artifact's streams; rans: formats/codes.py", choices=(*STREAM_CODECS, "rans")
+    )
+    limit_bytes: int = option(LIMIT_BYTES, "", "most bytes of code + artifact", low=0)
+    code_wrap: str = option("brotli", "", "of the packed code", choices=("brotli", "lzma", "mix", "none"))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How the artifact is scored and how long that may take."""
+
+    mode: str = option("chunked", "", "windows and adaptation of the scorer", choices=EVAL_MODES)
+    context_len: int = option(0, "", "tokens a window may see; 0: data.seq_len", low=0)
+    stride: int = option(64, "EVAL_STRIDE", "targets a sliding window scores", low=1)
+    keep_tail: bool = option(False, "", "score the targets past the last whole window too")
+    tail_legacy: bool = option(False, "", "systems B, C: the last targets count many times; invalid")
+    deadline_s: float = option(0.0, "", "end adaptation so that scoring takes at most this; 0: never", low=0)
+    tilt_online: float = option(0.0, "", "strength of hints from the text scored so far, times share", low=0)
+    tilt_static_entries: int = option(0, "", "most n-grams of training text in the artifact; 0: none", low=0)
+    tilt_static_lengths: tuple = option((3,), "", "tokens of their prefixes")
+    tilt_static_strength: float = option(1.0, "", "strength of their hints", low=0)
+    tilt_static_tokens: int = option(10_000_000, "", "training tokens that they are counted on", low=2)
+    tilt_legacy: bool = option(False, "", "system B: they guess the token just seen; the score is invalid")
+    fit_scales: bool = option(False, "", "scale logits by sign, fitted to training text after training")
+    sgd_lr: float = option(0.005, "TTT_LR", "learning rate of sgd-ttt and of phases", low=0)
+    sgd_momentum: float = option(0.9, "TTT_MOMENTUM", "their momentum", low=0, high=1)
+    sgd_epochs: int = option(3, "TTT_EPOCHS", "their passes over a scored chunk", low=1)
+    sgd_chunk_tokens: int = option(32_768, "TTT_CHUNK_TOKENS", "targets scored, then trained on", low=1)
+    sgd_batch_seqs: int = option(32, "", "rows of a step, all ranks together", low=1)
+    sgd_clip_norm: float = option(1.0, "TTT_GRAD_CLIP", "largest gradient norm; 0: any", low=0)
+    sgd_freeze_blocks: int = option(0, "TTT_FREEZE_BLOCKS", "first blocks that keep their weights", low=0)
+    lora_rank: int = option(80, "TTT_LORA_RANK", "rank of a document's adapters; 0: none", low=0)
+    lora_alpha: float = option(144.0, "TTT_LORA_ALPHA", "adapters are scaled by alpha / rank", low=0)
+    lora_sites: str = option("q,k,v,o,mlp,head", "", "where adapters go: of q, k, v, o, mlp, head")
+    lora_lr: float = option(1e-4, "TTT_LORA_LR", "AdamW learning rate of adapters", low=0)
+    lora_beta2: float = option(0.99, "TTT_BETA2", "AdamW beta2 of adapters (beta1 is 0)", low=0, high=1)
+    lora_weight_decay: float = option(0.5, "TTT_WEIGHT_DECAY", "weight decay of adapters", low=0)
+    lora_chunk_tokens: int = option(48, "TTT_CHUNK_SIZE", "targets of a document between updates", low=1)
+    lora_short_chunks: tuple = option((), "", "length:chunk rows for documents up to a length, rising")
+    lora_batch_docs: int = option(64, "TTT_BATCH_SIZE", "most documents adapted side by side", low=1)
+    lora_warm_lanes: int = option(0, "", "batch i starts from batch i - n's mean A; 0: noise", low=0)
+    lora_max_doc_tokens: int = option(0, "", "longer documents are cut; 0: never", low=0)
+    lora_seed: int = option(0, "", "of the adapters' first values", low=0)
+    phase_docs: int = option(2500, "PHASED_TTT_PREFIX_DOCS", "documents before the last SGD phase", low=0)
+    phase_count: int = option(1, "PHASED_TTT_NUM_PHASES", "SGD phases", low=1)
+    limit_seconds: float = option(600.0, "", "scoring time budget", low=0)
+    limit_text_bytes: int = option(0, "", "budget and deadline are for so many, in proportion; 0: any", low=0)
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """What a run shows and keeps on its way. Part of the recipe, so that a packed program leaves it out."""
+
+    tensorboard: bool = option(False, "", "write TensorBoard events: tensorboard --logdir runs")
+    keep_checkpoints: int = option(0, "", "numbered checkpoints to keep, the best of them; 0: none", low=0)
+    sample_every: int = option(0, "", "steps between printed samples; 0: none", low=0)
+    sample_tokens: int = option(64, "", "most tokens of a sample", low=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    average: AverageConfig = AverageConfig()
+    quant: QuantConfig = QuantConfig()
+    eval: EvalConfig = EvalConfig()
+    watch: WatchConfig = WatchConfig()
+
+
+# Live fields that say where somebody keeps things: they stay out of what is packed and weighed.
+PLACE_FIELDS = ("run.run_id", "run.out_dir", "data.data_path", "data.tokenizer_path")
+
+
+class Stage(NamedTuple):
+    """A row of the curriculum: shape and rates of the steps from `start` on."""
+
+    start: float  # a step, or below 1 a fraction of the run
+    seq_len: int
+    batch_tokens: int
+    micro_batches: int
+    lr_mul: float = 1.0
+    grad_clip_norm: float = 0.0
+
+
+def stages_of(cfg: Config) -> list[Stage]:
+    """List the curriculum; without one, the only stage is that of the data section."""
+    data = cfg.data
+    if not cfg.schedule.stages:
+        return [Stage(0, data.seq_len, data.batch_tokens, data.micro_batches, 1.0, cfg.optim.grad_clip_norm)]
+    for row in cfg.schedule.stages:
+        if not isinstance(row, tuple) or len(row) != len(Stage._fields) or min(row[1:4]) < 1:
+            raise UserError(f"schedule.stages: expected rows of {', '.join(Stage._fields)}, found {row}.")
+    return [Stage(*row) for row in cfg.schedule.stages]
+
+
+class Environment(NamedTuple):
+    """What is read from the process environment: config overrides and the rank layout of torchrun."""
+
+    overrides: dict[str, str]  # "section.key" -> text
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def read_environment() -> Environment:
+    """Read the environment: the one place that does."""
+    layout = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
+    numbers = {key: int(os.environ[env]) for key, env in layout.items() if env in os.environ}
+    fixed = {name: os.environ[name] for name in PACKED_ENVIRONMENT.split() if name in os.environ}
+    return Environment(environment_values(Config, os.environ) | fixed, **numbers)
+
+
+def load_config(recipe_path: str | None, environment: dict[str, str], overrides: list[str]) -> Config:
+    """Resolve a config: defaults < recipe < environment < "section.key=value" overrides; then check it.
+
+    A packed program has the recipe's values as its defaults, and only live fields.
+    """
+    changes = parse_overrides(overrides)
+    if PACKED_RECIPE is not None:
+        free = config_fields(Config)
+        for name in (*environment, *changes):
+            if name not in free:
+                raise UserError(
+                    f"{name} is fixed in this packed program, or unknown; free are {', '.join(free)}. For "
+                    "the rest change the recipe and pack it again."
+                )
+    cfg = with_values(Config(), read_recipe(recipe_path), recipe_path) if recipe_path else Config()
+    cfg = with_values(cfg, environment, "environment")
+    cfg = with_values(cfg, changes, "command line")
+    check_config(cfg)
+    return cfg
+
+
+def fixed_recipe(cfg: Config) -> dict[str, dict]:
+    """Return {section: {key: value}} of what a recipe fixes to other values than the defaults.
+
+    A packed program has it as data.
+    """
+    return changed_recipe(cfg) if PACKED_RECIPE is None else PACKED_RECIPE
+
+
+def fixed_hash(cfg: Config) -> str:
+    """Hash what a recipe changes; a packed program has it as data."""
+    return recipe_hash(fixed_recipe(cfg))
+
+
+def whole_recipe(cfg: Config) -> dict[str, dict]:
+    """Return {section: {key: value}} of all fields."""
+    fixed, rest = fixed_recipe(cfg), recipe_of(cfg, live=True)
+    return {section: fixed.get(section, {}) | rest.get(section, {}) for section in {**rest, **fixed}}
+
+
+def check_config(cfg: Config) -> None:
+    """Raise naming field, value and constraint when settings cannot work together (formats/rules.py)."""
+    check_ranges(cfg)
+    rules = clock_rules(cfg)
+    if PACKED_RECIPE is None:  # a packed program's other fields passed when it was packed
+        rules = [*model_rules(cfg), *stage_rules(cfg, stages_of(cfg)), *storage_rules(cfg), *rules]
+    for name, holds, constraint in rules:
+        if not holds:
+            raise UserError(f"{name}={config_value(cfg, name)} {constraint}.")
+
+
+def only_live(cfg: Config) -> Config:
+    """Return the defaults with the live fields (paths, clock, device) of cfg."""
+    fields = config_fields(Config)
+    live = {name: config_value(cfg, name) for name, item in fields.items() if item.metadata["live"]}
+    return with_values(Config(), live, "live fields")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3 ranks, clock, log
+# ----------------------------------------------------------------------------------------------------------
+# All talk between processes goes through Ranks. There is one training clock, rank 0's, and every decision
+# that depends on time reads it, so ranks agree by construction.
+
+
+class Ranks:
+    """The processes of a run: one a GPU with nccl, or plain CPU processes with gloo."""
+
+    def __init__(self, environment: Environment, device: str):
+        self.rank, self.world_size = environment.rank, environment.world_size
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                "run.device=cuda: expected a CUDA device, found none. Use run.device=auto or cpu."
+            )
+        use_cuda = device != "cpu" and torch.cuda.is_available()
+        if use_cuda and environment.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"expected a GPU for each process, found {torch.cuda.device_count()} for local rank "
+                f"{environment.local_rank}. Lower --nproc_per_node."
+            )
+        self.device = torch.device("cuda", environment.local_rank) if use_cuda else torch.device("cpu")
+        if use_cuda:
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            # Ranks wait for rank 0 while it quantizes and compresses: longer than the default ten minutes.
+            settings = {"backend": "nccl" if use_cuda else "gloo", "timeout": timedelta(hours=1)}
+            dist.init_process_group(**settings, device_id=self.device if use_cuda else None)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and lines."""
+        return self.rank == 0
+
+    def agree(self, value: float) -> float:
+        """Return rank 0's value on every rank."""
+        if self.world_size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(box, src=0)
+        return float(box.item())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor over all ranks, in place."""
+        if self.world_size > 1:
+            on_device = tensor.to(self.device)
+            dist.all_reduce(on_device)
+            tensor.copy_(on_device)
+        return tensor
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Average tensors over all ranks in place, as one message."""
+        if self.world_size > 1 and tensors:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(flat)
+            flat *= 1 / self.world_size
+            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(part.view_as(tensor))
+
+    def start_scatter_average(self, stack: Tensor) -> Pending:
+        """Begin to average a (world * n, ...) stack over ranks; this rank will get its (n, ...) share."""
+        if self.world_size == 1:
+            return Pending(stack)
+        share = stack.new_empty(stack.shape[0] // self.world_size, *stack.shape[1:])
+        work = dist.reduce_scatter_tensor(share, stack, async_op=True)
+        return Pending(share, work, 1 / self.world_size, stack)
+
+    def start_gather(self, share: Tensor) -> Pending:
+        """Begin to concatenate every rank's (n, ...) share into (world * n, ...)."""
+        if self.world_size == 1:
+            return Pending(share)
+        share = share.contiguous()  # NCCL refuses transposed views
+        stack = share.new_empty(share.shape[0] * self.world_size, *share.shape[1:])
+        return Pending(stack, dist.all_gather_into_tensor(stack, share, async_op=True), source=share)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait for this rank's device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Leave the process group, all ranks together."""
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves early takes its connections from the others
+            dist.destroy_process_group()
+
+    def peak_memory_mib(self) -> int:
+        """Most memory used so far: the device's, or the process's on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) >> 20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+    def reserved_memory_mib(self) -> int:
+        """Most device memory held by the allocator; on a CPU the process's peak."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.max_memory_reserved(self.device) >> 20 if on_gpu else self.peak_memory_mib()
+
+
+class KeepingRanks(Ranks):
+    """Ranks that keep the last sum: after a scoring the costs of all targets, (N,) nats."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        self.kept = super().sum(tensor)
+        return self.kept
+
+
+class Clock:
+    """The training clock in milliseconds: rank 0's, the same on every rank, stopped while validating."""
+
+    def __init__(self, ranks: Ranks, total_ms: float = 0.0):
+        self.ranks = ranks
+        self.total_ms = total_ms
+        self.started = 0.0
+
+    def start(self) -> None:
+        """Let the time run."""
+        self.ranks.synchronize()
+        self.started = time.perf_counter()
+
+    def read_ms(self) -> float:
+        """Return rank 0's training time so far, after what the device has been given is done."""
+        self.ranks.synchronize()
+        return self.ranks.agree(self.total_ms + 1000.0 * (time.perf_counter() - self.started))
+
+    def stop(self) -> float:
+        """Stop the time and return it."""
+        self.total_ms = self.read_ms()
+        return self.total_ms
+
+
+class Log:
+    """The run's log: lines for people and the contest's patterns, events for programs. Rank 0 writes."""
+
+    def __init__(self, folder: Path, is_main: bool, tensorboard: bool = False):
+        self.folder = folder
+        self.is_main = is_main
+        self.tensorboard = tensorboard
+
+    def line(self, text: str, console: bool = True) -> None:
+        """Write a line to train.log and, unless told otherwise, to standard output; nothing if empty."""
+        if self.is_main and text:
+            if console:
+                print(text, flush=True)
+            with open(self.folder / "train.log", "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def event(self, **values) -> None:
+        """Append one JSON object to metrics.jsonl."""
+        if self.is_main:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+            if self.tensorboard:
+                append_scalars(self.folder / EVENTS_NAME, time.time(), values)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4 data
+# ----------------------------------------------------------------------------------------------------------
+# data/loader.py deals a step's micro-batches to the ranks, so any number of them sees the same global batch.
+
+
+class Batch(NamedTuple):
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64: the next tokens
+    starts_doc: Tensor  # (B, T) bool: nothing before this token belongs to its text
+
+
+def open_loader(cfg: Config, bos_id: int) -> TokenLoader:
+    """Open the training shards in the order that data.loader names; refuses data smaller than a step."""
+    settings = LoaderSettings(cfg.data.loader, cfg.data.vocab_size, bos_id, cfg.run.seed)
+    loader = make_loader(Path(cfg.data.data_path) / TRAIN_GLOB, settings)
+    for stage in stages_of(cfg):
+        loader.check_step(stage.seq_len, stage.batch_tokens)
+    return loader
+
+
+def next_batch(loader: TokenLoader, stage: Stage, ranks: Ranks) -> Batch:
+    """Take the next micro-batch of every rank and put this rank's on its device."""
+    num_tokens = stage.batch_tokens // stage.micro_batches
+    rows = loader.take(stage.seq_len, num_tokens, ranks.rank, ranks.world_size)
+    return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=True) for part in rows))
+
+
+def tokenizer_of(cfg: DataConfig) -> TokenCodec:
+    """Open the tokenizer that a config names."""
+    return load_codec(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
+
+
+def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "") -> ValidationText:
+    """Load all validation shards, or the chosen ones; refuses another tokenizer than the one of this hash."""
+    return read_validation(cfg, tokenizer_of(cfg), chosen, tokenizer_sha256)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5 model
+# ----------------------------------------------------------------------------------------------------------
+# Weights are float32 masters; CastLinear casts them to the activations' dtype at the product. Training,
+# validation and scoring call the same GPT.forward; layer_plan says as data which block runs when and how.
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide by the root mean square over the last dimension; no gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Norm(nn.Module):
+    """Normalise the last dimension as cfg.norm says: rms has no weights, layer a bias too."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.kind, self.eps = cfg.norm, cfg.norm_eps or None
+        if self.kind != "rms":
+            self.gain = nn.Parameter(torch.ones(cfg.model_dim))
+        if self.kind == "layer":
+            self.bias = nn.Parameter(torch.zeros(cfg.model_dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        if self.kind == "layer":
+            return F.layer_norm(x, (x.size(-1),), self.gain.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        gain = self.gain.to(x.dtype) if self.kind == "rms_gain" else None
+        return F.rms_norm(x, (x.size(-1),), gain, self.eps)
+
+
+class CastLinear(nn.Linear):
+    """A Linear whose float32 weight and bias are cast to the input's dtype; adaptive scoring adds to it."""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = False):
+        super().__init__(in_dim, out_dim, bias=bias)
+        self.adapter: nn.Module | None = None  # attached by eval/adaptive.py while it scores, else None
+        self.fp8: Callable | None = None  # attached by attach_fp8: the product in training
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.fp8 is not None and self.training:
+            y = self.fp8(x, self.weight)
+            return y if bias is None else y + bias
+        y = F.linear(x, self.weight.to(x.dtype), bias)
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+def rope_base_at(cfg: ModelConfig, seq_len: int) -> float:
+    """Return the RoPE base for rows of seq_len tokens: NTK-scaled beyond rope_ref_len.
+
+    base * (T / T_ref)^(d / (d - 2)) for d rotated dimensions; below or without a reference, the base.
+    """
+    dims = rope_dims(cfg)
+    if not cfg.rope_ref_len or seq_len <= cfg.rope_ref_len:
+        return cfg.rope_base
+    return cfg.rope_base * (seq_len / cfg.rope_ref_len) ** (dims / (dims - 2))
+
+
+def rope_dims(cfg: ModelConfig) -> int:
+    """Return how many of a head's dimensions are rotated."""
+    return cfg.rope_dims or cfg.model_dim // cfg.num_heads
+
+
+def rope_tables(seq_len: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of position * base^(-2i / dims), each (T, 1, dims / 2), in the dtype of `like`."""
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=like.device) / dims
+    positions = torch.arange(seq_len, dtype=torch.float32, device=like.device)
+    angles = torch.outer(positions, 1.0 / base**exponents)[:, None, :]
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply RoPE to the first d dimensions of (B, T, H, K), those of the tables; pairs are (i, i + d / 2).
+
+    The tables may be longer: x holds the last of their positions.
+    """
+    cos, sin = (table[-x.size(1) :] for table in rope)
+    half = cos.size(-1)
+    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def rotate_interleaved(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn pairs (i, i + K / 2) of (B, T, H, K) by the angles of pairs (2i, 2i + 1), as system A does."""
+    cos, sin = (table.repeat_interleave(2, dim=-1) for table in rope)
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Shared(NamedTuple):
+    """What all block visits of one forward pass read."""
+
+    embedded: Tensor  # (B, T, D)
+    rope: tuple[Tensor, Tensor] | None  # of queries and keys: cos and sin, (T, 1, d / 2)
+    masks: dict[tuple[int, int], AttentionMask]  # (window, first query) -> what queries may see
+    extra_values: dict[int, Tensor]  # layer -> (B, T, G * K), added to its values
+
+
+def subtract_self_value(y: Tensor, v: Tensor) -> Tensor:
+    """Take out of each head's output its part along the position's own value (XSA, arXiv 2603.09078).
+
+    y <- y - (y . v^) v^ with v^ = v / |v|, for y (B, T, H, K) and v (B, T, G, K); G divides H.
+    """
+    direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
+    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H / G, K)
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+
+
+class AttnGate(nn.Module):
+    """Scale each head's output by a gate that reads the block's normed input.
+
+    out: 2 sigmoid(W x[:12]), sparse: sigmoid(W x[:12] / 2), dense: sigmoid(W x). W starts at zero except in
+    the dense form (N(0, 0.005^2)): the first is the identity then, the others halve.
+    """
+
+    WIDTH = 12
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.kind = cfg.attn_gate
+        self.gate = CastLinear(cfg.model_dim if self.kind == "dense" else self.WIDTH, cfg.num_heads)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # (B, T, D), (B, T, H, K)
+        scale, slope = {"out": (2.0, 1.0), "sparse": (1.0, 0.5), "dense": (1.0, 1.0)}[self.kind]
+        score = self.gate(x[..., : self.gate.in_features].contiguous())  # (B, T, H)
+        return y * (scale * torch.sigmoid(slope * score)).unsqueeze(-1)
+
+
+def context_rule(cfg: ModelConfig) -> ContextRule:
+    """Return how attention compresses the context."""
+    return ContextRule(cfg.context_ratio, cfg.context_ratio_min, cfg.context_keep)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention; qk_norm RMS-normalises queries and keys and gives each query head a gain."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.cfg = cfg
+        self.layer = layer
+        self.head_dim = cfg.model_dim // cfg.num_heads
+        kv_dim = cfg.num_kv_heads * self.head_dim
+        self.q = CastLinear(cfg.model_dim, cfg.model_dim, cfg.biases == "all")
+        self.k = CastLinear(cfg.model_dim, kv_dim, cfg.biases == "all")
+        self.v = CastLinear(cfg.model_dim, kv_dim, cfg.biases == "all")
+        self.out = CastLinear(cfg.model_dim, cfg.model_dim, cfg.biases != "none")
+        if cfg.qk_norm:
+            self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.q_gain_init))
+        if cfg.value_residual and layer > 0:
+            self.value_mix = nn.Parameter(torch.zeros(()))
+        self.xsa = cfg.xsa_last > 0 and layer >= cfg.num_layers - cfg.xsa_last
+        self.window = cfg.attn_window if layer in cfg.window_layers else 0
+        self.attn_gate = AttnGate(cfg) if cfg.attn_gate != "none" else None
+        if cfg.context_ratio and cfg.context_axis == "features":  # a constant: neither weight nor buffer
+            self.projection = feature_projection(context_rule(cfg), layer, cfg.num_layers, self.head_dim)
+
+    def queries_and_keys(self, x: Tensor, shared: Shared, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Project, normalise and rotate: (B, T - first, H, K) and (B, T, G, K)."""
+        q, k = self.q(x[:, first:]), self.k(x)
+        if POSITIONS[self.cfg.positions][1] == "width":  # one head as wide as the model
+            q, k = (rotate(part.unsqueeze(2), shared.rope).squeeze(2) for part in (q, k))
+        q, k = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
+        if self.cfg.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if POSITIONS[self.cfg.positions][1] == "head":
+            q, k = rotate(q, shared.rope), rotate(k, shared.rope)
+        return (q * self.q_gain.to(x.dtype)[:, None] if self.cfg.qk_norm else q), k
+
+    def forward(
+        self, x: Tensor, shared: Shared, first_value: Tensor | None, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output of positions from `first` on, (B, T - first, D), and all values (B, T, G, K)."""
+        q, k = self.queries_and_keys(x, shared, first)
+        v = self.v(x)
+        if self.cfg.value_embed_layers and self.layer in shared.extra_values:
+            v = v + shared.extra_values[self.layer]
+        v = v.unflatten(-1, (-1, self.head_dim))
+        if self.cfg.value_residual and self.layer > 0:
+            v = torch.lerp(v, first_value, self.value_mix.to(x.dtype))
+        if self.cfg.context_ratio and self.cfg.context_axis == "time":
+            y = attend_compressed(q, k, v, context_rule(self.cfg))
+        elif self.cfg.context_ratio:
+            projection = self.projection.to(q)
+            y = attend(q @ projection, k, v @ projection, shared.masks[self.window, first])
+        else:
+            y = attend(q, k, v, shared.masks[self.window, first])
+        if self.xsa:
+            y = subtract_self_value(y, v[:, first:])
+        if self.attn_gate is not None:
+            y = self.attn_gate(x[:, first:], y)
+        return self.out(y.flatten(2)), v
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))); swiglu packs value and gate into up, in this order."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        hidden_dim = round(cfg.mlp_mult * cfg.model_dim)
+        self.kind, self.slope = cfg.mlp, cfg.leaky_slope
+        self.up = CastLinear(
+            cfg.model_dim, hidden_dim * (2 if cfg.mlp == "swiglu" else 1), cfg.biases == "all"
+        )
+        self.down = CastLinear(hidden_dim, cfg.model_dim, cfg.biases != "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)  # (B, T, F), swiglu (B, T, 2F)
+        if self.kind == "swiglu":
+            value, gate = h.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.gelu(h) if self.kind == "gelu" else F.leaky_relu(h, self.slope).square())
+
+
+class Step(NamedTuple):
+    """One visit of a block in the forward pass."""
+
+    layer: int
+    push: bool = False  # keep the output for a later skip
+    pop: int | None = None  # row of skip_weights that scales the newest kept output, added before the block
+    kind: str = "serial"  # serial | gptj | two_lane
+    first: int = 0  # positions before it give keys and values only: nobody reads their output
+
+
+class Lanes(NamedTuple):
+    """The residual stream: one lane, or one for attention and one for the mlp."""
+
+    attn: Tensor  # (B, T, D)
+    mlp: Tensor | None = None
+    first_value: Tensor | None = None  # (B, T, G, K) of the first visit, for value_residual
+
+
+class Block(nn.Module):
+    """Add attention and mlp to the residual stream, each from a normed input.
+
+    With channel_scales the embedding is mixed in first and every term has a learned scale a channel. A
+    parallel block feeds both from one norm; a two-lane block lets each read its own lane and write to both
+    with learned weights (lane' = keep * lane + post . (attention, mlp)).
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.cfg = cfg
+        self.attn_norm, self.attn = Norm(cfg), SelfAttention(cfg, layer)
+        self.mlp_norm, self.mlp = Norm(cfg), MLP(cfg)
+        self.norm_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
+        if cfg.channel_scales:
+            self.resid_scale = nn.Parameter(torch.ones(cfg.model_dim))
+            self.embed_mix = nn.Parameter(torch.zeros(cfg.model_dim))
+            self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
+            self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        if cfg.parallel == "two_lane":
+            self.lane_keep = nn.Parameter(torch.full((2,), 1.1))
+            self.lane_post = nn.Parameter(torch.ones(2, 2))  # (from attention | mlp, to attn | mlp lane)
+
+    def mix(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """Mix the embedding into the stream."""
+        if not self.cfg.channel_scales:
+            return x
+        return self.resid_scale.to(x.dtype) * x + self.embed_mix.to(x.dtype) * embedded
+
+    def fed(self, normed: Tensor) -> Tensor:
+        """Return the scaled output of the mlp."""
+        y = self.mlp(normed)
+        return self.mlp_scale.to(y.dtype) * y if self.cfg.channel_scales else y
+
+    def forward(self, lanes: Lanes, shared: Shared, step: Step) -> Lanes:
+        x = lanes.attn
+        mixed = self.mix(x, shared.embedded)  # (B, T, D)
+        normed = self.attn_norm(mixed) * self.norm_scale
+        attended, value = self.attn(normed, shared, lanes.first_value, step.first)
+        x, mixed, normed = (part[:, step.first :] for part in (x, mixed, normed))
+        attended = F.dropout(attended, self.cfg.dropout, self.training)
+        if self.cfg.channel_scales:
+            attended = self.attn_scale.to(x.dtype) * attended
+        first_value = None
+        if self.cfg.value_residual:
+            first_value = value if lanes.first_value is None else lanes.first_value
+        if step.kind == "serial":
+            x = mixed + attended
+            return Lanes(x + self.fed(self.mlp_norm(x) * self.norm_scale), None, first_value)
+        if step.kind == "gptj":
+            return Lanes(mixed + attended + self.fed(normed), None, first_value)
+        mlp_lane = x if lanes.mlp is None else lanes.mlp[:, step.first :]
+        fed = self.fed(self.mlp_norm(mlp_lane) * self.norm_scale)
+        keep, post = self.lane_keep.to(x.dtype), self.lane_post.to(x.dtype)
+        return Lanes(
+            keep[0] * x + post[0, 0] * attended + post[1, 0] * fed,
+            keep[1] * mlp_lane + post[0, 1] * attended + post[1, 1] * fed,
+            first_value,
+        )
+
+
+class BigramHash(nn.Module):
+    """Add a hashed embedding of the last two tokens (contest pull request 162).
+
+    bucket = (36313 t_i xor 27191 t_(i-1)) mod (num_buckets - 1); the first of a row or document takes the
+    last bucket. The table starts at zero: the module is the identity.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.table = nn.Embedding(cfg.bigram_buckets, cfg.bigram_dim)
+        self.proj = CastLinear(cfg.bigram_dim, cfg.model_dim)
+        self.strength = nn.Parameter(torch.tensor(0.05))
+
+    def buckets(self, tokens: Tensor, starts_doc: Tensor) -> Tensor:
+        """Hash (B, T) tokens to (B, T) bucket numbers; no bigram crosses a document's start."""
+        last = self.table.num_embeddings - 1
+        hashed = torch.bitwise_xor(36313 * tokens[:, 1:], 27191 * tokens[:, :-1]) % last
+        return F.pad(hashed, (1, 0), value=last).masked_fill(starts_doc, last)
+
+    def forward(self, tokens: Tensor, starts_doc: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = self.table(self.buckets(tokens, starts_doc)).to(dtype)  # (B, T, bigram_dim)
+        return self.strength.to(dtype) * self.proj(rows)
+
+
+class ValueEmbed(nn.Module):
+    """Add a token embedding of its own to the values of chosen layers (contest pull request 374)."""
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int):
+        super().__init__()
+        kv_dim = cfg.num_kv_heads * cfg.model_dim // cfg.num_heads
+        self.layers = cfg.value_embed_layers
+        self.table = nn.Embedding(vocab_size, cfg.value_embed_dim)
+        self.proj = CastLinear(cfg.value_embed_dim, kv_dim)
+        self.strength = nn.Parameter(torch.tensor(0.1))
+        self.layer_scales = nn.Parameter(torch.ones(len(self.layers)))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Return {layer: (B, T, G * K)}, what to add to each chosen layer's values."""
+        values = self.strength.to(dtype) * self.proj(self.table(tokens).to(dtype))
+        return {layer: self.layer_scales[i].to(dtype) * values for i, layer in enumerate(self.layers)}
+
+
+class ChannelSmear(nn.Module):
+    """Blend each channel with the previous position's: x <- (1 - g) x_t + g x_(t-1), g = sigmoid(gamma).
+
+    gamma starts at zero: an even mix. The first of a row, and with document starts masked the first of
+    a document, blends with zeros.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(cfg.model_dim))
+
+    def forward(self, x: Tensor, starts_doc: Tensor) -> Tensor:  # (B, T, D), (B, T) bool
+        gate = torch.sigmoid(self.gamma).to(x.dtype)
+        before = F.pad(x, (0, 0, 1, -1)).masked_fill(starts_doc.unsqueeze(-1), 0.0)
+        return x + gate * (before - x)
+
+
+class SmearGate(nn.Module):
+    """Add a gated copy of the previous position: a one-token lookback for a dozen weights."""
+
+    def __init__(self, width: int = 12):
+        super().__init__()
+        self.width = width  # channels the gate may read
+        self.gate = CastLinear(width, 1)
+        self.strength = nn.Parameter(torch.zeros(()))  # 0 at init: the module is the identity
+
+    def forward(self, x: Tensor, starts_doc: Tensor) -> Tensor:  # (B, T, D), (B, T) bool
+        gate = self.strength.to(x.dtype) * torch.sigmoid(self.gate(x[..., : self.width]))  # (B, T, 1)
+        # A document's first token has no predecessor. Unmasked, packed rows leak text between
+        # documents, which makes the score illegal.
+        gate = gate.masked_fill(starts_doc.unsqueeze(-1), 0.0)
+        return x + gate * F.pad(x, (0, 0, 1, -1))  # (B, T, D), shifted one step right
+
+
+class TiedHead(nn.Module):
+    """The product with the embedding's rows: a module, for calibration to watch and adapters to add to."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.in_features, self.out_features = in_dim, out_dim
+        self.adapter: nn.Module | None = None
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = F.linear(x, weight.to(x.dtype))
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+def visit_order(cfg: ModelConfig, passes: int) -> list[int]:
+    """List the layers in the order of their visits: recur_layers = (first, last) run `passes` times."""
+    layers = list(range(cfg.num_layers))
+    if not cfg.recur_layers:
+        return layers
+    first, last = cfg.recur_layers
+    return layers[:first] + layers[first : last + 1] * passes + layers[last + 1 :]
+
+
+def num_skips(cfg: ModelConfig) -> int:
+    """Count the U-Net skips of the longest plan: one for each visit of its first half."""
+    visits = cfg.num_layers if cfg.recur_skips == "first_pass" else len(visit_order(cfg, cfg.recur_passes))
+    return visits // 2 if cfg.unet_skips else 0
+
+
+def layer_plan(cfg: ModelConfig, passes: int = 1) -> list[Step]:
+    """List the block visits of a forward pass in order: U-Net skips join the halves, innermost first.
+
+    With recur_skips "all_visits" the halves are those of the visits; with "first_pass" those of the
+    layers, and later passes of the recurrent segment take no part.
+    """
+    order = visit_order(cfg, passes)
+    if cfg.recur_skips == "all_visits":
+        ranks = list(range(len(order)))
+    else:
+        ranks = [layer if layer not in order[:i] else None for i, layer in enumerate(order)]
+    half = (cfg.num_layers if cfg.recur_skips == "first_pass" else len(order)) // 2
+    plan = []
+    for layer, rank in zip(order, ranks):
+        joins = cfg.unet_skips and rank is not None
+        pop = rank - half if joins and half <= rank < 2 * half else None
+        kind = cfg.parallel if cfg.parallel != "none" and layer >= cfg.parallel_start else "serial"
+        plan.append(Step(layer, bool(joins and rank < half), pop, kind))
+    return plan
+
+
+class AsymmetricSoftcap(nn.Module):
+    """Cap positive and negative logits by learned caps: cap * tanh(z / cap) (contest pull request 1923)."""
+
+    def __init__(self, cap: float):
+        super().__init__()
+        self.caps = nn.Parameter(torch.full((2,), cap))  # of positive, of negative logits
+
+    def forward(self, logits: Tensor) -> Tensor:
+        positive, negative = self.caps.to(logits.dtype)
+        cap = torch.where(logits > 0, positive, negative)
+        return cap * torch.tanh(logits / cap)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. forward returns the logits, (B, T - first, V), capped where cfg says so."""
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        vocab_size: int,
+        compute_dtype: torch.dtype = torch.float32,
+        attention: str = "sdpa",
+    ):
+        super().__init__()
+        self.cfg = cfg
+        self.compute_dtype = compute_dtype
+        self.attention = attention
+        vocab_size += cfg.vocab_pad
+        self.embed = nn.Embedding(vocab_size, cfg.embed_dim or cfg.model_dim)
+        self.embed_proj = CastLinear(cfg.embed_dim, cfg.model_dim) if cfg.embed_dim else None
+        self.bigram = BigramHash(cfg) if cfg.bigram_buckets else None
+        self.value_embed = ValueEmbed(cfg, vocab_size) if cfg.value_embed_layers else None
+        smears = {"none": lambda: None, "gated": SmearGate, "channel": lambda: ChannelSmear(cfg)}
+        self.smear = smears[cfg.smear]()
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
+        if num_skips(cfg):
+            self.skip_weights = nn.Parameter(torch.ones(num_skips(cfg), cfg.model_dim))
+        if num_skips(cfg) and cfg.skip_gates:
+            self.skip_gates = nn.Parameter(torch.zeros(num_skips(cfg), cfg.model_dim))
+        self.final_norm = Norm(cfg) if cfg.final_norm else nn.Identity()
+        self.head = None if cfg.tie_embeddings else CastLinear(cfg.model_dim, vocab_size)
+        self.readout = TiedHead(cfg.embed_dim or cfg.model_dim, vocab_size) if cfg.tie_embeddings else None
+        self.softcap = AsymmetricSoftcap(cfg.logit_softcap) if cfg.asymmetric_softcap else None
+        self.aids = Aids()  # for the scorer; in the artifact beside the weights
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw matrices as cfg.init says, what writes into the stream or the logits as cfg.out_init says."""
+        cfg = self.cfg
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                if cfg.init == "orthogonal" and min(module.weight.shape) >= 64:
+                    nn.init.orthogonal_(module.weight)
+                if cfg.init == "normal":
+                    nn.init.normal_(module.weight, std=cfg.init_std)
+                if module.bias is not None:
+                    module.bias.zero_()
+        nn.init.normal_(
+            self.embed.weight, std=cfg.embed_init_std if self.head is None else cfg.untied_embed_init_std
+        )
+        if self.embed_proj is not None:
+            nn.init.normal_(self.embed_proj.weight, std=cfg.embed_proj_init_std)
+        out_scale = OUT_INITS[cfg.out_init](cfg.num_layers)
+        if self.head is not None and cfg.out_init == "zero":
+            self.head.weight.zero_()
+        for block in self.blocks:
+            block.attn.out.weight.mul_(out_scale)
+            block.mlp.down.weight.mul_(out_scale)
+            if block.attn.attn_gate is not None:
+                dense = cfg.attn_gate == "dense"
+                nn.init.normal_(block.attn.attn_gate.gate.weight, std=0.005 if dense else 0.0)
+        if self.bigram is not None:
+            self.bigram.table.weight.zero_()
+            self.bigram.proj.weight.mul_(cfg.bigram_proj_scale)
+        if self.value_embed is not None:
+            nn.init.normal_(self.value_embed.table.weight, std=0.01)
+
+    def embed_tokens(self, tokens: Tensor, starts_doc: Tensor) -> Tensor:
+        """Embed (B, T) tokens with their neighbours: what enters the first block, (B, T, D)."""
+        cfg = self.cfg
+        x = self.embed(tokens).to(self.compute_dtype)
+        if self.embed_proj is not None:
+            x = self.embed_proj(x)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, starts_doc, x.dtype)
+        if cfg.smear == "gated":
+            x = self.smear(x, starts_doc)
+        if cfg.embed_norm:
+            x = rms_norm(x)
+        if cfg.smear == "channel":
+            x = self.smear(x, starts_doc)
+        turn = POSITIONS[cfg.positions][0]
+        if turn is not None:
+            table = rope_tables(tokens.size(1), cfg.model_dim, cfg.rope_base, x)
+            turned = {"width": rotate, "interleaved": rotate_interleaved}[turn](x.unsqueeze(2), table)
+            x = turned.squeeze(2)
+        return x
+
+    def share(self, tokens: Tensor, starts_doc: Tensor, embedded: Tensor, plan: list[Step]) -> Shared:
+        """Compute once what every block visit reads."""
+        cfg, seq_len = self.cfg, tokens.size(1)
+        turned = POSITIONS[cfg.positions][1]
+        dims = {"head": rope_dims(cfg), "width": cfg.model_dim, None: 0}[turned]
+        rope = rope_tables(seq_len, dims, rope_base_at(cfg, seq_len), embedded) if turned else None
+        masks = {
+            (window, first): mask_of(
+                Reach(window, cfg.attn_in_document), starts_doc, self.attention, embedded.dtype, first
+            )
+            for window, first in sorted({(self.blocks[step.layer].attn.window, step.first) for step in plan})
+        }
+        extra_values = self.value_embed(tokens, embedded.dtype) if self.value_embed is not None else {}
+        return Shared(embedded, rope, masks, extra_values)
+
+    def join_skip(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
+        """Add a kept output with its weights, or blend it in with its sigmoid gate."""
+        skip = self.skip_weights[row].to(x.dtype) * kept
+        if self.cfg.skip_gates:
+            return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
+        return x + skip
+
+    def before_head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the head multiplies: the states, (B, T, D) or (B, T, embed_dim), and its rows."""
+        x = self.final_norm(x)
+        if self.head is not None:
+            return x, self.head.weight
+        if self.embed_proj is not None:
+            x = x @ self.embed_proj.weight.to(x.dtype)  # back to (B, T, embed_dim)
+        return x, self.embed.weight
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Turn the last hidden states, (B, T, D), into logits, (B, T, V)."""
+        x, weight = self.before_head(x)
+        logits = self.head(x) if self.head is not None else self.readout(x, weight)
+        if self.softcap is not None:
+            return self.softcap(logits)
+        cap = self.cfg.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def forward(
+        self, tokens: Tensor, starts_doc: Tensor, first: int = 0, passes: int | None = None
+    ) -> Tensor:
+        """Predict the token after each of (B, T) tokens, for positions from `first` on.
+
+        passes is how often the recurrent segment runs; None: cfg.recur_passes, as in scoring.
+        """
+        return self.predict(self.hidden(tokens, starts_doc, first, passes))
+
+    def hidden(self, tokens: Tensor, starts_doc: Tensor, first: int = 0, passes: int | None = None) -> Tensor:
+        """Return the last block's output for positions from `first` on, (B, T - first, D)."""
+        cfg = self.cfg
+        x = self.embed_tokens(tokens, starts_doc)
+        plan = layer_plan(cfg, cfg.recur_passes if passes is None else passes)
+        last = 0 if cfg.context_ratio else first  # a compressed context is made for all queries
+        plan[-1] = plan[-1]._replace(first=last)
+        shared = self.share(tokens, starts_doc, x, plan)
+        lanes, kept = Lanes(x), []
+        for visit, step in enumerate(plan):
+            if step.pop is not None:
+                lanes = lanes._replace(attn=self.join_skip(lanes.attn, kept.pop(), step.pop))
+            block = self.blocks[step.layer]
+            if self.training and cfg.checkpoint_every and visit % cfg.checkpoint_every == 0:
+                lanes = checkpoint(block, lanes, shared, step, use_reentrant=False)
+            else:
+                lanes = block(lanes, shared, step)
+            if step.push:
+                kept.append(lanes.attn)
+        if cfg.parallel == "two_lane" and lanes.mlp is not None:
+            lanes = Lanes((lanes.attn + lanes.mlp) / 2)
+        return lanes.attn[:, first - last :]
+
+
+def mean_loss(model: nn.Module, batch: Batch, passes: int | None = None) -> Tensor:
+    """Mean cross-entropy of a batch in nats, from logits in float32 or the compute dtype if that is wider."""
+    logits = model(batch.tokens, batch.starts_doc, 0, passes)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide).flatten(0, 1), batch.targets.flatten())
+
+
+def mean_loss_in_blocks(model: GPT, batch: Batch, passes: int | None = None) -> Tensor:
+    """Mean cross-entropy as mean_loss has it, without whole logits: faster on a CPU (kernels/loss.py)."""
+    x, rows = model.before_head(model.hidden(batch.tokens, batch.starts_doc, 0, passes))
+    return blocked_loss(x.flatten(0, 1), rows, batch.targets.flatten(), model.cfg.logit_softcap)
+
+
+def fp8_linears(model: GPT) -> dict[str, CastLinear]:
+    """Return the Linears whose products may be 8-bit: those of attention and mlp; all else stays wider."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in FP8_MODULES)
+    }
+
+
+def attach_fp8(model: GPT, cfg: ModelConfig, device: torch.device) -> Fp8State:
+    """Give the blocks' Linears 8-bit products with one shared state; refuses what the device cannot do."""
+    rule = Fp8Rule(cfg.fp8, cfg.fp8_margin, cfg.fp8_history, cfg.fp8_amax, cfg.fp8_calibration_steps)
+    linears = fp8_linears(model)
+    require_fp8(rule, {name: tuple(module.weight.shape) for name, module in linears.items()}, device)
+    state = Fp8State(len(linears), rule, device)
+    for index, module in enumerate(linears.values()):
+        module.fp8 = Fp8Gemm(state, index)
+    return state
+
+
+def build_model(cfg: Config, device: torch.device) -> GPT:
+    """Make a model on `device` with weights drawn on the CPU from run.seed, the same everywhere."""
+    torch.manual_seed(cfg.run.seed)
+    return make_gpt(cfg, device).to(device)
+
+
+def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Choose the attention backend for a recipe's heads and masks."""
+    model = cfg.model
+    heads = (model.num_heads, model.num_kv_heads, model.model_dim // model.num_heads)
+    reach = Reach(model.attn_window, model.attn_in_document)
+    return resolve_attention(cfg.run.attention, device, dtype, heads, reach).backend
+
+
+def make_gpt(cfg: Config, device: torch.device, weights_on: str = "cpu") -> GPT:
+    """Make a model that computes on `device`, in that dtype and with that attention backend."""
+    dtype = resolve_dtype(cfg.model.compute_dtype, device)
+    backend = resolve_backend(cfg, device, dtype)
+    with torch.device(weights_on):
+        model = GPT(cfg.model, cfg.data.vocab_size, dtype, backend)
+    return model.double() if dtype == torch.float64 else model
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6 optimizers
+# ----------------------------------------------------------------------------------------------------------
+# PARAM_RULES says for every parameter who updates it, at which rate, and how it is stored. Muon works on
+# stacks of equal shapes: each rank averages, orthogonalizes and hands back its share of a stack.
+
+
+class Rule(NamedTuple):
+    """How parameters of one kind are updated and stored; all masters are float32."""
+
+    pattern: str  # of the parameter's name; the first match wins
+    optimizer: str  # matrix (optim.matrix_optimizer) | adamw
+    lr: str  # field of OptimConfig
+    weight_decay: str  # field of OptimConfig
+    storage: str  # matrix | mlp | embed (quantized, bits from QuantConfig) | float32
+    present: Callable[[Config], bool] = lambda cfg: True
+
+
+# Shorthands for the rows below: what scalars, embeddings, small projections and matrices take.
+SCALAR = ("adamw", "scalar_lr", "scalar_weight_decay", "float32")
+TIED = ("adamw", "tied_embed_lr", "embed_weight_decay", "embed")
+UNTIED = ("adamw", "embed_lr", "embed_weight_decay", "embed")
+HEAD = ("adamw", "head_lr", "embed_weight_decay", "embed")
+PROJ = ("adamw", "scalar_lr", "scalar_weight_decay", "matrix")
+MATRIX = ("matrix", "matrix_lr", "matrix_weight_decay", "matrix")
+
+
+def has_bigram(cfg: Config, optimizer: str = "") -> bool:
+    """Whether there is a bigram table, and its projection is the named optimizer's."""
+    return cfg.model.bigram_buckets > 0 and optimizer in ("", cfg.optim.bigram_proj)
+
+
+def has_value_mix(cfg: Config) -> bool:
+    """Whether any layer blends in the first one's values."""
+    return cfg.model.value_residual and cfg.model.num_layers > 1
+
+
+PARAM_RULES = (
+    Rule("*.bias", *SCALAR, lambda cfg: cfg.model.biases != "none" or cfg.model.norm == "layer"),
+    Rule("*_norm.gain", *SCALAR, lambda cfg: cfg.model.norm != "rms"),
+    Rule("embed.weight", *TIED, lambda cfg: cfg.model.tie_embeddings),
+    Rule("embed.weight", *UNTIED, lambda cfg: not cfg.model.tie_embeddings),
+    Rule("head.weight", *HEAD, lambda cfg: not cfg.model.tie_embeddings),
+    Rule("embed_proj.weight", *PROJ, lambda cfg: cfg.model.embed_dim > 0),
+    Rule("blocks.*.attn.[qkvo]*.weight", *MATRIX),
+    Rule("blocks.*.mlp.*.weight", *MATRIX[:3], "mlp"),
+    Rule("blocks.*.attn.q_gain", *SCALAR, lambda cfg: cfg.model.qk_norm),
+    Rule("blocks.*.attn.value_mix", *SCALAR, has_value_mix),
+    Rule("blocks.*.attn.attn_gate.*", *SCALAR, lambda cfg: cfg.model.attn_gate != "none"),
+    Rule("blocks.*_scale", *SCALAR, lambda cfg: cfg.model.channel_scales),
+    Rule("blocks.*.embed_mix", *SCALAR, lambda cfg: cfg.model.channel_scales),
+    Rule("blocks.*.lane_*", *SCALAR, lambda cfg: cfg.model.parallel == "two_lane"),
+    Rule("smear.*", *SCALAR, lambda cfg: cfg.model.smear != "none"),
+    Rule("bigram.table.weight", *TIED, has_bigram),
+    Rule("bigram.proj.weight", *MATRIX, lambda cfg: has_bigram(cfg, "muon")),
+    Rule("bigram.proj.weight", *PROJ, lambda cfg: has_bigram(cfg, "adamw")),
+    Rule("bigram.strength", *SCALAR, has_bigram),
+    Rule("value_embed.table.weight", *TIED, lambda cfg: bool(cfg.model.value_embed_layers)),
+    Rule("value_embed.proj.weight", *PROJ, lambda cfg: bool(cfg.model.value_embed_layers)),
+    Rule("value_embed.*", *SCALAR, lambda cfg: bool(cfg.model.value_embed_layers)),
+    Rule("skip_*", *SCALAR, lambda cfg: num_skips(cfg.model) > 0),
+    Rule("softcap.caps", *SCALAR, lambda cfg: cfg.model.asymmetric_softcap),
+)
+
+
+def match_rules(cfg: Config, names: list[str]) -> dict[str, Rule]:
+    """Give every parameter name its rule; a name or a present rule left over is an error."""
+    rules = [rule for rule in PARAM_RULES if rule.present(cfg)]
+    matched = {}
+    for name in names:
+        rule = next((rule for rule in rules if fnmatch.fnmatchcase(name, rule.pattern)), None)
+        if rule is None:
+            raise ValueError(f"parameter {name} has no row in PARAM_RULES; add one beside its module's kin")
+        matched[name] = rule
+    unused = [rule.pattern for rule in rules if rule not in matched.values()]
+    if unused:
+        raise ValueError(
+            f"PARAM_RULES row {unused[0]!r} matches no parameter; remove it or state when it is present"
+        )
+    return matched
+
+
+class StepRates(NamedTuple):
+    """What the schedules say about one optimizer step."""
+
+    lr_mul: float  # factor of every learning rate
+    momentum: float  # Muon's
+    decay_mul: float = 1.0  # factor of the matrices' weight decay
+    grad_clip_norm: float = 0.0
+
+
+class Optimizers:
+    """AdamW and Muon over one model, laid out by PARAM_RULES."""
+
+    def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
+        optim = cfg.optim
+        self.ranks = ranks
+        self.dtype = model.compute_dtype
+        self.muon = MuonSettings(optim.num_ns_steps, optim.ns_table, optim.row_norm, optim.normuon_beta2)
+        named = dict(model.named_parameters())
+        groups: dict[tuple, list[nn.Parameter]] = {}
+        for name, rule in match_rules(cfg, list(named)).items():
+            rates = getattr(optim, rule.lr), getattr(optim, rule.weight_decay)
+            in_stack = rule.optimizer == "matrix" and optim.matrix_optimizer == "muon"
+            shape = named[name].shape if in_stack else None  # None: AdamW, shapes may differ
+            groups.setdefault((shape, *rates), []).append(named[name])
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": params, "lr": lr, "base_lr": lr, "weight_decay": decay}
+                for (shape, lr, decay), params in groups.items()
+                if shape is None
+            ],
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.adam_eps,
+            fused=True,
+        )
+        stacks = [
+            Stack(params, lr, decay, ranks)
+            for (shape, lr, decay), params in groups.items()
+            if shape is not None
+        ]
+        self.stacks = sorted(stacks, key=lambda stack: -stack.momentum.numel())  # the longest way first
+
+    @torch.no_grad()
+    def step(self, rates: StepRates) -> None:
+        """Average gradients over ranks, clip their global norm, update every weight, drop the gradients.
+
+        Averaging runs while AdamW works, and a stack travels while the next one is orthogonalized.
+        """
+        params = [param for group in self.adamw.param_groups for param in group["params"]]
+        adam_grads = [param.grad for param in params if param.grad is not None]  # a plan may leave some out
+        for stack in self.stacks:
+            stack.start_reduce()
+        self.ranks.average(adam_grads)
+        if rates.grad_clip_norm > 0:
+            shares = [stack.finish_reduce() for stack in self.stacks]
+            self.clip(adam_grads, shares, rates.grad_clip_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * rates.lr_mul
+        self.adamw.step()
+        for stack in self.stacks:
+            if stack.pending is not None:
+                stack.finish_reduce()
+            stack.start_update(rates.momentum, self.muon, self.dtype)
+        for stack in self.stacks:
+            stack.finish_update(rates.lr_mul, rates.decay_mul)
+        self.zero_grad()
+
+    def clip(self, adam_grads: list[Tensor], shares: list[Tensor], limit: float) -> None:
+        """Scale all gradients so that their global norm over all ranks is at most the limit."""
+        total = self.ranks.sum(sum(share.double().square().sum() for share in shares)) if shares else 0.0
+        total = total + sum(grad.double().square().sum() for grad in adam_grads)
+        grads = adam_grads + shares
+        torch._foreach_mul_(grads, (limit / (total.sqrt() + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+        for stack in self.stacks:
+            for param in stack.params:
+                param.grad = None
+
+    def state_dict(self) -> dict:
+        return {"adamw": self.adamw.state_dict(), "stacks": [stack.state_dict() for stack in self.stacks]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        for stack, part in zip(self.stacks, state["stacks"]):
+            stack.load_state_dict(part)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 7 schedules
+# ----------------------------------------------------------------------------------------------------------
+# Pure functions of the step and the one clock.
+
+
+class Phase(NamedTuple):
+    """What a step does, besides its rates: the same from one change of the schedule to the next."""
+
+    stage: Stage
+    passes: int  # of the recurrent segment
+    qat: bool  # gradients are taken at the weights as they will be stored
+
+
+def phase_at(cfg: Config, step: int, progress: float) -> Phase:
+    """Return the phase of a step."""
+    qat = cfg.quant.qat_start < 1 and progress >= cfg.quant.qat_start
+    return Phase(stage_at(cfg, step, progress), recur_passes_at(cfg, progress), qat)
+
+
+def stage_at(cfg: Config, step: int, progress: float) -> Stage:
+    """Return the last stage that has started."""
+    stages = stages_of(cfg)
+    return [stage for stage in stages if stage.start <= (progress if stage.start < 1 else step)][-1]
+
+
+def training_ms(cfg: Config) -> float:
+    """Return the clock that training may use: the limit less calibration's share; without one infinite."""
+    seconds = cfg.run.max_wallclock_seconds
+    return 1000.0 * max(seconds - cfg.quant.reserve_seconds, 0.0) if seconds > 0 else math.inf
+
+
+def run_progress(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Return the fraction of the run that is over: of the clock, or without one of the steps."""
+    if cfg.run.max_wallclock_seconds > 0:
+        return elapsed_ms / training_ms(cfg)
+    return step / max(cfg.run.iterations, 1)
+
+
+def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Return the factor of every learning rate before step `step`, of warm-up, shape, stage and FP8.
+
+    Steps stand for time at the average pace so far where there is a clock (the contest's rule), for
+    themselves where there is none; so a run of N steps is N long either way.
+    """
+    schedule = cfg.schedule
+    if schedule.lr_warmup_iters > 0 and step < schedule.lr_warmup_iters:
+        factor = step / schedule.lr_warmup_iters
+    elif schedule.shape == "warmdown":
+        factor = warmdown_mul(cfg, step, elapsed_ms)
+    else:
+        factor = cosine_mul(cfg, step, elapsed_ms)
+    if cfg.model.fp8 != "off":
+        factor *= cfg.model.fp8_lr_mul
+    return factor * stage_at(cfg, step, run_progress(cfg, step, elapsed_ms)).lr_mul
+
+
+def warmdown_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Return 1, then fall linearly over warmdown_frac of the run or the time that warmdown_iters take."""
+    schedule, run = cfg.schedule, cfg.run
+    if run.max_wallclock_seconds > 0:
+        total, done = training_ms(cfg), elapsed_ms
+        warmdown = schedule.warmdown_iters * elapsed_ms / max(step, 1)
+    else:
+        total, done, warmdown = float(run.iterations), float(step), float(schedule.warmdown_iters)
+    if schedule.warmdown_frac > 0:
+        warmdown = schedule.warmdown_frac * total
+    left = max(total - done, 0.0)
+    return max(left / warmdown, schedule.min_lr_frac) if left < warmdown else 1.0
+
+
+def cosine_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Return half a cosine from 1 after the warm-up to min_lr_frac, held for lr_hold_iters steps."""
+    schedule, run = cfg.schedule, cfg.run
+    held = step - step % schedule.lr_hold_iters
+    if run.max_wallclock_seconds > 0:
+        steps = training_ms(cfg) * step / max(elapsed_ms, 1e-9)  # at this pace
+    else:
+        steps = run.iterations
+    done = min(max(held - schedule.lr_warmup_iters, 0) / max(steps - schedule.lr_warmup_iters, 1e-9), 1.0)
+    return schedule.min_lr_frac + (1 - schedule.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def decay_mul(cfg: OptimConfig, progress: float) -> float:
+    """Return the factor of the matrices' decay: 1, then linear to its end (contest pull request 1729)."""
+    if cfg.decay_taper_start >= 1.0 or progress <= cfg.decay_taper_start:
+        return 1.0
+    frac = min((progress - cfg.decay_taper_start) / (1.0 - cfg.decay_taper_start), 1.0)
+    return 1.0 + frac * (cfg.decay_taper_end - 1.0)
+
+
+def step_rates(cfg: Config, step: int, elapsed_ms: float) -> StepRates:
+    """Return what the optimizers need to know for step `step`."""
+    progress = run_progress(cfg, step, elapsed_ms)
+    return StepRates(
+        learning_rate_mul(cfg, step, elapsed_ms),
+        muon_momentum(cfg.optim, step),
+        decay_mul(cfg.optim, progress),
+        stage_at(cfg, step, progress).grad_clip_norm,
+    )
+
+
+def recur_passes_at(cfg: Config, progress: float) -> int:
+    """Return how often the recurrent segment runs: one pass more at each of recur_start_fracs."""
+    fracs = cfg.schedule.recur_start_fracs
+    return 1 + sum(frac <= progress for frac in fracs) if fracs else cfg.model.recur_passes
+
+
+def muon_momentum(cfg: OptimConfig, step: int) -> float:
+    """Return Muon's momentum at a step: linear from its warm-up start to its final value."""
+    frac = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps > 0 else 1.0
+    return (1.0 - frac) * cfg.muon_momentum_warmup_start + frac * cfg.muon_momentum
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8 averaging
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Ema:
+    """Exponential moving average of all weights, from the initial weights on."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.params = list(model.parameters())
+        self.averages = [param.detach().clone() for param in self.params]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the weights: average <- decay * average + (1 - decay) * weight."""
+        torch._foreach_lerp_(self.averages, [param.detach() for param in self.params], 1.0 - self.decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Replace the model's weights by their averages."""
+        torch._foreach_copy_(self.params, self.averages)
+
+    def state_dict(self) -> dict:
+        return {"averages": self.averages}
+
+    def load_state_dict(self, state: dict) -> None:
+        torch._foreach_copy_(self.averages, state["averages"])
+
+
+class Swa:
+    """Plain average of snapshots of all weights, in float32 or wider."""
+
+    def __init__(self, model: nn.Module):
+        self.params = list(model.parameters())
+        self.sums = [torch.zeros_like(param) for param in self.params]
+        self.num_snapshots = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take a snapshot."""
+        torch._foreach_add_(self.sums, [param.detach() for param in self.params])
+        self.num_snapshots += 1
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Replace the model's weights by the snapshots' mean, where there are any."""
+        if self.num_snapshots:
+            torch._foreach_copy_(self.params, torch._foreach_div(self.sums, self.num_snapshots))
+
+    def state_dict(self) -> dict:
+        return {"sums": self.sums, "num_snapshots": self.num_snapshots}
+
+    def load_state_dict(self, state: dict) -> None:
+        torch._foreach_copy_(self.sums, state["sums"])
+        self.num_snapshots = state["num_snapshots"]
+
+
+def takes_snapshot(cfg: AverageConfig, steps_done: int, lr_mul: float) -> bool:
+    """Whether SWA takes a snapshot after so many steps, the last one with this learning-rate factor."""
+    return cfg.swa_every > 0 and steps_done % cfg.swa_every == 0 and lr_mul < cfg.swa_below
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 9 quantization
+# ----------------------------------------------------------------------------------------------------------
+# quantizers/ turns one matrix into codes; here is which matrices, with what statistics, into how many bytes.
+
+
+@lru_cache(maxsize=2)  # a byte target packs one recipe many times
+def tensor_table(cfg: Config, repaired: tuple[str, ...] = ()) -> tuple[TensorRow, ...]:
+    """List the tensors that a recipe's model has, and factors after repaired ones, without making them."""
+    with torch.device("meta"):
+        named = list(GPT(cfg.model, cfg.data.vocab_size).named_parameters())
+    rules, quant = match_rules(cfg, [name for name, _ in named]), cfg.quant
+    coded = "steps" if quant.method == "water_fill" or quant.awq_group_cols else "rows"
+    kept = [pattern for pattern in quant.float16_names.split(",") if pattern]
+    rows = []
+    for name, param in named:
+        is_kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in kept)
+        quantized = "float16" if is_kept or param.numel() <= quant.float16_numel else coded
+        storage = "float32" if rules[name].storage == "float32" else quantized
+        rows.append(TensorRow(name, list(param.shape), storage))
+        if name in repaired and storage == coded and quant.repair_rank:
+            rows += repair_rows(rows[-1], quant.repair_rank)
+    return tuple(rows)
+
+
+def quantized_names(cfg: Config) -> dict[str, str]:
+    """Map every quantized parameter to its storage, matrix or embed, in parameter order."""
+    table = tensor_table(cfg)
+    rules = match_rules(cfg, [row.name for row in table])
+    return {row.name: rules[row.name].storage for row in table if row.storage in ("rows", "steps")}
+
+
+def exported_grids(cfg: Config) -> dict[str, Grid]:
+    """Map every quantized parameter to the grid of its stored codes."""
+    return {name: grid_of(storage, cfg.quant) for name, storage in quantized_names(cfg).items()}
+
+
+def calibrated_matrices(model: GPT, cfg: Config, moments: dict[str, Moments]) -> dict[str, Calibrated]:
+    """Put weights and their statistics together; a tied embedding has two roles. Rounding needs none."""
+    params, matrices = dict(model.named_parameters()), {}
+    for name in quantized_names(cfg):
+        if cfg.quant.method == "round":
+            check_weight(params[name], name)
+            matrices[name] = Calibrated(params[name].detach().float())
+            continue
+        kept = moments[name]
+        roles = kept.hessian, kept.row_weights
+        if name == "embed.weight" and "readout" in moments:
+            roles = combine_roles(moments["readout"], kept)
+        matrices[name] = calibrate(name, params[name], *roles, cfg.quant.damping)
+    return matrices
+
+
+def quantize_model(
+    model: GPT, cfg: Config, moments: dict[str, Moments], size_of: Callable[[dict], int]
+) -> dict[str, Quantized]:
+    """Quantize every matrix as cfg.quant says; size_of weighs the code and the artifact of a result."""
+    matrices = calibrated_matrices(model, cfg, moments)
+    grids = exported_grids(cfg) if cfg.quant.method != "water_fill" else {}  # which makes its own
+    return quantize_matrices(matrices, grids, cfg.quant, size_of)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 10 artifact
+# ----------------------------------------------------------------------------------------------------------
+# formats/artifact.py owns the file, quantizers/storage.py the streams of its tensors; here is what goes into
+# it: what the recipe changes, the tokenizer's sha256, the tensors in parameter order, the scorer's aids.
+
+# What an artifact may ask for: far beyond any model of the contest, little enough to be refused in a second.
+LARGEST_SIZE, LARGEST_DEPTH = 1 << 20, 256
+
+
+def has_aids(cfg: EvalConfig) -> bool:
+    """Whether the scorer takes anything but weights from the artifact."""
+    return cfg.tilt_static_entries > 0 or cfg.fit_scales
+
+
+def pack_model(
+    model: GPT, cfg: Config, quantized: dict[str, Quantized], tokenizer_sha256: str
+) -> tuple[bytes, list[tuple[str, int]]]:
+    """Return an artifact's bytes and its ledger [(part, bytes)], whose sum is the file's size."""
+    if cfg.quant.repair_rank:
+        quantized = with_factors(quantized)
+    table = tensor_table(cfg, repaired_names(quantized) if cfg.quant.repair_rank else ())
+    streams = pack_tensors(table, quantized, dict(model.named_parameters()), cfg.quant.codec)
+    if has_aids(cfg.eval):
+        streams |= write_aids(model.aids)
+    header = {"recipe": fixed_recipe(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": table}
+    return pack_artifact(header, streams, frame_codec(cfg.quant.codec))
+
+
+def write_artifact(
+    model: GPT, cfg: Config, quantized: dict[str, Quantized], tokenizer_sha256: str, path: Path
+) -> list[tuple[str, int]]:
+    """Write a quantized model; returns the ledger [(part, bytes)] whose sum is the file's size."""
+    blob, ledger = pack_model(model, cfg, quantized, tokenizer_sha256)
+    with atomic_file(path) as file:
+        file.write(blob)
+    return ledger
+
+
+def read_recipe_of(header: dict, live: Config, path: Path) -> Config:
+    """Merge the recipe in an artifact's header with the live fields of `live`."""
+    if PACKED_RECIPE is not None:
+        if header["recipe"] != PACKED_RECIPE:
+            raise ArtifactError(
+                f"{path}: made with another recipe than this program. `python -m eval` reads it."
+            )
+        return live
+    recipe = flatten_recipe(header["recipe"], str(path))
+    stray = [
+        name
+        for name in recipe
+        if name in config_fields(Config) and config_fields(Config)[name].metadata["live"]
+    ]
+    if stray:
+        raise ArtifactError(f"{path}: {stray[0]} is not an artifact's to set. The file is not one of ours.")
+    try:
+        cfg = with_values(only_live(live), recipe, str(path))
+        check_config(cfg)
+    except (ArithmeticError, TypeError) as error:  # rows where numbers belong, steps of no tokens
+        raise ArtifactError(f"{path}: the recipe in it cannot be checked ({error}).") from error
+    check_extent(cfg, path)
+    return cfg
+
+
+def check_extent(cfg: Config, path: Path) -> None:
+    """Refuse a recipe whose mere description would take long or overflow, before a module is made."""
+    names = [
+        name for name in config_fields(Config) if name.startswith("model.") and name != "model.rope_base"
+    ]
+    sizes = {name: config_value(cfg, name) for name in (*names, "data.vocab_size")}
+    name = max((name for name in sizes if isinstance(sizes[name], (int, float))), key=sizes.__getitem__)
+    size = sizes[name]
+    visits = cfg.model.num_layers * max(1, cfg.model.recur_passes)
+    if size > LARGEST_SIZE or visits > LARGEST_DEPTH:
+        raise ArtifactError(
+            f"{path}: expected at most {LARGEST_DEPTH} visits of layers and sizes of {LARGEST_SIZE}, found "
+            f"{visits} visits and {name} {size}. The file is not one of ours."
+        )
+
+
+def load_aids(streams: dict[str, Stream], cfg: Config) -> Aids:
+    """Take what the scorer needs out of the streams."""
+    return read_aids(
+        take_streams(streams, aid_limits(cfg.eval), cfg.quant.codec), cfg.eval, cfg.data.vocab_size
+    )
+
+
+def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple[GPT, Config, dict]:
+    """Load a model from an artifact file.
+
+    Model, quantizer and scoring settings come from the artifact; only live fields (paths, device) come
+    from `live`. Returns the model, the merged config and the header.
+    """
+    path = Path(path)
+    header, streams = read_artifact(path)
+    cfg = read_recipe_of(header, live, path)
+    repaired = ()
+    if cfg.quant.repair_rank:
+        rows = [row for row in header["tensors"] if isinstance(row, list) and row]
+        repaired = repaired_names(dict.fromkeys(str(row[0]) for row in rows))
+    table = tensor_table(cfg, repaired)
+    if header["tensors"] != [list(row) for row in table]:
+        raise ArtifactError(f"{path}: the tensor table is not that of the recipe in it.")
+    check_numel(table, path.stat().st_size, path)
+    aids = load_aids(streams, cfg) if has_aids(cfg.eval) else Aids()
+    tensors = unpack_tensors(streams, table, cfg.quant.codec, cfg.quant.repair_rank > 0)
+    wild = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wild:
+        raise ArtifactError(f"{path}: {wild[0]} has values that are not finite; it is damaged.")
+    model = make_gpt(cfg, device, "meta").to_empty(device=device)  # no weights are drawn for nothing
+    model.load_state_dict(tensors)
+    model.aids = aids
+    return model.eval(), cfg, header
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 11 training loop
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """What scoring a text gave; sums are float64."""
+
+    val_loss: float  # nats a token
+    val_bpb: float
+    num_tokens: int
+    num_bytes: int
+    mode: str
+    context_len: int
+    stride: int
+    tail: str  # included | cut
+    seconds: float
+    num_units: int  # chunks or batches of documents that could adapt
+    switch_at: int  # of them that did
+    invalid: str  # why the score cannot be part of a record; empty when it can
+    not_comparable: str  # what the tokenizer drops of the text, which other scores pay for; empty for nothing
+
+
+def seconds_for(cfg: EvalConfig, seconds: float, num_bytes: int) -> float:
+    """Scale seconds that are meant for cfg.limit_text_bytes of text to so many bytes."""
+    return seconds * num_bytes / cfg.limit_text_bytes if cfg.limit_text_bytes else seconds
+
+
+def scoring_limit(cfg: EvalConfig, num_bytes: int) -> float:
+    """Return the seconds that scoring so many bytes of text may take."""
+    return seconds_for(cfg, cfg.limit_seconds, num_bytes)
+
+
+def score_options(cfg: Config, text: ValidationText, ranks: Ranks) -> ScoreOptions:
+    """Return how a scoring is batched and which batches are this rank's."""
+    batch_tokens = cfg.run.val_batch_tokens // cfg.data.micro_batches
+    return ScoreOptions(text.bos_id, batch_tokens, ranks.device, ranks.rank, ranks.world_size)
+
+
+def measure(nats: Tensor, text: ValidationText, ranks: Ranks) -> BpbMeter:
+    """Put the ranks' nats of the first targets together, in bits per byte."""
+    nats = ranks.sum(nats).numpy()
+    meter = BpbMeter()
+    meter.add(nats, text.target_bytes[: len(nats)])
+    return meter
+
+
+def validate(model: nn.Module, cfg: Config, text: ValidationText, ranks: Ranks) -> BpbMeter:
+    """Score whole rows of data.seq_len tokens, as the contest does while it trains."""
+    tokens = scored_tokens(text, cfg.data.seq_len, keep_tail=False)
+    windows = plan_windows(len(tokens) - 1, cfg.data.seq_len)
+    return measure(score_windows(model.eval(), tokens, windows, score_options(cfg, text, ranks)), text, ranks)
+
+
+def score_model(
+    model: nn.Module, cfg: Config, text: ValidationText, ranks: Ranks, scoring: Scoring | None = None
+) -> Score:
+    """Score a validation text as cfg.eval says, with all ranks; every rank returns the same score."""
+    settings, scoring = cfg.eval, scoring or Scoring()
+    context_len = settings.context_len or cfg.data.seq_len
+    tokens = scored_tokens(text, context_len, settings.keep_tail)
+    options = score_options(cfg, text, ranks)
+    num_bytes = int(text.target_bytes[: len(tokens) - 1].sum())
+    deadline_s = seconds_for(settings, settings.deadline_s, num_bytes)
+    windows = Settings(context_len, settings.stride, deadline_s, scoring.switch_at)
+    session = Session(tokens, windows, options, ranks, scoring.reports)
+    scorer = model.eval()
+    if scoring.warms_up:
+        if settings.mode in PLAIN_MODES and resolve_compile(cfg.run.compile, ranks.device):
+            plan = plan_plain(settings, context_len, tokens, text.bos_id)
+            scorer = CompiledWindows(model, plan, options.batch_tokens)
+        rehearse(model, scorer, session, settings, cfg.data.vocab_size)
+    ranks.synchronize()
+    started = time.perf_counter()
+    session.start(scoring_cost(settings, tokens, model.aids))
+    if session.options.cost is not plain_cost:
+        session.referee.event("precompute", 0, len(tokens) - 1)  # hints: each reads its own prefix
+    outcome = score_session(scorer, session, settings)
+    meter = measure(outcome.nats, text, ranks)
+    if settings.tail_legacy:
+        places, nats = score_tail_again(model, session, settings.stride)
+        meter.add(nats, text.target_bytes[places])
+    seconds = ranks.agree(time.perf_counter() - started)
+    totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
+    stride = 0 if settings.mode == "chunked" else settings.stride
+    tail = "included" if settings.keep_tail else "cut"
+    return Score(*totals, settings.mode, context_len, stride, tail, seconds, *outcome[1:], text.loses)
+
+
+def new_average(model: nn.Module, cfg: AverageConfig) -> Ema | Swa | None:
+    """Make the average that a recipe asks for."""
+    if cfg.ema_decay > 0:
+        return Ema(model, cfg.ema_decay)
+    return Swa(model) if cfg.swa_every > 0 else None
+
+
+class Training:
+    """Everything that a step changes, with one state_dict."""
+
+    def __init__(self, cfg: Config, ranks: Ranks, bos_id: int):
+        self.cfg, self.ranks = cfg, ranks
+        self.step = 0
+        self.train_ms = 0.0
+        self.model = build_model(cfg, ranks.device)
+        self.optimizers = Optimizers(self.model, cfg, ranks)
+        self.average = new_average(self.model, cfg.average)
+        self.loader = open_loader(cfg, bos_id)
+        self.grids = exported_grids(cfg) if cfg.quant.qat_start < 1 else {}
+        plain = ranks.device.type == "cpu" and not cfg.model.asymmetric_softcap
+        self.loss = mean_loss_in_blocks if plain else mean_loss
+        self.fp8 = None if cfg.model.fp8 == "off" else attach_fp8(self.model, cfg.model, ranks.device)
+        # 8-bit products record their amax in place, which a compiled graph may not.
+        self.is_compiled = self.fp8 is None and resolve_compile(cfg.run.compile, ranks.device)
+        if self.is_compiled:
+            torch._dynamo.config.recompile_limit = 8 + 2 * len(phases_of(cfg))
+            self.loss = torch.compile(mean_loss, dynamic=False, fullgraph=True)
+
+    def parts(self) -> dict:
+        """Name the parts whose state survives a step."""
+        parts = {"model": self.model, "optimizers": self.optimizers, "loader": self.loader}
+        parts |= {"average": self.average} if self.average else {}
+        return parts | {"fp8": self.fp8} if self.cfg.model.fp8 != "off" else parts
+
+    def state_dict(self) -> dict:
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        return state | {"step": self.step, "train_ms": self.train_ms}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.train_ms = state["step"], state["train_ms"]
+
+    def micro_step(self, phase: Phase, index: int) -> Tensor:
+        """Add this rank's micro-batch `index` of the step to the gradient; returns its share of the loss."""
+        micro_steps = phase.stage.micro_batches // self.ranks.world_size
+        batch = next_batch(self.loader, phase.stage, self.ranks)
+        if self.cfg.model.dropout > 0:  # noise by step and micro-batch, the same for any number of ranks
+            number = index * self.ranks.world_size + self.ranks.rank
+            entropy = (self.cfg.run.seed % 2**64, self.step, number)
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+        loss = self.loss(self.model, batch, phase.passes) / micro_steps
+        loss.backward()
+        return loss.detach()
+
+    def accumulate(self, phase: Phase, out_of_time: Callable[[], bool]) -> float | None:
+        """Add up a step's gradients; returns the mean loss over ranks, or None when time ran out in it."""
+        self.model.train()
+        if phase.qat:
+            with stored_weights(self.model, self.grids, self.cfg.quant.qat_sharpness):
+                return self.run_micro_steps(phase, out_of_time)
+        return self.run_micro_steps(phase, out_of_time)
+
+    def run_micro_steps(self, phase: Phase, out_of_time: Callable[[], bool]) -> float | None:
+        """Run a step's micro-batches of this rank."""
+        total = torch.zeros((), device=self.ranks.device)
+        for index in range(phase.stage.micro_batches // self.ranks.world_size):
+            if index > 0 and out_of_time():
+                self.optimizers.zero_grad()
+                return None
+            total += self.micro_step(phase, index)
+        return float(self.ranks.sum(total).item()) / self.ranks.world_size
+
+    def update(self, elapsed_ms: float) -> None:
+        """Change the weights with the accumulated gradients and count the step."""
+        rates = step_rates(self.cfg, self.step, elapsed_ms)
+        self.optimizers.step(rates)
+        if self.cfg.model.fp8 != "off":
+            every = self.ranks.start_gather(self.fp8.seen[None].contiguous()).wait()
+            self.fp8.roll(every.amax(0))
+        self.step += 1
+        if isinstance(self.average, Ema) or takes_snapshot(self.cfg.average, self.step, rates.lr_mul):
+            self.average.update()
+
+
+def phases_of(cfg: Config) -> list[Phase]:
+    """List the phases that a run goes through, in order; each may be a compiled graph of its own."""
+    steps = max(cfg.run.iterations, 1)
+    starts = [stage.start if stage.start < 1 else stage.start / steps for stage in stages_of(cfg)]
+    points = sorted({0.0, *starts, *cfg.schedule.recur_start_fracs, cfg.quant.qat_start})
+    phases = [phase_at(cfg, round(point * steps), point) for point in points if point <= 1]
+    return list(dict.fromkeys(phases))
+
+
+def collect_statistics(training: Training) -> dict[str, Moments]:
+    """Pass training text through the model: what calibration keeps of every quantized matrix, all ranks."""
+    model, cfg = training.model, training.cfg
+    modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in quantized_names(cfg)}
+    if cfg.model.tie_embeddings:
+        modules["readout"] = model.readout
+    model.eval()
+    stage = stages_of(cfg)[-1]
+
+    def run_batches() -> None:
+        for _ in range(-(-cfg.quant.calib_batches // training.ranks.world_size)):
+            batch = next_batch(training.loader, stage, training.ranks)
+            (mean_loss(model, batch) * batch.targets.numel()).backward()
+            training.optimizers.zero_grad()
+
+    moments = collect_moments(modules, run_batches)
+    for kept in moments.values():
+        kept.merge(training.ranks.sum)
+    return moments
+
+
+def fit_scales(training: Training) -> tuple[float, ...]:
+    """Fit the scorer's factors of positive and of negative logits to the next training text, all ranks."""
+    model, cfg = training.model.eval(), training.cfg
+    stage = stages_of(cfg)[-1]
+    batches = [next_batch(training.loader, stage, training.ranks) for _ in range(cfg.quant.calib_batches)]
+    scales = torch.ones(2, dtype=torch.float64, device=training.ranks.device)
+    for _ in range(NEWTON_STEPS):
+        sums = torch.zeros(6, dtype=torch.float64, device=scales.device)
+        for batch in batches:
+            with torch.no_grad():
+                scores = model(batch.tokens, batch.starts_doc).flatten(0, 1)
+            for part, targets in zip(scores.split(4096), batch.targets.flatten().split(4096)):
+                sums += scale_sums(part.float(), targets, scales)  # in parts: it needs their size six times
+        scales = newton_step(scales, training.ranks.sum(sums))
+    return tuple(scales.tolist())
+
+
+def collect_aids(training: Training) -> Aids:
+    """Make what the scorer takes from training text; rank 0, which writes the artifact, counts n-grams."""
+    settings, table = training.cfg.eval, None
+    if settings.tilt_static_entries and training.ranks.is_main:
+        table = make_table(settings, training.loader.shards)
+    return Aids(table, fit_scales(training) if settings.fit_scales else ())
+
+
+def save_checkpoint(training: Training, path: Path) -> None:
+    """Write all that a step changes; ranks put their parts together first."""
+    state = map_leaves(training.state_dict(), Tensor, lambda tensor: tensor.cpu().numpy())
+    if training.ranks.is_main:
+        write_state(path, state, {"config_hash": fixed_hash(training.cfg)})
+        if training.cfg.watch.keep_checkpoints > 0:
+            rotate_checkpoints(path.parent, (path, training.step), {}, training.cfg.watch.keep_checkpoints)
+    training.ranks.barrier()
+
+
+def resume(training: Training, path: Path) -> None:
+    """Continue from a checkpoint of the same recipe, on any number of ranks."""
+    state, facts = read_state(path)
+    if facts.get("config_hash") != fixed_hash(training.cfg):
+        raise UserError(
+            f"{path}: expected a checkpoint of recipe {fixed_hash(training.cfg)}, found one of "
+            f"{facts.get('config_hash')}. Resume with the recipe.toml of its run folder."
+        )
+    training.load_state_dict(map_leaves(state, np.ndarray, torch.from_numpy))
+
+
+def warm_up(training: Training, log: Log) -> None:
+    """Compile and time real steps before the clock starts, then restore all state; prints a projection."""
+    cfg, ranks = training.cfg, training.ranks
+    initial = copy.deepcopy(training.state_dict())
+    for phase in phases_of(cfg):
+        for step in range(max(cfg.run.warmup_steps, 1)):
+            training.accumulate(phase, lambda: False)
+            training.update(0.0)
+            if step < cfg.run.warmup_steps:
+                log.line(f"warmup_step:{step + 1}/{cfg.run.warmup_steps}")
+    clock = Clock(ranks)
+    clock.start()
+    training.micro_step(phase, 0)
+    micro_ms = clock.read_ms()
+    training.update(0.0)
+    update_ms = clock.stop() - micro_ms
+    training.load_state_dict(initial)
+    step_seconds = (micro_ms * (phase.stage.micro_batches // ranks.world_size) + update_ms) / 1000
+    seconds = min(cfg.run.max_wallclock_seconds or math.inf, cfg.run.iterations * step_seconds)
+    log.line(
+        f"projected_step_seconds:{step_seconds:.3f} steps:{seconds / step_seconds:.0f} seconds:{seconds:.0f}"
+    )
+
+
+def validate_now(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> None:
+    """Score the validation text with the clock stopped and log the result."""
+    score, step, train_ms = validate(), training.step, training.train_ms
+    log.line(
+        f"step:{step}/{training.cfg.run.iterations} val_loss:{score.val_loss:.4f} "
+        f"val_bpb:{score.val_bpb:.4f} train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
+    )
+    log.event(kind="val", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb, train_ms=train_ms)
+    if training.cfg.watch.keep_checkpoints > 0 and log.is_main:
+        rotate_checkpoints(log.folder, None, {step: score.val_loss}, training.cfg.watch.keep_checkpoints)
+
+
+def log_sample(training: Training, log: Log) -> None:
+    """Draw text from a document's start and log it; the weights and their noise stay as they are."""
+    cfg, model = training.cfg, training.model.eval()
+    codec = tokenizer_of(cfg.data)
+    sampling = Sampling(cfg.watch.sample_tokens, seed=training.step)
+    drawn = draw_tokens(last_logits(model, codec, cfg.data.seq_len), [codec.bos_id], sampling, codec.bos_id)
+    log.line(f"sample: step:{training.step} text:{json.dumps(''.join(stream_text(codec, '', drawn)))}")
+
+
+def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dict:
+    """Run the training loop under the clock, then apply the average; returns steps, time and speed."""
+    cfg, run = training.cfg, training.cfg.run
+    limit_ms = training_ms(cfg)
+    clock = Clock(training.ranks, training.train_ms)
+    clock.start()
+    elapsed_ms, phase, num_tokens = training.train_ms, None, 0
+    stopped = elapsed_ms >= limit_ms
+    while training.step < run.iterations and not stopped:
+        step = training.step
+        if run.val_loss_every > 0 and step % run.val_loss_every == 0:
+            training.train_ms = elapsed_ms = clock.stop()
+            validate_now(training, log, validate)
+            clock.start()
+        progress = run_progress(cfg, step, elapsed_ms)
+        before, phase = phase, phase_at(cfg, step, progress)
+        if before not in (None, phase):
+            log.line(
+                f"phase: seq_len:{phase.stage.seq_len} batch_tokens:{phase.stage.batch_tokens} "
+                f"passes:{phase.passes} qat:{phase.qat} step:{step} train_time:{elapsed_ms:.0f}ms"
+            )
+        train_loss = training.accumulate(phase, lambda: clock.read_ms() >= limit_ms)
+        if train_loss is None:
+            stopped = True
+            continue
+        if not math.isfinite(train_loss):
+            raise UserError(
+                f"step {step + 1}: expected a finite train_loss, found {train_loss}; the log is kept. "
+                "Lower optim.matrix_lr and optim.tied_embed_lr, or set optim.grad_clip_norm=1."
+            )
+        training.update(elapsed_ms)
+        step, num_tokens = training.step, num_tokens + phase.stage.batch_tokens
+        training.train_ms = elapsed_ms = clock.read_ms()
+        stopped = elapsed_ms >= limit_ms
+        if run.train_log_every > 0 and (step <= 10 or step % run.train_log_every == 0 or stopped):
+            log.line(
+                f"step:{step}/{run.iterations} train_loss:{train_loss:.4f} "
+                f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / step:.2f}ms"
+            )
+        log.event(kind="train", step=step, train_loss=train_loss, train_ms=elapsed_ms)
+        if run.save_every > 0 and step % run.save_every == 0:
+            clock.stop()
+            save_checkpoint(training, log.folder / CHECKPOINT_NAME)
+            clock.start()
+        if cfg.watch.sample_every > 0 and step % cfg.watch.sample_every == 0:
+            clock.stop()
+            log_sample(training, log)
+            clock.start()
+    training.train_ms = clock.stop()
+    if training.step < run.iterations:
+        log.line(
+            f"stopping_early: wallclock_cap train_time:{training.train_ms:.0f}ms "
+            f"step:{training.step}/{run.iterations}"
+        )
+    if cfg.average.swa_every > 0 and isinstance(training.average, Swa):
+        log.line(f"swa_snapshots:{training.average.num_snapshots} (without any the last weights stay)")
+    if training.average:
+        training.average.apply()
+    if run.val_loss_every >= 0:
+        validate_now(training, log, validate)
+    speed = 1000.0 * num_tokens / max(training.train_ms, 1e-9)
+    return {"steps": training.step, "train_ms": training.train_ms, "tokens_per_second": speed}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 12 main
+# ----------------------------------------------------------------------------------------------------------
+
+
+def weigh_code(folder: Path) -> tuple[int, str]:
+    """Write the run's packed source as folder/train_gpt.py; returns its bytes and a note on steps left out.
+
+    From a checkout dev/pack.py packs this file with the run's recipe; a packed program copies itself.
+    """
+    target = folder / "train_gpt.py"
+    here = Path(__file__).resolve()
+    if PACKED_RECIPE is not None:
+        program = here.read_bytes()
+        with atomic_file(target) as file:
+            file.write(program)
+        return len(program), ""
+    command = [sys.executable, "-m", "dev.pack", "--recipe", f"{folder.resolve()}/recipe.toml"]
+    command += ["--out", str(target.resolve()), "--json"]
+    result = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise UserError(f"packing the source failed: `{' '.join(command[1:])}` says\n{result.stderr.strip()}")
+    left_out = json.loads(result.stdout)["steps_left_out"]
+    note = f"code_packing: left out {', '.join(left_out)}; the size is that of the file as written"
+    return target.stat().st_size, note if left_out else ""
+
+
+def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -> None:
+    """Log what runs, in the contest's lines where it has them."""
+    ranks, optim, run, model = training.ranks, cfg.optim, cfg.run, training.model
+    tied = cfg.model.tie_embeddings
+    seen = len(text.target_bytes) // cfg.data.seq_len * cfg.data.seq_len  # as the contest counts them
+    name = Path(cfg.data.data_path).resolve().name
+    dtype = str(model.compute_dtype).removeprefix("torch.")
+    log.line(f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}", console=False)
+    log.line(
+        f"config_hash:{fixed_hash(cfg)}\n"
+        f"val_bpb:enabled tokenizer_kind={text.tokenizer_kind} tokenizer_path={cfg.data.tokenizer_path}\n"
+        f"train_loader:dataset:{name} train_shards:{len(training.loader.files)}\n"
+        f"val_loader:shards pattern={text.pattern} tokens:{seen}\n"
+        f"val_bytes:{text.target_bytes.sum()} raw_bytes:{text.raw_bytes or 'unknown, no manifest'}\n"
+        f"tokenizer_report:{read_report(Path(text.pattern).parent, text.tokenizer_sha256)}\n"
+        f"model_params:{sum(param.numel() for param in model.parameters())}\n"
+        f"world_size:{ranks.world_size} grad_accum_steps:{cfg.data.micro_batches // ranks.world_size}\n"
+        f"device:{ranks.device.type} compute_dtype:{dtype} compile:{training.is_compiled}\n"
+        f"attention_mode:gqa backend:{model.attention} "
+        f"num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}\n"
+        f"tie_embeddings:{tied} embed_lr:{optim.tied_embed_lr if tied else optim.embed_lr} "
+        f"head_lr:{0.0 if tied else optim.head_lr} matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}\n"
+        f"train_batch_tokens:{cfg.data.batch_tokens} train_seq_len:{cfg.data.seq_len} "
+        f"iterations:{run.iterations} warmup_steps:{run.warmup_steps} "
+        f"max_wallclock_seconds:{run.max_wallclock_seconds:.3f}\n"
+        f"seed:{run.seed}"
+    )
+
+
+def log_sizes(cfg: Config, model: GPT, ledger: list[tuple[str, int]], log: Log) -> None:
+    """Log code, model and total sizes in the contest's lines; the first total is of float32 weights."""
+    float_bytes = sum(4 * param.numel() for param in model.parameters())
+    (_, code_bytes), *parts = ledger
+    model_bytes = sum(size for _, size in parts)
+    label = f"int{cfg.quant.matrix_bits}+{cfg.quant.codec}"
+    log.line(
+        f"Serialized model: {float_bytes} bytes\n"
+        f"Code size: {code_bytes} bytes\n"
+        f"Total submission size: {float_bytes + code_bytes} bytes\n"
+        f"Serialized model {label}: {model_bytes} bytes (payload_ratio:{float_bytes / model_bytes:.2f}x)\n"
+        f"Total submission size {label}: {model_bytes + code_bytes} bytes"
+    )
+
+
+def log_score(cfg: Config, score: Score, log: Log) -> None:
+    """Log the artifact's score in the contest's final lines; a sliding score also under its own name."""
+    label = f"final_int{cfg.quant.matrix_bits}_{cfg.quant.codec}"
+    exact = f"val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
+    log.line(
+        f"eval_mode:{score.mode} context_len:{score.context_len} stride:{score.stride} tail:{score.tail} "
+        f"tokens:{score.num_tokens} bytes:{score.num_bytes} adapted:{score.switch_at}/{score.num_units}"
+    )
+    if score.invalid:
+        log.line(f"invalid:{score.invalid}")
+    if score.not_comparable:
+        log.line(f"not_comparable:{score.not_comparable}")
+    if score.mode == "sliding":
+        log.line(f"{label}_sliding_window_exact {exact} stride:{score.stride}")
+    rounded = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}"
+    log.line(f"{label}_roundtrip {rounded} eval_time:{1000 * score.seconds:.0f}ms")
+    log.line(f"{label}_roundtrip_exact {exact}")
+
+
+def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
+    """Make the run folder and write its recipe; an older run of the name gives way, a resumed one stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    old = ["result.json", ARTIFACT_NAME]
+    if not is_resumed:
+        old += ["train.log", "metrics.jsonl", EVENTS_NAME]
+        if cfg.watch.keep_checkpoints > 0:
+            old += [BEST_NAME, LOSSES_NAME, *(path.name for path in folder.glob(NUMBERED_GLOB))]
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
+    recipe = whole_recipe(cfg)
+    for section, key in (name.split(".") for name in PLACE_FIELDS):
+        recipe[section].pop(key)
+    with atomic_file(folder / "recipe.toml") as file:
+        file.write(format_toml(recipe).encode())
+
+
+def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
+    """Print the ledgers and write result.json; raise when the submission is over a limit."""
+    score, ledger = result["score"], result["ledger"]
+    log.line("bytes of the submission\n" + format_ledger(ledger, cfg.quant.limit_bytes, "bytes"))
+    log.line("seconds by phase\n" + format_ledger(list(result["seconds"].items()), None, "s"))
+    result |= {
+        "artifact_sha256": sha256_file(folder / ARTIFACT_NAME),
+        "config_hash": fixed_hash(cfg),
+        "seed": cfg.run.seed,
+        "places": place_values(cfg),
+    }
+    write_json(folder / "result.json", result)
+    log.line(f"run_folder:{folder}")
+    check_bytes(ledger, cfg.quant.limit_bytes)
+    check_seconds("scoring", score["seconds"], scoring_limit(cfg.eval, score["num_bytes"]))
+
+
+def place_values(cfg: Config) -> dict[str, str]:
+    """Return {"section.key": value} of the fields that a run folder's recipe leaves out."""
+    return {name: config_value(cfg, name) for name in PLACE_FIELDS}
+
+
+def check_world_size(cfg: Config, world_size: int) -> None:
+    """Raise unless the ranks can share every step's micro-batches."""
+    for stage in stages_of(cfg):
+        if stage.micro_batches % world_size:
+            raise UserError(
+                f"data.micro_batches={stage.micro_batches} must be a multiple of the world size "
+                f"{world_size}, so that every number of ranks sees the same batch."
+            )
+
+
+def open_run(
+    cfg: Config, environment: Environment, text: ValidationText, checkpoint_path: Path | None
+) -> tuple[Training, Log, int]:
+    """Make ranks, model (from a checkpoint if there is one) and run folder; also weigh the packed source."""
+    ranks = Ranks(environment, cfg.run.device)
+    started_at = time.localtime(ranks.agree(time.time()))  # rank 0's, so that all ranks name one folder
+    run_id = cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at) + f"_seed{cfg.run.seed}"
+    training = Training(cfg, ranks, text.bos_id)
+    if checkpoint_path:
+        resume(training, checkpoint_path)
+    log = Log(Path(cfg.run.out_dir) / run_id, ranks.is_main, cfg.watch.tensorboard)
+    code_bytes, packing_note = 0, ""
+    if ranks.is_main:
+        prepare_folder(log.folder, cfg, checkpoint_path is not None)
+        log.line("packing: the source, folded by the recipe, is the code that counts")
+        code_bytes, packing_note = weigh_code(log.folder)
+    log_setup(cfg, training, text, log)
+    overrides = (f"environment_override:{key}={value}" for key, value in environment.overrides.items())
+    for line in (packing_note, *overrides):
+        log.line(line, console=False)
+    return training, log, code_bytes
+
+
+def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> list[tuple[str, int]]:
+    """Calibrate on all ranks, quantize and write the artifact on rank 0; returns the ledger.
+
+    sha256 is the tokenizer's.
+    """
+    model, cfg, started = training.model, training.cfg, time.perf_counter()
+    moments = collect_statistics(training) if cfg.quant.method != "round" else {}
+    if has_aids(cfg.eval):
+        model.aids = collect_aids(training)
+    if cfg.quant.method != "round" or has_aids(cfg.eval):
+        calibration = 1000 * (time.perf_counter() - started)
+        log.line(f"calibration_time:{calibration:.0f}ms reserve:{1000 * cfg.quant.reserve_seconds:.0f}ms")
+        over = training.train_ms + calibration - 1000 * cfg.run.max_wallclock_seconds
+        if cfg.run.max_wallclock_seconds > 0 and over > 0:
+            log.line(f"over_the_clock:{over:.0f}ms: raise quant.reserve_seconds or lower quant.calib_batches")
+    ledger = [("code (packed train_gpt.py)", code_bytes)]
+    if training.ranks.is_main:
+
+        def size_of(quantized: dict[str, Quantized]) -> int:
+            return code_bytes + len(pack_model(model, cfg, quantized, sha256)[0])
+
+        quantized = quantize_model(model, cfg, moments, size_of)
+        ledger += write_artifact(model, cfg, quantized, sha256, log.folder / ARTIFACT_NAME)
+        log_sizes(cfg, model, ledger, log)
+    training.ranks.barrier()
+    return ledger
+
+
+def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = None) -> None:
+    """Do the main job: train or go on training, average, quantize, pack, reload, score, report."""
+    marks = [("", time.perf_counter())]
+
+    def phase(name: str) -> None:
+        marks.append((name, time.perf_counter()))
+
+    require_codec(frame_codec(cfg.quant.codec))
+    check_world_size(cfg, environment.world_size)
+    text = load_validation(cfg.data)
+    training, log, code_bytes = open_run(cfg, environment, text, checkpoint_path)
+    ranks = training.ranks
+    warm_up(training, log)
+    phase("set-up and warm-up")
+
+    facts = train(training, log, lambda: validate(training.model, cfg, text, ranks))
+    log.line(
+        f"peak memory allocated: {ranks.peak_memory_mib()} MiB reserved: {ranks.reserved_memory_mib()} MiB"
+    )
+    phase("training and validation")
+
+    ledger = store_model(training, log, text.tokenizer_sha256, code_bytes)
+    phase("quantize and write")
+    model, packed_cfg, header = load_artifact(log.folder / ARTIFACT_NAME, cfg, ranks.device)
+    text = load_validation(packed_cfg.data, text.pattern, header["tokenizer_sha256"])
+    phase("reload")
+    score = score_model(model, packed_cfg, text, ranks, Scoring(Reports(progress=ProgressLines(log.line))))
+    phase("scoring")
+    log_score(cfg, score, log)
+    ranks.close()
+    if ranks.is_main:
+        seconds = {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
+        result = {**facts, "score": score._asdict(), "ledger": ledger, "seconds": seconds}
+        result["tokenizer_report"] = read_report(Path(text.pattern).parent, text.tokenizer_sha256)
+        finish(log.folder, cfg, result, log)
+
+
+def score_file(path: Path, live: Config, environment: Environment) -> None:
+    """Score an artifact and print the result as JSON; reads validation data only, and writes nothing."""
+    ranks = Ranks(environment, live.run.device)
+    model, cfg, header = load_artifact(path, live, ranks.device)
+    text = load_validation(cfg.data, "", header["tokenizer_sha256"])
+    score = score_model(model, cfg, text, ranks)
+    ranks.close()
+    if ranks.is_main:
+        print(json.dumps(score._asdict()))
+
+
+def open_scorer(path: str) -> tuple[dict, Callable[[list[int]], tuple[list[float], list]]]:
+    """Offer an artifact's scorer to an audit: facts, and tokens -> nats of each target, events.
+
+    eval/audit/inside.py asks for it as `scorer`, in the source and in every packed program.
+    """
+    live = load_config(None, read_environment().overrides, [])
+    ranks = KeepingRanks(Environment({}), "cpu")
+    model, cfg, header = load_artifact(path, live, ranks.device)
+    text = load_validation(cfg.data, "", header["tokenizer_sha256"])
+
+    def score(stream: list[int]) -> tuple[list[float], list]:
+        events: list[dict] = []
+        tokens = np.array(stream, dtype=text.tokens.dtype)
+        changed = ValidationText(tokens, np.ones(len(tokens) - 1, dtype=np.int64), *text[2:])
+        score_model(model, cfg, changed, ranks, Scoring(Reports(events.append), len(stream)))  # no clock
+        return ranks.kept.tolist(), [[event["kind"], event["lo"], event["hi"]] for event in events]
+
+    window = cfg.eval.context_len or cfg.data.seq_len
+    whole = 1 if cfg.eval.keep_tail else window
+    facts = {"vocab_size": cfg.data.vocab_size, "window": window, "stride": cfg.eval.stride, "whole": whole}
+    return facts, score
+
+
+def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
+    """Say what a config means without data, training or memory: counts, plan, costs, schedule."""
+    with torch.device("meta"):
+        named = dict(GPT(cfg.model, cfg.data.vocab_size).named_parameters())
+    rules = match_rules(cfg, list(named))
+    by_rule: dict[str, int] = {}
+    for name, rule in rules.items():
+        by_rule[rule.pattern] = by_rule.get(rule.pattern, 0) + named[name].numel()
+    plan = layer_plan(cfg.model, cfg.model.recur_passes)
+    rows = []
+    for step, elapsed in zip(steps, elapsed_ms):
+        progress = run_progress(cfg, step, elapsed)
+        rates, phase = step_rates(cfg, step, elapsed), phase_at(cfg, step, progress)
+        rows.append(
+            {
+                "step": step,
+                "lr": getattr(cfg.optim, next(iter(rules.values())).lr) * rates.lr_mul,
+                **rates._asdict(),
+                "seq_len": phase.stage.seq_len,
+                "batch_tokens": phase.stage.batch_tokens,
+                "recur_passes": phase.passes,
+                "qat": phase.qat,
+            }
+        )
+    return {
+        "config": whole_recipe(cfg),
+        "config_hash": fixed_hash(cfg),
+        "num_params": sum(param.numel() for param in named.values()),
+        "params_by_rule": by_rule,
+        "layer_plan": [step._asdict() for step in layer_plan(cfg.model, 1)],
+        "layer_plan_recurring": [step._asdict() for step in plan],
+        "flops_per_token": flops_per_token(cfg, named, [step.layer for step in plan]),
+        "estimated_artifact_bytes": estimate_artifact_bytes(cfg),
+        "schedule": rows,
+    }
+
+
+def flops_per_token(cfg: Config, named: dict[str, Tensor], visits: list[int]) -> int:
+    """Count forward and backward operations a token: 6 a weight and visit, 6 T D a visit for attention."""
+    total = 6 * cfg.model.model_dim * (cfg.data.vocab_size + cfg.data.seq_len * len(visits))
+    for name, param in named.items():
+        if name.startswith("blocks.") and param.ndim == 2:
+            total += 6 * param.numel() * visits.count(int(name.split(".")[1]))
+    return total
+
+
+def estimate_artifact_bytes(cfg: Config) -> int:
+    """Estimate the stored bytes: the target if there is one, else what the tensors take before coding.
+
+    Water-filled codes have the entropy of a normal variable in steps of quant.step deviations.
+    """
+    if cfg.quant.target_bytes:
+        return cfg.quant.target_bytes
+    code_bits = {name: float(grid.bits) for name, grid in exported_grids(cfg).items()}
+    if cfg.quant.method == "water_fill":
+        code_bits = dict.fromkeys(
+            code_bits, 0.5 * math.log2(2 * math.pi * math.e) - math.log2(cfg.quant.step)
+        )
+    return estimate_bytes(tensor_table(cfg), code_bits)
+
+
+def describe_to_stdout(args, environment: Environment) -> None:
+    """Print what --describe asks for."""
+    steps = [int(step) for step in args.steps.split(",")]
+    elapsed = [float(ms) for ms in args.elapsed_ms.split(",")] if args.elapsed_ms else [0.0] * len(steps)
+    if len(elapsed) != len(steps):
+        raise UserError(f"--elapsed-ms: expected {len(steps)} times, one a step, found {len(elapsed)}.")
+    cfg = load_config(args.recipe, environment.overrides, args.overrides)
+    print(json.dumps(describe(cfg, steps, elapsed)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, resolve the config, run. A packed program takes live fields and actions."""
+    fields = describe_fields(Config) if PACKED_RECIPE is None else " ".join(config_fields(Config))
+    parser = CommandParser(
+        prog="train_gpt.py",
+        description="Train, quantize, pack and score a model as one recipe says.",
+        epilog=fields,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
+    if Config().run.save_every >= 0:
+        parser.add_argument(
+            "--resume", type=Path, metavar="FILE", help=f"go on from a run's {CHECKPOINT_NAME}"
+        )
+    parser.add_argument("--score", type=Path, metavar="FILE", help="score an artifact instead of training")
+    if PACKED_RECIPE is None:
+        parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
+        parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule as JSON")
+        parser.add_argument(
+            "--steps", default="0", metavar="N,N,...", help="with --describe: steps to tabulate"
+        )
+        parser.add_argument("--elapsed-ms", default="", metavar="MS,...", help="with --describe: their times")
+    args = parser.parse_args(argv)
+    environment = read_environment()
+    recipe_path = args.recipe if PACKED_RECIPE is None else None
+    if PACKED_RECIPE is None and args.describe:
+        describe_to_stdout(args, environment)
+        return
+    try:
+        cfg = load_config(recipe_path, environment.overrides, args.overrides)
+        if args.score:
+            score_file(args.score, cfg, environment)
+        else:
+            run(cfg, environment, args.resume if Config().run.save_every >= 0 else None)
+    except UserError:
+        if environment.rank == 0:
+            raise
+        time.sleep(2.0)  # rank 0 has the same error: let it speak, once, before torchrun ends all ranks
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)
+elif __name__ == "audited":
+    scorer = open_scorer
