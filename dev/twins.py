@@ -19,8 +19,8 @@ import train_gpt
 from data.builtin import describe_sources, find_modules, make_corpus, parse_modules, write_document
 from data.codecs import load_codec
 from data.errors import CommandParser, UserError, run_command
-from data.prepare import Document, write_dataset
-from data.shards import VAL_GLOB, find_shards, read_json, read_manifest, read_shard
+from data.prepare import Document, mark_unfinished, write_dataset
+from data.shards import MANIFEST_NAME, VAL_GLOB, find_shards, read_json, read_manifest, read_shard
 from data.training import TRAINERS, train_tokenizer
 from formats.recipe import read_recipe, with_values
 from train_gpt import (
@@ -100,6 +100,8 @@ def prepare(names: list[str], data: Path) -> None:
     for twin in missing:
         out = dataset_folder(twin, data)
         out.mkdir(parents=True, exist_ok=True)
+        if (out / MANIFEST_NAME).is_file():  # outdated: its tokenizer is about to change
+            mark_unfinished(out)
         texts = (document.text for document in train)
         train_tokenizer(texts, twin.vocab_size, out / tokenizer_name(twin), twin.kind)
         codec = load_codec(out / tokenizer_name(twin))

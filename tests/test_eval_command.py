@@ -58,6 +58,8 @@ HINTED = {
     "eval.lora_lr": 0.01, "eval.lora_chunk_tokens": 8, "eval.lora_batch_docs": 2, "eval.tilt_online": 1.0,
 }  # fmt: skip
 PHASED = HINTED | {"eval.mode": "phased", "eval.tilt_online": 0.0, "eval.phase_docs": 3, "eval.sgd_lr": 0.05}
+CHANGES = {"sliding": {}, "sgd-ttt": ADAPTIVE, "lora-ttt and hints": HINTED, "phased": PHASED}
+PHASED = HINTED | {"eval.mode": "phased", "eval.tilt_online": 0.0, "eval.phase_docs": 3, "eval.sgd_lr": 0.05}
 
 
 @pytest.fixture
@@ -531,15 +533,14 @@ def test_packed_program_source_and_command_agree_offline_without_training_shards
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["sliding", "sgd-ttt"])
+@pytest.mark.parametrize("mode", CHANGES)
 def test_two_and_four_ranks_give_the_score_of_one(make_run, tmp_path, mode):
     """torchrun -m eval: plain scores bitwise, adaptive ones to 1e-5; one object, one log a rank."""
-    changes = ADAPTIVE if mode == "sgd-ttt" else {}
-    folder = make_run("run", changes)
+    folder = make_run("run", CHANGES[mode])
     recorded = read_json(folder / "result.json")["score"]["val_bpb"]
     for world_size in (2, 4):
         score, rows = evaluate_on_ranks(world_size, tmp_path, folder)
-        assert score["val_bpb"] == pytest.approx(recorded, abs=1e-5 if changes else 0)
+        assert score["val_bpb"] == pytest.approx(recorded, abs=1e-5 if CHANGES[mode] else 0)
         events = [Event(row["kind"], row["lo"], row["hi"]) for row in rows if row["kind"] == "score"]
         assert coverage(sorted(events, key=lambda event: event.lo), score["num_tokens"]).verdict == "PASS"
 

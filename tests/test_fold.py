@@ -550,6 +550,8 @@ def tiny_recipe(request, tmp_path_factory):
         recipe.setdefault(section, {})[key] = value
     if recipe["model"].get("bigram_buckets"):
         recipe["model"]["bigram_buckets"] = 64
+    if recipe["model"].get("fp8"):
+        recipe["model"] |= {"fp8": "emulate", "mlp_mult": 4}  # on a CPU, and multiples of 16
     recipe["model"]["embed_dim"] = min(recipe["model"].get("embed_dim", 0), 8)
     recipe["model"]["rope_dims"] = min(recipe["model"].get("rope_dims", 0), 4)
     path = tmp_path_factory.mktemp("recipe") / "recipe.toml"

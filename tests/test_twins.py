@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dev.twins
 import train_gpt
-from dev.twins import SYSTEMS, TWINS, prepare, train_twin, twin_config, unigram_entropy
+from data.builtin import Chapter, Corpus, Entry
+from data.shards import read_manifest
+from data.training import BYTES_FILE
+from dev.twins import SYSTEMS, TWINS, Twin, prepare, train_twin, twin_config, unigram_entropy
 from formats.recipe import config_fields, config_value, read_recipe, with_values
 from formats.state import read_state
 from train_gpt import CHECKPOINT_NAME, Config, Environment
@@ -127,6 +131,26 @@ def twin_data(tmp_path_factory) -> Path:
     folder = Path(os.environ.get("GOLF_TWINS") or tmp_path_factory.mktemp("twins"))
     prepare(list(TWINS), folder)
     return folder
+
+
+def test_an_outdated_dataset_is_made_again(tmp_path, monkeypatch):
+    """Also when its tokenizer changes with it."""
+
+    def write_tokenizer(texts, vocab_size, out, kind):
+        out.write_text(json.dumps(BYTES_FILE | version))
+
+    chapters = [Chapter(text, True, (Entry("", text),)) for text in ("to train", "to validate")]
+    monkeypatch.setitem(TWINS, "T", Twin("A_bwetaf53", "bytes", 260))
+    monkeypatch.setattr(dev.twins, "find_modules", list)
+    monkeypatch.setattr(dev.twins, "parse_modules", list)
+    monkeypatch.setattr(dev.twins, "make_corpus", lambda _: Corpus(chapters[:1], chapters[1:]))
+    monkeypatch.setattr(dev.twins, "train_tokenizer", write_tokenizer)
+    monkeypatch.setattr(dev.twins, "describe_sources", lambda size: dict(version))
+    version, found = {}, []
+    for version["made for"] in (1, 1, 2):
+        prepare(["T"], tmp_path)
+        found.append(read_manifest(tmp_path / "builtin_bytes260")["tokenizer"]["sha256"])
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.slow
