@@ -82,7 +82,7 @@ class Crew:
     """The same among threads, each in the place of a rank."""
 
     def __init__(self, world_size):
-        self.barrier = threading.Barrier(world_size, timeout=30)
+        self.barrier = threading.Barrier(world_size, timeout=120)
         self.shared = [None] * world_size
 
     def exchange(self, rank, value):

@@ -22,7 +22,7 @@ from eval.audit.matrix import FOLDER
 from eval.audit.sandbox import Box, Limits
 from eval.audit.unwrap import parse_source
 
-QUICK = Limits(seconds=6)
+QUICK = Limits(seconds=30)
 HANGS = 60  # seconds that no ended program and no bounded look at one takes on any machine
 HOSTILE = {
     "a fork bomb": "import os\nwhile True:\n    os.fork()\n",

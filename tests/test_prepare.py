@@ -557,7 +557,7 @@ def test_a_user_error_ends_the_process_with_one_message_and_status_1(source, tmp
         env=os.environ | {"PYTHONPATH": ""},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert result.returncode == 1
     assert result.stderr.startswith("error: no.model: no such tokenizer file")
