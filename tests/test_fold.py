@@ -544,7 +544,9 @@ def tiny_recipe(request, tmp_path_factory):
     sizes |= {"data.tokenizer_kind": "sentencepiece", "schedule.stages": [], "quant.reserve_seconds": 0}
     sizes |= {"quant.target_bytes": 0, "quant.calib_batches": 1}
     sizes |= {"eval.lora_rank": 2, "eval.lora_chunk_tokens": 4, "eval.lora_batch_docs": 2}
-    sizes |= {"eval.lora_warm_lanes": 2, "eval.phase_docs": 4, "eval.sgd_chunk_tokens": 64}
+    sizes |= {"eval.phase_docs": 4, "eval.sgd_chunk_tokens": 64}
+    if not recipe.get("eval", {}).get("tilt_online"):  # hints exclude warm lanes
+        sizes |= {"eval.lora_warm_lanes": 2}
     for name, value in sizes.items():
         section, key = name.split(".")
         recipe.setdefault(section, {})[key] = value
