@@ -529,6 +529,15 @@ def test_a_recipe_that_rules_checkpoints_out_ships_none():
     assert "resume" not in fold(source, {"model": {"seed": -1}})
 
 
+def test_a_function_may_have_the_name_of_a_config_section():
+    """The field of that name in the config class is no use of the function."""
+    made = folded(
+        "def model(path=None):\n    return [1] if path else [2]\n"
+        "def main(cfg: Config):\n    return model(None), cfg.model.seed\n"
+    )
+    assert "[2]" in made and "[1]" not in made
+
+
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.parent.name)
 def tiny_recipe(request, tmp_path_factory):
     """Write a recipe with its features at the size of a test."""

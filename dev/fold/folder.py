@@ -128,7 +128,7 @@ class Folder(ast.NodeTransformer, Scopes):
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         if node.name in self.program.configs or any(map(is_option, node.body)):
             for inner in walk(node):  # section defaults make instances, without arguments
-                if isinstance(inner, ast.Name):
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load):
                     self.seen.escapes.add(inner.id)
             return node
         node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
