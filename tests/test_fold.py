@@ -303,6 +303,17 @@ def main(cfg: Config):
 # Programs with a trap each for a careless folder.
 TRAPS = [
     """
+NOTES = []
+class Made(NamedTuple):
+    number: int = 3
+def note(x):
+    NOTES.append(x)
+    return x
+def main(cfg: Config):
+    same = ['a' if note(cfg.model.width) else 'a']
+    return same, Made(note(3)) is None, Made(note(3)).number, [1, 2][note(1) * 0], NOTES
+""",
+    """
 class Codec:
     def encode(self, text, twice=False):
         return text * 2 if twice else text

@@ -237,7 +237,7 @@ class Folder(ast.NodeTransformer, Scopes):
         fact = self.look(node)
         if fact is None and not isinstance(node, Comprehension):
             self.open.add(id(node))
-        if not isinstance(fact, Known):
+        if not isinstance(fact, Known) or not self.is_quiet(node):
             return node
         made = literal(fact.value)
         length = len(ast.unparse(made))

@@ -49,6 +49,18 @@ class Scopes:
     def is_builtin(self, name: str) -> bool:
         return name in SAFE_BUILTINS and self.is_global(name) and name not in self.program.values
 
+    def is_quiet(self, node: ast.expr) -> bool:
+        """Whether an expression calls nothing but what is known to have no effect."""
+        quiet = self.program.configs.keys() | self.program.pure.keys()
+        for inner in walk(node):
+            if isinstance(inner, ast.NamedExpr):
+                return False
+            if isinstance(inner, ast.Call):
+                name = inner.func.id if isinstance(inner.func, ast.Name) else ""
+                if not (name in quiet or self.is_builtin(name)):
+                    return False
+        return True
+
     def annotated(self, node: ast.expr | None) -> Fact:
         """Return what an annotation says."""
         match node:
