@@ -6,6 +6,7 @@ import pytest
 import torch
 from fixtures_data import SIZES, titled_texts, train_small_kind, train_small_tokenizer
 from fixtures_model import TINY, TINY_VOCAB, make_documents
+from hypothesis import settings
 
 import train_gpt
 from data.codecs import load_codec
@@ -14,6 +15,10 @@ from data.prepare import Document, write_dataset
 from data.training import CONTEST_OPTIONS, train_sentencepiece, train_tokenizer
 from formats.recipe import with_values
 from train_gpt import Config, Environment, Ranks, build_model
+
+# The same examples in every run; --hypothesis-profile=default draws others.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

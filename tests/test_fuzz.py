@@ -199,7 +199,7 @@ def test_hostile_artifacts_are_refused_or_load(judge, dice):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @given(dice=st.randoms(use_true_random=True))
-@settings(max_examples=10_000, **LIMITS)
+@settings(max_examples=10_000, derandomize=False, **LIMITS)
 def test_ten_thousand_hostile_artifacts_are_refused_or_load(judge, dice):
     """The same, at the length that finds what 300 miss."""
     judge(dice)
