@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.codecs import load_codec
+from data.codecs import TokenCodec, load_codec
 from data.documents import Document
 from data.errors import CommandParser, UserError, at_least_one, run_command
 from data.prepare import mark_unfinished, print_table, write_dataset
@@ -321,17 +321,26 @@ def build(out: str | Path, vocab_size: int, list_modules: Callable[[], list[Modu
     digest = hashlib.sha256()
     for document in train + val:
         digest.update(document.text.encode() + b"\0")
-    if (out / MANIFEST_NAME).is_file():  # this corpus, outdated: its tokenizer is about to change
-        mark_unfinished(out)
-    tokenizer = out / TOKENIZER_NAME
-    train_tokenizer((document.text for document in train), vocab_size, tokenizer)
     sources["sha256"] = digest.hexdigest()
     sources["train_bytes"] = sum(len(document.text.encode()) for document in train)
     sources["val_bytes"] = sum(len(document.text.encode()) for document in val)
-    codec = load_codec(tokenizer)
-    write_dataset(out, codec, train, val, sources)
+    codec = write_with_tokenizer(out / TOKENIZER_NAME, train, val, sources)
     write_json(out / REPORT_NAME, verify_codec(codec, val))
     return True
+
+
+def write_with_tokenizer(
+    tokenizer: Path, train: list[Document], val: list[Document], sources: dict, kind: str = "sentencepiece"
+) -> TokenCodec:
+    """Train a tokenizer of sources["vocab_size"] entries, write the shards beside it; returns its codec."""
+    out = tokenizer.parent
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / MANIFEST_NAME).is_file():  # outdated: its tokenizer is about to change
+        mark_unfinished(out)
+    train_tokenizer((document.text for document in train), sources["vocab_size"], tokenizer, kind)
+    codec = load_codec(tokenizer)
+    write_dataset(out, codec, train, val, sources)
+    return codec
 
 
 def main(argv: list[str] | None = None) -> None:

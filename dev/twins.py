@@ -16,12 +16,18 @@ from typing import NamedTuple
 import numpy as np
 
 import train_gpt
-from data.builtin import describe_sources, find_modules, make_corpus, parse_modules, write_document
-from data.codecs import load_codec
+from data.builtin import (
+    describe_sources,
+    find_modules,
+    make_corpus,
+    parse_modules,
+    write_document,
+    write_with_tokenizer,
+)
 from data.errors import CommandParser, UserError, run_command
-from data.prepare import Document, mark_unfinished, write_dataset
-from data.shards import MANIFEST_NAME, VAL_GLOB, find_shards, read_json, read_manifest, read_shard
-from data.training import TRAINERS, train_tokenizer
+from data.prepare import Document
+from data.shards import VAL_GLOB, find_shards, read_json, read_manifest, read_shard
+from data.training import TRAINERS
 from formats.recipe import read_recipe, with_values
 from train_gpt import (
     ARTIFACT_NAME,
@@ -98,14 +104,8 @@ def prepare(names: list[str], data: Path) -> None:
     train = first_bytes([write_document(chapter) for chapter in corpus.train], TRAIN_BYTES)
     val = first_bytes([write_document(chapter) for chapter in corpus.val], VAL_BYTES)
     for twin in missing:
-        out = dataset_folder(twin, data)
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / MANIFEST_NAME).is_file():  # outdated: its tokenizer is about to change
-            mark_unfinished(out)
-        texts = (document.text for document in train)
-        train_tokenizer(texts, twin.vocab_size, out / tokenizer_name(twin), twin.kind)
-        codec = load_codec(out / tokenizer_name(twin))
-        write_dataset(out, codec, train, val, describe_sources(twin.vocab_size))
+        tokenizer = dataset_folder(twin, data) / tokenizer_name(twin)
+        write_with_tokenizer(tokenizer, train, val, describe_sources(twin.vocab_size), twin.kind)
 
 
 def unigram_entropy(dataset: Path) -> float:

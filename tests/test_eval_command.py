@@ -58,7 +58,7 @@ HINTED = {
     "eval.lora_lr": 0.01, "eval.lora_chunk_tokens": 8, "eval.lora_batch_docs": 2, "eval.tilt_online": 1.0,
 }  # fmt: skip
 PHASED = HINTED | {"eval.mode": "phased", "eval.tilt_online": 0.0, "eval.phase_docs": 3, "eval.sgd_lr": 0.05}
-EXACT = {"model.compute_dtype": "float64"}  # whole-weight steps of an untrained model amplify float32's rounding
+EXACT = {"model.compute_dtype": "float64"}  # whole-weight steps of untrained models amplify rounding
 CHANGES = {
     "sliding": {}, "sgd-ttt": ADAPTIVE, "lora-ttt and hints": HINTED, "phased": PHASED | EXACT,
 }  # fmt: skip

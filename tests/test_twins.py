@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data.builtin
 import dev.twins
 import train_gpt
 from data.builtin import Chapter, Corpus, Entry
@@ -144,8 +145,8 @@ def test_an_outdated_dataset_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(dev.twins, "find_modules", list)
     monkeypatch.setattr(dev.twins, "parse_modules", list)
     monkeypatch.setattr(dev.twins, "make_corpus", lambda _: Corpus(chapters[:1], chapters[1:]))
-    monkeypatch.setattr(dev.twins, "train_tokenizer", write_tokenizer)
-    monkeypatch.setattr(dev.twins, "describe_sources", lambda size: dict(version))
+    monkeypatch.setattr(data.builtin, "train_tokenizer", write_tokenizer)
+    monkeypatch.setattr(dev.twins, "describe_sources", lambda size: version | {"vocab_size": size})
     version, found = {}, []
     for version["made for"] in (1, 1, 2):
         prepare(["T"], tmp_path)
