@@ -103,7 +103,18 @@ from formats.recipe import (
 from formats.rotation import BEST_NAME, LOSSES_NAME, NUMBERED_GLOB, rotate_checkpoints
 from formats.rules import clock_rules, model_rules, stage_rules, storage_rules
 from formats.state import map_leaves, read_state, write_state
-from kernels.attention import BACKENDS, AttentionMask, Reach, attend, mask_of, resolve_attention
+from kernels.attention import (
+    BACKENDS,
+    AttentionMask,
+    Choice,
+    Extent,
+    Reach,
+    attend,
+    extent_of,
+    has_usual_docs,
+    mask_of,
+    resolve_attention,
+)
 from kernels.context import ContextRule, attend_compressed, feature_projection
 from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
 from kernels.loss import blocked_loss
@@ -563,6 +574,9 @@ class Ranks:
         self.device = torch.device("cuda", environment.local_rank) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision(
+                "high"
+            )  # TF32 where products are float32: Gram matrices, heads
         if self.world_size > 1:
             # Ranks wait for rank 0 while it quantizes and compresses: longer than the default ten minutes.
             settings = {"backend": "nccl" if use_cuda else "gloo", "timeout": timedelta(hours=1)}
@@ -709,6 +723,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64: the next tokens
     starts_doc: Tensor  # (B, T) bool: nothing before this token belongs to its text
+    extent: Extent | None = None  # of the documents, where attention stays in them
 
 
 def open_loader(cfg: Config, bos_id: int) -> TokenLoader:
@@ -720,11 +735,15 @@ def open_loader(cfg: Config, bos_id: int) -> TokenLoader:
     return loader
 
 
-def next_batch(loader: TokenLoader, stage: Stage, ranks: Ranks) -> Batch:
-    """Take the next micro-batch of every rank and put this rank's on its device."""
+def next_batch(loader: TokenLoader, stage: Stage, ranks: Ranks, in_document: bool = False) -> Batch:
+    """Take the next micro-batch of every rank and put this rank's on its device.
+
+    Where attention stays in_document, its documents are bounded too.
+    """
     num_tokens = stage.batch_tokens // stage.micro_batches
     rows = loader.take(stage.seq_len, num_tokens, ranks.rank, ranks.world_size)
-    return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=True) for part in rows))
+    extent = extent_of(rows.starts_segment, stage.seq_len) if in_document else None
+    return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=True) for part in rows), extent)
 
 
 def tokenizer_of(cfg: DataConfig) -> TokenCodec:
@@ -1181,6 +1200,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.compute_dtype = compute_dtype
         self.attention = attention
+        self.passed_over: dict[str, str] = {}  # backends that auto tried before -> why they do not serve
         vocab_size += cfg.vocab_pad
         self.embed = nn.Embedding(vocab_size, cfg.embed_dim or cfg.model_dim)
         self.embed_proj = CastLinear(cfg.embed_dim, cfg.model_dim) if cfg.embed_dim else None
@@ -1253,7 +1273,14 @@ class GPT(nn.Module):
             x = turned.squeeze(2)
         return x
 
-    def share(self, tokens: Tensor, starts_doc: Tensor, embedded: Tensor, plan: list[Step]) -> Shared:
+    def share(
+        self,
+        tokens: Tensor,
+        starts_doc: Tensor,
+        embedded: Tensor,
+        plan: list[Step],
+        extent: Extent | None = None,
+    ) -> Shared:
         """Compute once what every block visit reads."""
         cfg, seq_len = self.cfg, tokens.size(1)
         turned = POSITIONS[cfg.positions][1]
@@ -1261,7 +1288,7 @@ class GPT(nn.Module):
         rope = rope_tables(seq_len, dims, rope_base_at(cfg, seq_len), embedded) if turned else None
         masks = {
             (window, first): mask_of(
-                Reach(window, cfg.attn_in_document), starts_doc, self.attention, embedded.dtype, first
+                Reach(window, cfg.attn_in_document, extent), starts_doc, self.attention, embedded.dtype, first
             )
             for window, first in sorted({(self.blocks[step.layer].attn.window, step.first) for step in plan})
         }
@@ -1288,28 +1315,43 @@ class GPT(nn.Module):
         """Turn the last hidden states, (B, T, D), into logits, (B, T, V)."""
         x, weight = self.before_head(x)
         logits = self.head(x) if self.head is not None else self.readout(x, weight)
+        if self.softcap is not None or self.cfg.logit_softcap:  # in bfloat16 each step of it would round
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.softcap is not None:
             return self.softcap(logits)
         cap = self.cfg.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(
-        self, tokens: Tensor, starts_doc: Tensor, first: int = 0, passes: int | None = None
+        self,
+        tokens: Tensor,
+        starts_doc: Tensor,
+        first: int = 0,
+        passes: int | None = None,
+        extent: Extent | None = None,
     ) -> Tensor:
         """Predict the token after each of (B, T) tokens, for positions from `first` on.
 
-        passes is how often the recurrent segment runs; None: cfg.recur_passes, as in scoring.
+        passes is how often the recurrent segment runs; None: cfg.recur_passes, as in scoring. extent bounds
+        the documents of starts_doc; without it they are counted, which waits for the device.
         """
-        return self.predict(self.hidden(tokens, starts_doc, first, passes))
+        return self.predict(self.hidden(tokens, starts_doc, first, passes, extent))
 
-    def hidden(self, tokens: Tensor, starts_doc: Tensor, first: int = 0, passes: int | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        starts_doc: Tensor,
+        first: int = 0,
+        passes: int | None = None,
+        extent: Extent | None = None,
+    ) -> Tensor:
         """Return the last block's output for positions from `first` on, (B, T - first, D)."""
         cfg = self.cfg
         x = self.embed_tokens(tokens, starts_doc)
         plan = layer_plan(cfg, cfg.recur_passes if passes is None else passes)
         last = 0 if cfg.context_ratio else first  # a compressed context is made for all queries
         plan[-1] = plan[-1]._replace(first=last)
-        shared = self.share(tokens, starts_doc, x, plan)
+        shared = self.share(tokens, starts_doc, x, plan, extent)
         lanes, kept = Lanes(x), []
         for visit, step in enumerate(plan):
             if step.pop is not None:
@@ -1328,14 +1370,14 @@ class GPT(nn.Module):
 
 def mean_loss(model: nn.Module, batch: Batch, passes: int | None = None) -> Tensor:
     """Mean cross-entropy of a batch in nats, from logits in float32 or the compute dtype if that is wider."""
-    logits = model(batch.tokens, batch.starts_doc, 0, passes)
+    logits = model(batch.tokens, batch.starts_doc, 0, passes, batch.extent)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide).flatten(0, 1), batch.targets.flatten())
 
 
 def mean_loss_in_blocks(model: GPT, batch: Batch, passes: int | None = None) -> Tensor:
     """Mean cross-entropy as mean_loss has it, without whole logits: faster on a CPU (kernels/loss.py)."""
-    x, rows = model.before_head(model.hidden(batch.tokens, batch.starts_doc, 0, passes))
+    x, rows = model.before_head(model.hidden(batch.tokens, batch.starts_doc, 0, passes, batch.extent))
     return blocked_loss(x.flatten(0, 1), rows, batch.targets.flatten(), model.cfg.logit_softcap)
 
 
@@ -1365,20 +1407,21 @@ def build_model(cfg: Config, device: torch.device) -> GPT:
     return make_gpt(cfg, device).to(device)
 
 
-def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> Choice:
     """Choose the attention backend for a recipe's heads and masks."""
     model = cfg.model
     heads = (model.num_heads, model.num_kv_heads, model.model_dim // model.num_heads)
     reach = Reach(model.attn_window, model.attn_in_document)
-    return resolve_attention(cfg.run.attention, device, dtype, heads, reach).backend
+    return resolve_attention(cfg.run.attention, device, dtype, heads, reach)
 
 
 def make_gpt(cfg: Config, device: torch.device, weights_on: str = "cpu") -> GPT:
     """Make a model that computes on `device`, in that dtype and with that attention backend."""
     dtype = resolve_dtype(cfg.model.compute_dtype, device)
-    backend = resolve_backend(cfg, device, dtype)
+    choice = resolve_backend(cfg, device, dtype)
     with torch.device(weights_on):
-        model = GPT(cfg.model, cfg.data.vocab_size, dtype, backend)
+        model = GPT(cfg.model, cfg.data.vocab_size, dtype, choice.backend)
+    model.passed_over = choice.refused
     return model.double() if dtype == torch.float64 else model
 
 
@@ -1976,7 +2019,8 @@ def score_model(
     if scoring.warms_up:
         if settings.mode in PLAIN_MODES and resolve_compile(cfg.run.compile, ranks.device):
             plan = plan_plain(settings, context_len, tokens, text.bos_id)
-            scorer = CompiledWindows(model, plan, options.batch_tokens)
+            fits = (has_usual_docs,) if cfg.model.attn_in_document else ()
+            scorer = CompiledWindows(model, plan, options.batch_tokens, *fits)
         rehearse(model, scorer, session, settings, cfg.data.vocab_size)
     ranks.synchronize()
     started = time.perf_counter()
@@ -2020,7 +2064,7 @@ class Training:
         # 8-bit products record their amax in place, which a compiled graph may not.
         self.is_compiled = self.fp8 is None and resolve_compile(cfg.run.compile, ranks.device)
         if self.is_compiled:
-            torch._dynamo.config.recompile_limit = 8 + 2 * len(phases_of(cfg))
+            torch._dynamo.config.recompile_limit = 8 + 8 * len(phases_of(cfg))  # eight extents of documents
             self.loss = torch.compile(mean_loss, dynamic=False, fullgraph=True)
 
     def parts(self) -> dict:
@@ -2041,7 +2085,7 @@ class Training:
     def micro_step(self, phase: Phase, index: int) -> Tensor:
         """Add this rank's micro-batch `index` of the step to the gradient; returns its share of the loss."""
         micro_steps = phase.stage.micro_batches // self.ranks.world_size
-        batch = next_batch(self.loader, phase.stage, self.ranks)
+        batch = next_batch(self.loader, phase.stage, self.ranks, self.cfg.model.attn_in_document)
         if self.cfg.model.dropout > 0:  # noise by step and micro-batch, the same for any number of ranks
             number = index * self.ranks.world_size + self.ranks.rank
             entropy = (self.cfg.run.seed % 2**64, self.step, number)
@@ -2100,7 +2144,7 @@ def collect_statistics(training: Training) -> dict[str, Moments]:
 
     def run_batches() -> None:
         for _ in range(-(-cfg.quant.calib_batches // training.ranks.world_size)):
-            batch = next_batch(training.loader, stage, training.ranks)
+            batch = next_batch(training.loader, stage, training.ranks, cfg.model.attn_in_document)
             (mean_loss(model, batch) * batch.targets.numel()).backward()
             training.optimizers.zero_grad()
 
@@ -2312,7 +2356,8 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"device:{ranks.device.type} compute_dtype:{dtype} compile:{training.is_compiled}\n"
         f"attention_mode:gqa backend:{model.attention} "
         f"num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}\n"
-        f"tie_embeddings:{tied} embed_lr:{optim.tied_embed_lr if tied else optim.embed_lr} "
+        + "".join(f"attention_passed_over:{name} {why}\n" for name, why in model.passed_over.items())
+        + f"tie_embeddings:{tied} embed_lr:{optim.tied_embed_lr if tied else optim.embed_lr} "
         f"head_lr:{0.0 if tied else optim.head_lr} matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}\n"
         f"train_batch_tokens:{cfg.data.batch_tokens} train_seq_len:{cfg.data.seq_len} "
         f"iterations:{run.iterations} warmup_steps:{run.warmup_steps} "

@@ -562,8 +562,10 @@ class LoraScorer:
         began = time.perf_counter()
         tokens = torch.from_numpy(self.session.tokens[span].astype(np.int64)).to(options.device)
         inputs, targets = tokens[:, :-1], tokens[:, 1 + first :]
+        filled = torch.from_numpy(span[:, :-1] >= hi).to(options.device)  # by the next BOS: no document
         with torch.set_grad_enabled(learns):
-            scores = self.model(inputs, inputs == options.bos_id, first).float()  # (B, T - first, V)
+            starts_doc = (inputs == options.bos_id) & ~filled
+            scores = self.model(inputs, starts_doc, first).float()  # (B, T - first, V)
             losses = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
             losses = losses.view_as(targets)
         places = torch.from_numpy(span[:, first:-1])

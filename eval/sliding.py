@@ -101,18 +101,28 @@ class ScoreOptions(NamedTuple):
 
 
 class CompiledWindows:
-    """A model compiled for the commonest shape of a plan's batches; all other shapes run as they are."""
+    """A model compiled for the commonest shape of a plan's batches; all other shapes run as they are.
 
-    def __init__(self, model: Logits, windows: np.ndarray, batch_tokens: int):
+    So do batches of which `fits` says, reading where their documents start, that the graph cannot take them.
+    """
+
+    def __init__(
+        self,
+        model: Logits,
+        windows: np.ndarray,
+        batch_tokens: int,
+        fits: Callable[[torch.Tensor], bool] = lambda starts_doc: True,
+    ):
         shapes = [
             (len(rows), *np.diff(windows[rows[0], :2]).tolist(), int(windows[rows[0], 2]))
             for rows in plan_batches(windows, batch_tokens)
         ]
         self.model, self.graph = model, torch.compile(model, dynamic=False)
         self.shape = max(shapes, key=Counter(shapes).__getitem__)  # (B, T, first)
+        self.fits = fits
 
     def __call__(self, tokens: torch.Tensor, starts_doc: torch.Tensor, first: int) -> torch.Tensor:
-        run = self.graph if (*tokens.shape, first) == self.shape else self.model
+        run = self.graph if (*tokens.shape, first) == self.shape and self.fits(starts_doc) else self.model
         return run(tokens, starts_doc, first)
 
 

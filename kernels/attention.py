@@ -9,10 +9,13 @@ flash kernels count), document masks end it at the document's first token. `math
 Shapes: B rows, T positions, H query heads, G kv heads (G divides H), K head dim.
 """
 
+import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,12 +26,22 @@ from kernels.blocked import blocked_forward
 from kernels.flash import flash2, flash3, flash4
 
 
+class Extent(NamedTuple):
+    """Bounds on a batch's documents, cut at rows' ends: what a varlen kernel is launched for.
+
+    Compiled graphs are made for one extent: `extent_of` rounds up, so that few are needed.
+    """
+
+    max_docs: int
+    max_len: int  # tokens of the longest
+
+
 class Reach(NamedTuple):
     """Which earlier positions of its row a query may see."""
 
     window: int = 0  # at most so many positions back; 0: all
     documents: bool = False  # only those of its own document
-    max_docs: int = 0  # most pieces of documents in a batch, rows' ends cut; 0: B + B * T / 128
+    extent: Extent | None = None  # of the batch's documents, where the caller knows it
 
     @property
     def is_plain(self) -> bool:
@@ -45,6 +58,7 @@ class AttentionMask(NamedTuple):
     bias: Tensor | None = None  # (B or 1, 1, T - first, T) 0 or -inf, added to the scores
     offsets: Tensor | None = None  # (max_docs + 1,) int32: where documents start in B * T, then B * T
     blocks: object | None = None  # FlexAttention's BlockMask
+    max_len: int = 0  # tokens of the longest document, rows' ends cut; 0: T
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -67,7 +81,8 @@ def mask_of(
     mask = AttentionMask(backend, reach.window)
     form = BACKENDS[backend].form
     if form == "offsets" and reach.documents:
-        return mask._replace(offsets=document_offsets(starts_doc, reach.max_docs))
+        extent = reach.extent or known_extent(starts_doc)
+        return mask._replace(offsets=document_offsets(starts_doc, extent.max_docs), max_len=extent.max_len)
     if form == "offsets" or (form == "bias" and reach.is_plain and not first):
         return mask
     segments = starts_doc.cumsum(1, dtype=torch.int32) if reach.documents else None  # (B, T)
@@ -92,7 +107,42 @@ def visible_keys(seq_len: int, window: int, segments: Tensor | None, device: tor
     return visible
 
 
-def document_offsets(starts_doc: Tensor, max_docs: int = 0) -> Tensor:
+def usual_docs(rows: int, seq_len: int) -> int:
+    """Return how many documents a batch is expected to hold at most: one a row, one every 128 tokens."""
+    return min(rows + rows * seq_len // 128, rows * seq_len)
+
+
+def extent_of(starts_doc: np.ndarray, max_len: int) -> Extent:
+    """Bound the documents of (B, T) starts, none longer than max_len; counted before they leave the CPU.
+
+    Twice the usual number, four times and so on, so that a few compiled graphs serve all batches.
+    """
+    num_docs = int(np.count_nonzero(starts_doc[:, 1:])) + len(starts_doc)
+    return Extent(roomy_docs(num_docs, *starts_doc.shape), min(max_len, starts_doc.shape[1]))
+
+
+def has_usual_docs(starts_doc: Tensor) -> bool:
+    """Whether a graph that was not told an extent has room for the documents of (B, T) starts."""
+    return int(starts_doc[:, 1:].sum()) + len(starts_doc) <= usual_docs(*starts_doc.shape)
+
+
+def roomy_docs(num_docs: int, rows: int, seq_len: int) -> int:
+    """Round a number of documents up to the usual number times a power of two."""
+    room = usual_docs(rows, seq_len)
+    while room < num_docs:
+        room *= 2
+    return min(room, rows * seq_len)
+
+
+def known_extent(starts_doc: Tensor) -> Extent:
+    """Bound the documents of starts on any device: counted, or in a graph, which cannot count, the usual."""
+    rows, seq_len = starts_doc.shape
+    if torch.compiler.is_compiling():
+        return Extent(usual_docs(rows, seq_len), seq_len)
+    return Extent(roomy_docs(int(starts_doc[:, 1:].sum()) + rows, rows, seq_len), seq_len)
+
+
+def document_offsets(starts_doc: Tensor, max_docs: int) -> Tensor:
     """Return where documents start in the flattened rows, as (max_docs + 1,) int32 padded with B * T.
 
     A row's first position always starts one. The length is fixed, so that a compiled graph stays valid; more
@@ -100,10 +150,9 @@ def document_offsets(starts_doc: Tensor, max_docs: int = 0) -> Tensor:
     """
     rows, seq_len = starts_doc.shape
     total = rows * seq_len
-    max_docs = min(max_docs or rows + total // 128, total)
     starts = (starts_doc | (torch.arange(seq_len, device=starts_doc.device) == 0)).flatten()
     torch._assert_async(
-        starts.sum() <= max_docs, f"a batch holds more than {max_docs} documents: raise Reach.max_docs"
+        starts.sum() <= max_docs, f"a batch holds more than {max_docs} documents: pass its Extent"
     )
     index = torch.arange(total, dtype=torch.int32, device=starts.device)
     found = torch.where(starts, index, total).sort().values[:max_docs]
@@ -128,12 +177,20 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tens
 # What is part of torch
 
 
+# With a bias cuDNN builds a plan for each new shape, and scoring brings a thousand; flash takes no bias.
+WITH_BIAS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Use torch's scaled_dot_product_attention; without a bias it skips what causality hides."""
-    bias, grouped = mask.bias, q.size(2) != k.size(2)
+    bias, group = mask.bias, q.size(2) // k.size(2)
+    pinned = bias is not None and q.device.type != "cpu"
+    if pinned:  # the efficient kernel takes one key head a query head
+        k, v, group = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2), 1
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped)
-    return y.transpose(1, 2)
+    options = {"attn_mask": bias, "is_causal": bias is None, "enable_gqa": group > 1}
+    with sdpa_kernel(WITH_BIAS) if pinned else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
 CUDNN_FIRST = [
@@ -156,23 +213,35 @@ def cudnn_only(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         return sdpa(q, k, v, mask)
 
 
-VARLEN_TAKES_GROUPS = torch.__version__ >= (2, 12)  # before, keys and values are repeated for each query head
+@torch._dynamo.assume_constant_result
+def varlen_takes(name: str) -> bool:
+    """Whether this torch's varlen_attn has a parameter: each version brought others."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return name in inspect.signature(varlen_attn).parameters
 
 
 def torch_varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Use torch's own flash kernel for rows of any length (torch >= 2.11): windows, documents, no package."""
+    """Use torch's own flash kernel for rows of any length: documents, windows from torch 2.11 on."""
     from torch.nn.attention.varlen import varlen_attn
 
+    options = {}
+    if varlen_takes("window_size"):
+        options["window_size"] = (mask.window or -1, 0)
+    elif mask.window:
+        raise RuntimeError(f"varlen_attn of torch {torch.__version__} has no window_size, 2.11 has")
+    else:
+        options["is_causal"] = True
     rows, seq_len, num_heads, _ = q.shape
-    offsets, options = mask.offsets, {"window_size": (mask.window or -1, 0)}
+    offsets, max_len = mask.offsets, mask.max_len or seq_len
     if offsets is None:
         offsets = torch.arange(rows + 1, dtype=torch.int32, device=q.device) * seq_len
-    if VARLEN_TAKES_GROUPS:
+    if varlen_takes("enable_gqa"):
         options["enable_gqa"] = num_heads != k.size(2)
-    else:
+    else:  # before 2.12 keys and values are repeated for each query head
         k, v = (x.repeat_interleave(num_heads // k.size(2), dim=2) for x in (k, v))
     q_flat, k_flat, v_flat = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, heads, K)
-    return varlen_attn(q_flat, k_flat, v_flat, offsets, offsets, seq_len, seq_len, **options).view_as(q)
+    return varlen_attn(q_flat, k_flat, v_flat, offsets, offsets, max_len, max_len, **options).view_as(q)
 
 
 def flex_blocks(segments: Tensor | None, window: int, starts_doc: Tensor) -> object:
@@ -219,17 +288,17 @@ def blocked(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
 
 def fa2(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Use flash-attn 2."""
-    return flash2(q, k, v, mask.offsets, mask.window)
+    return flash2((q, k, v), mask.offsets, mask.window, mask.max_len)
 
 
 def fa3(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Use FlashAttention 3."""
-    return flash3(q, k, v, mask.offsets, mask.window)
+    return flash3((q, k, v), mask.offsets, mask.window, mask.max_len)
 
 
 def fa4(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Use FlashAttention 4."""
-    return flash4(q, k, v, mask.offsets, mask.window)
+    return flash4((q, k, v), mask.offsets, mask.window, mask.max_len)
 
 
 # The choice
@@ -308,7 +377,8 @@ def refusal(
         return f"it trains on {' and '.join(backend.devices)} only"
     if dtype not in backend.dtypes:
         return f"it computes in {', '.join(map(str, backend.dtypes))} only"
-    tolerance = 2e-2 if dtype in HALF else 1e-3  # of the largest element; a GPU may multiply in TF32
+    rounded = dtype in HALF or device.type == "cuda"  # a GPU multiplies float32 in TF32: 10 bits
+    tolerance = 2e-2 if rounded else 1e-3  # of the largest element
     try:
         error = self_test(name, device, dtype, heads, reach)
     except Exception as problem:  # what foreign kernels raise has no common class
@@ -328,7 +398,7 @@ def self_test(
     ]
     *inputs, dy = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     starts_doc = (torch.arange(seq_len, device=device) == 50).expand(rows, -1)
-    small = reach._replace(window=min(reach.window, 20))
+    small = reach._replace(window=min(reach.window, 20), extent=None)
     results = []
     with torch.enable_grad():
         for tested, computed in ((name, dtype), ("math", torch.promote_types(dtype, torch.float32))):

@@ -11,6 +11,7 @@ from data.errors import UserError
 from kernels.attention import (
     BACKENDS,
     AttentionMask,
+    Extent,
     Reach,
     attend,
     document_offsets,
@@ -24,8 +25,8 @@ ON_CPU = ("blocked", "sdpa")
 REACHES = {
     "causal": Reach(),
     "window": Reach(window=9),
-    "documents": Reach(documents=True, max_docs=20),
-    "both": Reach(window=9, documents=True, max_docs=20),
+    "documents": Reach(documents=True, extent=Extent(20, 70)),
+    "both": Reach(window=9, documents=True, extent=Extent(20, 70)),
 }
 
 
@@ -207,7 +208,7 @@ def test_too_many_documents_stop_the_program(compiled):
         torch.compiler.reset()
         function = torch.compile(document_offsets, backend="aot_eager", fullgraph=True, dynamic=False)
     assert function(torch.ones(1, 6, dtype=torch.bool), 6).tolist() == [0, 1, 2, 3, 4, 5, 6]
-    with pytest.raises(RuntimeError, match=r"more than 5 documents: raise Reach\.max_docs"):
+    with pytest.raises(RuntimeError, match="more than 5 documents: pass its Extent"):
         function(torch.ones(1, 6, dtype=torch.bool), 5)
 
 
@@ -228,7 +229,7 @@ def test_packages_get_what_they_expect(monkeypatch, backend, name):
 def test_torch_varlen_repeats_heads_where_it_must(monkeypatch):
     """Before torch 2.12 its kernel takes one key head a query head."""
     pretend(monkeypatch, "varlen")
-    monkeypatch.setattr(kernels.attention, "VARLEN_TAKES_GROUPS", False)
+    monkeypatch.setattr(kernels.attention, "varlen_takes", lambda name: name == "window_size")
     found, expected = (with_gradients(name, Reach(), (4, 2)) for name in ("varlen", "math"))
     torch.testing.assert_close(found, expected)
 
@@ -245,6 +246,29 @@ def test_flex_masks_are_traced_into_the_graph(name):
         for function, backend in ((traced, "flex"), (run_attention, "math"))
     )
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize(
+    "device, first, pinned", [("meta", 50, True), ("meta", 0, False), ("cpu", 50, False)]
+)
+def test_a_bias_off_the_cpu_never_reaches_cudnn(monkeypatch, device, first, pinned):
+    """It builds a plan for each new shape, and late queries bring a thousand. Here: on meta tensors."""
+    calls = []
+
+    def record(q, k, v, attn_mask, is_causal, enable_gqa):
+        flags = torch.backends.cuda
+        allowed = (flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled())
+        calls.append((allowed, k.size(1), attn_mask is None, is_causal, enable_gqa))
+        return q
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", record)
+    q, k = (torch.empty(2, 70, heads, 8, device=device) for heads in (4, 2))
+    mask = mask_of(Reach(), torch.zeros(2, 70, dtype=torch.bool, device=device), "sdpa", q.dtype, first)
+    assert attend(q[:, first:], k, k, mask).shape == (2, 70 - first, 4, 8)
+    usual = (True, True, True)
+    assert calls == [
+        ((False, False, True), 4, False, False, False) if pinned else (usual, 2, not first, not first, True)
+    ]
 
 
 # The choice

@@ -148,11 +148,28 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
         match_rules(cfg, [name for name in names if "smear" not in name])
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_the_softcap_is_computed_in_float32(tiny_config, asymmetric):
+    """Each bfloat16 step of cap * tanh(z / cap) would round: logits near the cap to 1 / 8."""
+    fields = {"model.logit_softcap": 30.0, "model.asymmetric_softcap": asymmetric}
+    cfg = with_values(tiny_config, fields, "test")
+    model = GPT(cfg.model, 300, torch.bfloat16)
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        model.embed.weight.mul_(400)
+        states, weight = model.before_head(model.hidden(tokens, tokens == 0))
+        plain = (states @ weight.bfloat16().mT).float()
+        logits = model(tokens, tokens == 0)
+    assert plain.abs().max() > 15
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, 30 * torch.tanh(plain / 30))
+
+
 def test_loss_is_taken_from_float32_logits(tiny_config):
     """bfloat16 logits summed in bfloat16 would lose the third digit of the loss."""
     model = SimpleNamespace()
     logits = torch.randn(2, 16, 300).bfloat16()
-    model = lambda tokens, starts_doc, first, passes: logits  # noqa: E731
+    model = lambda tokens, starts_doc, first, passes, extent: logits  # noqa: E731
     tokens = torch.zeros(2, 16, dtype=torch.long)
     loss = mean_loss(model, Batch(tokens, tokens, tokens == 1))
     assert torch.equal(loss, F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()))

@@ -567,10 +567,10 @@ def test_targets_are_the_next_tokens(tiny_config, alone):
     assert torch.equal(batch.targets[:, :-1], batch.tokens[:, 1:])
     onehot = torch.eye(tiny_config.data.vocab_size)
 
-    def copy(tokens, starts_doc, first, passes):
+    def copy(tokens, starts_doc, first, passes, extent):
         return 3 * onehot[tokens]
 
-    def know(tokens, starts_doc, first, passes):
+    def know(tokens, starts_doc, first, passes, extent):
         return 50 * onehot[batch.targets]
 
     assert mean_loss(copy, batch).item() > 0.9 * math.log(tiny_config.data.vocab_size)
