@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fixtures_model import TINY, as_overrides, run_python
 
+import kernels.attention
 import train_gpt
 from data.errors import UserError
 from data.shards import HEADER_BYTES, read_json
@@ -26,6 +28,8 @@ from train_gpt import (
     Log,
     Training,
     load_artifact,
+    load_validation,
+    log_setup,
     resume,
     save_checkpoint,
     warm_up,
@@ -446,3 +450,15 @@ def test_loading_needs_only_the_artifact(finished_run, alone):
     assert (cfg.model.num_layers, cfg.eval.mode, cfg.data.seq_len) == (3, "sliding", 16)
     assert cfg.run == train_gpt.Config().run
     assert sum(param.numel() for param in model.parameters()) > 10_000
+
+
+def test_the_log_says_which_attention_backends_were_passed_over(tiny_config, alone, monkeypatch):
+    """A silent second choice costs tens of percent; the reason names what to install."""
+    monkeypatch.setitem(kernels.attention.AUTO_ORDER, ("cpu", False), ("fa3", "sdpa"))
+    lines = []
+    log = SimpleNamespace(line=lambda text, console=True: lines.append(text))
+    text = load_validation(tiny_config.data)
+    log_setup(tiny_config, Training(tiny_config, alone, text.bos_id), text, log)
+    logged = "\n".join(lines).splitlines()
+    assert "attention_mode:gqa backend:sdpa num_heads:4 num_kv_heads:2" in logged
+    assert "attention_passed_over:fa3 it trains on cuda only" in logged
