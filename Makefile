@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help run test test-slow setup data doctor train eval record audit lint size bench
+.PHONY: help run test test-slow test-pythons setup data doctor train eval record audit lint size bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ test: setup ## all fast tests (under 5 minutes on 2 cores)
 
 test-slow: setup ## the tests that take over 5 s each
 	$(TESTS) -m "slow and not gpu"
+
+test-pythons: setup ## pack under Python 3.11 to 3.14, fetching what is missing: same bytes, and it starts
+	$(PY) -m pip install --quiet "uv>=0.8,<1" && $(PY) -m dev.pythons --fetch
+	$(PY) -m pytest tests/test_pythons.py tests/test_printing.py
 
 setup: $(STAMP) ## make .venv with everything installed; instant when it is up to date
 

@@ -1,26 +1,23 @@
-"""Token shards in the contest's file format, their manifest, and files that are never half written.
+"""Token shards in the contest's file format, and their manifest.
 
 A shard is a header of 256 little-endian int32 (magic, version, token count, zeros) and then the tokens,
 little-endian: uint16 in version 1, the contest's; uint32 in version 2, for vocabularies above 65,536.
 Each document in it starts with the tokenizer's BOS id.
 """
 
-import errno
 import glob
 import hashlib
 import json
-import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from data.errors import UserError
+from data.files import atomic_file
 
 SHARD_MAGIC = 20240520
 SHARD_DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # version -> tokens; the narrowest first
 HEADER_INTS = 256
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 HEADER_BYTES = HEADER_INTS * 4
 TRAIN_GLOB = "fineweb_train_*.bin"
 VAL_GLOB = "fineweb_val_*.bin"
@@ -28,27 +25,6 @@ MANIFEST_NAME = "manifest.json"
 # Marks a folder whose shards are being replaced. Without it, shards without a manifest are not ours.
 UNFINISHED_NAME = "unfinished.json"
 REPORT_NAME = "tokenizer_report.json"  # what `python -m data.tokenizer verify --out` found, beside shards
-
-
-@contextmanager
-def atomic_file(path: str | Path):
-    """Yield a binary file that takes the name `path` only when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")  # a fixed name: a killed writer's rest is overwritten
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise UserError(
-                f"{path}: not written, the disk is full. Free space and run this again."
-            ) from error
-        raise
 
 
 def write_json(path: str | Path, value) -> None:

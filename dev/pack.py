@@ -13,7 +13,6 @@ import ast
 import builtins
 import importlib.util
 import json
-import lzma
 import re
 import sys
 import tomllib
@@ -25,7 +24,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.errors import UserError, run_command
-from data.shards import atomic_file
+from data.files import atomic_file
 from dev.fold import fold_tree
 from dev.names import (
     Definition,
@@ -39,6 +38,7 @@ from dev.names import (
     needed_statements,
     walk,
 )
+from dev.printing import minifier_prints_for_oldest, to_text
 from dev.rename import rename
 from formats.mix import decode, decoder_text, encode
 from formats.stub import make_stub
@@ -219,7 +219,7 @@ def bundle(entry: Path, root: Path) -> str:
 
 def to_source(nodes: list[ast.stmt]) -> str:
     """Write statements as the source of a module."""
-    return ast.unparse(ast.fix_missing_locations(ast.Module(nodes, []))) + "\n"
+    return to_text(ast.fix_missing_locations(ast.Module(nodes, []))) + "\n"
 
 
 def bundled_statements(entry: Path, root: Path) -> list[Statement]:
@@ -464,18 +464,19 @@ def minify(source: str) -> str:
     kernel_names = _triton_names(tree)
     reads_docstrings = _shorten_docstrings(tree)
     rename(tree, KEPT_NAMES, kernel_names)
-    return python_minifier.minify(
-        ast.unparse(tree),
-        remove_annotations=python_minifier.RemoveAnnotationsOptions(
-            remove_variable_annotations=True,
-            remove_return_annotations=False,
-            remove_argument_annotations=False,
-            remove_class_attribute_annotations=False,
-        ),
-        remove_literal_statements=not reads_docstrings,
-        rename_locals=False,
-        hoist_literals=False,
-    )
+    with minifier_prints_for_oldest():
+        return python_minifier.minify(
+            to_text(tree),
+            remove_annotations=python_minifier.RemoveAnnotationsOptions(
+                remove_variable_annotations=True,
+                remove_return_annotations=False,
+                remove_argument_annotations=False,
+                remove_class_attribute_annotations=False,
+            ),
+            remove_literal_statements=not reads_docstrings,
+            rename_locals=False,
+            hoist_literals=False,
+        )
 
 
 def _triton_names(tree: ast.Module) -> set[str]:
@@ -530,6 +531,8 @@ def compress(data: bytes, method: str) -> bytes:
         sizes = ((16, 17), (17, 16), (18, 0))  # logarithms of window and block
         made = [brotli.compress(data, quality=11, lgwin=window, lgblock=block) for window, block in sizes]
     else:
+        import lzma
+
         preset = 9 | lzma.PRESET_EXTREME
         filters = [
             {"id": lzma.FILTER_LZMA2, "preset": preset, "lc": lc, "pb": pb} for lc in (3, 4) for pb in (0, 2)
@@ -601,6 +604,8 @@ def unwrap(packed: bytes) -> str:
         import brotli
 
         return brotli.decompress(data).decode()
+    import lzma
+
     return lzma.decompress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}]).decode()
 
 

@@ -27,6 +27,7 @@ from dev.fold.learn import learn, learn_pure
 from dev.fold.params import drop_parameters
 from dev.fold.syntax import literal
 from dev.names import bound_names, drop_annotations, needed_statements
+from dev.printing import to_text
 
 MAX_ROUNDS = 50
 
@@ -35,7 +36,7 @@ def fold(source: str, recipe: dict) -> str:
     """Return the program with its recipe inside, less what the recipe makes superfluous."""
     tree = ast.parse(source)
     fold_tree(tree, recipe)
-    return ast.unparse(tree) + "\n"
+    return to_text(tree) + "\n"
 
 
 def fold_tree(tree: ast.Module, recipe: dict) -> None:
@@ -67,7 +68,7 @@ def fold_tree(tree: ast.Module, recipe: dict) -> None:
         program.index()
         learn(program, folder.seen)
         ast.fix_missing_locations(tree)
-        text = ast.unparse(tree) + repr((program.attributes, program.params, sorted(program.pure)))
+        text = to_text(tree) + repr((program.attributes, program.params, sorted(program.pure)))
         if text == before:
             break
         before = text

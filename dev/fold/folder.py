@@ -21,6 +21,7 @@ from dev.fold.syntax import (
     parameters,
 )
 from dev.names import PURE_DECORATORS, Function, bound_names, free_names, last_name, walk
+from dev.printing import to_text
 
 LONGEST_LITERAL = 8  # characters that may replace a shorter name
 
@@ -241,7 +242,7 @@ class Folder(ast.NodeTransformer, Scopes):
             return node
         made = literal(fact.value)
         length = len(ast.unparse(made))
-        return made if length <= LONGEST_LITERAL or length <= len(ast.unparse(node)) else node
+        return made if length <= LONGEST_LITERAL or length <= len(to_text(node)) else node
 
     def truth(self, node: ast.expr) -> bool | None:
         """Return what a condition decides, where that is known."""

@@ -1,0 +1,98 @@
+"""Text that every Python from 3.11 on prints alike and reads: f-strings are what they differ in."""
+
+import ast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dev.pack import minify
+from dev.printing import to_text
+
+VALUES = {"a": "it's", "b": 3.14159, "w": 12, "d": {"k": 'a "b"', "'": "\\", "#": "\n"}}
+SPELLED = {
+    """f'{", ".join(a)}'""": """f"{', '.join(a)}\"""",
+    """f"{d['k']} and {a!r:>{w}}\"""": None,
+    """f'it is {a}'""": None,
+    '''f"it's {d['k']}"''': None,
+    """f'"{b:.2f}" {{}}'""": None,
+    """f'{(lambda: w)()} {(a if b else d)} { {1: 2}[1]}'""": None,
+    """f"{'a' + f'{b}'}\"""": None,
+    """f'{b=}'""": "f'b={b!r}'",
+    r"""f'{a}\n\t\\ X'""".replace("X", "\xe9"): None,
+    "f''": None,
+}
+
+
+@pytest.mark.parametrize("source, text", SPELLED.items())
+def test_fstrings_are_spelled_like_the_oldest_python_spells_them(source, text):
+    """Other quotes inside than outside; None: as they are written."""
+    assert to_text(ast.parse(source)) == (text or source)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ("\n", r"'{}!'.format(a.split('\n'))"),
+        ("#", "'{}!'.format(a.split('#'))"),
+        ("\\", r"'{}!'.format(a.split('\\'))"),
+        ("'''\"\"\"", None),
+    ],
+)
+def test_what_no_quotes_can_hold_is_a_call_of_format(value, text):
+    """A recipe's text that folding puts inside an f-string; 3.11 allows no backslash there."""
+    tree = ast.parse("f'{a.split(SEPARATOR)}!'")
+    tree.body[0].value.values[0].value.args[0] = ast.Constant(value)
+    printed = to_text(tree)
+    assert text in (None, printed)
+    assert eval(printed, {"a": f"x{value}y"}) == "['x', 'y']!"
+
+
+def test_the_tree_is_left_as_it_was():
+    """Placeholders stand in for f-strings only while the rest is printed."""
+    tree = ast.parse("x = [f'{a}', g(f'{b!r}', k=f'{w:>{w}}')]\nassert x, f'no {x}'")
+    before = ast.dump(tree)
+    to_text(tree)
+    assert ast.dump(tree) == before
+
+
+def fields(depth: int) -> st.SearchStrategy[ast.expr]:
+    """Expressions of a replacement field: names, text of any kind, subscripts, f-strings in f-strings."""
+    names = st.sampled_from(["a", "b", "w"]).map(lambda name: ast.Name(name, ast.Load()))
+    keys = st.sampled_from(sorted(VALUES["d"])).map(
+        lambda key: ast.Subscript(ast.Name("d", ast.Load()), ast.Constant(key), ast.Load())
+    )
+    texts = st.text("ab'\"\\\n{}#\xe9\0", max_size=4).map(ast.Constant)
+    choices = [names, keys, texts]
+    return st.one_of(*choices, fstrings(depth - 1)) if depth else st.one_of(*choices)
+
+
+@st.composite
+def fstrings(draw, depth: int = 2) -> ast.JoinedStr:
+    """F-string trees, as folding can make them: parts that no source has written."""
+    parts = []
+    for _ in range(draw(st.integers(0, 3))):
+        if draw(st.booleans()) and not (parts and isinstance(parts[-1], ast.Constant)):
+            parts.append(ast.Constant(draw(st.text("ab'\"\\\n\r{}\t\xe9\0", min_size=1, max_size=5))))
+        else:
+            spec = draw(st.sampled_from([None, ">9", "w"]))
+            if spec == "w":  # a width that is computed
+                width = ast.FormattedValue(ast.Name("w", ast.Load()), -1, None)
+                spec = ast.JoinedStr([ast.Constant("<"), width])
+            elif spec:
+                spec = ast.JoinedStr([ast.Constant(spec)])
+            conversion = draw(st.sampled_from([114, 115, 97]) if spec else st.sampled_from([-1, 114]))
+            parts.append(ast.FormattedValue(draw(fields(depth)), conversion, spec))
+    return ast.JoinedStr(parts)
+
+
+@given(fstrings())
+def test_any_fstring_keeps_its_value(node):
+    """Printed, and printed again by the minifier."""
+    expression = ast.fix_missing_locations(ast.Expression(node))
+    expected = eval(compile(expression, "tree", "eval"), dict(VALUES))
+    text = to_text(node)
+    assert eval(text, dict(VALUES)) == expected
+    names = dict(VALUES)
+    exec(minify(f"main = {text}"), names)
+    assert names["main"] == expected
