@@ -10,12 +10,13 @@ BUILTIN := data/datasets/builtin_sp$(VOCAB)
 SEEDS ?= 1337,42,2025
 TRACK ?= track_cpu
 AGAINST ?= $(wildcard $(RECORD)/baseline.json)
+OUT ?= runs/gpu_battery
 RUN_ID ?= cpu_$(shell date +%Y%m%d_%H%M%S)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help run test test-slow test-pythons setup data doctor train eval record audit lint size bench
+.PHONY: help run test test-slow test-pythons setup data doctor train eval record audit lint size bench gpu-battery
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,3 +68,7 @@ size: setup ## lines, source bytes and packed bytes of every section
 
 bench: data ## speed of training step, scoring, packing and loading, against yardsticks
 	$(PY) -m dev.bench
+
+gpu-battery: setup ## measure this project on a GPU in at most 480 s, into OUT=...; REHEARSE=1: on a CPU; PARTS=, DATA=
+	$(PY) -m dev.gpu_battery --out $(OUT) $(if $(REHEARSE),--rehearse) \
+		$(addprefix --parts ,$(PARTS)) $(addprefix --data ,$(DATA))

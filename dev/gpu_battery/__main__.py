@@ -1,0 +1,79 @@
+"""Measure this project on a GPU with one command that ends in time: parts in processes of their own, JSON.
+
+    python -m dev.gpu_battery --out FOLDER                    all parts, at most 480 s
+    python -m dev.gpu_battery --out FOLDER --parts machine,backends
+    python -m dev.gpu_battery --out FOLDER --rehearse         the same code in miniature on a CPU
+    python -m dev.gpu_battery --show FOLDER/results.json      a Markdown table of what was found
+
+FOLDER/results.json is rewritten after each part and is whole at any time; scratch (shards, runs, compilers'
+caches) goes to FOLDER.work beside it, so that FOLDER stays small enough to copy. A part that fails, hangs or
+runs out of time costs its own numbers only. The exit status is 0 when all parts are ok.
+
+Another part is a row of PARTS and a function of a Job (job.py); parts at the end are the first to be dropped.
+"""
+
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+from data.errors import CommandParser, UserError, run_command
+from data.shards import read_json
+from dev.gpu_battery.driver import RESULTS_NAME, Part, Settings, run_battery
+from dev.gpu_battery.report import format_markdown, format_plain
+
+ALL_SECONDS = 480
+PARTS = (
+    Part("machine", 40, "versions, card, bandwidth, matrix products", "dev.gpu_battery.machine:run"),
+    Part("train_small", 75, "train_gpt.py from shards to a score", "dev.gpu_battery.whole_run:run"),
+    Part("backends", 60, "attention: errors and speed by kernel", "dev.gpu_battery.backends:run"),
+    Part("step_1061_low", 80, "1.0611 recipe, recurrence off", "dev.gpu_battery.steps:run_1061_low"),
+    Part("step_1061_full", 110, "1.0611 recipe, recurrence on", "dev.gpu_battery.steps:run_1061_full"),
+    Part("step_naive", 70, "naive recipe, the training loop", "dev.gpu_battery.steps:run_naive"),
+    Part("scoring", 60, "scorers of the 1.0611 architecture", "dev.gpu_battery.scoring:run"),
+    Part("calibration", 45, "statistics and GPTQ of the 1.0611 recipe", "dev.gpu_battery.calibration:run"),
+    Part("gpu_tests", 60, "pytest -m gpu", "dev.gpu_battery.gpu_tests:run"),
+)
+
+
+def choose_parts(text: str) -> list[Part]:
+    """Return the named parts in the order of the table; raises for an unknown name."""
+    names = {name for name in text.split(",") if name}
+    unknown = names - {part.name for part in PARTS}
+    if unknown:
+        known = ", ".join(part.name for part in PARTS)
+        raise UserError(f"--parts: expected some of {known}, found {', '.join(sorted(unknown))}.")
+    return [part for part in PARTS if part.name in names or not names]
+
+
+def seconds(text: str) -> float:
+    """Read a positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise ArgumentTypeError(f"expected seconds above 0, found {text!r}")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the battery, or show what one found."""
+    parser = CommandParser(prog="python -m dev.gpu_battery", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_battery"), help="folder (%(default)s)")
+    parser.add_argument("--seconds", type=seconds, default=ALL_SECONDS, help="in all (%(default)s)")
+    parser.add_argument("--parts", default="", metavar="A,B", help="of the table; default: all")
+    parser.add_argument("--rehearse", action="store_true", help="in miniature, on a CPU")
+    parser.add_argument("--data", default="", metavar="FOLDER", help="a dataset for train_small")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print a results.json as Markdown")
+    args = parser.parse_args(argv)
+    if args.show:
+        print(format_markdown(read_json(args.show)))
+        return 0
+    parts = choose_parts(args.parts)
+    work = args.out.with_name(args.out.name + ".work")
+    report = run_battery(parts, Settings(args.out, work, args.seconds, args.rehearse, args.data))
+    print(f"\n{format_plain(report)}\n{args.out / RESULTS_NAME}")
+    return int(any(part["status"] != "ok" for part in report["parts"].values()))
+
+
+if __name__ == "__main__":
+    run_command(main)

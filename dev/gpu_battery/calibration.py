@@ -1,0 +1,60 @@
+"""Calibration of the 1.0611 recipe: one batch's statistics, then GPTQ of the first layer's matrices."""
+
+from functools import partial
+
+from dev.gpu_battery.job import Job
+from dev.gpu_battery.sizes import load_recipe
+from dev.gpu_battery.text import BOS_ID, write_tokens
+from dev.gpu_battery.timing import measure_fitting, memory_gib, open_ranks, wall_seconds
+from quantizers.gptq import Moments, calibrate
+from quantizers.methods import to_grid
+from train_gpt import Config, Ranks, Training, collect_statistics, exported_grids
+
+SHARES = (1, 2, 4)  # a micro-batch whole, then in halves and quarters where it does not fit
+LAYER = "blocks.0."
+
+
+def run(job: Job) -> None:
+    """Calibrate, in the largest share of a micro-batch that fits, and quantize."""
+    ranks = open_ranks(job.rehearse)
+    base = load_recipe(job, "1061")
+    places = {"data.data_path": write_tokens(job, base), "quant.calib_batches": 1}
+    moments: dict[str, Moments] = {}
+    for share in SHARES:
+        changes = places | {"data.batch_tokens": base.data.batch_tokens // share}
+        cfg = load_recipe(job, "1061", **changes)
+        name = "batch" if share == 1 else f"batch_1_{share}"
+        found = measure_fitting(job, name, partial(statistics, cfg, ranks, moments), ranks.device)
+        if found is None or moments:
+            break
+    if moments:
+        measure_fitting(job, "gptq_layer", lambda: quantize_layer(cfg, ranks, moments), ranks.device)
+
+
+def statistics(cfg: Config, ranks: Ranks, moments: dict[str, Moments]) -> dict:
+    """Collect the statistics of one batch into `moments`."""
+    training = Training(cfg, ranks, BOS_ID)
+    seconds = wall_seconds(lambda: moments.update(collect_statistics(training)), ranks.device)
+    tokens = cfg.data.batch_tokens // cfg.data.micro_batches
+    return {"seconds": seconds, "tokens": tokens, "matrices": len(moments)} | memory_gib(ranks.device)
+
+
+def quantize_layer(cfg: Config, ranks: Ranks, moments: dict[str, Moments]) -> dict:
+    """Factorize and solve every matrix of a layer."""
+    params = dict(Training(cfg, ranks, BOS_ID).model.named_parameters())
+    found = {}
+    for name, grid in exported_grids(cfg).items():
+        if not name.startswith(LAYER):
+            continue
+        kept, made = moments[name], []
+        roles = kept.hessian, kept.row_weights
+
+        def factorize(name=name, roles=roles, made=made) -> None:
+            made.append(calibrate(name, params[name], *roles, cfg.quant.damping))
+
+        first = wall_seconds(factorize, ranks.device)
+        second = wall_seconds(lambda grid=grid, made=made: to_grid(made[0], grid, cfg.quant), ranks.device)
+        shape = " x ".join(map(str, params[name].shape))
+        found[name.removeprefix(LAYER)] = {"shape": shape, "factorize_s": first, "solve_s": second}
+    seconds = sum(row["factorize_s"] + row["solve_s"] for row in found.values())
+    return {"seconds": seconds} | found | memory_gib(ranks.device)

@@ -1,0 +1,312 @@
+"""The GPU battery: whatever a part does, results.json is whole and the parts after it run."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures_battery import (
+    NUMBERS,
+    exits,
+    fails_in_one_measurement,
+    hangs,
+    is_killed,
+    leaves_a_child,
+    prints_garbage,
+    raises,
+    works,
+    writes_half_a_line,
+)
+from fixtures_model import ROOT
+
+import dev.gpu_battery.__main__
+import dev.gpu_battery.timing
+from data.errors import UserError
+from data.shards import read_json
+from dev.gpu_battery.__main__ import PARTS, choose_parts, main
+from dev.gpu_battery.driver import RESULTS_NAME, Part, Settings, run_battery
+from dev.gpu_battery.job import plain, read_records
+from dev.gpu_battery.report import format_markdown, format_plain
+from dev.gpu_battery.text import draw_tokens
+from dev.gpu_battery.timing import GPU_CATEGORIES, sum_up_trace, unless_out_of_memory, utilization
+
+
+def part(function, seconds: float = 60) -> Part:
+    return Part(function.__name__, seconds, "a fake", f"{function.__module__}:{function.__name__}")
+
+
+@pytest.fixture
+def run_parts(tmp_path, monkeypatch):
+    """Run fake parts, `works` last; checks what holds whatever they do; returns the report's parts."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+    def run(*parts: Part, seconds: float = 300) -> dict:
+        out = tmp_path / "out"
+        settings = Settings(out, tmp_path / "work", seconds)
+        report = run_battery([*parts, part(works)], settings)
+        written = json.loads((out / RESULTS_NAME).read_text(), parse_constant=pytest.fail)
+        assert written == plain(report)
+        assert [path.name for path in out.iterdir()] == [RESULTS_NAME]
+        assert format_plain(written)
+        assert format_markdown(written)
+        return written["parts"]
+
+    return run
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def wait_until(holds, seconds: float = 60) -> bool:
+    """Wait for something that another process does."""
+    until = time.monotonic() + seconds
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.05)
+    return holds()
+
+
+# One part after the other
+
+
+@pytest.mark.parametrize(
+    ("fake", "status", "reason", "results"),
+    [
+        (raises, "failed", "exit status 1", {"before": 1}),
+        (fails_in_one_measurement, "failed", "exit status 1", {"good": NUMBERS}),
+        (is_killed, "failed", "killed by SIGKILL", {"before": 1}),
+        (writes_half_a_line, "failed", "killed by SIGKILL", {"before": 1}),
+        (exits, "failed", "exit status 3", {}),
+    ],
+)
+def test_a_bad_part_keeps_what_it_measured_and_the_next_runs(run_parts, fake, status, reason, results):
+    parts = run_parts(part(fake))
+    bad = parts[fake.__name__]
+    assert (bad["status"], bad["reason"], bad["results"]) == (status, reason, results)
+    assert parts["works"]["status"] == "ok"
+    assert parts["works"]["results"] == {"speed": NUMBERS}
+
+
+def test_a_bad_part_says_why(run_parts):
+    """The error stays with its measurement; the traceback is in the tail of standard error."""
+    parts = run_parts(part(raises), part(fails_in_one_measurement))
+    assert parts["raises"]["errors"] == {"part": "RuntimeError: broken part"}
+    assert "broken part" in parts["raises"]["stderr"]
+    assert parts["fails_in_one_measurement"]["errors"] == {"bad": "ZeroDivisionError: division by zero"}
+    assert "errors" not in parts["works"]
+
+
+def test_a_part_that_hangs_is_killed_and_says_where_it_hung(run_parts):
+    parts = run_parts(part(hangs, seconds=2.5))
+    hung = parts["hangs"]
+    assert (hung["status"], hung["reason"]) == ("timed out", "killed after 2 s")
+    assert (hung["results"], hung["unfinished"]) == ({"before": 1}, "endless")
+    assert "in hangs" in hung["stderr"]
+    assert parts["works"]["status"] == "ok"
+
+
+def test_garbage_in_output_and_records_does_no_harm(run_parts):
+    parts = run_parts(part(prints_garbage))
+    found = parts["prints_garbage"]
+    assert found["status"] == "ok"
+    assert found["results"]["nan"] == "NaN"
+    assert found["results"]["odd"]["inf"] == "inf"
+    assert parts["works"]["status"] == "ok"
+
+
+def test_no_process_outlives_its_part(run_parts):
+    parts = run_parts(part(leaves_a_child))
+    assert parts["leaves_a_child"]["status"] == "ok"
+    assert wait_until(lambda: not is_alive(parts["leaves_a_child"]["results"]["pid"]))
+
+
+def test_parts_that_no_time_is_left_for_are_skipped_and_shorter_ones_run(run_parts):
+    parts = run_parts(part(hangs, seconds=1), part(raises, seconds=100_000), seconds=400)
+    assert parts["hangs"]["status"] == "timed out"
+    assert parts["raises"]["status"] == "skipped"
+    assert parts["raises"]["reason"].startswith("out of time: ")
+    assert parts["works"]["status"] == "ok"
+
+
+def test_the_whole_stays_within_its_time(run_parts):
+    """A part gets no more than what is left, and a row that is never reached says so."""
+    started = time.monotonic()
+    parts = run_parts(part(hangs, seconds=4), part(raises, seconds=4), seconds=6)
+    assert time.monotonic() - started < 60
+    assert [row["status"] for row in parts.values()] == ["timed out", "skipped", "skipped"]
+
+
+@pytest.mark.parametrize("row", PARTS, ids=[row.name for row in PARTS])
+def test_whichever_part_of_the_table_dies_the_results_are_whole(run_parts, row):
+    found = run_parts(row._replace(function=f"{is_killed.__module__}:is_killed"))
+    assert found[row.name]["status"] == "failed"
+    assert found["works"]["status"] == "ok"
+
+
+def test_results_that_cannot_be_reached_do_not_stop_the_battery(run_parts):
+    """A module or a function that is not there is one part's failure."""
+    missing = [Part(name, 60, "a fake", name) for name in ("no_such_module:run", "fixtures_battery:no_such")]
+    found = run_parts(*missing)
+    assert [found[row.name]["status"] for row in missing] == ["failed", "failed"]
+    assert found["works"]["status"] == "ok"
+
+
+# The command
+
+
+def test_parts_are_chosen_by_name_in_the_order_of_the_table():
+    assert choose_parts("") == list(PARTS)
+    assert [row.name for row in choose_parts("scoring,machine")] == ["machine", "scoring"]
+    with pytest.raises(UserError, match=r"expected some of machine, .*, found speed\."):
+        choose_parts("machine,speed")
+
+
+def test_the_names_of_the_table_are_different_and_its_functions_exist():
+    assert len({row.name for row in PARTS}) == len(PARTS)
+    for row in PARTS:
+        module, function = row.function.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_command_exits_with_1_when_a_part_is_not_ok(monkeypatch, tmp_path, capsys):
+    """And with 0 when all are; either way the table is printed and the file can be shown as Markdown."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(dev.gpu_battery.__main__, "PARTS", (part(works), part(raises)))
+    assert main(["--out", str(tmp_path / "good"), "--parts", "works"]) == 0
+    assert main(["--out", str(tmp_path / "bad")]) == 1
+    assert "ERROR RuntimeError: broken part" in capsys.readouterr().out
+    assert main(["--show", str(tmp_path / "bad" / RESULTS_NAME)]) == 0
+    shown = capsys.readouterr().out
+    assert "| works | speed | ms 1.5 |" in shown
+    assert "| raises | part | ERROR RuntimeError: broken part |" in shown
+
+
+def test_lists_are_tables_of_their_own_and_a_bar_ends_no_cell():
+    report = {
+        "started": "now", "rehearsal": False, "card": "a card", "python": "3", "commit": "c", "seconds": 1,
+        "limit_s": 2, "parts": {
+            "one": {"status": "ok", "measures": "x", "results": {"profile": {
+                "idle_share": 0.25, "kernels": [{"kernel": "a|b", "ms": 12345.6}]}}}},
+    }  # fmt: skip
+    shown = format_markdown(report)
+    assert "| one | profile | idle_share 0.25 |" in shown
+    assert "one.profile.kernels\n\n| kernel | ms |\n|---|---|\n| a\\|b | 12,346 |" in shown
+
+
+# Measurements
+
+
+def kernel(name: str, start: float, length: float, category: str = "kernel") -> dict:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": length}
+
+
+def test_a_trace_is_summed_up_by_the_device_s_own_events():
+    """Streams may overlap; ranges that a program marks and what the host does are no work of the device."""
+    events = [
+        kernel("a", 0, 1000),
+        kernel("a", 1000, 1000),
+        kernel("b", 1500, 1500),
+        kernel("copy", 5000, 1000, "gpu_memcpy"),
+        kernel("range", 0, 9000, "gpu_user_annotation"),
+        kernel("aten::mm", 0, 9000, "cpu_op"),
+        {"ph": "M", "name": "n"},
+    ]
+    found = sum_up_trace(events, GPU_CATEGORIES, steps=2)
+    rows = {row.pop("kernel"): row for row in found.pop("kernels")}
+    assert found == {"launches": 2.0, "busy_ms": 2.0, "span_ms": 3.0, "idle_share": pytest.approx(1 / 3)}
+    assert rows["a"] == {"ms": 1.0, "calls": 1.0, "share": pytest.approx(2 / 4.5)}
+    with pytest.raises(ValueError, match="no event"):
+        sum_up_trace(events[-2:], GPU_CATEGORIES, steps=2)
+
+
+def test_more_than_the_card_can_do_is_an_error_and_no_result(monkeypatch):
+    """A timing without a wait for the device would show as a share above 1."""
+    monkeypatch.setattr(dev.gpu_battery.timing, "peak_tflops", lambda device: 989.0)
+    device = torch.device("cuda")
+    assert utilization(989e12 * 0.4, 1000.0, device) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="wrong timing"):
+        utilization(989e12, 999.0, device)
+
+
+def test_out_of_memory_is_a_result():
+    def action() -> dict:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    found = unless_out_of_memory(action, torch.device("cpu"))
+    assert found["out_of_memory"] == "CUDA out of memory. Tried to allocate 9 GiB."
+
+
+def test_made_up_tokens_have_documents_of_usual_length_and_uneven_frequencies():
+    tokens = draw_tokens(200_000, 1000, seed=0)
+    starts = np.flatnonzero(tokens == 1)
+    assert starts[0] == 0
+    assert 400 < len(tokens) / len(starts) < 1000
+    assert tokens.max() < 1000
+    counts = np.bincount(tokens, minlength=1000)
+    assert counts[2:12].sum() > 5 * counts[-100:].sum()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_all_parts_rehearse_on_a_cpu_in_under_five_minutes(tmp_path):
+    started = time.monotonic()
+    main(["--out", str(tmp_path / "out"), "--rehearse"])
+    report = read_json(tmp_path / "out" / RESULTS_NAME)
+    bad = {name: row for name, row in report["parts"].items() if row["status"] != "ok"}
+    assert bad == {}
+    assert list(report["parts"]) == [row.name for row in PARTS]
+    assert time.monotonic() - started < 300
+
+
+# Signals
+
+
+def start_driver(folder: Path) -> subprocess.Popen:
+    """Start a driver of two parts in a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; from dev.gpu_battery.driver import Settings, run_battery\n"
+        "from dev.gpu_battery.driver import Part\n"
+        "names = ('works', 'ignores_signals', 'exits')\n"
+        "parts = [Part(name, 60, 'a fake', f'fixtures_battery:{name}') for name in names]\n"
+        "run_battery(parts, Settings(Path(sys.argv[1]) / 'out', Path(sys.argv[1]) / 'work', 300))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment, cwd=ROOT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_battery_leaves_valid_results_and_no_process(tmp_path, number):
+    driver = start_driver(tmp_path)
+    records = tmp_path / "work" / "parts" / "ignores_signals" / "records.jsonl"
+    assert wait_until(lambda: "pid" in read_records(records).results)
+    pid = read_records(records).results["pid"]
+    driver.send_signal(number)
+    assert driver.wait(60) == 0
+    parts = read_json(tmp_path / "out" / RESULTS_NAME)["parts"]
+    assert parts["ignores_signals"]["reason"] == f"stopped by {number.name}"
+    assert parts["ignores_signals"]["results"] == {"pid": pid}
+    assert wait_until(lambda: not is_alive(pid))
+
+
+def test_a_driver_that_is_killed_leaves_valid_results(tmp_path):
+    """Nobody can end the part then, but what was known is on the disk; the part ends itself in time."""
+    driver = start_driver(tmp_path)
+    records = tmp_path / "work" / "parts" / "ignores_signals" / "records.jsonl"
+    assert wait_until(lambda: "pid" in read_records(records).results)
+    driver.kill()
+    driver.wait()
+    os.kill(read_records(records).results["pid"], signal.SIGKILL)
+    parts = read_json(tmp_path / "out" / RESULTS_NAME)["parts"]
+    assert parts["works"]["results"] == {"speed": NUMBERS}
