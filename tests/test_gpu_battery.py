@@ -32,10 +32,11 @@ from data.errors import UserError
 from data.shards import read_json
 from dev.gpu_battery.__main__ import PARTS, choose_parts, main
 from dev.gpu_battery.driver import RESULTS_NAME, Part, Settings, run_battery
+from dev.gpu_battery.gpu_tests import sum_up
 from dev.gpu_battery.job import plain, read_records
 from dev.gpu_battery.report import format_markdown, format_plain
 from dev.gpu_battery.text import draw_tokens
-from dev.gpu_battery.timing import GPU_CATEGORIES, sum_up_trace, unless_out_of_memory, utilization
+from dev.gpu_battery.timing import GPU_CATEGORIES, sum_up_trace, too_fast, unless_out_of_memory, utilization
 
 
 def part(function, seconds: float = 60) -> Part:
@@ -231,13 +232,14 @@ def test_a_trace_is_summed_up_by_the_device_s_own_events():
         sum_up_trace(events[-2:], GPU_CATEGORIES, steps=2)
 
 
-def test_more_than_the_card_can_do_is_an_error_and_no_result(monkeypatch):
+def test_more_than_the_card_can_do_is_a_fault(monkeypatch):
     """A timing without a wait for the device would show as a share above 1."""
     monkeypatch.setattr(dev.gpu_battery.timing, "peak_tflops", lambda device: 989.0)
     device = torch.device("cuda")
     assert utilization(989e12 * 0.4, 1000.0, device) == pytest.approx(0.4)
-    with pytest.raises(ValueError, match="wrong timing"):
-        utilization(989e12, 999.0, device)
+    assert too_fast({"forward": {"ms": 1.0, "mfu": 0.4, "of_peak": "not on a CPU"}}) == []
+    impossible = {"forward": {"mfu": utilization(989e12, 500.0, device)}}
+    assert too_fast(impossible) == ["mfu is 2 of what the card can do"]
 
 
 def test_out_of_memory_is_a_result():
@@ -246,6 +248,17 @@ def test_out_of_memory_is_a_result():
 
     found = unless_out_of_memory(action, torch.device("cpu"))
     assert found["out_of_memory"] == "CUDA out of memory. Tried to allocate 9 GiB."
+
+
+def test_verdicts_are_read_from_what_pytest_has_printed_so_far():
+    """A run that the clock ends keeps the verdicts of the tests that were done."""
+    output = (
+        "tests/test_a.py::test_one PASSED                 [ 25%]\n"
+        "tests/test_a.py::test_two[x - y] FAILED          [ 50%]\n"
+        "tests/test_b.py::test_three SKIPPED (needs a CUDA device) [ 75%]\n"
+        "tests/test_b.py::test_four "
+    )
+    assert sum_up(output) == {"passed": 1, "skipped": 1, "bad": ["tests/test_a.py::test_two[x - y]"]}
 
 
 def test_made_up_tokens_have_documents_of_usual_length_and_uneven_frequencies():

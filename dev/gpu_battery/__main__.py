@@ -23,7 +23,7 @@ from dev.gpu_battery.report import format_markdown, format_plain
 ALL_SECONDS = 480
 PARTS = (
     Part("machine", 40, "versions, card, bandwidth, matrix products", "dev.gpu_battery.machine:run"),
-    Part("train_small", 75, "train_gpt.py from shards to a score", "dev.gpu_battery.whole_run:run"),
+    Part("train_small", 90, "train_gpt.py from shards to a score", "dev.gpu_battery.whole_run:run"),
     Part("backends", 60, "attention: errors and speed by kernel", "dev.gpu_battery.backends:run"),
     Part("step_1061_low", 80, "1.0611 recipe, recurrence off", "dev.gpu_battery.steps:run_1061_low"),
     Part("step_1061_full", 110, "1.0611 recipe, recurrence on", "dev.gpu_battery.steps:run_1061_full"),

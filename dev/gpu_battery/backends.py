@@ -1,6 +1,7 @@
 """Every attention backend on masks of each kind: available or why not, errors against math, milliseconds."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import size_of
 from dev.gpu_battery.text import BOS_ID, draw_tokens
 from dev.gpu_battery.timing import measure_fitting, memory_gib, open_ranks, timed
-from kernels.attention import BACKENDS, AttentionMask, Reach, extent_of, mask_of, refusal, resolve_attention
+from kernels.attention import BACKENDS, Reach, extent_of, mask_of, refusal, resolve_attention
 
 HEAD_DIM = 64
 MOST_SCORES = 1 << 31  # elements of a (B, T, T) bias that are worth making
@@ -22,6 +23,9 @@ TOLERANCE = 2e-2  # of the largest element, as kernels/attention.py has it for h
 SHORT_DOC = (60, 100)  # tokens of short documents
 LAST = "flex"  # compiled for every case: the first to lack time
 FLEX_SECONDS = 15.0  # that one of its cases may take
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> y
 
 
 class Case(NamedTuple):
@@ -125,36 +129,48 @@ def try_backend(name: str, case: Case, device: torch.device, dtype: torch.dtype)
     inputs = draw_inputs(case, device, dtype)
     if case.documents:
         reach = reach._replace(extent=extent_of(case.starts, case.longest or seq_len))
-    made: list[AttentionMask] = []
+    attend, facts = make_attend(name, reach, inputs)
+    facts |= compare(attend, case, inputs)
+    times = timed(lambda: forward_backward(attend, inputs.leaves, inputs.dy), device)
+    return {"ms": times["ms"], "ms_least": times["ms_least"]} | facts | memory_gib(device)
 
-    def make_mask() -> None:
-        made[:] = [mask_of(reach, inputs.starts, name, dtype)]
 
-    mask_ms = timed(make_mask, device)["ms"]
-    found = compare(name, made[0], case, inputs)
-    times = timed(lambda: forward_backward(name, inputs.leaves, made[0], inputs.dy), device)
-    return {"ms": times["ms"], "ms_least": times["ms_least"], "mask_ms": mask_ms} | found | memory_gib(device)
+def make_attend(name: str, reach: Reach, inputs: Inputs) -> tuple[Attend, dict]:
+    """Return what attends with a mask that is made once, and how long the mask takes.
+
+    Block masks are made inside a model's graph, so here too: eagerly they would look at T x T places.
+    """
+    dtype, run_backend = inputs.dy.dtype, BACKENDS[name].run
+
+    def with_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return run_backend(q, k, v, mask_of(reach, inputs.starts, name, dtype))
+
+    if BACKENDS[name].form == "blocks":
+        return torch.compile(with_mask, dynamic=False), {"mask_ms": "within ms"}
+    mask = mask_of(reach, inputs.starts, name, dtype)
+    ms = timed(lambda: mask_of(reach, inputs.starts, name, dtype), inputs.dy.device)["ms"]
+    return partial(run_backend, mask=mask), {"mask_ms": ms}
 
 
 def draw_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     """Draw queries, keys, values and the gradient of the output."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     heads, groups, dim = case.heads
     q, k, v, dy = (
-        torch.randn(*case.starts.shape, count, dim, generator=generator).to(device, dtype)
+        torch.randn(*case.starts.shape, count, dim, generator=generator, device=device, dtype=dtype)
         for count in (heads, groups, groups, heads)
     )
     leaves = tuple(x.requires_grad_() for x in (q, k, v))
     return Inputs(leaves, dy, torch.from_numpy(case.starts).to(device))
 
 
-def forward_backward(name: str, leaves: tuple, mask: AttentionMask, dy: Tensor) -> tuple[Tensor, ...]:
+def forward_backward(attend: Attend, leaves: tuple, dy: Tensor) -> tuple[Tensor, ...]:
     """Attend and take the gradients: (y, dq, dk, dv)."""
-    y = BACKENDS[name].run(*leaves, mask)
+    y = attend(*leaves)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
-def compare(name: str, mask: AttentionMask, case: Case, inputs: Inputs) -> dict:
+def compare(attend: Attend, case: Case, inputs: Inputs) -> dict:
     """Return the largest differences from math in float32, as shares of the largest element.
 
     Of long rows the first documents are compared: nothing after them reaches back.
@@ -162,13 +178,13 @@ def compare(name: str, mask: AttentionMask, case: Case, inputs: Inputs) -> dict:
     checked = checked_tokens(case)
     wide = tuple(x.detach()[:, :checked].float().requires_grad_() for x in inputs.leaves)
     reach = Reach(case.window, case.documents)
-    exact_mask = mask_of(reach, inputs.starts[:, :checked], "math", torch.float32)
-    exact = forward_backward("math", wide, exact_mask, inputs.dy[:, :checked].float())
-    found = forward_backward(name, inputs.leaves, mask, inputs.dy)
+    mask = mask_of(reach, inputs.starts[:, :checked], "math", torch.float32)
+    exact = forward_backward(partial(BACKENDS["math"].run, mask=mask), wide, inputs.dy[:, :checked].float())
+    found = forward_backward(attend, inputs.leaves, inputs.dy)
     output, *grads = (
         float((a[:, :checked].float() - b).abs().max() / b.abs().max()) for a, b in zip(found, exact)
     )
-    return {"output_error": output, "gradient_error": math.nan if math.nan in grads else max(grads)}
+    return {"output_error": output, "gradient_error": math.nan if any(map(math.isnan, grads)) else max(grads)}
 
 
 def checked_tokens(case: Case) -> int:

@@ -37,8 +37,8 @@ def run(job: Job) -> None:
     job.measure("versions", versions)
     job.measure("card", lambda: card(device))
     job.measure("clocks_idle", clocks)
-    job.measure("copy", lambda: copies(job, device))
-    job.measure("square", lambda: square(job, device))
+    measure_fitting(job, "copy", lambda: copies(job, device), device)
+    measure_fitting(job, "square", lambda: square(job, device), device)
     job.measure("clocks_busy", clocks)
     for outputs in size_of(job, "product_outputs"):
         shape = (size_of(job, "product_tokens"), size_of(job, "product_width"), outputs)

@@ -31,7 +31,9 @@ def run(job: Job) -> None:
     def measure(name: str, changes: dict, tokens: np.ndarray, warms_up: bool = True) -> None:
         changed = with_values(cfg, {"run.compile": "off"} | changes, "battery")
         action = partial(score_tokens, model, changed, text_of(tokens), ranks, warms_up)
-        measure_fitting(job, name, action, ranks.device)
+        found = measure_fitting(job, name, action, ranks.device) or {}
+        if not 0 < found.get("nats", 1.0) < 2 * math.log(cfg.data.vocab_size) + 5:
+            job.fault(name, f"expected the loss of random weights, found {found['nats']} nats a token")
 
     tokens = draw_tokens(size_of(job, "window_tokens") + 1, cfg.data.vocab_size, seed=1)
     measure("chunked", {"eval.mode": "chunked"}, tokens)
@@ -61,8 +63,6 @@ def score_tokens(
 ) -> dict:
     """Score a text as a run does; its clock starts after the warm-up."""
     score = score_model(model, cfg, text, ranks, Scoring(warms_up=warms_up))
-    if not 0 < score.val_loss < 2 * math.log(cfg.data.vocab_size) + 5:
-        raise ValueError(f"expected the loss of random weights, found {score.val_loss} nats a token")
     return {
         "seconds": score.seconds,
         "targets": score.num_tokens,

@@ -25,8 +25,8 @@ SIZES = {  # name -> (full, miniature)
     "short_rows": ((64, 192), (4, 64)),
     "shard_tokens": (8_000_000, 60_000),
     "naive_steps": (30, 4),
-    "text_bytes": ((2_000_000, 60_000), (200_000, 4_000)),  # of training and of validation
-    "train_seconds": (20, 3),
+    "text_bytes": ((2_000_000, 40_000), (200_000, 4_000)),  # of training and of validation
+    "train_seconds": (15, 3),
     "window_tokens": (262_144, 4096),  # targets of the plain scorers
     "sliding_targets": (32_768, 512),
     "lora_docs": (64, 4),

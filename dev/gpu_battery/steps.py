@@ -108,7 +108,7 @@ def run_micro_batch(job: Job, passes: int) -> None:
     bench.training.model.train()
     forward_backward = partial(forward_backward_of, bench, batch)
     compile_or_fall_back(bench, forward_backward)
-    measure_fitting(job, "micro_batch", lambda: micro_batch(bench, forward_backward), ranks.device)
+    measure_micro_batch(bench, forward_backward)
     step = partial(bench.training.micro_step, bench.phase, 0)
     measure_fitting(job, "micro_step", lambda: per_call(bench, step, REPEATS), ranks.device)
     measure_fitting(job, "update", lambda: updates(bench, forward_backward), ranks.device)
@@ -133,13 +133,20 @@ def compile_or_fall_back(bench: Bench, forward_backward: Callable[[], None]) -> 
         free_memory(bench.device)
 
 
+def measure_micro_batch(bench: Bench, forward_backward: Callable[[], None]) -> None:
+    """Measure a batch that lies on the device; a gradient of nothing or of NaN is a fault."""
+    job = bench.job
+    found = measure_fitting(job, "micro_batch", lambda: micro_batch(bench, forward_backward), bench.device)
+    norm = (found or {}).get("gradient_norm", 1.0)
+    if not 0 < norm < math.inf:
+        job.fault("micro_batch", f"expected a gradient of finite norm above 0, found {norm}")
+
+
 def micro_batch(bench: Bench, forward_backward: Callable[[], None]) -> dict:
     """Time forward and backward of a batch that lies on the device."""
     found = timed(forward_backward, bench.device)
     norm = float(bench.training.model.embed.weight.grad.norm())
-    if not 0 < norm < math.inf:
-        raise ValueError(f"expected a gradient of finite norm above 0, found {norm}")
-    return found | speed(bench, found["ms"], 1) | memory_gib(bench.device)
+    return found | speed(bench, found["ms"], 1) | memory_gib(bench.device) | {"gradient_norm": norm}
 
 
 def speed(bench: Bench, ms: float, micro_batches: int) -> dict:
@@ -182,7 +189,7 @@ def run_naive(job: Job) -> None:
     bench.training.model.train()
     forward_backward = partial(forward_backward_of, bench, batch)
     compile_or_fall_back(bench, forward_backward)
-    measure_fitting(job, "micro_batch", lambda: micro_batch(bench, forward_backward), ranks.device)
+    measure_micro_batch(bench, forward_backward)
     bench.training.optimizers.zero_grad()
     for _ in range(WARM_STEPS):
         whole_step(bench)

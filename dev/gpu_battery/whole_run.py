@@ -3,9 +3,10 @@
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from data.shards import read_json
+from data.shards import MANIFEST_NAME, read_json
 from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import RECIPES, ROOT, size_of
 from dev.gpu_battery.text import data_settings, write_text
@@ -13,7 +14,8 @@ from dev.gpu_battery.text import data_settings, write_text
 RUN_ID = "small"
 MOST_BITS = 8.0  # a byte, without any model
 LOGGED = ("device:", "attention_mode:", "attention_passed_over:", "peak memory", "code_packing:")
-LOG_LINES = 30
+LOG_LINES = 15
+MARGIN_SECONDS = 4.0  # before this part's own limit
 # The CPU recipe's switches with the budgets of a short run; lzma needs no package.
 SHORT = {
     "quant.reserve_seconds": 0,
@@ -28,19 +30,19 @@ SHORT = {
 
 def run(job: Job) -> None:
     """Make the data, run the program, read its result."""
-    folder = job.measure("data", lambda: prepare(job))
-    if folder is None:
-        return
-    job.measure("run", lambda: train(job, data_settings(Path(folder["folder"]))))
+    found = job.measure("data", lambda: prepare(job))
+    if found:
+        job.measure("run", lambda: train(job, data_settings(Path(found["folder"]))))
 
 
 def prepare(job: Job) -> dict:
     """Find or make the dataset."""
+    started = time.perf_counter()
     folder = Path(job.data).resolve() if job.data else write_text(job)
-    counts = read_json(folder / "manifest.json")
-    return {"folder": str(folder)} | {
-        f"{split}_{unit}": sum(shard["tokens"] for shard in counts[split]["shards"])
-        for split, unit in (("train", "tokens"), ("val", "tokens"))
+    seconds, counts = time.perf_counter() - started, read_json(folder / MANIFEST_NAME)
+    return {"folder": str(folder), "seconds": seconds} | {
+        f"{split}_tokens": sum(shard["tokens"] for shard in counts[split]["shards"])
+        for split in ("train", "val")
     }
 
 
@@ -53,15 +55,34 @@ def train(job: Job, places: dict) -> dict:
         "run.out_dir": str(Path(job.work) / "runs"),
         "run.run_id": RUN_ID,
     }
+    folder = Path(job.work) / "runs" / RUN_ID
     command = [sys.executable, "train_gpt.py", "--recipe", RECIPES["small"]]
     command += [f"{name}={value}" for name, value in values.items()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
+    limit = max(job.seconds_left() - MARGIN_SECONDS, 1.0)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        job.record("log_so_far", numbered(read_log(folder)[-LOG_LINES:]))
+        raise
     if done.returncode != 0:
-        print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
+        job.record("log_so_far", numbered(read_log(folder)[-LOG_LINES:]))
+        print(done.stderr[-4000:], file=sys.stderr)
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise RuntimeError(f"train_gpt.py ended with status {done.returncode}: {last}")
-    folder = Path(job.work) / "runs" / RUN_ID
     return sum_up(folder, read_json(folder / "result.json"))
+
+
+def read_log(folder: Path) -> list[str]:
+    """Return the lines of a run's log; none where it has not begun."""
+    path = folder / "train.log"
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def numbered(lines: list[str]) -> dict[str, str]:
+    """Name lines, so that a table shows them."""
+    return {f"line_{index}": line for index, line in enumerate(lines)}
 
 
 def sum_up(folder: Path, result: dict) -> dict:
@@ -69,8 +90,7 @@ def sum_up(folder: Path, result: dict) -> dict:
     score = result["score"]
     if not (math.isfinite(score["val_bpb"]) and 0 < score["val_bpb"] < MOST_BITS):
         raise ValueError(f"expected a val_bpb between 0 and {MOST_BITS}, found {score['val_bpb']}")
-    log = (folder / "train.log").read_text(encoding="utf-8").splitlines()
-    chosen = [line for line in log if line.startswith(LOGGED)][:LOG_LINES]
+    chosen = [line for line in read_log(folder) if line.startswith(LOGGED)][:LOG_LINES]
     return {
         "val_bpb": score["val_bpb"],
         "steps": result["steps"],
@@ -80,5 +100,5 @@ def sum_up(folder: Path, result: dict) -> dict:
         "scored_tokens": score["num_tokens"],
         "scored_tokens_per_second": score["num_tokens"] / max(score["seconds"], 1e-9),
         "seconds": result["seconds"],
-        "log": {f"line_{index}": line for index, line in enumerate(chosen)},
+        "log": numbered(chosen),
     }
