@@ -58,13 +58,13 @@ record: $(if $(DATA),setup,data) ## train RECIPE=... with SEEDS=..., score, audi
 		$(addprefix --against ,$(AGAINST)) $(addprefix --data ,$(DATA)) $(addprefix --name ,$(NAME))
 
 audit: setup ## check the record folder RECORD=... before it is submitted
-	$(PY) -m eval.audit $(RECORD) $(addprefix --against ,$(AGAINST)) $(addprefix --run ,$(wildcard $(RECORD)/train_gpt.py))
+	$(PY) -m audit $(RECORD) $(addprefix --against ,$(AGAINST)) $(addprefix --run ,$(wildcard $(RECORD)/train_gpt.py))
 
 lint: setup ## ruff: style, imports, formatting
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 size: setup ## lines, source bytes and packed bytes of every section
-	$(PY) -m dev.size --recipe $(RECIPE)
+	$(PY) -m pack.size --recipe $(RECIPE)
 
 bench: data ## speed of training step, scoring, packing and loading, against yardsticks
 	$(PY) -m dev.bench

@@ -42,46 +42,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common import CommandParser, UserError, atomic_file, run_command, sha256_file, write_json
 from data.codecs import TokenCodec, load_codec
-from data.errors import CommandParser, UserError, run_command
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
-from data.shards import (
-    TRAIN_GLOB,
-    atomic_file,
-    read_report,
-    sha256_file,
-    write_json,
-)
+from data.shards import TRAIN_GLOB, read_report
 from data.validation import ValidationText, read_validation, scored_tokens
-from eval.adaptive import Reports, Session, Settings
-from eval.bpb import BpbMeter
-from eval.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
-from eval.generate import Sampling, draw_tokens, last_logits, stream_text
-from eval.modes import (
-    EVAL_MODES,
-    PLAIN_MODES,
-    Aids,
-    Scoring,
-    aid_limits,
-    make_table,
-    plan_plain,
-    read_aids,
-    rehearse,
-    score_session,
-    score_tail_again,
-    scoring_cost,
-    write_aids,
-)
-from eval.sliding import (
-    CompiledWindows,
-    ProgressLines,
-    ScoreOptions,
-    newton_step,
-    plain_cost,
-    plan_windows,
-    scale_sums,
-    score_windows,
-)
 from formats.artifact import STREAM_CODECS, ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
 from formats.recipe import (
@@ -135,8 +100,37 @@ from quantizers.storage import (
     unpack_tensors,
     with_factors,
 )
+from scoring.adaptive import Reports, Session, Settings
+from scoring.bpb import BpbMeter
+from scoring.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
+from scoring.generate import Sampling, draw_tokens, last_logits, stream_text
+from scoring.modes import (
+    EVAL_MODES,
+    PLAIN_MODES,
+    Aids,
+    Scoring,
+    aid_limits,
+    make_table,
+    plan_plain,
+    read_aids,
+    rehearse,
+    score_session,
+    score_tail_again,
+    scoring_cost,
+    write_aids,
+)
+from scoring.sliding import (
+    CompiledWindows,
+    ProgressLines,
+    ScoreOptions,
+    newton_step,
+    plain_cost,
+    plan_windows,
+    scale_sums,
+    score_windows,
+)
 
-# dev/pack.py puts here what a packed program's recipe changes, and environment names of what it fixes.
+# pack/program.py puts here what a packed program's recipe changes, and environment names of what it fixes.
 PACKED_RECIPE: dict | None = None
 PACKED_ENVIRONMENT = ""
 
@@ -791,7 +785,7 @@ class CastLinear(nn.Linear):
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool = False):
         super().__init__(in_dim, out_dim, bias=bias)
-        self.adapter: nn.Module | None = None  # attached by eval/adaptive.py while it scores, else None
+        self.adapter: nn.Module | None = None  # attached by scoring/adaptive.py while it scores, else None
         self.fp8: Callable | None = None  # attached by attach_fp8: the product in training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -2317,7 +2311,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
 def weigh_code(folder: Path) -> tuple[int, str]:
     """Write the run's packed source as folder/train_gpt.py; returns its bytes and a note on steps left out.
 
-    From a checkout dev/pack.py packs this file with the run's recipe; a packed program copies itself.
+    From a checkout pack/program.py packs this file with the run's recipe; a packed program copies itself.
     """
     target = folder / "train_gpt.py"
     here = Path(__file__).resolve()
@@ -2326,7 +2320,7 @@ def weigh_code(folder: Path) -> tuple[int, str]:
         with atomic_file(target) as file:
             file.write(program)
         return len(program), ""
-    command = [sys.executable, "-m", "dev.pack", "--recipe", f"{folder.resolve()}/recipe.toml"]
+    command = [sys.executable, "-m", "pack", "--recipe", f"{folder.resolve()}/recipe.toml"]
     command += ["--out", str(target.resolve()), "--json"]
     result = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -2551,7 +2545,7 @@ def score_file(path: Path, live: Config, environment: Environment) -> None:
 def open_scorer(path: str) -> tuple[dict, Callable[[list[int]], tuple[list[float], list]]]:
     """Offer an artifact's scorer to an audit: facts, and tokens -> nats of each target, events.
 
-    eval/audit/inside.py asks for it as `scorer`, in the source and in every packed program.
+    audit/inside.py asks for it as `scorer`, in the source and in every packed program.
     """
     live = load_config(None, read_environment().overrides, [])
     ranks = KeepingRanks(Environment({}), "cpu")

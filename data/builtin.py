@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from common import CommandParser, UserError, at_least_one, run_command, sha256_file, write_json
 from data.codecs import TokenCodec, load_codec
 from data.documents import Document
-from data.errors import CommandParser, UserError, at_least_one, run_command
 from data.prepare import mark_unfinished, print_table, write_dataset
-from data.shards import MANIFEST_NAME, REPORT_NAME, read_manifest, sha256_file, write_json
-from data.training import train_tokenizer
+from data.shards import MANIFEST_NAME, REPORT_NAME, read_manifest
+from data.train_tokenizer import train_tokenizer
 from data.verify import verify_codec
 
 CORPUS_NAME = "builtin"

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import CommandParser, UserError, run_command, sha256_file
 from data.codecs import TokenCodec, load_codec
 from data.download import RECORD_NAME, read_record
-from data.errors import CommandParser, UserError, run_command
 from data.prepare import CONTEST_VAL_DOCS
-from data.shards import MANIFEST_NAME, UNFINISHED_NAME, read_manifest, read_shard, sha256_file
+from data.shards import MANIFEST_NAME, UNFINISHED_NAME, read_manifest, read_shard
 
 SPLITS = ("train", "val")
 SIDECAR_MARK = "_bytes_"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data.errors import UserError
+from common import UserError
 
 INPUT_HELP = ".txt (one document a file), .jsonl, .jsonl.gz, .jsonl.zst (key text), .parquet (column text)"
 BATCH_BYTES = 4 << 20  # text encoded at once; the ids of a batch take about twenty times as much memory

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.errors import CommandParser, UserError, run_command
+from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file, write_json
 from data.prepare import CONTEST_VAL_DOCS, DOCS_MANIFEST_NAME, DOCS_NAME
-from data.shards import MANIFEST_NAME, atomic_file, read_json, read_shard, sha256_file, write_json
+from data.shards import MANIFEST_NAME, read_shard
 
 DEFAULT_REPO_ID = "willdepueoai/parameter-golf"
 DEFAULT_ROOT_PREFIX = "datasets"

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.errors import UserError
+from common import UserError
 from data.shards import check_stated_shards, check_token_ids, find_shards, read_shard
 
 EDGE_TOKENS = 1 << 20  # of each shard are checked before work starts, the others when they are read

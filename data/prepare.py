@@ -18,19 +18,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common import CommandParser, UserError, at_least_one, run_command, sha256_file, write_json
 from data.codecs import TokenCodec, load_codec
 from data.documents import INPUT_HELP, Document, batched, check_inputs, read_documents
-from data.errors import CommandParser, UserError, at_least_one, run_command
 from data.selection import add_selection_options, selection_of
-from data.shards import (
-    MANIFEST_NAME,
-    REPORT_NAME,
-    UNFINISHED_NAME,
-    read_manifest,
-    sha256_file,
-    write_json,
-    write_shard,
-)
+from data.shards import MANIFEST_NAME, REPORT_NAME, UNFINISHED_NAME, read_manifest, write_shard
 
 MANIFEST_FORMAT = 1
 SHARD_TOKENS = 100_000_000  # the contest's shard length

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from data.errors import at_least_one
+from common import at_least_one
 
 MIN_WORDS = 50
 MIN_TYPE_RATIO = 0.25

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import UserError
-from data.files import atomic_file
+from common import UserError, atomic_file, read_json
 
 SHARD_MAGIC = 20240520
 SHARD_DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # version -> tokens; the narrowest first
@@ -25,18 +24,6 @@ MANIFEST_NAME = "manifest.json"
 # Marks a folder whose shards are being replaced. Without it, shards without a manifest are not ours.
 UNFINISHED_NAME = "unfinished.json"
 REPORT_NAME = "tokenizer_report.json"  # what `python -m data.tokenizer verify --out` found, beside shards
-
-
-def write_json(path: str | Path, value) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def sha256_file(path: str | Path) -> str:
-    """Hash a file of any size in constant memory; returns lower-case hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_version(vocab_size: int) -> int:
@@ -133,16 +120,6 @@ def find_shards(pattern: str | Path) -> list[Path]:
             "your own text, `python -m data.download` the contest's."
         )
     return files
-
-
-def read_json(path: str | Path):
-    """Read a JSON file; raises a UserError where it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Make it again.") from error
 
 
 def read_manifest(folder: str | Path) -> dict | None:

@@ -4,12 +4,11 @@ import argparse
 import json
 import os
 
+from common import CommandParser, at_least_one, run_command, write_json
 from data.codecs import load_codec
 from data.documents import INPUT_HELP, check_inputs, read_documents
-from data.errors import CommandParser, at_least_one, run_command
 from data.selection import add_selection_options, selection_of
-from data.shards import write_json
-from data.training import TRAINERS, train_tokenizer
+from data.train_tokenizer import TRAINERS, train_tokenizer
 from data.verify import compare_codec, verify_codec
 
 TOKENIZER_HELP = "a .model, tokenizer.json, vocab.json beside merges.txt, a .tiktoken, a BESE or byte .json"

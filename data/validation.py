@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import UserError
 from data.codecs import TokenCodec
-from data.errors import UserError
 from data.shards import VAL_GLOB, check_token_ids, find_shards, read_manifest, read_shard
 
 

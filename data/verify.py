@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common import read_json
 from data.codecs import TokenCodec
 from data.codecs.caseops import CASE_OPERATORS, from_case_operators
 from data.documents import Document, batched
 from data.prepare import describe_codec
-from data.shards import digest_of_report, read_json
-from data.training import HOSTILE_TEXTS
+from data.shards import digest_of_report
+from data.train_tokenizer import HOSTILE_TEXTS
 
 NUM_WORST = 5  # documents that the report names
 SPACE = "\u2581"  # as SentencePiece writes it

@@ -28,19 +28,19 @@ import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 
+from common import run_command
 from data.builtin import find_modules, make_corpus, parse_modules, write_document
 from data.codecs import load_codec
 from data.doctor import Dataset, check_overlap
 from data.documents import Document
-from data.errors import run_command
 from data.prepare import write_dataset
 from data.shards import write_shard
-from data.training import train_tokenizer
+from data.train_tokenizer import train_tokenizer
 from dev.codec import measure_codec
-from dev.pack import pack
-from eval.sliding import ScoreOptions, plan_batches, plan_windows, score_windows
 from formats.recipe import with_values
 from kernels.machine import resolve_compile
+from pack.program import pack
+from scoring.sliding import ScoreOptions, plan_batches, plan_windows, score_windows
 from train_gpt import (
     Batch,
     Config,

@@ -13,7 +13,7 @@ import brotli
 import numpy as np
 import zstandard
 
-from data.errors import UserError
+from common import UserError
 from dev.trained import Trained, open_trained
 from formats.codes import decode_codes, decode_halves
 from formats.codes_encode import encode_codes, encode_halves

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train_gpt
-from data.errors import CommandParser, UserError, run_command
-from data.shards import read_json
-from eval.budget import BudgetError
+from common import CommandParser, UserError, read_json, run_command
 from formats.recipe import config_hash, with_values
+from scoring.budget import BudgetError
 from train_gpt import Config, Environment, load_config, place_values, read_environment
 
 KNOBS = ("optim.matrix_weight_decay", "optim.embed_weight_decay", "optim.scalar_weight_decay")

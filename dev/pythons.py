@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.errors import run_command
+from common import run_command
 
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import CommandParser, run_command
+from common import CommandParser, run_command
 from dev.trained import Trained, open_checkpoint
 from formats.artifact import compress
 from formats.codes_encode import encode_codes, encode_halves

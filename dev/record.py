@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 import torch
 
-from data.errors import CommandParser, UserError, run_command
-from data.shards import TRAIN_GLOB, VAL_GLOB, atomic_file, find_shards, read_json, sha256_file, write_json
-from dev.pack import ENTRY, pack
+from audit.checks import FOLDER_NAME
+from audit.folder import TRACKS
+from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file, write_json
+from data.shards import TRAIN_GLOB, VAL_GLOB, find_shards
 from dev.submission import (
     Record,
     Run,
@@ -35,11 +36,10 @@ from dev.submission import (
     write_claims,
     write_files,
 )
-from eval.audit.checks import FOLDER_NAME
-from eval.audit.folder import TRACKS
 from eval.logs import parse_log, stable_config
 from eval.stats import SeedScore, read_scores
 from formats.recipe import config_fields, config_hash, config_value, format_toml, read_recipe, with_values
+from pack.program import ENTRY, pack
 from train_gpt import ARTIFACT_NAME, PLACE_FIELDS, Config, load_config, read_environment, recipe_of, stages_of
 
 PRIVATE_FIELDS = (*PLACE_FIELDS, "run.seed")  # what the seeds of a record may differ in
@@ -327,7 +327,7 @@ def build(plan: Plan, runs: list[Run], args: Namespace) -> Path:
     if failed:
         raise UserError(
             f"{staged}: no record is written: the audit FAILs {', '.join(failed)} (evidence above). "
-            f"`python -m eval.audit {staged}` repeats it."
+            f"`python -m audit {staged}` repeats it."
         )
     return staged
 

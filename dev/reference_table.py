@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from data.errors import CommandParser, UserError, run_command
+from common import CommandParser, UserError, run_command
 from dev.twins import ROOT, SYSTEMS
 from train_gpt import describe, load_config
 

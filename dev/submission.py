@@ -18,24 +18,23 @@ from typing import NamedTuple
 
 import torch
 
-from data.errors import UserError
-from data.shards import sha256_file, write_json
-from dev.pack import ENTRY, collect
-from eval.audit import __main__ as audit
-from eval.audit.checks import STOP_TOLERANCE_MS
-from eval.audit.folder import Folder, Track
-from eval.audit.program import read_program, third_party_imports
-from eval.audit.report import STATUS, as_json
-from eval.audit.table import CHECKS
+from audit import __main__ as audit
+from audit.checks import STOP_TOLERANCE_MS
+from audit.folder import Folder, Track
+from audit.program import read_program, third_party_imports
+from audit.report import STATUS, as_json
+from audit.table import CHECKS
+from common import UserError, sha256_file, write_json
 from eval.logs import RunLog
 from eval.stats import Sample, SeedScore, compare, read_scores, summarize
 from formats.recipe import config_fields, config_value
+from pack.program import ENTRY, collect
 from train_gpt import ARTIFACT_NAME, Config
 
 ROOT = ENTRY.parent
 SOURCES = (
     ROOT / "eval" / "__main__.py",
-    ROOT / "dev" / "pack.py",
+    ROOT / "pack" / "__main__.py",
 )  # and all that they import: the trainer too
 NOTICES = ("LICENSE", "THIRD_PARTY_NOTICES.md")
 BASELINE = "baseline.json"  # the scores of the row to beat
@@ -132,7 +131,7 @@ def audit_deep(folder: Path, run: Run) -> list[list[dict]]:
 
     Returns a report of each; the program is left out where the audit has no option to run one.
     """
-    command = [sys.executable, "-m", "eval.audit"]
+    command = [sys.executable, "-m", "audit"]
     described = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     places = run.result["places"]
     data = ["--data", places["data.data_path"], "--tokenizer", places["data.tokenizer_path"]]
@@ -144,7 +143,7 @@ def audit_deep(folder: Path, run: Run) -> list[list[dict]]:
             [*command, *map(str, options), "--json"], stdout=subprocess.PIPE, text=True, check=False
         )
         if child.returncode not in STATUS.values():
-            raise UserError(f"`python -m eval.audit` ended with status {child.returncode}: see above.")
+            raise UserError(f"`python -m audit` ended with status {child.returncode}: see above.")
         reports.append(dynamic(json.loads(child.stdout)["checks"]))
     return reports
 
@@ -371,7 +370,7 @@ def commands(record: Record) -> str:
     if keeps_artifact(record.runs):
         lines.append(f"PYTHONPATH={folder}/source python -m eval {folder}")
     against = f" --against {folder}/{BASELINE}" if record.old else ""
-    lines += [f"python -m eval.audit {folder}{against}", f"python -m eval.stats {folder}{against}"]
+    lines += [f"python -m audit {folder}{against}", f"python -m eval.stats {folder}{against}"]
     return "\n".join(lines)
 
 

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from data.errors import UserError
-from data.shards import read_json
+from common import UserError, read_json
 from data.validation import ValidationText
 from formats.recipe import read_recipe, with_values
 from train_gpt import (

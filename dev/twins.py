@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 import train_gpt
+from common import CommandParser, UserError, read_json, run_command
 from data.builtin import (
     describe_sources,
     find_modules,
@@ -24,10 +25,9 @@ from data.builtin import (
     write_document,
     write_with_tokenizer,
 )
-from data.errors import CommandParser, UserError, run_command
 from data.prepare import Document
-from data.shards import VAL_GLOB, find_shards, read_json, read_manifest, read_shard
-from data.training import TRAINERS
+from data.shards import VAL_GLOB, find_shards, read_manifest, read_shard
+from data.train_tokenizer import TRAINERS
 from formats.recipe import read_recipe, with_values
 from train_gpt import (
     ARTIFACT_NAME,

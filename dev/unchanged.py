@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.errors import CommandParser, UserError, run_command
+from common import CommandParser, UserError, run_command
 from formats.recipe import format_toml
 
 REPOSITORY = Path(__file__).resolve().parent.parent

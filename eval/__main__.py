@@ -25,19 +25,18 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.errors import CommandParser, UserError, run_command
-from data.shards import sha256_file
+from common import CommandParser, UserError, run_command, sha256_file
 from data.validation import ValidationText, check_tokenizer
-from eval.adaptive import Reports, plan_documents
-from eval.audit.checks import classify_bytes
 from eval.breakdown import Windows, as_facts, break_down, cost_of, format_tables
-from eval.budget import format_ledger
 from eval.compare import check_same_documents, compare_documents, document_costs, format_comparison
 from eval.domains import format_domains, parse_domains, read_domain, score_domains
-from eval.modes import EVAL_MODES, Scoring
+from eval.logs import classify_bytes
 from eval.runs import Target, find_target, newest_run
-from eval.sliding import Pace, ScoreOptions
 from formats.recipe import config_fields, describe_fields, parse_overrides, with_values
+from scoring.adaptive import Reports, plan_documents
+from scoring.budget import format_ledger
+from scoring.modes import EVAL_MODES, Scoring
+from scoring.sliding import Pace, ScoreOptions
 from train_gpt import (
     Config,
     EvalConfig,

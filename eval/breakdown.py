@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.adaptive import chunk_tokens_of, plan_doc_batches, plan_document_windows, plan_documents
-from eval.modes import lora_options, plan_plain
+from scoring.adaptive import chunk_tokens_of, plan_doc_batches, plan_document_windows, plan_documents
+from scoring.modes import lora_options, plan_plain
 
 BYTE_CLASSES = ("letters", "digits", "whitespace", "punctuation", "non-ASCII", "no bytes")
 LENGTH_CLASSES = (256, 1024, 4096, 16_384, 65_536)  # bytes of a document

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.errors import UserError
-from eval.adaptive import plan_documents
+from common import UserError
 from eval.breakdown import cost_of
 from eval.stats import bootstrap_difference
+from scoring.adaptive import plan_documents
 
 OTHER_CHARACTERS = re.compile("[^0-9a-z]+")
 PASSAGE = 12  # characters

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from eval.generate import last_logits
 from kernels.context_cache import ContextCache
+from scoring.generate import last_logits
 from train_gpt import GPT, ModelConfig, SelfAttention, context_rule
 
 # What a token's representation may depend on besides its own layer inputs: with any of these the cache of

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import UserError
 from data.codecs import TokenCodec
 from data.documents import (
     Document,
@@ -20,11 +21,10 @@ from data.documents import (
     read_lines,
     require_utf8,
 )
-from data.errors import UserError
 from data.prepare import encode_documents, encode_for_sidecar
-from eval.adaptive import plan_document_windows, plan_documents
-from eval.bpb import BpbMeter
-from eval.sliding import Logits, ScoreOptions, score_windows
+from scoring.adaptive import plan_document_windows, plan_documents
+from scoring.bpb import BpbMeter
+from scoring.sliding import Logits, ScoreOptions, score_windows
 
 # Keys of a JSON line -> its text: plain documents; GSM8K and HumanEval as system E writes them.
 LAYOUTS = {

@@ -24,14 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import CommandParser, UserError, atomic_file, read_json, run_command, write_json
 from data.download import first_line
-from data.errors import CommandParser, UserError, run_command
-from data.shards import atomic_file, read_json, write_json
 from eval.decode import decoding
-from eval.generate import Sampling, draw_tokens, stream_text
 from formats.curves import draw_curves
 from formats.recipe import config_hash, flatten_recipe, read_recipe, recipe_of, with_values
 from formats.state import map_leaves, read_state, safetensors_library, write_state
+from scoring.generate import Sampling, draw_tokens, stream_text
 from train_gpt import (
     ARTIFACT_NAME,
     CHECKPOINT_NAME,

@@ -35,6 +35,17 @@ FACTS = (
     ("within_gate", re.compile(r"ngram_tilt:hints .*\bwithin_gate[:=](\d+)")),
     ("word_gate", re.compile(r"ngram_tilt:hints .*\bword_gate[:=](\d+)")),
 )
+# Bytes of the contest's validation text that a log implies: val_loss / ln 2 * val_tokens / val_bpb.
+RIGHT_BYTES = (151_000_000, 151_132_000)  # from a dropped tail at long context to losses printed per byte
+KNOWN_BYTES = (
+    (155_770_000, "the export at launch"),
+    (176_330_000, "a leading space counted twice (#1545, #1698, #1734)"),
+    (157_320_000, "byte-fallback tokens counted as three bytes (#1143, #1184)"),
+    (164_590_000, "case sentinels counted as text (#2071, #2138)"),
+    (146_965_620, "validation documents that a quality filter dropped (#1666)"),
+    (32_760_000, "10,000 documents instead of 50,000 (#1854, #2039)"),
+)
+KNOWN_TOLERANCE = 0.004
 # What a log says against its own score.
 RESERVATION = re.compile(r"(invalid|not_comparable):(.+)")
 # Keys of the configuration that differ between honest runs of one configuration.
@@ -166,3 +177,13 @@ def headlines(logs: list[RunLog]) -> dict[str, ScoreLine]:
     order = [score.label.removesuffix("_exact") for score in scored[0].scores]
     label = max(shared, key=lambda name: len(order) - order[::-1].index(name))
     return {log.name: scores[label] for log, scores in zip(scored, named)}
+
+
+def classify_bytes(implied: float) -> tuple[str, str]:
+    """Return (verdict, remark) about the bytes that a log implies; per-byte losses imply tokens = bytes."""
+    if RIGHT_BYTES[0] <= implied <= RIGHT_BYTES[1]:
+        return "PASS", ""
+    for known, name in KNOWN_BYTES:
+        if abs(implied / known - 1) < KNOWN_TOLERANCE:
+            return ("PASS" if "launch" in name else "SUSPECT"), f": {name}"
+    return "SUSPECT", f", {implied / 151_080_000 - 1:+.2%} off the 50,000 documents"

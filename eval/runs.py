@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from data.errors import UserError
-from data.shards import read_json, sha256_file
+from common import UserError, read_json, sha256_file
 from eval.logs import parse_log
-from eval.modes import PLAIN_MODES
 from formats.recipe import config_fields, read_recipe, with_values
+from scoring.modes import PLAIN_MODES
 from train_gpt import ARTIFACT_NAME, Config, only_live, read_environment
 
 RESULT_NAME, SUBMISSION_NAME = "result.json", "submission.json"

@@ -5,9 +5,9 @@
 RUN is a run folder, an artifact, a checkpoint, a folder that eval.hub.save wrote, or a hub id OWNER/NAME.
 """
 
-from data.errors import CommandParser, run_command
-from eval.generate import Sampling
+from common import CommandParser, run_command
 from eval.hub import generate, load
+from scoring.generate import Sampling
 
 
 def main(argv: list[str] | None = None) -> None:

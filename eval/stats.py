@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.errors import CommandParser, UserError, run_command
-from data.shards import read_json
+from common import CommandParser, UserError, read_json, run_command
 from eval.logs import headlines, parse_log, read_seed, settings_hash
 
 MARGIN_NATS = 0.005  # a token; the contest's README asks records to beat the last one by it

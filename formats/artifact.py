@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from data.errors import UserError
+from common import UserError
 
 ARTIFACT_MAGIC = b"PGOLF\n"
 ARTIFACT_VERSION = 2

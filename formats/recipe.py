@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from data.errors import UserError
+from common import UserError
 
 
 def option(default, env: str = "", text: str = "", *, live=False, low=None, high=None, choices=()):

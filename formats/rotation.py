@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from data.shards import read_json, write_json
+from common import read_json, write_json
 
 BEST_NAME, LOSSES_NAME = "best.safetensors", "checkpoints.json"
 NUMBERED = "checkpoint_step{:07d}.safetensors"

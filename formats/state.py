@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import UserError
-from data.shards import atomic_file
+from common import UserError, atomic_file
 
 
 def map_leaves(tree, kind: type, convert: Callable):

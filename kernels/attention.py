@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.errors import UserError
+from common import UserError
 from kernels.blocked import blocked_forward
 from kernels.flash import flash2, flash3, flash4
 

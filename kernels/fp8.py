@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.errors import UserError
+from common import UserError
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {FORWARD: 448.0, BACKWARD: 57_344.0}

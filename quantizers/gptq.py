@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from data.errors import UserError
+from common import UserError
 from quantizers.grid import (
     SMALLEST_SCALE,
     Grid,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
+from common import UserError
 
 SMALLEST_SCALE = 2.0**-20  # keeps the scale of an all-zero row positive in float16
 # 2^(n / 8) for n in 0 .. 7: written out, because a computed power's last bit differs between platforms.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.errors import UserError
+from common import UserError
 
 
 def entropy_bits(codes: Tensor) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import UserError
+from common import UserError
 from formats.artifact import ArtifactError, Stream, decompress
 from formats.codes import decode_codes, decode_halves, largest_halves, largest_stream
 from formats.codes_encode import encode_codes, encode_halves

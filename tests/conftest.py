@@ -12,7 +12,7 @@ import train_gpt
 from data.codecs import load_codec
 from data.codecs.caseops import CASE_OPERATORS, to_case_operators
 from data.prepare import Document, write_dataset
-from data.training import CONTEST_OPTIONS, train_sentencepiece, train_tokenizer
+from data.train_tokenizer import CONTEST_OPTIONS, train_sentencepiece, train_tokenizer
 from formats.recipe import with_values
 from train_gpt import Config, Environment, Ranks, build_model
 

@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.training import TRAINERS, train_tokenizer
+from data.train_tokenizer import TRAINERS, train_tokenizer
 
 SMALL_VOCAB_SIZE = 400
 SIZES = {"bytes": 260, "bytelevel": 400, "superbpe": 420, "caseops": 400, "caseops_spaced": 400, "bese": 120}

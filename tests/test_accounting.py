@@ -9,12 +9,12 @@ import pytest
 import sentencepiece
 from fixtures_data import SIZES, small_texts
 
+from common import UserError, read_json, write_json
 from data.codecs import load_codec
 from data.codecs.spm import SPACE_SYMBOL
-from data.errors import UserError
 from data.prepare import Document, write_dataset
-from data.shards import read_json, read_shard, write_json, write_shard
-from data.training import CONTEST_OPTIONS, train_sentencepiece
+from data.shards import read_shard, write_shard
+from data.train_tokenizer import CONTEST_OPTIONS, train_sentencepiece
 from data.validation import ValidationText
 from eval.__main__ import warn_about_bytes
 from train_gpt import DataConfig, load_validation

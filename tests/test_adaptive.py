@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from data.errors import UserError
-from eval.adaptive import (
+from common import UserError
+from formats.recipe import with_values
+from scoring.adaptive import (
     DocumentLora,
     LoraOptions,
     LoraScorer,
@@ -37,10 +38,9 @@ from eval.adaptive import (
     score_sgd,
     weights_digest,
 )
-from eval.ngram import OnlineRule, online_tilt
-from eval.reference import contest_windows, score_reference
-from eval.sliding import ScoreOptions, plan_windows, score_windows
-from formats.recipe import with_values
+from scoring.ngram import OnlineRule, online_tilt
+from scoring.reference import contest_windows, score_reference
+from scoring.sliding import ScoreOptions, plan_windows, score_windows
 from train_gpt import CastLinear, build_model
 
 BOS = 1
@@ -631,7 +631,7 @@ class Timed(nn.Module):
 def test_the_clock_switches_before_it_is_too_late(monkeypatch, score):
     """Time that is left must suffice for another unit and for plain scoring of the rest."""
     model = Timed()
-    monkeypatch.setattr("eval.adaptive.time.perf_counter", lambda: model.now)
+    monkeypatch.setattr("scoring.adaptive.time.perf_counter", lambda: model.now)
     tokens = make_text((16,) * 60)
     seconds = []
     for deadline_s in (0.0, 1e-9):

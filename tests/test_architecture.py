@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from fixtures_model import ROOT
 
-from data.errors import UserError
+from common import UserError
 from formats.recipe import with_values
 from train_gpt import (
     GPT,

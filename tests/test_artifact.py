@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import UserError
+from common import UserError
 from formats.artifact import (
     ARTIFACT_MAGIC,
     ARTIFACT_PREFIX,

@@ -7,7 +7,7 @@ import torch
 from fixtures_attention import PACKAGES, dense_kernel, install
 
 import kernels.attention
-from data.errors import UserError
+from common import UserError
 from kernels.attention import (
     BACKENDS,
     AttentionMask,

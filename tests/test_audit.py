@@ -13,10 +13,10 @@ from pathlib import Path
 import brotli
 import pytest
 
-from dev.pack import wrap
-from eval.audit.__main__ import audit_folder, main
-from eval.audit.table import CHECKS
+from audit.__main__ import audit_folder, main
+from audit.table import CHECKS
 from eval.logs import headlines, parse_log
+from pack.program import wrap
 
 BYTES_PER_TOKEN = 151_080_000 / 62_021_632
 SCORES = {1337: 1.15012345, 42: 1.15112345, 2025: 1.14912345}
@@ -399,7 +399,7 @@ def test_every_check_says_rule_and_fix():
 def test_audit_loads_no_torch(tmp_path):
     """It runs where nothing is installed for training, within a second or two."""
     folder = write_folder(tmp_path, clean_files())
-    code = "import sys; from eval.audit.__main__ import main; main(sys.argv[1:]); "
+    code = "import sys; from audit.__main__ import main; main(sys.argv[1:]); "
     code += "sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", code, str(folder)], cwd=root, check=True, stdout=subprocess.DEVNULL)

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from audit import recorded, run, sandbox, world
+from audit.__main__ import audit_data, main
+from audit.matrix import FOLDER
+from audit.sandbox import Box, Limits
+from audit.unwrap import parse_source
+from common import UserError
 from data.codecs import load_codec
-from data.errors import UserError
-from eval.audit import recorded, run, sandbox, world
-from eval.audit.__main__ import audit_data, main
-from eval.audit.matrix import FOLDER
-from eval.audit.sandbox import Box, Limits
-from eval.audit.unwrap import parse_source
 
 QUICK = Limits(seconds=30)
 HANGS = 60  # seconds that no ended program and no bounded look at one takes on any machine
@@ -77,7 +77,7 @@ def test_an_audit_that_is_ended_leaves_nothing(tmp_path):
     program.write_text(HOSTILE["an endless loop"])
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o711)  # the sandbox's user passes through
-        command = [sys.executable, "-m", "eval.audit", "--run", str(program)]
+        command = [sys.executable, "-m", "audit", "--run", str(program)]
         audit = subprocess.Popen(
             command, env=os.environ | {"TMPDIR": place}, cwd=Path(__file__).parent.parent
         )
@@ -462,6 +462,6 @@ def packed_tiny(tmp_path_factory) -> Path:
     )
     (folder / "program").mkdir()
     out = folder / "program" / "train_gpt.py"
-    command = [sys.executable, "-m", "dev.pack", "--recipe", str(folder / "recipe.toml"), "--out", str(out)]
+    command = [sys.executable, "-m", "pack", "--recipe", str(folder / "recipe.toml"), "--out", str(out)]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
     return out

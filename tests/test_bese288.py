@@ -17,21 +17,21 @@ from test_codec_kinds import needs_corpora, shared, shared_texts
 import data.prepare
 import data.tokenizer
 import train_gpt
+from audit.__main__ import audit_data, audit_folder
+from common import UserError, read_json
 from data.codecs import load_codec
 from data.codecs.bese import to_base
-from data.errors import UserError
 from data.prepare import Document, write_dataset
 from data.selection import difficulty, is_good
-from data.shards import read_json, read_manifest, read_shard
-from data.training import train_tokenizer
+from data.shards import read_manifest, read_shard
+from data.train_tokenizer import train_tokenizer
 from eval.__main__ import main as evaluate
-from eval.audit.__main__ import audit_data, audit_folder
-from eval.audit.checks import classify_bytes
-from eval.modes import LEGACY_TAIL, broken_rules, plan_tail
-from eval.ngram import LEGACY_ALIGNMENT
-from eval.reference import contest_windows
-from eval.sliding import ScoreOptions, plan_windows, score_windows
+from eval.logs import classify_bytes
 from formats.recipe import with_values
+from scoring.modes import LEGACY_TAIL, broken_rules, plan_tail
+from scoring.ngram import LEGACY_ALIGNMENT
+from scoring.reference import contest_windows
+from scoring.sliding import ScoreOptions, plan_windows, score_windows
 from train_gpt import Config, Environment, check_config, load_validation, run, score_model
 
 LOSS = "drops case, most signs and all that is not ASCII"

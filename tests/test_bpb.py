@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from data.errors import UserError
-from eval.bpb import BpbMeter
-from eval.budget import BudgetError, check_bytes, check_seconds, format_ledger
+from common import UserError
 from eval.logs import RunLog, ScoreLine
+from scoring.bpb import BpbMeter
+from scoring.budget import BudgetError, check_bytes, check_seconds, format_ledger
 
 
 def test_a_uniform_byte_model_costs_exactly_eight_bits_a_byte():

@@ -7,6 +7,7 @@ import pytest
 from fixtures_data import small_texts
 
 import data.builtin
+from common import UserError
 from data.builtin import (
     Chapter,
     Entry,
@@ -25,7 +26,6 @@ from data.builtin import (
     write_document,
 )
 from data.codecs import load_codec
-from data.errors import UserError
 from data.prepare import write_dataset
 from data.shards import find_shards, read_manifest, read_report, read_shard
 

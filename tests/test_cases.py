@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 
-from eval.audit.checks import Finding
-from eval.audit.matrix import CASES, FOLDER, Row, is_as_expected, run_case
-from eval.audit.run import run_program
+from audit.checks import Finding
+from audit.matrix import CASES, FOLDER, Row, is_as_expected, run_case
+from audit.run import run_program
 
 QUICK = ("train_on_val", "later_epoch", "hashed_cache", "carried_state")
 PROTOCOL = {"load", "score"}

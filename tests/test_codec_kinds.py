@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_architecture import recipe, shape_of
 
+from common import UserError
 from data.codecs import load_codec
 from data.codecs.bese import (
     BESE_BOS,
@@ -31,10 +32,9 @@ from data.codecs.caseops import (
     to_case_operators,
 )
 from data.codecs.ranks import FAMILIES
-from data.errors import UserError
 from data.prepare import Document, write_dataset
 from data.shards import read_shard
-from data.training import HOSTILE_TEXTS, train_tokenizer
+from data.train_tokenizer import HOSTILE_TEXTS, train_tokenizer
 
 LOSSLESS_KINDS = ("bytes", "bytelevel", "superbpe", "caseops", "caseops_spaced")
 ALPHABET = " \ue000\t\n\0\u2581aAbBzZeE1.,?!'\"\u212a\u0130\u00df\u00e9\u0301\U0001f600" + CASE_OPERATORS

@@ -12,11 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data.tokenizer
-import data.training
+import data.train_tokenizer
+from common import UserError
 from data.codecs import load_codec
 from data.codecs.spm import SPACE_SYMBOL
-from data.errors import UserError
-from data.training import HOSTILE_TEXTS, train_tokenizer
+from data.train_tokenizer import HOSTILE_TEXTS, train_tokenizer
 
 # Any text at all, and text dense in what tokenizers get wrong.
 HOSTILE_ALPHABET = (
@@ -120,7 +120,7 @@ def test_training_twice_gives_the_same_file(lossless_model, tmp_path):
 
 def test_a_model_that_loses_text_is_removed_at_once(tmp_path, monkeypatch):
     """A wrong option would make every later byte count wrong."""
-    monkeypatch.setitem(data.training.LOSSLESS_OPTIONS, "normalization_rule_name", "nmt_nfkc")
+    monkeypatch.setitem(data.train_tokenizer.LOSSLESS_OPTIONS, "normalization_rule_name", "nmt_nfkc")
     with pytest.raises(RuntimeError, match="not lossless"):
         train_tokenizer(small_texts(), 400, tmp_path / "lossy.model")
     assert not any(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from fixtures_model import ROOT
 
-from data.errors import UserError
+from common import UserError
 from formats.recipe import (
     config_fields,
     config_value,

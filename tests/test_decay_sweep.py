@@ -6,7 +6,7 @@ import pytest
 from fixtures_model import as_overrides
 
 import train_gpt
-from data.errors import UserError
+from common import UserError
 from dev.decay_sweep import Point, bisect_decay, format_table, main
 from formats.recipe import format_toml
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import UserError, read_json, sha256_file, write_json
 from data import doctor
 from data.codecs import load_codec
 from data.doctor import WINDOW, examine, window_hashes
-from data.errors import UserError
 from data.prepare import Document, write_dataset
-from data.shards import read_json, read_shard, sha256_file, write_json, write_shard
+from data.shards import read_shard, write_shard
 
 TRAIN_DOCUMENTS = 10_000
 LETTERS = "etaoin shrdlu"

@@ -12,9 +12,9 @@ import torch
 from fixtures_data import small_texts
 from test_sliding import bigram_logits
 
-from data.errors import UserError
+from common import UserError
 from eval.domains import domain_documents, format_domains, parse_domains, read_domain, score_domains
-from eval.sliding import ScoreOptions
+from scoring.sliding import ScoreOptions
 
 CORPORA = os.environ.get("GOLF_CORPORA")
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from fixtures_data import FakeHub, serve_fake_hub
 
+from common import UserError
 from data.download import Hub, download, find_source, hub_from_environment, local_path, plan_items
-from data.errors import UserError
 from data.shards import write_shard
 
 ROOT = Path(__file__).resolve().parents[1]

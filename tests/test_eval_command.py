@@ -13,13 +13,11 @@ import torch
 from fixtures_model import make_documents, run_python
 
 import train_gpt
+from audit.probes import Event, coverage, order_of_events
+from common import UserError, read_json, sha256_file, write_json
 from data.codecs import load_codec
-from data.errors import UserError
 from data.prepare import Document, write_dataset
-from data.shards import read_json, sha256_file, write_json
 from eval.__main__ import document_range, main, take_documents
-from eval.adaptive import Reports, Session, Settings, plan_documents
-from eval.audit.probes import Event, coverage, order_of_events
 from eval.breakdown import (
     BYTE_CLASSES,
     Windows,
@@ -30,10 +28,11 @@ from eval.breakdown import (
     visible_tokens,
 )
 from eval.compare import are_alike, document_costs
-from eval.modes import Scoring, score_session
 from eval.runs import Target, find_target, newest_run
-from eval.sliding import ScoreOptions
 from formats.recipe import config_fields, with_values
+from scoring.adaptive import Reports, Session, Settings, plan_documents
+from scoring.modes import Scoring, score_session
+from scoring.sliding import ScoreOptions
 from train_gpt import (
     Config,
     EvalConfig,
@@ -206,7 +205,7 @@ def test_a_score_cut_by_the_deadline_is_replayed_bitwise(make_run, monkeypatch, 
     """Where the clock ended adaptation is stored; without a clock the same number comes out again."""
     with monkeypatch.context() as patch:
         ticks = itertools.count()
-        patch.setattr("eval.adaptive.time.perf_counter", lambda: float(next(ticks)))
+        patch.setattr("scoring.adaptive.time.perf_counter", lambda: float(next(ticks)))
         folder = make_run("cut", ADAPTIVE | {"eval.deadline_s": 60.0, "eval.limit_seconds": 1e9})
     recorded = read_json(folder / "result.json")["score"]
     assert 0 < recorded["switch_at"] < recorded["num_units"]
@@ -513,7 +512,7 @@ def test_packed_program_source_and_command_agree_offline_without_training_shards
             shutil.copy(path, data)
     program = tmp_path / "elsewhere" / "train_gpt.py"
     program.parent.mkdir()
-    packed = run_python("-m", "dev.pack", "--recipe", folder / "recipe.toml", "--out", program)
+    packed = run_python("-m", "pack", "--recipe", folder / "recipe.toml", "--out", program)
     assert packed.returncode == 0, packed.stderr
     live = [f"data.data_path={data}", f"data.tokenizer_path={data / 'tokenizer.model'}"]
     live.append("run.val_batch_tokens=512")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from data.errors import UserError
-from dev.fold import fold, fold_tree
-from dev.pack import bundle, pack, read_recipe
+from common import UserError
 from formats.recipe import format_toml
+from pack.program import bundle, pack, read_recipe
+from pack.specialize import fold, fold_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(ROOT.glob("records/*/*/recipe.toml"))

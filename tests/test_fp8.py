@@ -8,7 +8,7 @@ import torch
 from test_architecture import recipe, shape_of
 
 import train_gpt
-from data.errors import UserError
+from common import UserError
 from formats.recipe import with_values
 from formats.state import map_leaves
 from kernels.fp8 import BACKWARD, FORWARD, LARGEST, Fp8Gemm, Fp8Rule, Fp8State, require_fp8, to_fp8

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_artifact import put_together, sign, take_apart
 
-from data.errors import UserError
+from common import UserError
 from formats.artifact import CHECKSUM_BYTES, LARGEST_FILE, PLAIN_CODECS, ArtifactError, compress
 from formats.recipe import flatten_recipe, recipe_of, with_values
 from quantizers.storage import STORAGE_PARTS, STREAM_DTYPES, TensorRow

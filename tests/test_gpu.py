@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.shards import read_json
+from common import read_json
 from formats.recipe import with_values
 from train_gpt import Environment, Ranks, load_artifact, load_validation, run, score_model
 

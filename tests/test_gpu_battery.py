@@ -28,8 +28,7 @@ from fixtures_model import ROOT
 
 import dev.gpu_battery.__main__
 import dev.gpu_battery.timing
-from data.errors import UserError
-from data.shards import read_json
+from common import UserError, read_json
 from dev.gpu_battery.__main__ import PARTS, choose_parts, main
 from dev.gpu_battery.driver import RESULTS_NAME, Part, Settings, run_battery
 from dev.gpu_battery.gpu_tests import sum_up

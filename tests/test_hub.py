@@ -14,10 +14,10 @@ from fixtures_data import serve_fake_hub
 from fixtures_model import TINY, run_python
 
 import train_gpt
-from data.errors import UserError
-from eval.generate import Sampling
+from common import UserError
 from eval.hub import generate, load, main, parameters, push, save, structure, summary
 from formats.recipe import with_values
+from scoring.generate import Sampling
 from train_gpt import ARTIFACT_NAME, CHECKPOINT_NAME, Config, Environment
 
 SAVED = {"config.json", "model.safetensors", "stats.json", "loss.svg", "tokenizer.model"}

@@ -8,24 +8,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("data", "dev", "eval", "formats", "kernels", "quantizers", "tests")
 TRAINER = "train_gpt"
-LOWER_HALF = {
-    f"eval.{name}"
-    for name in (
-        "adaptive",
-        "bpb",
-        "budget",
-        "generate",
-        "logs",
-        "modes",
-        "ngram",
-        "reference",
-        "sliding",
-        "stats",
-    )
+# Each room may import those that it names, and what they may import; nothing else.
+ROOMS = {
+    "common": (),
+    "data": ("common",),
+    "formats": ("common",),
+    "kernels": ("common",),
+    "quantizers": ("kernels", "formats", "data"),
+    "scoring": ("kernels", "formats", "data"),
+    TRAINER: ("scoring", "quantizers"),
+    "eval": (TRAINER,),
+    "pack": ("formats",),
+    "audit": ("eval", "pack"),
+    "dev": ("audit",),
+    "tests": ("dev",),
 }
-WITHOUT_TORCH = {"eval.budget", "eval.logs", "eval.stats"}
+# The folder audit, statistics and packing run where no torch is installed; data tools need none.
+WITHOUT_TORCH = (
+    "common",
+    "data",
+    "formats",
+    "pack",
+    "scoring.budget",
+    "eval.logs",
+    "eval.stats",
+    "audit.folder",
+)
 FUNCTION_LINES = 60
 LONG_FUNCTION_LINES = 90
 ALLOWED_LONG = {("train_gpt.py", "train")}
@@ -35,7 +44,7 @@ CODE_IN_DATA = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib",
 @cache
 def sources() -> dict[str, Path]:
     """Every first-party source file: path below the root -> file. Packed programs in records/ are none."""
-    files = [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]
+    files = [*ROOT.glob("*.py"), *(path for name in ROOMS for path in (ROOT / name).rglob("*.py"))]
     return {path.relative_to(ROOT).as_posix(): path for path in sorted(files)}
 
 
@@ -71,18 +80,12 @@ def top(name: str) -> str:
 
 
 def first_party(name: str) -> set[str]:
-    return {found for found in imports(modules()[name]) if top(found) in (*PACKAGES, TRAINER)}
+    return {found for found in imports(modules()[name]) if top(found) in ROOMS}
 
 
-def named(package: str) -> list[str]:
-    return [name for name in modules() if top(name) == package]
-
-
-def strays(names: list[str], allowed) -> list[str]:
-    """List the first-party imports of `names` that `allowed` refuses, as `importer -> imported`."""
-    return [
-        f"{name} -> {found}" for name in names for found in sorted(first_party(name)) if not allowed(found)
-    ]
+def below(room: str) -> set[str]:
+    """The room and every room that it may import."""
+    return {room}.union(*(below(other) for other in ROOMS[room]))
 
 
 def closure(name: str) -> set[str]:
@@ -94,75 +97,38 @@ def closure(name: str) -> set[str]:
     return found
 
 
-def is_lower(name: str) -> bool:
-    return name in LOWER_HALF or name == "eval"
-
-
 # Who imports whom
 
 
-def test_lower_half_of_eval_imports_only_data_and_itself():
-    lower = [name for name in named("eval") if is_lower(name)]
-    assert lower
-    assert strays(lower, lambda found: top(found) == "data" or is_lower(found)) == []
+def test_rooms_import_only_rooms_below_them():
+    strays = [
+        f"{name} -> {found}"
+        for name in modules()
+        for found in sorted(first_party(name))
+        if top(found) not in below(top(name))
+    ]
+    assert strays == []
 
 
-def test_ledger_and_statistics_run_without_torch():
-    """The folder audit uses them where no torch is installed."""
-    for name in sorted(WITHOUT_TORCH & set(modules())):
-        users = [inner for inner in closure(name) if "torch" in map(top, imports(modules()[inner]))]
-        assert users == [], f"{name} reaches torch through these"
+def test_every_file_of_python_is_in_a_room():
+    """A new folder says in ROOMS where it stands."""
+    known = {f"{name}.py" for name in ROOMS} | set(ROOMS)
+    found = {path.relative_to(ROOT).parts[0] for path in ROOT.glob("*/**/*.py")} | {
+        path.name for path in ROOT.glob("*.py")
+    }
+    assert {name for name in found if not name.startswith(".")} - known <= {"records", "runs"}
 
 
-def test_data_imports_neither_torch_nor_the_trainer_nor_eval_nor_dev():
-    assert strays(named("data"), lambda found: top(found) == "data") == []
-    assert [name for name in named("data") if "torch" in map(top, imports(modules()[name]))] == []
+def test_what_needs_no_torch_imports_none():
+    for name in modules():
+        if name.startswith(WITHOUT_TORCH):
+            users = [inner for inner in closure(name) if "torch" in map(top, imports(modules()[inner]))]
+            assert users == [], f"{name} reaches torch through these"
 
 
-def test_kernels_know_no_model():
-    """Functions of tensors: they import each other and errors only."""
-    assert strays(named("kernels"), lambda found: top(found) == "kernels" or found == "data.errors") == []
-
-
-def test_quantizers_know_no_model():
-    """Matrices in, codes and streams out: they import each other, file formats and errors only."""
-    lower = ("quantizers", "formats")
-    assert strays(named("quantizers"), lambda found: top(found) in lower or found == "data.errors") == []
-
-
-def test_formats_know_no_model():
-    """Recipes, artifact frames and states are read by tools that run without torch."""
-    lower = ("data.errors", "data.shards")
-    assert strays(named("formats"), lambda found: top(found) == "formats" or found in lower) == []
-    assert [name for name in named("formats") if "torch" in map(top, imports(modules()[name]))] == []
-
-
-def test_trainer_imports_only_what_ships():
-    """Everything it imports is bundled into the counted program."""
-    ships = ("data.shards", "data.errors", "data.codecs", "data.loader", "data.validation")
-
-    def allowed(found: str) -> bool:
-        return (
-            is_lower(found)
-            or found in ships
-            or top(found) in ("formats", "kernels", "quantizers")
-            or found.startswith("data.codecs.")
-        )
-
-    assert strays(named(TRAINER), allowed) == []
-
-
-def test_only_commands_and_tests_import_the_trainer():
-    """Under torchrun the trainer is `__main__`; an import from below would run it a second time."""
-    above = ("dev", "tests", "eval")
-    users = [name for name in modules() if TRAINER in map(top, first_party(name))]
-    assert [name for name in users if top(name) not in above or is_lower(name)] == []
-
-
-def test_nothing_imports_the_tests():
-    assert [
-        name for name in modules() if top(name) != "tests" and "tests" in map(top, first_party(name))
-    ] == []
+def test_the_trainer_does_not_import_the_packer():
+    """What it imports is bundled into the counted program; it runs the packer as a process."""
+    assert "pack" not in below(TRAINER)
 
 
 def test_modules_do_not_import_each_other_in_a_circle():
@@ -218,7 +184,7 @@ def test_other_modules_read_the_environment_in_one_function_at_most():
     assert {
         name: readers for name, readers in owners.items() if len(readers) > 1 or "<module>" in readers
     } == {}
-    assert [name for name, readers in owners.items() if readers and is_lower(name)] == []
+    assert [name for name, readers in owners.items() if readers and top(name) == "scoring"] == []
 
 
 # How things are written

@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_architecture import recipe
 
-from eval.budget import BudgetError, check_bytes, format_ledger
 from formats.recipe import with_values
 from quantizers.methods import grid_of
+from scoring.budget import BudgetError, check_bytes, format_ledger
 from train_gpt import Config, make_gpt, match_rules, pack_model, quantize_model, tensor_table
 
 B, C = "reference_systems/B_bese288", "reference_systems/C_pr281"

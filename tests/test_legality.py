@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import UserError
+from audit.probes import Event, coverage, order_of_events
+from common import UserError
 from data.validation import ValidationText
-from eval import ngram
-from eval.adaptive import LoraScorer, PhaseOptions, Reports, Session, Settings, plan_documents
-from eval.audit.probes import Event, coverage, order_of_events
-from eval.modes import Aids, Scoring, lora_options, scoring_cost, sgd_options
-from eval.ngram import NO_HINT
-from eval.reference import Slow, score_reference, score_slow_lora, score_slow_plain, score_slow_sgd
-from eval.sliding import ScoreOptions
 from formats.recipe import with_values
+from scoring import ngram
+from scoring.adaptive import LoraScorer, PhaseOptions, Reports, Session, Settings, plan_documents
+from scoring.modes import Aids, Scoring, lora_options, scoring_cost, sgd_options
+from scoring.ngram import NO_HINT
+from scoring.reference import Slow, score_reference, score_slow_lora, score_slow_plain, score_slow_sgd
+from scoring.sliding import ScoreOptions
 from train_gpt import (
     CastLinear,
     Config,
@@ -146,7 +146,7 @@ class Bigrams(torch.nn.Module):
 
 
 def slow_nats(model, settings, tokens: np.ndarray) -> np.ndarray:
-    """Score as settings say with eval/reference.py, on a copy of the model in float64."""
+    """Score as settings say with scoring/reference.py, on a copy of the model in float64."""
     tilt = scoring_cost(settings, tokens, model.aids)
     tilt = tilt.cost if settings.fit_scales else tilt
     hints = [[] for _ in tokens[1:]]

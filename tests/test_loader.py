@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.loader
-from data.errors import UserError
+from common import UserError
 from data.loader import LOADERS, LoaderSettings, make_loader, segment_starts
 from data.shards import write_shard
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import UserError
-from dev.pack import PackingError, escape, pack, spell_ascii, unwrap, wrap
-from eval.audit.folder import Folder
-from eval.audit.program import read_program
-from formats.mix import DECODER_NAME, MAX_LENGTH, decode, decoder_text, encode
+from audit.folder import Folder
+from audit.program import read_program
+from common import UserError
+from pack.mix import DECODER_NAME, MAX_LENGTH, decode, decoder_text, encode
+from pack.program import PackingError, escape, pack, spell_ascii, unwrap, wrap
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "def double(number):\n\treturn number + number\nprint(double(21), __name__)\n"

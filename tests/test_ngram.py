@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import UserError
-from eval.modes import Aids, aid_limits, write_aids
-from eval.ngram import (
+from common import UserError
+from formats.artifact import ArtifactError, Stream
+from formats.recipe import with_values
+from scoring.modes import Aids, aid_limits, write_aids
+from scoring.ngram import (
     NO_HINT,
     ONLINE_RULES,
     TAG_BITS,
@@ -26,7 +28,7 @@ from eval.ngram import (
     tilted_nats,
     write_table,
 )
-from eval.sliding import (
+from scoring.sliding import (
     ScaledCost,
     ScoreOptions,
     newton_step,
@@ -36,8 +38,6 @@ from eval.sliding import (
     scale_sums,
     score_windows,
 )
-from formats.artifact import ArtifactError, Stream
-from formats.recipe import with_values
 from train_gpt import (
     Log,
     Training,

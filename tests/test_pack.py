@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import UserError
-from dev import pack as packer
-from dev import size
-from dev.pack import PackingError, bound_names, bundle, embed_recipe, escape, minify, pack, unwrap, wrap
+from common import UserError
+from pack import program as packer
+from pack import size
+from pack.program import PackingError, bound_names, bundle, embed_recipe, escape, minify, pack, unwrap, wrap
 
 ENTRY = Path(__file__).resolve().parent.parent / "train_gpt.py"
 RULE = "# " + "-" * 106
@@ -498,7 +498,7 @@ def test_packing_twice_gives_the_same_bytes(project):
     outs = [project / "a" / "packed.py", project / "b" / "packed.py"]
     for seed, out in zip(("1", "2"), outs, strict=True):
         subprocess.run(
-            [sys.executable, "-m", "dev.pack", "--entry", str(project / "train_gpt.py"), "--out", str(out)],
+            [sys.executable, "-m", "pack", "--entry", str(project / "train_gpt.py"), "--out", str(out)],
             cwd=ENTRY.parent,
             env={"PYTHONHASHSEED": seed, "PATH": ""},
             check=True,

@@ -15,12 +15,12 @@ import pytest
 import zstandard
 from fixtures_data import small_texts
 
+from common import UserError, run_command, sha256_file
 from data.codecs import load_codec
 from data.doctor import examine
-from data.errors import UserError, run_command
 from data.prepare import Document, ShardWriter, main, read_documents, write_dataset
 from data.selection import difficulty, is_good
-from data.shards import find_shards, read_manifest, read_shard, sha256_file, write_shard
+from data.shards import find_shards, read_manifest, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = small_texts(70, seed=1)

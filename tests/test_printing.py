@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dev.pack import minify
-from dev.printing import to_text
+from pack.printing import to_text
+from pack.program import minify
 
 VALUES = {"a": "it's", "b": 3.14159, "w": 12, "d": {"k": 'a "b"', "'": "\\", "#": "\n"}}
 SPELLED = {

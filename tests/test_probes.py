@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from eval.audit import probes
-from eval.audit.__main__ import main
-from eval.audit.artifact import probe_scorer
-from eval.audit.probes import Event
-from eval.sliding import plan_windows
+from audit import probes
+from audit.__main__ import main
+from audit.artifact import probe_scorer
+from audit.probes import Event
+from scoring.sliding import plan_windows
 from train_gpt import build_model, quantize_model, write_artifact
 
 VOCAB = 12

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dev.pack import ENTRY, REPOSITORY
 from dev.pythons import interpreters
+from pack.program import ENTRY, REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -76,7 +76,7 @@ def pack_everywhere(libraries: Path, folder: Path, *options: str) -> Path:
     programs = {}
     for version in PYTHONS:
         out = folder / f"packed_{version}.py"
-        run_under(version, libraries, "-m", "dev.pack", "--out", str(out), *options)
+        run_under(version, libraries, "-m", "pack", "--out", str(out), *options)
         programs[version] = hashlib.sha256(out.read_bytes()).hexdigest()
     assert len(set(programs.values())) == 1, programs
     for version in PYTHONS:

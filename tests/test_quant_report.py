@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from data.errors import UserError
+from common import UserError
 from dev import quant_report
 from dev.codec import measure_codec
 from formats.artifact import compress

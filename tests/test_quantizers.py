@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from data.errors import UserError
+from common import UserError
 from quantizers import gptq as gptq_module
 from quantizers.gptq import (
     LARGEST_CODE,

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 from fixtures_model import TINY, make_documents, run_python
 
+from audit.__main__ import audit_folder
+from common import UserError, read_json, sha256_file, write_json
 from data.codecs import load_codec
-from data.errors import UserError
 from data.prepare import Document, write_dataset
-from data.shards import read_json, sha256_file, write_json
 from dev import record, submission
-from dev.pack import PackReport
 from eval import stats
-from eval.audit.__main__ import audit_folder
 from formats.recipe import config_hash, format_toml, read_recipe, recipe_of, with_values
+from pack.program import PackReport
 from train_gpt import Config, read_environment
 
 NAME = "2026-11-21_Tiny"

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from dev.rename import rename
+from pack.rename import rename
 
 SCOPES = """
 import json as spelled_json, os.path

@@ -7,10 +7,10 @@ import torch
 from fixtures_model import run_python
 
 import train_gpt
-from data.errors import UserError
-from eval.generate import Sampling, draw_tokens, stream_text, token_probs
+from common import UserError
 from eval.hub import generate, load
 from formats.recipe import with_values
+from scoring.generate import Sampling, draw_tokens, stream_text, token_probs
 from train_gpt import Environment
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()

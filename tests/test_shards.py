@@ -11,10 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from data.errors import UserError
+from common import UserError, atomic_file, write_json
 from data.shards import (
     HEADER_BYTES,
-    atomic_file,
     check_stated_shards,
     check_token_ids,
     digest_of_report,
@@ -22,7 +21,6 @@ from data.shards import (
     read_manifest,
     read_report,
     read_shard,
-    write_json,
     write_shard,
 )
 

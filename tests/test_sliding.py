@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.adaptive import Reports, Session, Settings, weights_digest
-from eval.modes import EVAL_MODES, Scoring, rehearse, score_session
-from eval.reference import score_reference, visible_start
-from eval.sliding import (
+from formats.recipe import with_values
+from scoring.adaptive import Reports, Session, Settings, weights_digest
+from scoring.modes import EVAL_MODES, Scoring, rehearse, score_session
+from scoring.reference import score_reference, visible_start
+from scoring.sliding import (
     CompiledWindows,
     Pace,
     ProgressLines,
@@ -20,7 +21,6 @@ from eval.sliding import (
     plan_windows,
     score_windows,
 )
-from formats.recipe import with_values
 from train_gpt import EvalConfig, load_validation, score_model
 
 BOS = 1
@@ -151,7 +151,7 @@ def test_a_rehearsal_that_moves_weights_is_found_out(tiny_model, alone, monkeypa
     def careless(model, session, settings):
         next(iter(tiny_model.parameters())).data.add_(1e-3)
 
-    monkeypatch.setattr("eval.modes.score_session", careless)
+    monkeypatch.setattr("scoring.modes.score_session", careless)
     session = session_of(np.full(200, 5, dtype=np.uint16), [])
     session.ranks = alone
     with pytest.raises(ValueError, match="moved the model's weights"):
@@ -177,7 +177,7 @@ def test_the_deadline_is_in_proportion_to_the_text(tiny_config, tiny_model, alon
 def test_the_log_says_early_how_long_scoring_will_take(monkeypatch):
     """After the first percent and each tenth: who is over the budget can stop in time."""
     lines, now = [], iter(range(2001))
-    monkeypatch.setattr("eval.sliding.time.perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr("scoring.sliding.time.perf_counter", lambda: float(next(now)))
     progress = ProgressLines(lines.append)
     for done in range(1, 1001):
         progress(done, 1000)

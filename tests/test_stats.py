@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from data.errors import UserError
+from common import UserError
 from eval import stats
 
 OLD = [1.11922988, 1.12002032, 1.11888882]  # the contest's rows #549 and #1019

@@ -16,12 +16,12 @@ from fixtures_model import TINY, as_overrides, run_python
 
 import kernels.attention
 import train_gpt
-from data.errors import UserError
-from data.shards import HEADER_BYTES, read_json
-from eval.budget import BudgetError
+from common import UserError, read_json
+from data.shards import HEADER_BYTES
 from formats.recipe import with_values
 from formats.state import read_state
 from quantizers.grid import dequantize, quantize, stored_weights
+from scoring.budget import BudgetError
 from train_gpt import (
     CHECKPOINT_NAME,
     Environment,

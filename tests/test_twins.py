@@ -13,7 +13,7 @@ import dev.twins
 import train_gpt
 from data.builtin import Chapter, Corpus, Entry
 from data.shards import read_manifest
-from data.training import BYTES_FILE
+from data.train_tokenizer import BYTES_FILE
 from dev.twins import SYSTEMS, TWINS, Twin, prepare, train_twin, twin_config, unigram_entropy
 from formats.recipe import config_fields, config_value, read_recipe, with_values
 from formats.state import read_state

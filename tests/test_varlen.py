@@ -13,10 +13,10 @@ from fixtures_attention import PACKAGES, install, torch_varlen_kernel
 from test_attention import pretend
 
 import kernels.attention
-from eval.adaptive import LoraOptions, PhaseOptions, Reports, Session, Settings, score_lora
-from eval.sliding import CompiledWindows, ScoreOptions, plan_windows, score_windows
 from formats.recipe import with_values
 from kernels.attention import Extent, Reach, extent_of, has_usual_docs, mask_of, usual_docs
+from scoring.adaptive import LoraOptions, PhaseOptions, Reports, Session, Settings, score_lora
+from scoring.sliding import CompiledWindows, ScoreOptions, plan_windows, score_windows
 from train_gpt import Training, phase_at
 
 BOS = 1

@@ -13,12 +13,11 @@ from fixtures_data import SIZES, small_texts
 
 import data.tokenizer
 import train_gpt
+from common import UserError, write_json
 from data.codecs import load_codec
 from data.codecs.caseops import CASE_OPERATORS, to_case_operators
-from data.errors import UserError
 from data.prepare import Document
-from data.shards import write_json
-from data.training import CONTEST_OPTIONS, train_sentencepiece, train_tokenizer
+from data.train_tokenizer import CONTEST_OPTIONS, train_sentencepiece, train_tokenizer
 from data.verify import compare_codec, verify_codec
 from formats.recipe import with_values
 

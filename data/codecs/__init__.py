@@ -9,6 +9,7 @@ no other, "" for nothing; and needs_sidecar: CaseOps over a model that normalise
 
 from pathlib import Path
 
+from common import UserError, read_json
 from data.codecs.bese import BESE_TYPE, BeseCodec
 from data.codecs.bytelevel import ByteLevelCodec
 from data.codecs.caseops import CASE_OPERATORS, CaseOpsCodec
@@ -16,8 +17,6 @@ from data.codecs.pieces import PieceCodec
 from data.codecs.ranks import RanksCodec
 from data.codecs.raw import BYTES_TYPE, BytesCodec
 from data.codecs.spm import SentencePieceCodec
-from data.errors import UserError
-from data.shards import read_json
 
 TokenCodec = SentencePieceCodec | PieceCodec
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import UserError, read_json
 from data.codecs.pieces import PieceCodec
-from data.errors import UserError
-from data.shards import read_json
 
 BESE_TYPE = "bese_bpe"
 BESE_BOS = 1  # between documents; in no merge

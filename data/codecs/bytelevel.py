@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import UserError
 from data.codecs.pieces import UTF8_BYTES, PieceCodec, gives_back
-from data.errors import UserError
 
 # The first of these names in the vocabulary separates documents.
 BOS_NAMES = ("<|bos|>", "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")

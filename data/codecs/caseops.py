@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common import UserError
 from data.codecs.pieces import gives_back
 from data.codecs.spm import SentencePieceCodec
-from data.errors import UserError
 
 TITLE, ALL_CAPS, CAP_NEXT, CASE_ESCAPE = CASE_OPERATORS = "\ue001\ue002\ue003\ue004"
 CASE_BEFORE_SPACE = "\ue000"  # an ordinary piece, whose presence says where operators stand

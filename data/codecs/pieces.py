@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import sha256_file
+from common import sha256_file
 
 # Texts that tokenizers change: a codec that gives all of them back loses nothing.
 HOSTILE_PROBES = (

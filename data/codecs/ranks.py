@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import UserError
 from data.codecs.pieces import UTF8_BYTES, PieceCodec, gives_back
-from data.errors import UserError
 
 SPECIAL_END = "<|endoftext|>"
 CAPITALS, SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import UserError, read_json
 from data.codecs.pieces import PieceCodec
-from data.errors import UserError
-from data.shards import read_json
 
 BYTES_TYPE = "pure_byte"
 BYTES_FILE = {  # the contest's own file, value for value

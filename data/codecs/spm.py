@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import UserError
-from data.shards import sha256_file
+from common import UserError, sha256_file
 
 SPACE_SYMBOL = "\u2581"  # SentencePiece writes a space as this character
 # A model that gives all of these back byte for byte loses nothing: it neither normalises, nor trims

@@ -15,8 +15,7 @@ Another part is a row of PARTS and a function of a Job (job.py); parts at the en
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from data.errors import CommandParser, UserError, run_command
-from data.shards import read_json
+from common import CommandParser, UserError, read_json, run_command
 from dev.gpu_battery.driver import RESULTS_NAME, Part, Settings, run_battery
 from dev.gpu_battery.report import format_markdown, format_plain
 

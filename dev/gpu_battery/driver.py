@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from data.shards import write_json
+from common import write_json
 from dev.gpu_battery.job import STACK_SIGNAL, Job, plain, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -11,11 +11,11 @@ from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import load_recipe, size_of
 from dev.gpu_battery.text import BOS_ID, draw_tokens
 from dev.gpu_battery.timing import NOT_ON_CPU, measure_fitting, memory_gib, open_ranks, times_ms
-from eval.adaptive import Reports, Session, Settings, SgdTrainer, restored
-from eval.modes import Scoring, sgd_options
-from eval.sliding import ScoreOptions
 from formats.recipe import with_values
 from kernels.machine import resolve_compile
+from scoring.adaptive import Reports, Session, Settings, SgdTrainer, restored
+from scoring.modes import Scoring, sgd_options
+from scoring.sliding import ScoreOptions
 from train_gpt import Config, Ranks, build_model, score_model
 
 LORA = {"eval.mode": "lora-ttt", "eval.lora_warm_lanes": 0}

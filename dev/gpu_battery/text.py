@@ -9,7 +9,7 @@ from data.codecs import load_codec
 from data.documents import Document
 from data.prepare import write_dataset
 from data.shards import MANIFEST_NAME, read_manifest, write_shard
-from data.training import train_tokenizer
+from data.train_tokenizer import train_tokenizer
 from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import size_of
 from train_gpt import Config

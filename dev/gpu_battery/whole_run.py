@@ -6,7 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from data.shards import MANIFEST_NAME, read_json
+from common import read_json
+from data.shards import MANIFEST_NAME
 from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import RECIPES, ROOT, size_of
 from dev.gpu_battery.text import data_settings, write_text

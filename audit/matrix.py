@@ -1,0 +1,82 @@
+"""The library of miniature violations: `python -m audit --cases` prints the case x check matrix.
+
+Each case in cases/ is a program that breaks one rule; its twin, NAME_fixed.py, does the same thing legally.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from audit.checks import Finding
+from audit.run import DYNAMIC, run_program
+
+FOLDER = Path(__file__).resolve().parent / "cases"
+MARKS = {"FAIL": "FAIL", "SUSPECT": "susp", "PASS": ".", "NOT RUN": "-"}
+
+
+class Row(NamedTuple):
+    """A violation and the checks each of which must fail it."""
+
+    name: str
+    checks: tuple[str, ...]
+
+
+CASES = (
+    Row("train_on_val", ("K11",)),
+    Row("calibrate_on_val", ("K11",)),
+    Row("paid_prefix", ("K11", "K22")),
+    Row("warm_up_on_val", ("K11",)),
+    Row("train_then_score", ("K12", "K13", "K15", "K22")),
+    Row("later_epoch", ("K12", "K13", "K16")),
+    Row("slot", ("K12", "K13")),
+    Row("bias_before_score", ("K12", "K15")),
+    Row("rescored_temperature", ("K13", "K16")),
+    Row("hint_table", ("K13", "K14")),
+    Row("hashed_cache", ("K12",)),
+    Row("dirichlet_buckets", ("K12",)),
+    Row("byte_spread", ("K12",)),
+    Row("outcome_gate", ("K12",)),
+    Row("truncated_softmax", ("K12",)),
+    Row("within_word_gate", ("K12",)),
+    Row("no_causal_mask", ("K13",)),
+    Row("overlapping_windows", ("K12", "K16")),
+    Row("dropped_targets", ("K16",)),
+    Row("carried_state", ("K17",)),
+    Row("train_data_at_eval", ("K17",)),
+    Row("hidden_file", ("K17",)),
+    Row("other_rank", ("K17",)),
+    Row("network_call", ("K18",)),
+    Row("spaces_twice", ("K9",)),
+    Row("paused_clock", ("K23",)),
+)
+
+
+def run_case(name: str) -> dict[str, Finding]:
+    """Attack one case, in a folder that holds it and toy.py alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in ("toy", name):
+            shutil.copy(FOLDER / f"{file}.py", folder)
+        return run_program(Path(folder) / f"{name}.py")
+
+
+def print_matrix(rows: list[Row]) -> int:
+    """Run cases and their twins and print a line each; returns 0 when all came out as expected, else 4."""
+    print(f"{'case':<28}" + "".join(f"{check:>6}" for check in DYNAMIC) + "  as expected")
+    num_wrong = 0
+    for row in rows:
+        for name, expected in ((row.name, set(row.checks)), (f"{row.name}_fixed", set())):
+            found = run_case(name)
+            marks = "".join(f"{MARKS[found[check].verdict]:>6}" for check in DYNAMIC)
+            is_right = is_as_expected(found, expected)
+            num_wrong += not is_right
+            print(f"{name:<28}{marks}  {'yes' if is_right else 'NO'}", flush=True)
+    print(f"{2 * len(rows) - num_wrong} of {2 * len(rows)} as expected; . PASS, - NOT RUN")
+    return 4 if num_wrong else 0
+
+
+def is_as_expected(found: dict[str, Finding], expected: set[str]) -> bool:
+    """A violation fails all the checks that should catch it; a legal program fails none, nor is suspected."""
+    failed = {check for check, finding in found.items() if finding.verdict == "FAIL"}
+    is_clean = not failed and all(finding.verdict != "SUSPECT" for finding in found.values())
+    return expected <= failed if expected else is_clean

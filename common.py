@@ -1,0 +1,109 @@
+"""What every room uses: the exception for bad input, command lines, files that are never half written."""
+
+import argparse
+import difflib
+import errno
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class UserError(ValueError):
+    """Bad input. The message says what was expected, what was found and what to do next.
+
+    Commands print it without a traceback and exit with status 1; everything else is a bug and keeps
+    its traceback.
+    """
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a module's `main` as the process: a UserError exits with 1, an interrupt with 130."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130  # 128 + SIGINT, as shells report it
+    sys.exit(status)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that takes options by their whole names and suggests the nearest known one."""
+
+    def __init__(self, **settings):
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse unknown options here: an action's parser knows the options near them, its caller's not."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 after usage, message and suggestion."""
+        known = [option for action in self._actions for option in action.option_strings]
+        words = [word.split("=")[0].rstrip(":,") for word in message.split() if word.startswith("-")]
+        unknown = [word for word in words if word not in known]
+        near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+        super().error(f"{message}. Did you mean {near[0]}?" if near else message)
+
+
+def at_least_one(text: str) -> int:
+    """Read the value of an option that counts something; argparse adds the option's name to the error."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    return int(text)
+
+
+@contextmanager
+def atomic_file(path: str | Path):
+    """Yield a binary file that takes the name `path` only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")  # a fixed name: a killed writer's rest is overwritten
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise UserError(
+                f"{path}: not written, the disk is full. Free space and run this again."
+            ) from error
+        raise
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hash a file of any size in constant memory; returns lower-case hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path):
+    """Read a JSON file; raises a UserError where it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Make it again.") from error

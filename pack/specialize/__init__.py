@@ -1,0 +1,78 @@
+"""Fold what a recipe fixes: a branch that the recipe can never take is not shipped.
+
+`fold` writes the recipe into the config classes, replaces what is thereby constant, takes the branches that
+constants decide and drops what nothing names any more, until nothing changes. What cannot be proved
+constant stays. Error messages end with their first sentence. PACKED_RECIPE becomes all that the recipe
+changes, PACKED_ENVIRONMENT the environment names of all that it fixes; of these fields the classes keep, as
+constants, what the program still reads. Taken on trust, all of it house style:
+
+- A config class declares its fields with `option` (formats/recipe.py); a field that is not live has the
+  recipe's value in every instance. A class that the program also makes with arguments of its own is left
+  alone, and so is a field that it gives to `replace`.
+- An annotation that names a class of the program is true.
+- Reading a name or an attribute has no effect.
+- A table with an upper-case name never changes; the keys that look it up are spelled in the program.
+- A computed attribute name is spelled in a string, or matches the f-string given to getattr.
+- Nobody but the program calls its methods, but for the hooks of torch.nn.Module (pack/specialize/drop.py).
+"""
+
+import ast
+
+from pack.names import bound_names, drop_annotations, needed_statements
+from pack.printing import to_text
+from pack.specialize.bake import bake
+from pack.specialize.drop import drop_entries, drop_imports, drop_members, drop_rows
+from pack.specialize.errors import shorten_errors
+from pack.specialize.facts import PACKED_ENVIRONMENT, PACKED_RECIPE, Program
+from pack.specialize.folder import Folder
+from pack.specialize.learn import learn, learn_pure
+from pack.specialize.params import drop_parameters
+from pack.specialize.syntax import literal
+
+MAX_ROUNDS = 50
+
+
+def fold(source: str, recipe: dict) -> str:
+    """Return the program with its recipe inside, less what the recipe makes superfluous."""
+    tree = ast.parse(source)
+    fold_tree(tree, recipe)
+    return to_text(tree) + "\n"
+
+
+def fold_tree(tree: ast.Module, recipe: dict) -> None:
+    """Fold a module in place; statements of its top level that stay keep their identity."""
+    program = Program(
+        tree, {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items()}
+    )
+    shorten_errors(tree)
+    program.index()
+    bake(program)
+    packed = {PACKED_RECIPE: program.recipe, PACKED_ENVIRONMENT: " ".join(program.environment)}
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            for name in packed.keys() & {name for name, _ in bound_names(node)}:
+                node.value = literal(packed[name])
+    program.index()
+    learn_pure(program)
+    before = ""
+    for _ in range(MAX_ROUNDS):
+        folder = Folder(program)
+        tree.body = folder.block(tree.body)
+        drop_members(tree)
+        program.index()
+        drop_rows(program)
+        drop_entries(program)
+        drop_parameters(program)
+        tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
+        drop_imports(tree)
+        program.index()
+        learn(program, folder.seen)
+        ast.fix_missing_locations(tree)
+        text = to_text(tree) + repr((program.attributes, program.params, sorted(program.pure)))
+        if text == before:
+            break
+        before = text
+    drop_annotations(tree)  # they were facts; what they alone name goes, too
+    tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
+    drop_imports(tree)
+    ast.fix_missing_locations(tree)

@@ -1,0 +1,304 @@
+"""What nothing needs: locals, methods, rows of tables and imports."""
+
+import ast
+import re
+from collections import Counter, defaultdict
+
+from pack.names import Function, bound_names, children, last_name, walk
+from pack.specialize.facts import PACKED_RECIPE, Program
+from pack.specialize.scopes import Scopes
+from pack.specialize.syntax import constant_body, is_pure, local_values, matched
+
+MODULE_HOOKS = {"forward", "extra_repr", "train"}  # methods that torch.nn.Module calls
+
+
+def drop_dead_locals(node: Function) -> None:
+    """Drop assignments to names that the function never reads."""
+    inner = list(walk(node))
+    if any(isinstance(one, ast.Global | ast.Nonlocal) for one in inner):
+        return
+    read = {one.id for one in inner if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Store)}
+    if "locals" in read:
+        return
+    for holder in [node, *(one for one in inner if isinstance(one, ast.stmt) and one is not node)]:
+        if isinstance(holder, ast.ClassDef):
+            continue
+        for name in ("body", "orelse", "finalbody"):
+            body = getattr(holder, name, None)
+            if isinstance(body, list):
+                made = [kept for one in body if (kept := _live_part(one, read)) is not None]
+                setattr(holder, name, made or ([ast.Pass()] if body and name != "orelse" else []))
+
+
+def _live_part(node: ast.stmt, read: set[str]) -> ast.stmt | None:
+    """Return an assignment without the pairs whose name is never read; None when nothing is left."""
+    if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not is_pure(node.value):
+        return node
+    pairs = list(matched(node.targets[0], node.value))
+    if any(value is None for _, value in pairs):
+        names = [target.id for target, _ in pairs if isinstance(target, ast.Name)]
+        return node if len(names) < len(pairs) or read & set(names) or _unpacks(node) else None
+    return with_pairs(node, pairs, [(t, v) for t, v in pairs if not isinstance(t, ast.Name) or t.id in read])
+
+
+def with_pairs(node: ast.stmt, pairs: list[tuple], kept: list[tuple]) -> ast.stmt | None:
+    """Return an assignment of (target, value) pairs that does only those kept; None when there is none."""
+    if len(kept) == len(pairs):
+        return node
+    if len(kept) < 2:
+        return ast.copy_location(ast.Assign([kept[0][0]], kept[0][1]), node) if kept else None
+    targets, values = (list(part) for part in zip(*kept, strict=True))
+    made = ast.Assign([ast.Tuple(targets, ast.Store())], ast.Tuple(values, ast.Load()))
+    return ast.copy_location(made, node)
+
+
+def _unpacks(node: ast.Assign) -> bool:
+    """Whether an assignment unpacks what is not spelled out: that may fail."""
+    return isinstance(node.targets[0], ast.Tuple | ast.List)
+
+
+def drop_members(tree: ast.Module) -> None:
+    """Drop methods that nothing calls, and constants stored in attributes that nothing reads.
+
+    Only in classes whose bases are of this program, NamedTuple or, for attributes, nn.Module: other
+    libraries call and read by name. What only dropped methods read goes with them.
+    """
+    own = [one for one in tree.body if isinstance(one, ast.ClassDef) and not one.keywords]
+    own = [one for one in own if {last_name(base) for base in one.bases} <= {"NamedTuple", "Module"}]
+    waiting = [one for node in own for one in node.body if isinstance(one, Function)]
+    waiting = [one for one in waiting if not one.name.startswith("__")]
+    read = NamesRead(tree, {id(one) for one in waiting})
+    while found := [one for one in waiting if read.may_call(one)]:
+        waiting = [one for one in waiting if one not in found]
+        for one in found:
+            read.add(one)
+    dropped = {id(one) for one in waiting}
+    for node in own:
+        node.body = [one for one in node.body if id(one) not in dropped]
+        for one in list(node.body):
+            if isinstance(one, Function):
+                drop_stores(one, read)
+            elif isinstance(one, ast.Assign) and _is_unread_constant(one, read):
+                node.body.remove(one)
+        node.body = node.body or [ast.Pass()]
+
+
+class NamesRead:
+    """Attributes that a program may read: by name, by a string that spells them, by getattr of an f-string.
+
+    `left_out` holds the ids of functions that do not count.
+    """
+
+    def __init__(self, tree: ast.Module, left_out: set[int]):
+        self.calls: dict[str, list[ast.Call | None]] = {name: [None] for name in MODULE_HOOKS}
+        self.patterns: set[str] = set()
+        self.left_out = left_out
+        self.classes = {one.name for one in tree.body if isinstance(one, ast.ClassDef)}
+        for one in tree.body:
+            if (PACKED_RECIPE, "") not in bound_names(one):
+                self.add(one)
+
+    def add(self, statement: ast.stmt) -> None:
+        """Note what a statement reads."""
+        todo = [statement]
+        while todo:
+            node = todo.pop()
+            todo += [child for child in children(node) if id(child) not in self.left_out]
+            match node:
+                case ast.Call(func=ast.Attribute(attr=name) as func) if not self._is_class(func.value):
+                    self.calls.setdefault(name, []).append(node)
+                    todo.remove(func)
+                    todo.append(func.value)
+                case ast.Attribute(ctx=ast.Load() | ast.Del(), attr=name):
+                    self.note(name)
+                case ast.AugAssign(target=ast.Attribute(attr=name)):
+                    self.note(name)
+                case ast.Constant(value=str(text)) if " " not in text:
+                    for name in re.findall(r"[A-Za-z_]\w*", text):
+                        self.note(name)
+            match node:
+                case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.JoinedStr(values=parts), *_]):
+                    texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+                    self.patterns.add("".join(".*" if text is None else re.escape(text) for text in texts))
+                case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.BinOp(), *_]):
+                    self.patterns.add(".*")
+
+    def note(self, name: str) -> None:
+        """Note that a name is read in a way that tells nothing of its owner."""
+        self.calls.setdefault(name, []).append(None)
+
+    def _is_class(self, node: ast.expr) -> bool:
+        """Whether a method is looked up in its class: then the call also gives the object."""
+        return isinstance(node, ast.Name) and node.id in self.classes
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.calls or any(re.fullmatch(one, name) for one in self.patterns)
+
+    def may_call(self, method: Function) -> bool:
+        """Whether some read of a method's name may mean this method: its arguments fit, if it is a call."""
+        if method.name in self and (method.decorator_list or method.name not in self.calls):
+            return True
+        return any(call is None or _fits(method.args, call) for call in self.calls.get(method.name, ()))
+
+
+def _fits(arguments: ast.arguments, call: ast.Call) -> bool:
+    """Whether a method that is called on an object takes what a call gives."""
+    spread = any(isinstance(arg, ast.Starred) for arg in call.args)
+    if spread or arguments.vararg or arguments.kwarg or any(one.arg is None for one in call.keywords):
+        return True
+    names = [arg.arg for arg in [*arguments.posonlyargs, *arguments.args]][1:]
+    given = {*names[: len(call.args)], *(one.arg for one in call.keywords)}
+    needed = (
+        {*names[: len(names) - len(arguments.defaults)]} if len(names) > len(arguments.defaults) else set()
+    )
+    known = {*names, *(arg.arg for arg in arguments.kwonlyargs)}
+    return len(call.args) <= len(names) and needed <= given <= known
+
+
+def _is_unread_constant(node: ast.Assign, read: NamesRead) -> bool:
+    """Whether a class's constant is one that nothing reads."""
+    names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return len(names) == len(node.targets) and is_pure(node.value) and not any(name in read for name in names)
+
+
+def drop_stores(method: Function, read: NamesRead) -> None:
+    """Drop from a method what it stores in attributes of self that nothing reads."""
+    for inner in walk(method):
+        body = getattr(inner, "body", None)
+        if isinstance(body, list):
+            kept = [left for one in body if (left := _without_unread(one, read)) is not None]
+            inner.body = kept or [ast.Pass()]
+
+
+def _without_unread(node: ast.stmt, read: NamesRead) -> ast.stmt | None:
+    """Return an assignment without what it stores in attributes of self that nothing reads."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+        return node
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    pairs = list(matched(targets[0], node.value))
+    if len(targets) > 1 or any(value is None for _, value in pairs):
+        return node
+    return with_pairs(node, pairs, [pair for pair in pairs if not _is_unread(*pair, read)])
+
+
+def _is_unread(target: ast.expr, value: ast.expr, read: NamesRead) -> bool:
+    """Whether a value without effects goes into an attribute of self that nothing reads."""
+    match target:
+        case ast.Attribute(value=ast.Name(id="self"), attr=attr):
+            return attr not in read and is_pure(value)
+    return False
+
+
+def drop_rows(program: Program) -> None:
+    """Drop rows of tables that every use of the table passes over."""
+    filters: dict[str, list[str]] = defaultdict(list)  # table: by the call of which field a use filters it
+    uses: Counter = Counter()
+    for node in walk(program.tree):
+        match node:
+            case ast.comprehension(
+                target=ast.Name(id=row),
+                iter=ast.Name(id=table),
+                ifs=[ast.Call(func=ast.Attribute(value=ast.Name(id=called), attr=attr)), *_],
+            ) if row == called:
+                filters[table].append(attr)
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                drop_loop_rows(node)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            uses[node.id] += 1
+    for name, fields in filters.items():
+        table = program.values.get(name)
+        if len(fields) == uses[name] and len(set(fields)) == 1 and isinstance(table, ast.Tuple | ast.List):
+            table.elts = [row for row in table.elts if not _fails(program, row, fields[0])]
+
+
+def drop_entries(program: Program) -> None:
+    """Drop entries of tables that are only looked up, where nothing else in the program spells the key."""
+    tables = {
+        name: value
+        for name, value in program.values.items()
+        if isinstance(value, ast.Dict) and name.isupper() and all(map(_is_word, value.keys))
+    }
+    loads, lookups, spelled, texts = Counter(), Counter(), Counter(), set()
+    statements = [one for one in program.tree.body if (PACKED_RECIPE, "") not in bound_names(one)]
+    for node in (inner for one in statements for inner in walk(one)):
+        match node:
+            case ast.Expr(value=ast.Constant() as text):
+                texts.add(id(text))
+            case ast.Name(id=name) if name in tables:
+                loads[name] += isinstance(node.ctx, ast.Load)
+            case ast.Subscript(value=ast.Name(id=name), ctx=ast.Load()) if name in tables:
+                lookups[name] += 1
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="get")) if name in tables:
+                lookups[name] += 1
+            case ast.Constant(value=str(text)) if id(node) not in texts:
+                spelled.update({text, *re.split(r"\W", text)})
+    for name, table in tables.items():
+        if loads[name] == lookups[name]:
+            kept = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if spelled[k.value] > 1]
+            table.keys, table.values = [k for k, _ in kept], [v for _, v in kept]
+
+
+def _is_word(key: ast.expr | None) -> bool:
+    """Whether a table's key is a string."""
+    return isinstance(key, ast.Constant) and isinstance(key.value, str)
+
+
+def _fails(program: Program, row: ast.expr, key: str) -> bool:
+    """Whether a table's row, a call, has in a field a function that returns False."""
+    if not isinstance(row, ast.Call) or not isinstance(row.func, ast.Name):
+        return False
+    if row.func.id not in program.classes:
+        return False
+    value = Scopes(program).arguments(row.func.id, row)[1].get(key)
+    if isinstance(value, ast.Name) and value.id in program.functions:
+        value = constant_body(program.functions[value.id])
+    result = value.body if isinstance(value, ast.Lambda) else value
+    return isinstance(result, ast.Constant) and not result.value
+
+
+def drop_loop_rows(function: Function) -> None:
+    """Drop the rows of a spelled out list for which the loop over it does nothing."""
+    for loop in [node for node in walk(function) if isinstance(node, ast.For)]:
+        if len(loop.body) != 1 or not isinstance(loop.body[0], ast.If) or loop.body[0].orelse or loop.orelse:
+            continue
+        test, is_negated = loop.body[0].test, False
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            test, is_negated = test.operand, True
+        names = [item.id for item in getattr(loop.target, "elts", []) if isinstance(item, ast.Name)]
+        rows = _rows_of(loop.iter, function)
+        if rows is None or not isinstance(test, ast.Name) or names.count(test.id) != 1:
+            continue
+        position = names.index(test.id)
+        rows.elts = [row for row in rows.elts if not _is_passed_over(row, len(names), position, is_negated)]
+
+
+def _rows_of(node: ast.expr, function: Function) -> ast.List | ast.Tuple | None:
+    """Return the display that a loop goes over: itself, or the one value of a name used once."""
+    if isinstance(node, ast.List | ast.Tuple):
+        return node
+    if isinstance(node, ast.Name):
+        found = local_values(function).get(node.id, [])
+        uses = sum(isinstance(inner, ast.Name) and inner.id == node.id for inner in walk(function))
+        if len(found) == 1 and uses == 2 and isinstance(found[0][1], ast.List | ast.Tuple):
+            return found[0][1]
+    return None
+
+
+def _is_passed_over(row: ast.expr, width: int, position: int, is_negated: bool) -> bool:
+    """Whether a row's item at a position is a constant for which the loop's condition is false."""
+    if not isinstance(row, ast.Tuple) or len(row.elts) != width or not is_pure(row):
+        return False
+    try:
+        return bool(ast.literal_eval(row.elts[position])) == is_negated
+    except ValueError:
+        return False
+
+
+def drop_imports(tree: ast.Module) -> None:
+    """Drop imports at the top level whose names nothing reads."""
+    read = {node.id for node in walk(tree) if isinstance(node, ast.Name)}
+    for node in list(tree.body):
+        if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__":
+            node.names = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) in read]
+            if not node.names:
+                tree.body.remove(node)

@@ -1,0 +1,97 @@
+"""What folding can know of a value, and what it has learned about a program."""
+
+import ast
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pack.names import bound_names
+from pack.specialize.syntax import named_values
+
+PACKED_RECIPE = "PACKED_RECIPE"  # holds what the recipe changes
+PACKED_ENVIRONMENT = "PACKED_ENVIRONMENT"  # holds the environment names of what it fixes, by spaces
+
+
+@dataclass(frozen=True)
+class Known:
+    """A constant: None, bool, int, float, str or a tuple of such."""
+
+    value: object
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An object of a class of the program; "" is some object that is not None."""
+
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list, or the like, of instances of a class of the program."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A dict display with constant keys that nothing changes."""
+
+    node: ast.Dict
+
+
+Fact = Known | Instance | Items | Table | None  # None: unknown
+
+
+def join(facts: list[Fact]) -> Fact:
+    """Return what is true of all values; unknown when they differ (1, 1.0 and True do)."""
+    return facts[0] if facts and len({repr(fact) for fact in facts}) == 1 else None
+
+
+@dataclass
+class Observations:
+    """What a round sees in the whole program."""
+
+    stores: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # attribute: (class, Fact)
+    calls: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # name: (facts, {name: Fact})
+    escapes: set[str] = field(default_factory=set)  # names that are read other than to call them
+    replaced: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # field: Facts
+    is_dynamic: bool = False  # attributes are set or fields replaced under computed names
+
+
+@dataclass
+class Program:
+    """A module and what earlier rounds proved about it."""
+
+    tree: ast.Module
+    recipe: dict
+    environment: list[str] = field(default_factory=list)  # names of fields that the recipe fixes
+    configs: dict[str, dict] = field(
+        default_factory=dict
+    )  # config class: {field: value, or class of section}
+    attributes: dict[tuple[str, str], Fact] = field(default_factory=dict)  # (class, attribute)
+    params: dict[tuple[str, str], Fact] = field(default_factory=dict)  # (function or class, parameter)
+    classes: dict[str, ast.ClassDef] = field(default_factory=dict)
+    functions: dict[str, ast.FunctionDef] = field(default_factory=dict)
+    pure: dict[str, Callable] = field(default_factory=dict)  # functions that can be run here
+    values: dict[str, ast.expr | None] = field(default_factory=dict)  # module names bound once: their value
+
+    def index(self) -> None:
+        """Find the definitions; a name that is bound twice has none."""
+        counts = Counter(name for node in self.tree.body for name, _ in bound_names(node))
+        once = [node for node in self.tree.body if all(counts[name] == 1 for name, _ in bound_names(node))]
+        self.classes = {node.name: node for node in once if isinstance(node, ast.ClassDef)}
+        self.functions = {node.name: node for node in once if isinstance(node, ast.FunctionDef)}
+        values = dict.fromkeys(counts)
+        for node in once:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                values |= dict(named_values(node))
+        self.values = values
+
+    def relatives(self) -> set[str]:
+        """Name the classes that take part in inheritance within the program."""
+        found = set()
+        for name, node in self.classes.items():
+            bases = {base.id for base in node.bases if isinstance(base, ast.Name)} & set(self.classes)
+            found |= bases | ({name} if bases else set())
+        return found

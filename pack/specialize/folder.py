@@ -1,0 +1,424 @@
+"""One round over the program: write what is constant, take decided branches, note what is done with names."""
+
+import ast
+
+from pack.names import PURE_DECORATORS, Function, bound_names, free_names, last_name, walk
+from pack.printing import to_text
+from pack.specialize.drop import drop_dead_locals
+from pack.specialize.facts import Fact, Instance, Items, Known, Observations, Program, Table
+from pack.specialize.scopes import Scopes, select
+from pack.specialize.syntax import (
+    TERMINAL,
+    Comprehension,
+    changes_scope,
+    class_names,
+    clone,
+    constant_body,
+    is_only_indexed,
+    is_option,
+    is_pure,
+    literal,
+    local_values,
+    matched,
+    parameters,
+)
+
+LONGEST_LITERAL = 8  # characters that may replace a shorter name
+
+
+class Folder(ast.NodeTransformer, Scopes):
+    """Replace what is constant, take decided branches, and note what the program does with its names."""
+
+    def __init__(self, program: Program):
+        Scopes.__init__(self, program)
+        self.seen = Observations()
+        self.owner = ""  # the class whose body this is
+        self.unstable: list[set[str]] = []  # names of each scope that are bound more than once
+        self.stored: dict[int, Fact] = {}  # attribute target -> what is stored there
+        self.hints: dict[int, Fact] = {}  # lambda -> what its parameter is
+
+    # Scopes
+
+    def visit_FunctionDef(self, node: Function) -> Function:
+        node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
+        self.visit_defaults(node.args)
+        owner, self.owner = self.owner, ""
+        self.push_function(node, owner)
+        node.body = self.block(node.body) or [ast.Pass()]
+        self.stack.pop()
+        self.unstable.pop()
+        self.owner = owner
+        drop_dead_locals(node)
+        return node
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_defaults(self, arguments: ast.arguments) -> None:
+        arguments.defaults = [self.visit(default) for default in arguments.defaults]
+        arguments.kw_defaults = [default and self.visit(default) for default in arguments.kw_defaults]
+
+    def push_function(self, node: Function, owner: str) -> None:
+        """Enter a function: what its parameters and its names bound once are."""
+        bindings = local_values(node)
+        known = {}
+        if not self.stack or (owner and node.name == "__init__"):
+            known = {
+                param: fact
+                for (name, param), fact in self.program.params.items()
+                if name == (owner or node.name)
+            }
+        scope: dict[str, Fact] = dict.fromkeys(bindings)
+        params = parameters(node.args)
+        is_method = all(last_name(one) in PURE_DECORATORS | {"property"} for one in node.decorator_list)
+        special = {arg.arg for arg in (node.args.vararg, node.args.kwarg) if arg}
+        for i, arg in enumerate(params):
+            fact = self.annotated(arg.annotation) or known.get(arg.arg)
+            if owner and i == 0 and is_method:
+                fact = Instance(owner)
+            scope[arg.arg] = fact if arg.arg not in bindings and arg.arg not in special else None
+        names = {arg.arg for arg in params}
+        self.unstable.append({n for n, found in bindings.items() if len(found) > 1 or n in names})
+        self.stack.append(scope)
+        once = {
+            n: found[0] for n, found in bindings.items() if len(found) == 1 and n not in names and found[0][0]
+        }
+        for _ in once:
+            before = dict(scope)
+            for name, (kind, value) in once.items():
+                fact = self.look(value) if value is not None else None
+                if kind == "item":
+                    fact = Instance(fact.name) if isinstance(fact, Items) else None
+                if isinstance(fact, Table) and not is_only_indexed(name, node):
+                    fact = Instance()
+                scope[name] = fact
+            if scope == before:
+                break
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.Lambda:
+        self.visit_defaults(node.args)
+        hint = self.hints.pop(id(node), None)
+        names = [arg.arg for arg in parameters(node.args)]
+        self.stack.append({name: hint if i == 0 else None for i, name in enumerate(names)})
+        self.unstable.append(set())
+        node.body = self.visit(node.body)
+        self.stack.pop()
+        self.unstable.pop()
+        return node
+
+    def visit_comprehension_like(self, node: Comprehension) -> Comprehension:
+        scope: dict[str, Fact] = {}
+        self.stack.append(scope)
+        self.unstable.append(set())
+        for one in node.generators:
+            one.iter = self.visit(one.iter)
+            items = self.look(one.iter)
+            inner = [child.id for child in walk(one.target) if isinstance(child, ast.Name)]
+            scope |= dict.fromkeys(inner)
+            if isinstance(items, Items) and isinstance(one.target, ast.Name):
+                scope[one.target.id] = Instance(items.name)
+            one.ifs = [test for test in map(self.test, one.ifs) if not self.is_true(test)]
+        for name in ("key", "value", "elt"):
+            if hasattr(node, name):
+                setattr(node, name, self.visit(getattr(node, name)))
+        self.stack.pop()
+        self.unstable.pop()
+        return node
+
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_comprehension_like
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        if node.name in self.program.configs or any(map(is_option, node.body)):
+            for inner in walk(node):  # section defaults make instances, without arguments
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load):
+                    self.seen.escapes.add(inner.id)
+            return node
+        node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
+        node.bases = [self.visit(base) for base in node.bases]
+        node.keywords = [ast.keyword(one.arg, self.visit(one.value)) for one in node.keywords]
+        owner, self.owner = self.owner, node.name if not self.stack else ""
+        body = []
+        for statement in node.body:
+            if isinstance(statement, Function):
+                body.append(self.visit(statement))
+            else:
+                self.stack.append({name: None for one in node.body for name, _ in bound_names(one)})
+                self.unstable.append(set())
+                body += self.block([statement])
+                self.stack.pop()
+                self.unstable.pop()
+        node.body = body or [ast.Pass()]
+        self.owner = owner
+        return node
+
+    # Statements
+
+    def block(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        """Fold statements; those behind one that leaves the block go."""
+        made: list[ast.stmt] = []
+        for i, statement in enumerate(body):
+            folded = self.visit(statement)
+            made += folded if isinstance(folded, list) else [folded] if folded is not None else []
+            if made and isinstance(made[-1], TERMINAL) and not changes_scope(body[i + 1 :]):
+                break
+        return made
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                setattr(node, name, self.block(value) or ([] if name == "orelse" else [ast.Pass()]))
+            elif isinstance(value, list):
+                setattr(node, name, [self.visit(v) if isinstance(v, ast.AST) else v for v in value])
+            elif isinstance(value, ast.AST):
+                setattr(node, name, self.visit(value))
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
+        node.test = self.test(node.test)
+        truth = self.truth(node.test)
+        if truth is not None and is_pure(node.test):
+            taken, other = (node.body, node.orelse) if truth else (node.orelse, node.body)
+            if not changes_scope(other):
+                return self.block(taken)
+        node.body, node.orelse = self.block(node.body), self.block(node.orelse)
+        if not node.body and not node.orelse:
+            return [] if is_pure(node.test) else ast.Expr(node.test)
+        if node.orelse and all(isinstance(one, ast.Pass) for one in node.body):
+            node.test, node.body, node.orelse = ast.UnaryOp(ast.Not(), node.test), node.orelse, []
+        node.body = node.body or [ast.Pass()]
+        return node
+
+    def visit_While(self, node: ast.While) -> ast.stmt | list[ast.stmt]:
+        node.test = self.test(node.test)
+        if self.is_false(node.test) and not changes_scope(node.body):
+            return self.block(node.orelse)
+        node.body, node.orelse = self.block(node.body) or [ast.Pass()], self.block(node.orelse)
+        return node
+
+    def visit_Assert(self, node: ast.Assert) -> ast.stmt | None:
+        node.test = self.test(node.test)
+        node.msg = node.msg and self.visit(node.msg)
+        return None if self.is_true(node.test) else node
+
+    def visit_For(self, node: ast.For) -> ast.stmt | list[ast.stmt]:
+        made = self.generic_visit(node)
+        is_empty = isinstance(made.iter, ast.Tuple | ast.List) and not made.iter.elts
+        return self.block(made.orelse) if is_empty and not changes_scope(made.body) else made
+
+    def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
+        node.value = self.visit(node.value)
+        for target in node.targets:
+            for inner, value in matched(target, node.value):
+                if isinstance(inner, ast.Attribute):
+                    self.stored[id(inner)] = self.look(value) if value is not None else None
+        node.targets = [self.visit(target) for target in node.targets]
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
+        if node.value is not None:
+            node.value = self.visit(node.value)
+            if isinstance(node.target, ast.Attribute):
+                self.stored[id(node.target)] = self.look(node.value)
+        node.target = self.visit(node.target)
+        return node
+
+    # Expressions
+
+    def visit(self, node: ast.AST):
+        made = super().visit(node)
+        if isinstance(made, ast.expr) and isinstance(getattr(made, "ctx", ast.Load()), ast.Load):
+            return self.settle(made)
+        return made
+
+    def settle(self, node: ast.expr) -> ast.expr:
+        """Write an expression whose value is known as that value, unless that is longer."""
+        if isinstance(
+            node, ast.Constant | ast.Lambda | ast.Starred | ast.FormattedValue | ast.Tuple | ast.Slice
+        ):
+            return node
+        fact = self.look(node)
+        if fact is None and not isinstance(node, Comprehension):
+            self.open.add(id(node))
+        if not isinstance(fact, Known) or not self.is_quiet(node):
+            return node
+        made = literal(fact.value)
+        length = len(ast.unparse(made))
+        return made if length <= LONGEST_LITERAL or length <= len(to_text(node)) else node
+
+    def truth(self, node: ast.expr) -> bool | None:
+        """Return what a condition decides, where that is known."""
+        fact = self.look(node)
+        if isinstance(fact, Known):
+            return bool(fact.value)
+        if isinstance(fact, Instance) and fact.name in self.program.classes:
+            made = self.program.classes[fact.name]
+            plain = not made.bases and not {"__bool__", "__len__"} & {n for n, _ in class_names(made)}
+            return True if plain else None
+        return None
+
+    def is_true(self, node: ast.expr) -> bool:
+        return self.truth(node) is True
+
+    def is_false(self, node: ast.expr) -> bool:
+        return self.truth(node) is False
+
+    def test(self, node: ast.expr) -> ast.expr:
+        """Fold an expression of which only the truth counts."""
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            node.operand = self.test(node.operand)
+            return self.settle(node)
+        if not isinstance(node, ast.BoolOp):
+            return self.visit(node)
+        decides = isinstance(node.op, ast.Or)  # the truth that ends the evaluation
+        made: list[ast.expr] = []
+        for value in node.values:
+            folded = self.test(value)
+            truth = self.truth(folded)
+            if truth is not None and is_pure(folded):
+                if truth == decides:
+                    made = [*made, folded] if not all(map(is_pure, made)) else [ast.Constant(decides)]
+                    break
+                continue
+            made.append(folded)
+        if not made:
+            return ast.Constant(not decides)
+        return made[0] if len(made) == 1 else ast.BoolOp(node.op, made)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
+        decides = isinstance(node.op, ast.Or)
+        made: list[ast.expr] = []
+        for i, value in enumerate(node.values):
+            folded = self.visit(value)
+            truth = self.truth(folded)
+            if truth == (not decides) and is_pure(folded) and i < len(node.values) - 1:
+                continue
+            made.append(folded)
+            if truth == decides:
+                break
+        return made[0] if len(made) == 1 else ast.BoolOp(node.op, made)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        node.operand = self.test(node.operand) if isinstance(node.op, ast.Not) else self.visit(node.operand)
+        return node
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        node.test = self.test(node.test)
+        truth = self.truth(node.test)
+        if truth is not None and is_pure(node.test):
+            return self.visit(node.body if truth else node.orelse)
+        node.body, node.orelse = self.visit(node.body), self.visit(node.orelse)
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        self.generic_visit(node)
+        if not isinstance(node.ctx, ast.Load) or isinstance(node.slice, ast.Slice):
+            return node
+        table = self.look(node.value)
+        if isinstance(table, Table):
+            chosen = select(table.node, self.look(node.slice))
+            if chosen is not None and (table.node is node.value or self.means_here(node.value, chosen)):
+                return self.visit(clone(chosen))
+        return node
+
+    def means_here(self, table: ast.expr, node: ast.expr) -> bool:
+        """Whether an entry of a table means here what it means in the table."""
+        if isinstance(table, ast.Name) and self.is_global(table.id):
+            return all(map(self.is_global, free_names(node)))
+        return self.is_stable(node)
+
+    def is_stable(self, node: ast.expr) -> bool:
+        """Whether an expression means the same anywhere in this function."""
+        inner = {child.id for child in walk(node) if isinstance(child, ast.Name)}
+        shadowed = len(self.stack) > 1 and any(name in self.stack[-1] for name in inner)
+        return not shadowed and not any(inner & names for names in self.unstable)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        self.generic_visit(node)
+        made: list[ast.expr] = []
+        for part in node.values:
+            if isinstance(part, ast.FormattedValue):
+                text = self.evaluate(ast.JoinedStr([part])) if part.format_spec is None else None
+                part = ast.Constant(text.value) if text is not None and len(text.value) <= 24 else part
+            if made and isinstance(part, ast.Constant) and isinstance(made[-1], ast.Constant):
+                made[-1] = ast.Constant(made[-1].value + part.value)
+            else:
+                made.append(part)
+        plain = len(made) == 1 and isinstance(made[0], ast.Constant)
+        return made[0] if plain else ast.JoinedStr(made)
+
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.expr:
+        node.value = self.visit(node.value)
+        if isinstance(node.format_spec, ast.JoinedStr):
+            self.generic_visit(node.format_spec)
+        return node
+
+    # Names, attributes, calls: what the program does with them
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        if isinstance(node.ctx, ast.Load) and self.is_global(node.id):
+            self.seen.escapes.add(node.id)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        node.value = self.visit(node.value)
+        if not isinstance(node.ctx, ast.Load):
+            owner = self.look(node.value)
+            name = owner.name if isinstance(owner, Instance) else ""
+            self.seen.stores[node.attr].append((name, self.stored.pop(id(node), None)))
+        if node.attr in ("__dict__", "__setattr__"):
+            self.seen.is_dynamic = True
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        name = node.func.id if isinstance(node.func, ast.Name) and self.is_global(node.func.id) else ""
+        self.hint_lambdas(name, node)
+        if not name:
+            node.func = self.visit(node.func)
+        node.args = [self.visit(arg) for arg in node.args]
+        for one in node.keywords:
+            one.value = self.visit(one.value)
+        self.observe(name, node)
+        if isinstance(node.func, ast.Lambda):
+            is_called_bare = not (node.args or node.keywords or parameters(node.func.args))
+            if is_called_bare or (isinstance(node.func.body, ast.Constant) and all(map(is_pure, node.args))):
+                return node.func.body
+        if name == "isinstance" and self.look(node.args[0]) == Known(None):
+            return ast.Constant(False)
+        if name == "getattr" and len(node.args) == 2 and isinstance(node.args[1], ast.Constant):
+            attr = node.args[1].value
+            if isinstance(attr, str) and attr.isidentifier() and name not in self.program.values:
+                return self.visit(ast.Attribute(node.args[0], attr, ast.Load()))
+        if name in self.program.functions and not self.program.functions[name].decorator_list:
+            constant = constant_body(self.program.functions[name])
+            if constant and all(map(is_pure, [*node.args, *(one.value for one in node.keywords)])):
+                return clone(constant)
+        return node
+
+    def hint_lambdas(self, name: str, node: ast.Call) -> None:
+        """Note what the parameter of a lambda is that becomes a field annotated Callable[[X], ...]."""
+        if name in self.program.classes:
+            for key, value in self.arguments(name, node)[1].items():
+                if isinstance(value, ast.Lambda):
+                    annotation = dict(class_names(self.program.classes[name])).get(key)
+                    match annotation:
+                        case ast.Subscript(slice=ast.Tuple(elts=[ast.List(elts=[parameter]), _])):
+                            self.hints[id(value)] = self.annotated(parameter)
+
+    def observe(self, name: str, node: ast.Call) -> None:
+        """Note a call's arguments, and the attributes that it sets or replaces."""
+        last = node.func.attr if isinstance(node.func, ast.Attribute) else name
+        if last in ("setattr", "delattr", "__setattr__", "vars"):
+            key = node.args[1] if len(node.args) > 1 else None
+            if isinstance(key, ast.Constant):
+                self.seen.stores[key.value].append(("", None))
+            else:
+                self.seen.is_dynamic = True
+        if last == "_replace":
+            for one in node.keywords:
+                self.seen.replaced[one.arg or ""].append(self.look(one.value))
+        if name in self.program.functions or name in self.program.classes:
+            matches, given = self.arguments(name, node)
+            facts = {key: self.look(value) for key, value in given.items()}
+            self.seen.calls[name].append(facts if matches else None)

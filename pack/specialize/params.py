@@ -1,0 +1,101 @@
+"""Parameters that a function never reads: out of its signature and of every call."""
+
+import ast
+from collections import Counter, defaultdict
+
+from pack.names import PURE_DECORATORS, last_name, walk
+from pack.specialize.facts import Program
+from pack.specialize.syntax import is_pure, parameters
+
+
+def drop_parameters(program: Program) -> None:
+    """Drop unread parameters of functions and constructors that are only ever called by their name."""
+    calls, loads = _uses(program.tree)
+    bound = _rebound(program.tree)
+    relatives = program.relatives()
+    for name, made in [*program.functions.items(), *program.classes.items()]:
+        node = made
+        if isinstance(made, ast.ClassDef):
+            inits = [one for one in made.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
+            if len(inits) != 1 or name in relatives:
+                continue
+            node = inits[0]
+        is_plain = all(last_name(one) in PURE_DECORATORS for one in node.decorator_list)
+        if is_plain and name not in bound and len(calls[name]) == loads[name]:
+            _drop(node, calls[name], is_method=node is not made)
+
+
+def _uses(tree: ast.Module) -> tuple[dict[str, list[ast.Call]], Counter]:
+    """Return every call of a name, and how often a name is read other than in annotations and isinstance."""
+    calls, loads = defaultdict(list), Counter()
+    for node in walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            calls[node.func.id].append(node)
+            if node.func.id == "isinstance":
+                loads.subtract(one.id for one in walk(node.args[1]) if isinstance(one, ast.Name))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            loads[node.id] += 1
+        for annotation in _annotations(node):
+            loads.subtract(one.id for one in walk(annotation) if isinstance(one, ast.Name))
+    return calls, loads
+
+
+def _annotations(node: ast.AST) -> list[ast.expr]:
+    """List the annotations of a function or an assignment."""
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef():
+            found = [node.returns, *(arg.annotation for arg in parameters(node.args))]
+            return [one for one in found if one is not None]
+        case ast.AnnAssign():
+            return [node.annotation]
+    return []
+
+
+def _rebound(tree: ast.Module) -> set[str]:
+    """Name what functions bind inside: a call by such a name may be another thing's."""
+    found = set()
+    for node in walk(tree):
+        if isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+    return found
+
+
+def _drop(node: ast.FunctionDef, calls: list[ast.Call], is_method: bool) -> None:
+    """Drop a function's unread parameters, where all calls spell theirs out and leave no effect behind."""
+    unclear = any(isinstance(arg, ast.Starred) for call in calls for arg in call.args)
+    if unclear or any(one.arg is None for call in calls for one in call.keywords) or not calls:
+        return
+    if node.args.vararg or node.args.kwarg or node.args.posonlyargs:
+        return
+    read = {inner.id for one in node.body for inner in walk(one) if isinstance(inner, ast.Name)}
+    for arg in [*node.args.args[is_method:], *node.args.kwonlyargs]:
+        at = node.args.args.index(arg) - is_method if arg in node.args.args else None
+        given = [value for call in calls if (value := _given(call, at, arg.arg)) is not None]
+        if arg.arg not in read and all(map(is_pure, given)):
+            _remove_parameter(node.args, arg)
+            for call in calls:
+                if at is not None and at < len(call.args):
+                    del call.args[at]
+                call.keywords = [one for one in call.keywords if one.arg != arg.arg]
+
+
+def _given(call: ast.Call, at: int | None, name: str) -> ast.expr | None:
+    """Return what a call gives for a parameter."""
+    if at is not None and at < len(call.args):
+        return call.args[at]
+    return next((one.value for one in call.keywords if one.arg == name), None)
+
+
+def _remove_parameter(arguments: ast.arguments, arg: ast.arg) -> None:
+    """Take a parameter and its default out of a signature."""
+    if arg in arguments.kwonlyargs:
+        at = arguments.kwonlyargs.index(arg)
+        del arguments.kwonlyargs[at], arguments.kw_defaults[at]
+        return
+    at = arguments.args.index(arg)
+    first_default = len(arguments.args) - len(arguments.defaults)
+    if at >= first_default:
+        del arguments.defaults[at - first_default]
+    del arguments.args[at]

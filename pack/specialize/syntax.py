@@ -1,0 +1,190 @@
+"""Questions about syntax trees that need no knowledge of the program around them."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+
+from pack.names import Function, bound_names, children, walk
+
+OPTION = "option"  # declares a config field
+TERMINAL = ast.Return | ast.Raise | ast.Continue | ast.Break
+Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+EXPRESSIONS = (
+    *(ast.Constant, ast.Name, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call),
+    *(ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.JoinedStr, ast.FormattedValue),
+    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.comprehension, ast.Attribute),
+    *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context),
+)
+STATEMENTS = (ast.Return, ast.Assign, ast.If, ast.For, ast.Expr, ast.Pass, ast.Continue, ast.Break)
+
+
+def named_values(node: ast.stmt) -> Iterator[tuple[str, ast.expr | None]]:
+    """Yield (name, value expression or None) for what an assignment binds."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    for target in targets:
+        for inner, value in matched(target, node.value):
+            if isinstance(inner, ast.Name):
+                yield inner.id, value
+
+
+def matched(target: ast.expr, value: ast.expr | None) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    """Pair the elements of an assignment's target with those of its value, where they are spelled out."""
+    if not isinstance(target, ast.Tuple | ast.List):
+        yield target, value
+        return
+    spelled = isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts)
+    starred = [*target.elts, *(value.elts if spelled else [])]
+    spelled = spelled and not any(isinstance(item, ast.Starred) for item in starred)
+    for i, inner in enumerate(target.elts):
+        yield from matched(
+            inner.value if isinstance(inner, ast.Starred) else inner, value.elts[i] if spelled else None
+        )
+
+
+def literal(value) -> ast.expr:
+    """Spell a constant, a table or a list as an expression."""
+    if isinstance(value, dict):
+        return ast.Dict([ast.Constant(key) for key in value], [literal(item) for item in value.values()])
+    if isinstance(value, list):
+        return ast.List([literal(item) for item in value], ast.Load())
+    if isinstance(value, tuple):
+        return ast.Tuple([literal(item) for item in value], ast.Load())
+    if isinstance(value, int | float) and not isinstance(value, bool) and str(value).startswith("-"):
+        return ast.UnaryOp(ast.USub(), ast.Constant(-value))
+    return ast.Constant(value)
+
+
+def clone(node):
+    """Copy a node and all below it; what other tools hang on nodes, and on the contexts they share, stays."""
+    if isinstance(node, list):
+        return [clone(item) for item in node]
+    if not isinstance(node, ast.AST) or isinstance(node, ast.expr_context):
+        return node
+    made = type(node)(**{name: clone(value) for name, value in ast.iter_fields(node)})
+    return ast.copy_location(made, node)
+
+
+def is_literal(value) -> bool:
+    """Whether `literal` can spell a value."""
+    if isinstance(value, tuple):
+        return all(is_literal(item) for item in value)
+    return value is None or (type(value) in (bool, int, float, str) and value == value)
+
+
+def is_pure(node: ast.expr) -> bool:
+    """Whether evaluating an expression has no effect."""
+    if isinstance(node, ast.Lambda):
+        return True
+    allowed = (*set(EXPRESSIONS) - {ast.Call}, ast.Starred)
+    return isinstance(node, allowed) and all(
+        is_pure(child) if isinstance(child, ast.expr) else True for child in children(node)
+    )
+
+
+def changes_scope(nodes: list[ast.stmt]) -> bool:
+    """Whether statements, run or not, change what their function is or what its names mean."""
+    kinds = (ast.Yield, ast.YieldFrom, ast.Await, ast.Global, ast.Nonlocal)
+    return any(isinstance(inner, kinds) for node in nodes for inner in walk(node))
+
+
+def local_values(node: Function) -> dict[str, list[tuple[str, ast.expr | None]]]:
+    """Map each name that a function binds to its bindings, (kind, expression): is it a value or an item?"""
+    found: dict[str, list] = defaultdict(list)
+
+    def visit(inner: ast.AST) -> None:
+        match inner:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                found[inner.name].append(("", None))
+                for below in walk(inner):
+                    for name in below.names if isinstance(below, ast.Nonlocal) else ():
+                        found[name] += [("", None)] * 2
+                return
+            case ast.Lambda():
+                return
+            case ast.Global() | ast.Nonlocal():
+                for name in inner.names:
+                    found[name] += [("", None)] * 2
+            case ast.Assign() | ast.AnnAssign() if inner.value is not None:
+                for name, value in named_values(inner):
+                    found[name].append(("value", value))
+                visit(inner.value)
+                return
+            case ast.For(target=ast.Name(id=name)):
+                found[name].append(("item", inner.iter))
+                for child in (inner.iter, *inner.body, *inner.orelse):
+                    visit(child)
+                return
+            case ast.comprehension():
+                for child in (inner.iter, *inner.ifs):
+                    visit(child)
+                return
+            case ast.Name(ctx=ast.Store() | ast.Del()):
+                found[inner.id] += [("", None)] * (2 if isinstance(inner.ctx, ast.Del) else 1)
+            case ast.Import() | ast.ImportFrom() | ast.ExceptHandler():
+                for name, _ in bound_names(inner) if not isinstance(inner, ast.ExceptHandler) else ():
+                    found[name].append(("", None))
+                if isinstance(inner, ast.ExceptHandler) and inner.name:
+                    found[inner.name].append(("", None))
+            case ast.MatchAs() | ast.MatchStar() | ast.MatchMapping():
+                name = inner.rest if isinstance(inner, ast.MatchMapping) else inner.name
+                if name:
+                    found[name].append(("", None))
+            case ast.AugAssign(target=ast.Name(id=name)):
+                found[name].append(("", None))
+        for child in children(inner):
+            visit(child)
+
+    for statement in node.body:
+        visit(statement)
+    return found
+
+
+def parameters(arguments: ast.arguments) -> list[ast.arg]:
+    """List every parameter."""
+    plain = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return plain + [arg for arg in (arguments.vararg, arguments.kwarg) if arg]
+
+
+def constant_body(node: ast.FunctionDef) -> ast.Constant | None:
+    """Return the constant that is all a function returns."""
+    match [one for one in node.body if not is_text(one)]:
+        case [ast.Return(value=ast.Constant() as value)]:
+            return value
+    return None
+
+
+def is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def class_names(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None]]:
+    """Yield (field, annotation) of annotated fields, then (name, None) of what else a class binds."""
+    for one in node.body:
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name):
+            yield one.target.id, one.annotation
+    for one in node.body:
+        if not isinstance(one, ast.AnnAssign):
+            yield from ((name, None) for name, _ in bound_names(one))
+
+
+def is_only_indexed(name: str, tree: ast.AST) -> bool:
+    """Whether every use of a name is to read an item of it."""
+    loads = sum(isinstance(node, ast.Name) and node.id == name for node in walk(tree)) - 1
+    reads = sum(
+        isinstance(node, ast.Subscript)
+        and isinstance(node.ctx, ast.Load)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == name
+        for node in walk(tree)
+    )
+    return loads == reads
+
+
+def is_option(node: ast.stmt) -> bool:
+    """Whether a statement declares a config field."""
+    return (
+        isinstance(node, ast.AnnAssign)
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Name)
+        and node.value.func.id == OPTION
+    )

@@ -1,0 +1,648 @@
+"""Score-first test-time training: a target is scored before any update reads it, exactly once.
+
+A model is a module called as in scoring/sliding.py; modules of it that have an attribute `adapter` add
+`adapter(x)` to their output while one is attached. Three ways to adapt: SGD on all weights after each scored
+chunk, low-rank corrections that start afresh with each document, and those with SGD phases between them.
+Documents are scored longest first, not in the order of the text: the contest's practice, which some
+reviewers dispute (pull request 1536). Which targets are scored together, and in which order, does not
+depend on the number of ranks. Weights, gradient flags and adapters are as before when a scorer returns.
+The clock may end adaptation early; the outcome says where, so that the score can be replayed.
+"""
+
+import fnmatch
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import UserError
+from scoring.sliding import Cost, Logits, ScoreOptions, plain_cost, plan_batches, plan_windows, score_batch
+
+# What a recipe calls a place for an adapter -> the attributes of the modules that take one.
+ADAPTER_SITES = {
+    "q": ("q",),
+    "k": ("k",),
+    "v": ("v",),
+    "o": ("out",),
+    "mlp": ("up", "down"),
+    "head": ("head", "readout"),
+}
+
+
+class Settings(NamedTuple):
+    """Windows of the scorer and its time limit."""
+
+    context_len: int
+    stride: int
+    deadline_s: float = 0.0  # seconds in which scoring should end; 0: no limit
+    switch_at: int = -1  # units that adapt before plain scoring takes over; -1: the clock decides
+
+
+class Reports(NamedTuple):
+    """Who is told what happens."""
+
+    on_event: Callable[[dict], None] | None = None  # {seq, rank, kind, lo, hi, doc, seconds}
+    progress: Callable[[int, int], None] | None = None  # targets done, targets in all
+
+
+class SgdOptions(NamedTuple):
+    """SGD on all weights: the contest's score-first form (contest pull request 549)."""
+
+    lr: float = 0.005
+    momentum: float = 0.9
+    epochs: int = 3
+    chunk_tokens: int = 32_768  # targets that are scored, then trained on
+    batch_seqs: int = 32  # rows of an optimizer step, on all ranks together
+    clip_norm: float = 1.0  # 0: off
+    frozen: tuple[str, ...] = ()  # patterns of names of parameters that keep their values
+
+
+class LoraOptions(NamedTuple):
+    """One low-rank adapter per document, AdamW after each scored chunk (pull requests 1530, 1767)."""
+
+    rank: int = 80  # 0: no adapters, documents are scored as they are
+    alpha: float = 144.0  # the correction is scaled by alpha / rank
+    sites: tuple[str, ...] = ("q", "k", "v", "o", "mlp")  # keys of ADAPTER_SITES
+    lr: float = 1e-4
+    beta2: float = 0.99
+    weight_decay: float = 0.5
+    chunk_tokens: int = 48
+    short_chunks: tuple[tuple[int, int], ...] = ()  # rising rows (documents up to this length, chunk)
+    batch_docs: int = 64
+    warm_lanes: int = 0  # n: batch i starts from the A of batch i - n, mean over its documents; 0: from noise
+    max_doc_tokens: int = 0  # longer documents are cut and adapt in parts; 0: never
+    seed: int = 0
+
+
+class PhaseOptions(NamedTuple):
+    """SGD on what has been scored, between batches of documents (pull requests 1610, 1626)."""
+
+    num_docs: int = 0  # the last phase follows the batch that completes so many documents; 0: no phases
+    num_phases: int = 1
+    sgd: SgdOptions = SgdOptions(lr=1e-3, epochs=1)
+
+
+class Outcome(NamedTuple):
+    """What one rank knows after scoring."""
+
+    nats: torch.Tensor  # (N,) float32 on the CPU; 0 where another rank scored
+    num_units: int  # chunks or batches of documents
+    switch_at: int  # of them adapted; the rest was scored plainly
+    invalid: str  # why the score breaks the rules; empty when it does not
+
+
+class Referee:
+    """Keep the event log and hold it to the rule: scored once, and before an update reads it.
+
+    An update that reads unscored targets marks the whole result invalid, whichever scorer made it.
+    """
+
+    def __init__(self, num_targets: int, rank: int, on_event: Callable[[dict], None] | None):
+        self.scored = np.zeros(num_targets, dtype=bool)
+        self.rank, self.on_event = rank, on_event
+        self.started = time.perf_counter()
+        self.seq = 0
+        self.invalid = ""
+
+    def event(self, kind: str, lo: int, hi: int, doc: int = -1) -> None:
+        """Report that targets [lo, hi) had something done to them."""
+        if self.on_event:
+            seconds = round(time.perf_counter() - self.started, 6)
+            row = (self.seq, self.rank, kind, int(lo), int(hi), int(doc), seconds)
+            self.on_event(dict(zip(("seq", "rank", "kind", "lo", "hi", "doc", "seconds"), row)))
+            self.seq += 1
+
+    def score(self, lo: int, hi: int, doc: int = -1, here: bool = True) -> None:
+        """Note that targets [lo, hi) have their score; not `here`: on another rank, which reports it."""
+        if self.scored[lo:hi].any():
+            raise ValueError(f"targets [{lo}, {hi}) are scored twice")
+        self.scored[lo:hi] = True
+        if here:
+            self.event("score", lo, hi, doc)
+
+    def update(self, lo: int, hi: int, doc: int = -1) -> None:
+        """Note that weights are about to change by what targets [lo, hi) say."""
+        if not self.invalid and not self.scored[lo:hi].all():
+            self.invalid = f"an update read targets [{lo}, {hi}) before they were scored (contest rule C3)"
+        self.event("update", lo, hi, doc)
+
+
+class Session:
+    """One scoring of N + 1 tokens: costs, referee, clock, and this rank's share of the work.
+
+    ranks is asked for agree(value) -> rank 0's value and average(tensors) over ranks, in place.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        settings: Settings,
+        options: ScoreOptions,
+        ranks,
+        reports: Reports,
+    ):
+        self.tokens, self.settings, self.options, self.ranks = tokens, settings, options, ranks
+        self.num_targets = len(tokens) - 1
+        self.nats = torch.zeros(self.num_targets)
+        self.referee = Referee(self.num_targets, options.rank, reports.on_event)
+        self.progress = reports.progress
+        self.num_done = 0
+        self.checked_at = self.referee.started
+        self.score_seconds, self.score_tokens = 0.0, 0  # of forward passes on this rank
+
+    def start(self, cost: Cost) -> None:
+        """Start the clock and charge targets by `cost` from here on."""
+        self.options = self.options._replace(cost=cost)
+        self.referee.started = self.checked_at = time.perf_counter()
+
+    def is_mine(self, index: int) -> bool:
+        """Whether this rank does unit `index`."""
+        return index % self.options.world_size == self.options.rank
+
+    def record(self, places: torch.Tensor, nats: torch.Tensor, started: float, num_read: int) -> None:
+        """Keep the nats of targets and what a forward pass over num_read tokens took."""
+        self.nats[places] = nats
+        self.score_seconds += time.perf_counter() - started
+        self.score_tokens += num_read
+
+    def score_windows(self, model: Logits, windows: np.ndarray) -> None:
+        """Score windows without adaptation, with all ranks."""
+        for index, batch in enumerate(plan_batches(windows, self.options.batch_tokens)):
+            rows = windows[batch]
+            if self.is_mine(index):
+                started = time.perf_counter()
+                places, nats = score_batch(model, self.tokens, rows, self.options)
+                self.record(places, nats, started, int((rows[:, 1] - rows[:, 0]).sum()))
+            for lo, hi in scored_spans(rows):
+                self.referee.score(lo, hi, here=self.is_mine(index))
+            self.advance(int((rows[:, 1] - rows[:, 0] - rows[:, 2]).sum()))
+
+    def advance(self, num_targets: int) -> None:
+        """Report progress."""
+        self.num_done += num_targets
+        if self.progress:
+            self.progress(self.num_done, self.num_targets)
+
+    def may_adapt(self, unit: int, tokens_left: float) -> bool:
+        """Decide, the same on every rank, whether `unit` adapts; plain scoring would read tokens_left.
+
+        It does not when what the last unit took, once more, and then plain scoring would pass the deadline.
+        """
+        if self.settings.switch_at >= 0:
+            return unit < self.settings.switch_at
+        if not self.settings.deadline_s:
+            return True
+        now = time.perf_counter()
+        last_unit, self.checked_at = now - self.checked_at, now
+        pace = self.score_seconds / max(self.score_tokens, 1)
+        finish = now - self.referee.started + last_unit + pace * tokens_left / self.options.world_size
+        return self.ranks.agree(finish) < self.settings.deadline_s
+
+    def outcome(self, num_units: int, switch_at: int) -> Outcome:
+        """Close the session; every target must have its score."""
+        if not self.referee.scored.all():
+            raise ValueError(f"target {int(self.referee.scored.argmin())} was never scored")
+        return Outcome(self.nats, num_units, switch_at, self.referee.invalid)
+
+
+def scored_spans(windows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield the (lo, hi) runs of targets that windows (start, end, first) score."""
+    starts, ends = windows[:, 0] + windows[:, 2], windows[:, 1]
+    cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+    for part in np.split(np.arange(len(windows)), cuts):
+        yield int(starts[part[0]]), int(ends[part[-1]])
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Give a model back its weights, gradient flags and empty adapters however the block ends."""
+    kept = [(param, param.detach().clone(), param.requires_grad) for param in model.parameters()]
+    try:
+        yield
+    finally:
+        detach_adapters(model)
+        with torch.no_grad():
+            for param, values, learns in kept:
+                param.copy_(values)
+                param.requires_grad_(learns).grad = None
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash names and values of all weights: equal digests prove that nothing moved."""
+    digest = hashlib.sha256()
+    for name, values in model.state_dict().items():
+        digest.update(name.encode() + values.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def score_plain(model: Logits, session: Session, windows: np.ndarray) -> Outcome:
+    """Score windows that cover the text, without adaptation."""
+    session.score_windows(model, windows)
+    return session.outcome(0, 0)
+
+
+# Whole-weight SGD
+
+
+class SgdTrainer:
+    """SGD on all weights but the frozen, on rows of tokens; gradients are averaged over ranks."""
+
+    def __init__(self, model: nn.Module, sgd: SgdOptions, session: Session):
+        self.model, self.sgd, self.session = model, sgd, session
+        named = dict(model.named_parameters())
+        idle = [pattern for pattern in sgd.frozen if not fnmatch.filter(named, pattern)]
+        if idle:
+            raise UserError(
+                f"frozen weights: expected a pattern of parameter names, found {idle[0]!r}, which matches "
+                f"none. The first name is {next(iter(named))}."
+            )
+        frozen = {name for pattern in sgd.frozen for name in fnmatch.filter(named, pattern)}
+        self.params = [param.requires_grad_(name not in frozen) for name, param in named.items()]
+        self.params = [param for param in self.params if param.requires_grad]
+        self.optimizer = torch.optim.SGD(self.params, lr=sgd.lr, momentum=sgd.momentum)
+
+    def train(self, inputs: np.ndarray, targets: np.ndarray, lr_mul: float) -> None:
+        """Run all epochs over (R, T) rows of inputs and targets."""
+        self.optimizer.param_groups[0]["lr"] = self.sgd.lr * lr_mul
+        for _ in range(self.sgd.epochs):
+            for start in range(0, len(inputs), self.sgd.batch_seqs):
+                rows = slice(start, start + self.sgd.batch_seqs)
+                self.step(inputs[rows], targets[rows])
+
+    def step(self, inputs: np.ndarray, targets: np.ndarray) -> None:
+        """Make one update from the mean loss of (R, T) rows, dealt to the ranks."""
+        options = self.session.options
+        for param in self.params:
+            param.grad = torch.zeros_like(param)
+        mine = np.arange(options.rank, len(inputs), options.world_size)
+        size = max(1, options.batch_tokens // inputs.shape[1])
+        for start in range(0, len(mine), size):
+            rows = mine[start : start + size]
+            x, y = (
+                torch.from_numpy(part[rows].astype(np.int64)).to(options.device) for part in (inputs, targets)
+            )
+            logits = self.model(x, x == options.bos_id, 0)
+            losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
+            (losses * (options.world_size / inputs.size)).backward()
+        self.session.ranks.average([param.grad for param in self.params])
+        if self.sgd.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.params, self.sgd.clip_norm)
+        self.optimizer.step()
+
+
+def chunk_lr_mul(index: int, count: int) -> float:
+    """Fall from 1 at index 0 to 0 at index count - 1 along half a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * index / max(count - 1, 1)))
+
+
+def cut_rows(inputs: np.ndarray, targets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut (n,) inputs and targets into rows of seq_len; a rest shorter than a row is left out."""
+    seq_len = min(seq_len, len(inputs))
+    kept = len(inputs) // seq_len * seq_len
+    return inputs[:kept].reshape(-1, seq_len), targets[:kept].reshape(-1, seq_len)
+
+
+def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
+    """Group consecutive windows whose first scored targets share a chunk of chunk_tokens targets."""
+    chunks = (windows[:, 0] + windows[:, 2]) // chunk_tokens
+    return np.split(windows, np.flatnonzero(np.diff(chunks)) + 1)
+
+
+def score_sgd(model: nn.Module, session: Session, sgd: SgdOptions) -> Outcome:
+    """Score chunk after chunk in sliding windows and train all weights on each scored chunk but the last."""
+    tokens, settings = session.tokens, session.settings
+    windows = plan_windows(session.num_targets, settings.context_len, settings.stride)
+    chunks = plan_chunks(windows, sgd.chunk_tokens)
+    left = sum(int((rows[:, 1] - rows[:, 0]).sum()) for rows in chunks)
+    switch_at = len(chunks)
+    with restored(model):
+        trainer = SgdTrainer(model, sgd, session)
+        for unit, rows in enumerate(chunks):
+            session.score_windows(model, rows)
+            left -= int((rows[:, 1] - rows[:, 0]).sum())
+            if unit >= switch_at or unit + 1 == len(chunks):
+                continue
+            if not session.may_adapt(unit, left):
+                switch_at = unit
+                continue
+            lo, hi = int(rows[0, 0] + rows[0, 2]), int(rows[-1, 1])
+            inputs, targets = cut_rows(tokens[lo:hi], tokens[lo + 1 : hi + 1], settings.context_len)
+            session.referee.update(lo, lo + inputs.size)
+            trainer.train(inputs, targets, chunk_lr_mul(unit, len(chunks)))
+    return session.outcome(len(chunks), switch_at)
+
+
+def plan_pre_eval(num_targets: int, seq_len: int, batch_seqs: int = 32, lanes: int = 8) -> list[np.ndarray]:
+    """List for each step of an epoch the sequences that it reads, as system C with `lanes` GPUs did.
+
+    A lane walks a contiguous share of the whole sequences, batch_seqs at a time.
+    """
+    count = num_targets // seq_len
+    bounds = [count * lane // lanes for lane in range(lanes + 1)]
+    longest = max(hi - lo for lo, hi in pairwise(bounds))
+    return [
+        np.concatenate(
+            [np.arange(min(lo + at, hi), min(lo + at + batch_seqs, hi)) for lo, hi in pairwise(bounds)]
+        )
+        for at in range(0, longest, batch_seqs)
+    ]
+
+
+def score_pre_eval(model: nn.Module, session: Session, sgd: SgdOptions) -> Outcome:
+    """Train on the whole text, then score it: system C (contest pull request 281), against the rules.
+
+    It exists to reproduce that system; its outcome is always marked invalid.
+    """
+    tokens, settings = session.tokens, session.settings
+    inputs, targets = cut_rows(tokens[:-1], tokens[1:], settings.context_len)
+    with restored(model):
+        trainer = SgdTrainer(model, sgd, session)
+        session.referee.update(0, inputs.size)
+        for _ in range(sgd.epochs):
+            for rows in plan_pre_eval(inputs.size, inputs.shape[1], sgd.batch_seqs):
+                trainer.step(inputs[rows], targets[rows])
+        session.score_windows(model, plan_windows(session.num_targets, settings.context_len, settings.stride))
+    return session.outcome(1, 1)
+
+
+# Documents
+
+
+def plan_documents(tokens: np.ndarray, bos_id: int, max_tokens: int = 0) -> np.ndarray:
+    """Cut the N targets of N + 1 tokens into documents; (D, 2) int64 rows (lo, hi) in the order of the text.
+
+    A document reads tokens[lo:hi] and scores targets [lo, hi): its last target is the next document's BOS.
+    Text before the first BOS is a document too. Longer ones than max_tokens (0: any) are cut.
+    """
+    num_targets = len(tokens) - 1
+    bounds = np.unique(np.concatenate([[0], np.flatnonzero(tokens[:-1] == bos_id), [num_targets]]))
+    if max_tokens:
+        bounds = np.concatenate(
+            [*(np.arange(lo, hi, max_tokens) for lo, hi in pairwise(bounds)), bounds[-1:]]
+        )
+    return np.stack([bounds[:-1], bounds[1:]], axis=1)
+
+
+def plan_document_windows(documents: np.ndarray, context_len: int, stride: int) -> np.ndarray:
+    """Lay sliding windows over each document by itself; (W, 3) rows as plan_windows makes them."""
+    plans = [plan_windows(int(hi - lo), context_len, stride) + [lo, lo, 0] for lo, hi in documents]
+    return np.concatenate([np.zeros((0, 3), dtype=np.int64), *plans])
+
+
+def chunk_tokens_of(length: int, lora: LoraOptions) -> int:
+    """Choose a document's chunk by its length."""
+    return next((chunk for limit, chunk in lora.short_chunks if length <= limit), lora.chunk_tokens)
+
+
+def plan_doc_batches(
+    lengths: np.ndarray, lora: LoraOptions, row_tokens: int, batch_tokens: int
+) -> list[np.ndarray]:
+    """Group documents of like length and equal chunk, longest first; returns their numbers.
+
+    A row of a batch reads up to row_tokens tokens, all rows together up to batch_tokens.
+    """
+    batches: list[list[int]] = []
+    for doc in np.argsort(-lengths, kind="stable"):
+        batch = batches[-1] if batches else []
+        longest = int(lengths[batch[0]]) if batch else 0
+        most = min(lora.batch_docs, max(1, batch_tokens // max(1, min(longest, row_tokens))))
+        chunk = chunk_tokens_of(int(lengths[doc]), lora)
+        if not batch or len(batch) >= most or chunk != chunk_tokens_of(longest, lora):
+            batches.append(batch := [])
+        batch.append(int(doc))
+    return [np.array(batch) for batch in batches]
+
+
+def phase_ends(batches: list[np.ndarray], phases: PhaseOptions) -> list[int]:
+    """Return after how many batches each SGD phase comes; none where nothing would be left to score."""
+    done = np.cumsum([len(batch) for batch in batches])
+    goals = [phases.num_docs * (i + 1) // phases.num_phases for i in range(phases.num_phases)]
+    ends = {int(np.searchsorted(done, goal)) + 1 for goal in goals if goal > 0}
+    return sorted(end for end in ends if end < len(batches))
+
+
+# Adapters
+
+
+class DocumentLora(nn.Module):
+    """A low-rank correction of one module for each document of a batch and each visit of a forward pass.
+
+    Visit k of a forward pass adds scale * (x down_k) up_k to the module's output; row b of x (B, T, in) is
+    document b. A forward pass visits its module len(down) times, so `visit` is 0 between passes.
+    """
+
+    def __init__(self, start: torch.Tensor, num_docs: int, out_dim: int, scale: float):
+        super().__init__()
+        visits, _, rank = start.shape
+        self.down = nn.Parameter(start.unsqueeze(1).repeat(1, num_docs, 1, 1))  # (visits, B, in, rank)
+        self.up = nn.Parameter(start.new_zeros(visits, num_docs, rank, out_dim))  # 0: the identity
+        self.scale = scale
+        self.visit = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down, up = (part[self.visit, : x.size(0)].to(x.dtype) for part in (self.down, self.up))
+        self.visit = (self.visit + 1) % len(self.down)
+        return (x @ down) * self.scale @ up  # the scale on the narrow side
+
+
+class VisitCounter(nn.Module):
+    """Count how often a forward pass calls a module; adds nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.visits = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.visits += 1
+        return x.new_zeros(())
+
+
+def detach_adapters(model: nn.Module) -> None:
+    """Empty all places for adapters."""
+    for module in model.modules():
+        if hasattr(module, "adapter"):
+            module.adapter = None
+
+
+def find_sites(model: nn.Module, chosen: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Find the modules that take the chosen adapters, by name; raises UserError for a choice without any."""
+    places = {name: module for name, module in model.named_modules() if hasattr(module, "adapter")}
+    found = {}
+    for site in chosen:
+        here = {n: m for n, m in places.items() if n.rpartition(".")[2] in ADAPTER_SITES.get(site, ())}
+        if not here:
+            known = [key for key, leaves in ADAPTER_SITES.items() if any(n.endswith(leaves) for n in places)]
+            raise UserError(
+                f"adapters on {site!r}: expected one of {', '.join(known)}, found no such module. "
+                "Change the list of sites."
+            )
+        found |= here
+    return found
+
+
+@torch.no_grad()
+def count_visits(model: nn.Module, sites: dict[str, nn.Module], device: torch.device | str) -> list[int]:
+    """Say how often one forward pass calls each site: more than once for layers that recur."""
+    probe = torch.zeros(1, 1, dtype=torch.long, device=device)
+    for module in sites.values():
+        module.adapter = VisitCounter()
+    model(probe, probe > 0, 0)
+    visits = [module.adapter.visits for module in sites.values()]
+    detach_adapters(model)
+    return visits
+
+
+class LoraScorer:
+    """Score batches of documents, each document with adapters of its own that learn as it goes by."""
+
+    def __init__(self, model: nn.Module, session: Session, lora: LoraOptions):
+        if lora.warm_lanes % session.options.world_size:
+            raise UserError(
+                f"warm_lanes={lora.warm_lanes}: expected a multiple of {session.options.world_size} ranks."
+            )
+        longest = max([lora.chunk_tokens, *(chunk for _, chunk in lora.short_chunks)])
+        if longest > session.settings.context_len:
+            raise UserError(
+                f"chunk of {longest} tokens: expected at most the context of {session.settings.context_len}. "
+                "Lower the chunk or raise the context."
+            )
+        self.model, self.session, self.lora = model, session, lora
+        device = session.options.device
+        self.sites = find_sites(model, lora.sites) if lora.rank else {}
+        self.starts = []
+        generator = torch.Generator().manual_seed(lora.seed)
+        for module, visits in zip(self.sites.values(), count_visits(model, self.sites, device)):
+            noise = torch.rand(visits, module.in_features, lora.rank, generator=generator)
+            self.starts.append(((2 * noise - 1) / math.sqrt(module.in_features)).to(device))
+        self.documents = plan_documents(session.tokens, session.options.bos_id, lora.max_doc_tokens)
+        self.carried: dict[int, list[torch.Tensor]] = {}  # lane -> A of its last batch, mean over documents
+
+    def score(self, batch: np.ndarray, index: int) -> None:
+        """Score and learn documents, longest first, chunk by chunk."""
+        lane = index % self.lora.warm_lanes if self.lora.warm_lanes else 0
+        params, optimizer = [], None
+        for module, start in zip(self.sites.values(), self.carried.get(lane, self.starts)):
+            scale = self.lora.alpha / self.lora.rank
+            module.adapter = DocumentLora(start, len(batch), module.out_features, scale)
+            params += [module.adapter.down, module.adapter.up]
+        if params:
+            rates = {"lr": self.lora.lr, "weight_decay": self.lora.weight_decay, "eps": 1e-10, "fused": True}
+            optimizer = torch.optim.AdamW(params, betas=(0.0, self.lora.beta2), **rates)
+        lengths = np.diff(self.documents[batch]).ravel()
+        chunk = chunk_tokens_of(int(lengths[0]), self.lora)
+        for start in range(0, int(lengths[0]), chunk):
+            self.score_chunk(batch[lengths > start], start, chunk, optimizer)
+        if self.lora.warm_lanes:
+            adapters = [module.adapter for module in self.sites.values()]
+            self.carried[lane] = [adapter.down.detach().mean(1) for adapter in adapters]
+        detach_adapters(self.model)
+
+    def score_chunk(self, docs: np.ndarray, start: int, chunk: int, optimizer) -> None:
+        """Score targets [start, start + chunk) of each document, then learn those of documents that go on.
+
+        All rows share one window, so a document's score does not depend on its company; rows that end
+        early are filled on the right, which no earlier position can see.
+        """
+        options, settings = self.session.options, self.session.settings
+        lo, hi = self.documents[docs].T[:, :, None]
+        goes_on = (hi - lo > start + chunk).ravel()
+        learns = optimizer is not None and bool(goes_on.any())
+        begin = max(0, start + chunk - settings.context_len)
+        end = min(start + chunk, int((hi - lo).max()))
+        span = np.minimum(lo + np.arange(begin, end + 1), hi)  # (B, T + 1)
+        first = start - begin
+        began = time.perf_counter()
+        tokens = torch.from_numpy(self.session.tokens[span].astype(np.int64)).to(options.device)
+        inputs, targets = tokens[:, :-1], tokens[:, 1 + first :]
+        filled = torch.from_numpy(span[:, :-1] >= hi).to(options.device)  # by the next BOS: no document
+        with torch.set_grad_enabled(learns):
+            starts_doc = (inputs == options.bos_id) & ~filled
+            scores = self.model(inputs, starts_doc, first).float()  # (B, T - first, V)
+            losses = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
+            losses = losses.view_as(targets)
+        places = torch.from_numpy(span[:, first:-1])
+        real = places < torch.from_numpy(hi)
+        chosen = real.to(options.device)
+        nats = losses.detach()[chosen]
+        if options.cost is not plain_cost:
+            nats = options.cost(scores.detach()[chosen], targets[chosen], places[real])
+        self.session.record(places[real], nats.float().cpu(), began, inputs.numel())
+        for doc, (low, high) in zip(docs, np.minimum(np.hstack([lo + start, lo + end]), hi)):
+            self.session.referee.score(low, high, doc)
+        if learns:
+            for doc, low in zip(docs[goes_on], lo[goes_on, 0] + start):
+                self.session.referee.update(low, low + chunk, doc)
+            rows = torch.from_numpy(goes_on).to(options.device)
+            optimizer.zero_grad()
+            (losses[rows].sum() / chunk).backward()  # documents share no weight: a sum keeps them independent
+            optimizer.step()
+
+    def learn_phase(self, docs: np.ndarray, sgd: SgdOptions) -> None:
+        """Train all weights on scored documents, with all ranks; adapters start afresh."""
+        tokens, spans = self.session.tokens, self.documents[docs]
+        for doc, (lo, hi) in zip(docs, spans):
+            self.session.referee.update(lo, hi, doc)
+        inputs = np.concatenate([tokens[lo:hi] for lo, hi in spans])
+        targets = np.concatenate([tokens[lo + 1 : hi + 1] for lo, hi in spans])
+        inputs, targets = cut_rows(inputs, targets, self.session.settings.context_len)
+        trainer = SgdTrainer(self.model, sgd, self.session)
+        size = max(1, sgd.chunk_tokens // inputs.shape[1])
+        starts = range(0, len(inputs), size)
+        for i, start in enumerate(starts):
+            rows = slice(start, start + size)
+            trainer.train(inputs[rows], targets[rows], chunk_lr_mul(i, len(starts)))
+        self.model.requires_grad_(False).zero_grad()
+        self.carried.clear()
+
+
+def score_lora(model: nn.Module, session: Session, lora: LoraOptions, phases: PhaseOptions) -> Outcome:
+    """Score documents with adapters of their own, longest first; with phases, SGD on those done so far."""
+    options, settings = session.options, session.settings
+    with restored(model):
+        model.requires_grad_(False)
+        scorer = LoraScorer(model, session, lora)
+        lengths = np.diff(scorer.documents).ravel()
+        batches = plan_doc_batches(lengths, lora, settings.context_len, options.batch_tokens)
+        over = np.maximum(lengths - settings.context_len, 0)
+        costs = lengths - over + -(-over // settings.stride) * settings.context_len  # tokens of plain windows
+        left = np.cumsum([int(costs[batch].sum()) for batch in batches][::-1])[::-1]
+        ends = phase_ends(batches, phases)
+        told = {settings.switch_at} & set(range(1, len(batches)))
+        rounds = [  # a batch for each rank; none crosses a phase or the switch that was asked for
+            range(start, min(start + options.world_size, hi))
+            for lo, hi in pairwise(sorted({0, *ends, *told, len(batches)}))
+            for start in range(lo, hi, options.world_size)
+        ]
+        switch_at = len(batches)
+        for turn in rounds:
+            if not session.may_adapt(turn.start, float(left[turn.start])):
+                switch_at = turn.start
+                break
+            score_round(scorer, batches, turn)
+            if turn.stop in ends:
+                scorer.learn_phase(np.concatenate(batches[: turn.stop]), phases.sgd)
+        rest = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *batches[switch_at:]]))
+        if len(rest):
+            plain = plan_document_windows(scorer.documents[rest], settings.context_len, settings.stride)
+            session.score_windows(model, plain)
+    return session.outcome(len(batches), switch_at)
+
+
+def score_round(scorer: LoraScorer, batches: list[np.ndarray], turn: range) -> None:
+    """Score this rank's batch of a round and note that the others score theirs."""
+    for index in turn:
+        batch = batches[index]
+        if scorer.session.is_mine(index):
+            scorer.score(batch, index)
+        else:
+            for doc in batch:
+                scorer.session.referee.score(*scorer.documents[doc], doc, here=False)
+        scorer.session.advance(int(np.diff(scorer.documents[batch]).sum()))
