@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from fixtures_numbers import assert_close_at_scale
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -248,7 +249,8 @@ def test_the_company_in_a_batch_does_not_matter(tiny_model):
         score_lora(tiny_model, make_session(tokens), lora._replace(batch_docs=size), PhaseOptions()).nats
         for size in (4, 1)
     )
-    torch.testing.assert_close(together, apart, atol=1e-4, rtol=0)
+    # Costs of 10 nats. The step divides a gradient by its size: rounding of small ones comes out larger.
+    assert_close_at_scale(together, apart, units=100)
 
 
 def test_scores_add_up_to_one_over_the_vocabulary():
@@ -319,7 +321,7 @@ def test_ranks_agree_with_one_rank(name, world_size):
 
     with ThreadPoolExecutor(world_size) as pool:
         outcomes = list(pool.map(work, range(world_size)))
-    torch.testing.assert_close(sum(outcome.nats for outcome in outcomes), alone, atol=1e-5, rtol=0)
+    assert_close_at_scale(sum(outcome.nats for outcome in outcomes), alone, units=16)  # costs of 5 nats
     scored = [event for log in logs for event in log if event["kind"] == "score"]
     assert breaches(scored, len(tokens) - 1) == ([], [])
     assert [outcome.invalid for outcome in outcomes] == [""] * world_size
@@ -428,7 +430,7 @@ def test_sgd_steps_equal_a_plain_loop():
                     moved.mul_(0.9).add_(grad * min(1.0, 0.5 / norm))
                     param -= 0.2 * moved
     for one, other in zip(fast.parameters(), slow.parameters()):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        assert_close_at_scale(one, other, units=32)  # weights of 0.4 to 3.4
 
 
 @pytest.mark.parametrize(
@@ -458,7 +460,8 @@ def test_adapters_without_rank_or_rate_are_plain_scoring(tiny_model):
     model.forward = lambda tokens, starts_doc, first: table[tokens[:, first:]]
     none = score_lora(model, make_session(tokens), lora._replace(rank=0), PhaseOptions()).nats
     plain = score_windows(model, tokens, plan_windows(len(tokens) - 1, 16, 4), ScoreOptions(BOS, 64))
-    assert torch.equal(none, plain)  # a table of bigrams sees no context: every plan must give one score
+    # A table of bigrams sees no context: every plan must give one score, to the rounding of a log-softmax.
+    assert_close_at_scale(none, plain, units=4)
 
 
 def test_document_windows_equal_the_float64_reference(tiny_model):
@@ -470,15 +473,14 @@ def test_document_windows_equal_the_float64_reference(tiny_model):
     chunks = score_lora(tiny_model, make_session(tokens), lora, PhaseOptions()).nats
     for lo, hi in rows:
         expected = score_reference(tiny_model, tokens[lo : hi + 1], 16, 4, BOS)
-        np.testing.assert_allclose(whole[lo:hi], expected, atol=2e-5)
-        np.testing.assert_allclose(chunks[lo : min(hi, lo + 4)], expected[:4], atol=2e-5)
+        assert_close_at_scale(whole[lo:hi], expected, units=16)  # costs of 10 nats
+        assert_close_at_scale(chunks[lo : min(hi, lo + 4)], expected[:4], units=16)
     for lo, hi in rows[:1]:  # beyond the first chunk: the reference with windows that end with the chunk
         for start in range(0, hi - lo, 4):
             begin = lo + max(0, start + 4 - 16)
             part = score_reference(tiny_model, tokens[begin : min(lo + start + 4, hi) + 1], 16, 0, BOS)
-            np.testing.assert_allclose(
-                chunks[lo + start : min(lo + start + 4, hi)], part[-(min(4, hi - lo - start)) :], atol=2e-5
-            )
+            ours = chunks[lo + start : min(lo + start + 4, hi)]
+            assert_close_at_scale(ours, part[-(min(4, hi - lo - start)) :], units=16)
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -516,7 +518,7 @@ def test_an_adapter_is_its_formula():
     for visit in (1, 2, 0):
         expected = 1.5 * torch.stack([x[b] @ adapter.down[visit, b] @ adapter.up[visit, b] for b in range(4)])
         rows = 4 - visit  # documents that have ended leave the batch from below
-        torch.testing.assert_close(adapter(x[:rows]), expected[:rows])
+        assert_close_at_scale(adapter(x[:rows]), expected[:rows], units=16)  # values of 24
 
 
 def slow_lora(model, document, lora):
@@ -549,9 +551,8 @@ def test_adapters_learn_as_a_plain_loop_would():
     tokens = make_text((45, 30))
     fast = score_lora(Toy(), make_session(tokens), LORA, PhaseOptions()).nats
     for lo, hi in plan_documents(tokens, BOS):
-        torch.testing.assert_close(
-            fast[lo:hi], slow_lora(Toy(), tokens[lo : hi + 1], LORA), atol=1e-4, rtol=0
-        )
+        # Costs of 4 nats, through 15 steps that divide by the size of a gradient.
+        assert_close_at_scale(fast[lo:hi], slow_lora(Toy(), tokens[lo : hi + 1], LORA), units=100)
 
 
 def test_a_phase_makes_warm_adapters_start_afresh(monkeypatch):
@@ -612,7 +613,8 @@ def test_a_switch_can_be_replayed(name, world_size):
     assert told.switch_at == 1 and not told.invalid
     assert not torch.equal(half, plain) and not torch.equal(half, full)
     if name == "lora":  # the first batch holds the three longest documents: targets 0 .. 86
-        assert torch.equal(half[:87], full[:87]) and torch.equal(half[87:], plain[87:])
+        assert torch.equal(half[:87], full[:87])
+        assert_close_at_scale(half[87:], plain[87:], units=16)  # costs of 5 nats; the rest is batched anew
 
 
 class Timed(nn.Module):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fixtures_model import ROOT
+from fixtures_numbers import assert_close_at_scale
 
 from common import UserError
 from formats.recipe import with_values
@@ -281,8 +282,8 @@ def test_predicting_late_positions_alone_changes_nothing(tiny_config, values, ba
     seen = []
     model.blocks[-1].mlp.register_forward_hook(lambda module, inputs, y: seen.append(y.size(1)))
     whole = model(tokens, starts)
-    for first in (1, 11, 15):
-        torch.testing.assert_close(model(tokens, starts, first), whole[:, first:], atol=2e-5, rtol=1e-5)
+    for first in (1, 11, 15):  # logits of 1.4 to 29, by switch; products of other shapes
+        assert_close_at_scale(model(tokens, starts, first), whole[:, first:], units=32)
     expected = 16 if "model.context_ratio" in values else 1
     assert seen[-1] == expected
 

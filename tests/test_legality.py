@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from fixtures_numbers import assert_close_at_scale
 
 from audit.probes import Event, coverage, order_of_events
 from common import UserError
@@ -232,7 +233,7 @@ def test_a_prefix_alone_scores_as_within_the_text(attack, case, cut):
     kept = cut // CONTEXT * CONTEXT if "chunked" in case or "sliding" in case else cut - STRIDE
     if "lora" in case or "doc" in case:  # whole documents
         kept = int(plan_documents(TEXT[: cut + 1], BOS)[-1, 0])
-    np.testing.assert_allclose(alone[:kept], whole[:kept], rtol=0, atol=2e-5)
+    assert_close_at_scale(alone[:kept], whole[:kept], units=16)  # costs of 7 nats; batches of other shapes
 
 
 @pytest.mark.parametrize("case", ["sgd-ttt", "sgd-ttt tilt"])
@@ -240,7 +241,7 @@ def test_a_prefix_alone_is_scored_by_the_same_weights_until_rates_differ(attack,
     """The rate falls with the share of the text that is done: lengths are known, as in the contest's form."""
     whole, _ = attack(case, TEXT)
     alone, _ = attack(case, TEXT[:61])
-    np.testing.assert_allclose(alone[:48], whole[:48], rtol=0, atol=2e-5)
+    assert_close_at_scale(alone[:48], whole[:48], units=16)  # costs of 6 nats
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -292,7 +293,8 @@ def test_documents_in_another_order_score_the_same(attack, case):
     shuffled = np.concatenate([*(TEXT[lo:hi] for lo, hi in spans[order]), [BOS]]).astype(np.uint16)
     before, after = attack(case, TEXT)[0], attack(case, shuffled)[0]
     for (lo, hi), (low, high) in zip(spans[order], plan_documents(shuffled, BOS)):
-        np.testing.assert_allclose(after[low:high], before[lo:hi], rtol=0, atol=5e-5)
+        # Costs of 6 nats; other neighbours in a batch, and adapters amplify the rounding.
+        assert_close_at_scale(after[low:high], before[lo:hi], units=64)
 
 
 @pytest.mark.parametrize("case", TILTED)
@@ -341,7 +343,7 @@ def test_hostile_texts_are_scored_in_full(attack, case, name):
         expected = [
             score_reference(attack.model, tokens[lo : hi + 1], CONTEXT, stride, BOS) for lo, hi in spans
         ]
-        np.testing.assert_allclose(nats, np.concatenate(expected), rtol=0, atol=2e-5)
+        assert_close_at_scale(nats, np.concatenate(expected), units=24)  # costs of 7 nats
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures_numbers import assert_close_at_scale
 
 from formats.recipe import with_values
 from train_gpt import (
@@ -67,7 +68,8 @@ def test_future_tokens_never_move_earlier_logits(tiny_model, position):
 def test_first_only_leaves_out_rows(tiny_model):
     """Scorers ask for the tail of a window; its logits must not change."""
     tokens = torch.randint(0, 300, (2, 16))
-    torch.testing.assert_close(tiny_model(tokens, tokens == 1, 5), tiny_model(tokens, tokens == 1)[:, 5:])
+    late, whole = tiny_model(tokens, tokens == 1, 5), tiny_model(tokens, tokens == 1)
+    assert_close_at_scale(late, whole[:, 5:], units=32)  # logits of 6; products of other shapes
 
 
 def test_smear_gate_is_the_identity_at_init_and_never_crosses_a_document_start(tiny_config):
@@ -158,7 +160,7 @@ def test_the_softcap_is_computed_in_float32(tiny_config, asymmetric):
     with torch.no_grad():
         model.embed.weight.mul_(400)
         states, weight = model.before_head(model.hidden(tokens, tokens == 0))
-        plain = (states @ weight.bfloat16().mT).float()
+        plain = model.readout(states, weight).float()  # the very call: another product may round up to 1 / 8
         logits = model(tokens, tokens == 0)
     assert plain.abs().max() > 15
     assert logits.dtype == torch.float32

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from fixtures_numbers import assert_close_at_scale
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,11 +67,11 @@ def test_scores_of_a_model_equal_the_float64_reference(tiny_model, stride, batch
     windows = plan_windows(82, 16, stride)
     nats = score_windows(tiny_model, tokens, windows, ScoreOptions(BOS, batch_tokens))
     expected = score_reference(tiny_model, tokens, 16, stride, BOS)
-    np.testing.assert_allclose(nats.numpy(), expected, atol=2e-5)
+    assert_close_at_scale(nats, expected, units=16)  # costs of 12 nats
 
 
 def test_a_uniform_scorer_costs_log_vocabulary_a_token():
-    """The one score that is known exactly."""
+    """The one score that is known without a computation."""
     tokens = np.random.default_rng(0).integers(0, 64, 200).astype(np.uint16)
     nats = score_windows(
         lambda tokens, starts_doc, first: torch.zeros(*tokens[:, first:].shape, 64),
@@ -78,7 +79,8 @@ def test_a_uniform_scorer_costs_log_vocabulary_a_token():
         plan_windows(199, 32, 8),
         ScoreOptions(BOS, 64),
     )
-    assert torch.equal(nats, torch.full((199,), float(np.log(64.0))))
+    # One logarithm, which vector units round one way or the other.
+    assert_close_at_scale(nats, torch.full((199,), np.log(64.0)), units=2)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -207,7 +209,8 @@ def test_one_shape_is_compiled_once_and_scores_the_same(tiny_model, alone, monke
     assert len(graphs) == 1
     nats = score_windows(scorer, tokens, windows, ScoreOptions(BOS, 64))
     assert len(graphs) == 1
-    torch.testing.assert_close(nats, score_windows(tiny_model, tokens, windows, ScoreOptions(BOS, 64)))
+    expected = score_windows(tiny_model, tokens, windows, ScoreOptions(BOS, 64))
+    assert_close_at_scale(nats, expected, units=16)  # costs of 12 nats; tails have another shape
 
 
 def test_the_clock_of_a_score_leaves_the_rehearsal_out(tiny_config, tiny_model, alone):
