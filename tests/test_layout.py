@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from fixtures_model import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = "train_gpt"
@@ -224,3 +225,12 @@ def test_no_file_format_runs_code_when_it_is_read():
             ):
                 found.append(f"{name}:{node.lineno} allows pickles")
     assert found == []
+
+
+@pytest.mark.parametrize("old, new", [("dev.pack", "pack"), ("eval.audit", "audit")])
+def test_old_commands_name_the_new_ones_and_work(old, new):
+    """For one release: what people have typed or written down."""
+    done = run_python("-m", old, "--help")
+    assert done.stderr == f"python -m {old} is called python -m {new} now\n"
+    assert done.stdout.startswith(f"usage: python -m {new} ")
+    assert done.returncode == 0
