@@ -4,6 +4,7 @@ Nothing is stated that was not measured: scores come from result.json and from a
 files, compliance from verdicts of checks, and a check that did not run leaves its line null.
 """
 
+import hashlib
 import json
 import math
 import platform
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -36,7 +38,7 @@ SOURCES = (
     ROOT / "eval" / "__main__.py",
     ROOT / "pack" / "__main__.py",
 )  # and all that they import: the trainer too
-NOTICES = ("LICENSE", "THIRD_PARTY_NOTICES.md")
+NOTICES = "THIRD_PARTY_NOTICES.md"
 BASELINE = "baseline.json"  # the scores of the row to beat
 KEPT_BYTES = 1_000_000  # code + artifact up to this: the folder keeps an artifact
 ORDER = ("NOT RUN", "PASS", "SUSPECT", "FAIL")  # what counts where two reports speak of one check
@@ -267,7 +269,8 @@ def submission_of(record: Record, checks: list[dict]) -> dict:
             f"{key}={value}" for key, value in changed_settings(record.cfg).items()
         ),
         "compliance": compliance(record, checks),
-        "attribution": {"notices": f"source/{NOTICES[1]}"},
+        "source": source_of(),
+        "attribution": {"notices": NOTICES},
         "base_pr": None,
     }
     comparison = record.comparison
@@ -368,7 +371,7 @@ def commands(record: Record) -> str:
     data = f"data.data_path={places['data.data_path']} data.tokenizer_path={places['data.tokenizer_path']}"
     lines = [f"python {folder}/{ENTRY.name} run.seed={kept.seed} {data}"]
     if keeps_artifact(record.runs):
-        lines.append(f"PYTHONPATH={folder}/source python -m eval {folder}")
+        lines.append(f"python -m eval {folder}")
     against = f" --against {folder}/{BASELINE}" if record.old else ""
     lines += [f"python -m audit {folder}{against}", f"python -m eval.stats {folder}{against}"]
     return "\n".join(lines)
@@ -383,7 +386,12 @@ def readme_of(record: Record, checks: list[dict]) -> str:
     if checks:
         sections["Audit"] = audit_section(checks)
     sections["Configuration"] = f"`recipe.toml`; unlike the naive baseline:\n\n```\n{changed}\n```"
-    sections["Again"] = f"On {hardware()}, requirements.txt installed:\n\n```\n{commands(record)}\n```"
+    source = source_of()
+    sections["Again"] = (
+        f"On {hardware()}, requirements.txt installed. Packed from the source of commit "
+        f"{source['commit'] or 'unknown'} (sha256 of its modules {source['sha256']}):\n\n"
+        f"```\n{commands(record)}\n```"
+    )
     return (
         introduction(record) + "".join(f"\n\n## {title}\n\n{text}" for title, text in sections.items()) + "\n"
     )
@@ -411,22 +419,36 @@ def requirements_of(folder: Path) -> str:
 
 
 @cache
-def source_files() -> set[Path]:
-    """Return trainer, packer and scorer with all that they import, and the licences."""
-    modules = {module.label for entry in SOURCES for module in collect(entry, ROOT)}
-    return {ROOT / label for label in (*modules, *NOTICES)}
+def source_of() -> dict:
+    """Say which source the program was packed from: commit, files changed since, and a hash of every module.
+
+    The hash is over trainer, packer and scorer with all that they import; `python -m dev.submission` prints
+    that of a checkout.
+    """
+    labels = {module.label for entry in SOURCES for module in collect(entry, ROOT)}
+    return {
+        "commit": ask_git("rev-parse", "HEAD"),
+        "changed": ask_git("diff", "--name-only", "HEAD", "--", *sorted(labels)).split(),
+        "sha256": hash_sources(ROOT, labels),
+    }
 
 
-def write_source(folder: Path) -> None:
-    """Copy the readable source."""
-    for file in source_files():
-        target = folder / file.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+def ask_git(*arguments: str) -> str:
+    """Ask git about this checkout; empty where there is none."""
+    if not shutil.which("git"):
+        return ""
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def hash_sources(root: Path, labels: Iterable[str]) -> str:
+    """Hash files by their names below the root and their contents."""
+    rows = [f"{label} {sha256_file(root / label)}\n" for label in sorted(labels)]
+    return hashlib.sha256("".join(rows).encode()).hexdigest()
 
 
 def write_files(folder: Path, record: Record) -> None:
-    """Copy what the runs left: program, recipe, logs, artifact, source, requirements, the row to beat."""
+    """Copy what the runs left: program, recipe, logs, artifact, requirements, the row to beat."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = kept_run(record.runs)
     copies = {record.recipe: "recipe.toml", kept.folder / ENTRY.name: ENTRY.name}
@@ -435,7 +457,6 @@ def write_files(folder: Path, record: Record) -> None:
         copies |= {kept.folder / name: name for name in (ARTIFACT_NAME, "result.json")}
     for file, name in copies.items():
         shutil.copyfile(file, folder / name)
-    write_source(folder / "source")
     (folder / "requirements.txt").write_text(requirements_of(folder), encoding="utf-8")
     if record.old:
         write_json(folder / BASELINE, {"scores": [row._asdict() for row in record.old]})
@@ -446,3 +467,7 @@ def write_claims(folder: Path, record: Record, checks: list[dict]) -> None:
     (folder / "README.md").write_text(readme_of(record, checks), encoding="utf-8")
     write_json(folder / "submission.json", submission_of(record, checks))
     write_json(folder / "audit.json", {"checks": checks})
+
+
+if __name__ == "__main__":
+    print(json.dumps(source_of()))

@@ -164,7 +164,8 @@ def test_the_folder_states_what_was_measured(made, old):
     tests = stats.compare(stats.read_scores([folder]), stats.read_scores([old]))["tests"]
     assert facts["comparison"]["tests"] == tests
     assert f"{tests[0]['p']:.3g}" in readme
-    assert (folder / "source" / "train_gpt.py").read_text() == (submission.ROOT / "train_gpt.py").read_text()
+    assert not (folder / "source").exists()
+    assert read_json(folder / "submission.json")["source"] == submission.source_of()
     pins = (folder / "requirements.txt").read_text().split()
     assert [pin.partition("==")[0] for pin in pins] == ["numpy", "torch"]
 
@@ -407,11 +408,24 @@ def test_a_record_from_training_to_audit(tiny_data, tmp_path):
     assert passed >= {"K1", "K2", "K5", "K6", "K7", "K12", "K13", "K14", "K16", "K22", "K24"}
     programs = [folder, *(runs / f"seed{seed}" for seed in (1, 2, 3))]
     assert len({sha256_file(path / "train_gpt.py") for path in programs}) == 1
-    source = {"cwd": folder / "source", "timeout": 600}
-    again = run_python("-m", "eval", folder, "--json", **source)  # with the record's own source
+    again = run_python("-m", "eval", folder, "--json", timeout=600)
     assert again.returncode == 0, again.stderr
     assert abs(json.loads(again.stdout)["difference"]) < 1e-6
     forged = bytearray((folder / "artifact.bin").read_bytes())
     forged[-1] ^= 1
     (folder / "artifact.bin").write_bytes(forged)
-    assert run_python("-m", "eval", folder, **source).returncode == 1
+    assert run_python("-m", "eval", folder, timeout=600).returncode == 1
+
+
+def test_sources_are_hashed_by_name_and_content(tmp_path):
+    """A moved or changed module is another source; order and other files do not matter."""
+    for name in ("a.py", "b.py", "other.py"):
+        (tmp_path / name).write_text(name)
+    digest = submission.hash_sources(tmp_path, ["b.py", "a.py"])
+    assert digest == submission.hash_sources(tmp_path, ["a.py", "b.py"])
+    (tmp_path / "a.py").rename(tmp_path / "c.py")
+    assert submission.hash_sources(tmp_path, ["c.py", "b.py"]) != digest
+    (tmp_path / "c.py").rename(tmp_path / "a.py")
+    (tmp_path / "b.py").write_text("changed")
+    assert submission.hash_sources(tmp_path, ["a.py", "b.py"]) != digest
+    assert submission.source_of()["commit"] in ("", *submission.ask_git("log", "-1", "--format=%H").split())
