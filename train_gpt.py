@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -1429,7 +1430,7 @@ def make_gpt(cfg: Config, device: torch.device, weights_on: str = "cpu") -> GPT:
 class Rule(NamedTuple):
     """How parameters of one kind are updated and stored; all masters are float32."""
 
-    pattern: str  # of the parameter's name; the first match wins
+    pattern: str  # of the parameter's whole name, see names_parameter; the first match wins
     optimizer: str  # matrix (optim.matrix_optimizer) | adamw
     lr: str  # field of OptimConfig
     weight_decay: str  # field of OptimConfig
@@ -1457,31 +1458,38 @@ def has_value_mix(cfg: Config) -> bool:
 
 
 PARAM_RULES = (
-    Rule("*.bias", *SCALAR, lambda cfg: cfg.model.biases != "none" or cfg.model.norm == "layer"),
-    Rule("*_norm.gain", *SCALAR, lambda cfg: cfg.model.norm != "rms"),
+    Rule("blocks.*.(attn.(q|k|v)|mlp.up).bias", *SCALAR, lambda cfg: cfg.model.biases == "all"),
+    Rule("blocks.*.(attn.out|mlp.down).bias", *SCALAR, lambda cfg: cfg.model.biases != "none"),
+    Rule("(final_norm|blocks.*.(attn|mlp)_norm).bias", *SCALAR, lambda cfg: cfg.model.norm == "layer"),
+    Rule("(final_norm|blocks.*.(attn|mlp)_norm).gain", *SCALAR, lambda cfg: cfg.model.norm != "rms"),
     Rule("embed.weight", *TIED, lambda cfg: cfg.model.tie_embeddings),
     Rule("embed.weight", *UNTIED, lambda cfg: not cfg.model.tie_embeddings),
     Rule("head.weight", *HEAD, lambda cfg: not cfg.model.tie_embeddings),
     Rule("embed_proj.weight", *PROJ, lambda cfg: cfg.model.embed_dim > 0),
-    Rule("blocks.*.attn.[qkvo]*.weight", *MATRIX),
-    Rule("blocks.*.mlp.*.weight", *MATRIX[:3], "mlp"),
+    Rule("blocks.*.attn.(q|k|v|out).weight", *MATRIX),
+    Rule("blocks.*.mlp.(up|down).weight", *MATRIX[:3], "mlp"),
     Rule("blocks.*.attn.q_gain", *SCALAR, lambda cfg: cfg.model.qk_norm),
     Rule("blocks.*.attn.value_mix", *SCALAR, has_value_mix),
-    Rule("blocks.*.attn.attn_gate.*", *SCALAR, lambda cfg: cfg.model.attn_gate != "none"),
-    Rule("blocks.*_scale", *SCALAR, lambda cfg: cfg.model.channel_scales),
+    Rule("blocks.*.attn.attn_gate.gate.weight", *SCALAR, lambda cfg: cfg.model.attn_gate != "none"),
+    Rule("blocks.*.(resid|attn|mlp)_scale", *SCALAR, lambda cfg: cfg.model.channel_scales),
     Rule("blocks.*.embed_mix", *SCALAR, lambda cfg: cfg.model.channel_scales),
-    Rule("blocks.*.lane_*", *SCALAR, lambda cfg: cfg.model.parallel == "two_lane"),
-    Rule("smear.*", *SCALAR, lambda cfg: cfg.model.smear != "none"),
+    Rule("blocks.*.lane_(keep|post)", *SCALAR, lambda cfg: cfg.model.parallel == "two_lane"),
+    Rule("smear.(gamma|strength|gate.weight)", *SCALAR, lambda cfg: cfg.model.smear != "none"),
     Rule("bigram.table.weight", *TIED, has_bigram),
     Rule("bigram.proj.weight", *MATRIX, lambda cfg: has_bigram(cfg, "muon")),
     Rule("bigram.proj.weight", *PROJ, lambda cfg: has_bigram(cfg, "adamw")),
     Rule("bigram.strength", *SCALAR, has_bigram),
     Rule("value_embed.table.weight", *TIED, lambda cfg: bool(cfg.model.value_embed_layers)),
     Rule("value_embed.proj.weight", *PROJ, lambda cfg: bool(cfg.model.value_embed_layers)),
-    Rule("value_embed.*", *SCALAR, lambda cfg: bool(cfg.model.value_embed_layers)),
-    Rule("skip_*", *SCALAR, lambda cfg: num_skips(cfg.model) > 0),
+    Rule("value_embed.(strength|layer_scales)", *SCALAR, lambda cfg: bool(cfg.model.value_embed_layers)),
+    Rule("skip_(weights|gates)", *SCALAR, lambda cfg: num_skips(cfg.model) > 0),
     Rule("softcap.caps", *SCALAR, lambda cfg: cfg.model.asymmetric_softcap),
 )
+
+
+def names_parameter(pattern: str, name: str) -> bool:
+    """Whether a row's pattern names a parameter: * is one part of its path, (a|b) is either."""
+    return re.fullmatch(pattern.replace(".", r"\.").replace("*", "[^.]+"), name) is not None
 
 
 def match_rules(cfg: Config, names: list[str]) -> dict[str, Rule]:
@@ -1489,7 +1497,7 @@ def match_rules(cfg: Config, names: list[str]) -> dict[str, Rule]:
     rules = [rule for rule in PARAM_RULES if rule.present(cfg)]
     matched = {}
     for name in names:
-        rule = next((rule for rule in rules if fnmatch.fnmatchcase(name, rule.pattern)), None)
+        rule = next((rule for rule in rules if names_parameter(rule.pattern, name)), None)
         if rule is None:
             raise ValueError(f"parameter {name} has no row in PARAM_RULES; add one beside its module's kin")
         matched[name] = rule

@@ -150,6 +150,24 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
         match_rules(cfg, [name for name in names if "smear" not in name])
 
 
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "blocks.0.attn.value_gate.weight",
+        "blocks.0.mlp.gate.weight",
+        "blocks.0.attn.q.extra.weight",
+        "blocks.0.out_scale",
+        "skip_bias",
+        "embed.weight.more",
+    ],
+)
+def test_a_parameter_that_nobody_planned_for_stops_the_run(tiny_config, stray):
+    """A gate that looks like a matrix would go to Muon and the quantizer without a word."""
+    names = [name for name, _ in GPT(tiny_config.model, 300).named_parameters()]
+    with pytest.raises(ValueError, match=f"parameter {stray} has no row in PARAM_RULES"):
+        match_rules(tiny_config, [*names, stray])
+
+
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_the_softcap_is_computed_in_float32(tiny_config, asymmetric):
     """Each bfloat16 step of cap * tanh(z / cap) would round: logits near the cap to 1 / 8."""
