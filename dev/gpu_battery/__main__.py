@@ -68,9 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         print(format_markdown(read_json(args.show)))
         return 0
     parts = choose_parts(args.parts)
-    work = args.out.with_name(args.out.name + ".work")
-    report = run_battery(parts, Settings(args.out, work, args.seconds, args.rehearse, args.data))
-    print(f"\n{format_plain(report)}\n{args.out / RESULTS_NAME}")
+    out, data = args.out.resolve(), str(Path(args.data).resolve()) if args.data else ""
+    work = out.with_name(out.name + ".work")
+    report = run_battery(parts, Settings(out, work, args.seconds, args.rehearse, data))
+    print(f"\n{format_plain(report)}\n{out / RESULTS_NAME}")
     return int(any(part["status"] != "ok" for part in report["parts"].values()))
 
 

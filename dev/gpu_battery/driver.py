@@ -219,7 +219,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
 
     A rehearsal has one thread: two that wait for each other on busy cores take ten times as long.
     """
-    caches = settings.work.resolve() / "cache"
+    caches = settings.work / "cache"
     threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} if settings.rehearse else {}
     return (
         os.environ
@@ -264,6 +264,7 @@ def say(text: str) -> None:
 
 def run_battery(parts: Sequence[Part], settings: Settings) -> dict:
     """Run the parts in order within the time; returns the report, which results.json holds as well."""
+    settings = settings._replace(out=settings.out.resolve(), work=settings.work.resolve())
     settings.out.mkdir(parents=True, exist_ok=True)
     with stop_on_signals() as stop:
         return Battery(parts, settings, stop).run()

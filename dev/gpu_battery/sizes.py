@@ -24,6 +24,7 @@ SIZES = {  # name -> (full, miniature)
     "packed_segment": (2048, 64),
     "short_rows": ((64, 192), (4, 64)),
     "shard_tokens": (8_000_000, 60_000),
+    "compile_full": ("auto", "off"),  # a CPU takes half a minute for a graph; the others are compiled
     "naive_steps": (30, 4),
     "text_bytes": ((2_000_000, 40_000), (200_000, 4_000)),  # of training and of validation
     "train_seconds": (15, 3),
@@ -39,7 +40,7 @@ MINIATURE = {
     "data.seq_len": 64,
     "data.batch_tokens": 2048,
     "run.val_batch_tokens": 4096,
-    "model.num_layers": 3,
+    "model.num_layers": 2,
     "model.model_dim": 64,
     "model.num_heads": 4,
     "model.num_kv_heads": 2,
@@ -53,9 +54,9 @@ MINIATURE = {
 }
 MINIATURE_1061 = {
     "model.rope_dims": 8,
-    "model.xsa_last": 3,
-    "model.recur_layers": (1, 1),
-    "model.parallel_start": 2,
+    "model.xsa_last": 2,
+    "model.recur_layers": (0, 0),
+    "model.parallel_start": 1,
 }
 
 

@@ -67,12 +67,13 @@ class Bench(NamedTuple):
 
 def run_1061_low(job: Job) -> None:
     """One micro-batch of the 1.0611 recipe as it starts: every layer once."""
-    run_micro_batch(job, passes=1)
+    run_micro_batch(job, passes=1, compiled="auto")
 
 
 def run_1061_full(job: Job) -> None:
     """The same with all passes of the recurrent segment."""
-    run_micro_batch(job, passes=load_recipe(job, "1061").model.recur_passes)
+    passes = load_recipe(job, "1061").model.recur_passes
+    run_micro_batch(job, passes, size_of(job, "compile_full"))
 
 
 def open_bench(job: Job, cfg: Config, ranks: Ranks, passes: int) -> Bench:
@@ -96,11 +97,12 @@ def describe(bench: Bench) -> dict:
     }
 
 
-def run_micro_batch(job: Job, passes: int) -> None:
+def run_micro_batch(job: Job, passes: int, compiled: str) -> None:
     """Measure a micro-batch that lies on the device, then as the loop runs it, then the update."""
     ranks = open_ranks(job.rehearse)
     cfg = load_recipe(job, "1061")
-    cfg = load_recipe(job, "1061", **{"data.data_path": write_tokens(job, cfg)})
+    changes = {"data.data_path": write_tokens(job, cfg), "run.compile": compiled}
+    cfg = load_recipe(job, "1061", **changes)
     bench = open_bench(job, cfg, ranks, passes)
     job.measure("what", lambda: describe(bench))
     in_document = cfg.model.attn_in_document

@@ -39,7 +39,7 @@ def run(job: Job) -> None:
 def prepare(job: Job) -> dict:
     """Find or make the dataset."""
     started = time.perf_counter()
-    folder = Path(job.data).resolve() if job.data else write_text(job)
+    folder = Path(job.data) if job.data else write_text(job)
     seconds, counts = time.perf_counter() - started, read_json(folder / MANIFEST_NAME)
     return {"folder": str(folder), "seconds": seconds} | {
         f"{split}_tokens": sum(shard["tokens"] for shard in counts[split]["shards"])
