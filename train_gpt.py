@@ -59,11 +59,11 @@ from formats.recipe import (
     environment_values,
     flatten_recipe,
     format_toml,
+    get_recipe,
     option,
     parse_overrides,
     read_recipe,
     recipe_hash,
-    recipe_of,
     with_values,
 )
 from formats.rotation import BEST_NAME, LOSSES_NAME, NUMBERED_GLOB, rotate_checkpoints
@@ -74,21 +74,21 @@ from kernels.attention import (
     AttentionMask,
     Choice,
     Extent,
-    Reach,
+    MaskSpec,
     attend,
+    build_mask,
     extent_of,
     has_usual_docs,
-    mask_of,
     resolve_attention,
 )
 from kernels.context import ContextRule, attend_compressed, feature_projection
 from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
 from kernels.loss import blocked_loss
 from kernels.machine import resolve_compile, resolve_dtype
-from kernels.muon import NS_TABLES, MuonSettings, Pending, Stack
-from quantizers.gptq import Calibrated, Moments, calibrate, collect_moments, combine_roles
+from kernels.muon import NS_TABLES, AsyncWork, MuonSettings, Stack
+from quantizers.gptq import Calibrated, CalibrationStats, calibrate, collect_stats, combine_roles
 from quantizers.grid import CLIP_RULES, Grid, Quantized, check_weight, stored_weights
-from quantizers.methods import METHODS, grid_of, quantize_matrices
+from quantizers.methods import METHODS, build_grid, quantize_matrices
 from quantizers.storage import (
     TensorRow,
     check_numel,
@@ -101,24 +101,24 @@ from quantizers.storage import (
     unpack_tensors,
     with_factors,
 )
-from scoring.adaptive import Reports, Session, Settings
+from scoring.adaptive import Callbacks, ScoringRun, WindowSettings
 from scoring.bpb import BpbMeter
 from scoring.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
 from scoring.generate import Sampling, draw_tokens, last_logits, stream_text
 from scoring.modes import (
     EVAL_MODES,
     PLAIN_MODES,
-    Aids,
+    ScorerState,
     Scoring,
-    aid_limits,
-    make_table,
+    build_ngram_table,
     plan_plain,
-    read_aids,
-    rehearse,
+    read_scorer_state,
     score_session,
     score_tail_again,
+    scorer_state_limits,
     scoring_cost,
-    write_aids,
+    warm_up_scorer,
+    write_scorer_state,
 )
 from scoring.sliding import (
     CompiledWindows,
@@ -458,7 +458,7 @@ class Stage(NamedTuple):
     grad_clip_norm: float = 0.0
 
 
-def stages_of(cfg: Config) -> list[Stage]:
+def get_stages(cfg: Config) -> list[Stage]:
     """List the curriculum; without one, the only stage is that of the data section."""
     data = cfg.data
     if not cfg.schedule.stages:
@@ -522,7 +522,7 @@ def fixed_hash(cfg: Config) -> str:
 
 def whole_recipe(cfg: Config) -> dict[str, dict]:
     """Return {section: {key: value}} of all fields."""
-    fixed, rest = fixed_recipe(cfg), recipe_of(cfg, live=True)
+    fixed, rest = fixed_recipe(cfg), get_recipe(cfg, live=True)
     return {section: fixed.get(section, {}) | rest.get(section, {}) for section in {**rest, **fixed}}
 
 
@@ -531,7 +531,7 @@ def check_config(cfg: Config) -> None:
     check_ranges(cfg)
     rules = clock_rules(cfg)
     if PACKED_RECIPE is None:  # a packed program's other fields passed when it was packed
-        rules = [*model_rules(cfg), *stage_rules(cfg, stages_of(cfg)), *storage_rules(cfg), *rules]
+        rules = [*model_rules(cfg), *stage_rules(cfg, get_stages(cfg)), *storage_rules(cfg), *rules]
     for name, holds, constraint in rules:
         if not holds:
             raise UserError(f"{name}={config_value(cfg, name)} {constraint}.")
@@ -582,7 +582,7 @@ class Ranks:
         """Whether this is rank 0, which writes files and lines."""
         return self.rank == 0
 
-    def agree(self, value: float) -> float:
+    def broadcast(self, value: float) -> float:
         """Return rank 0's value on every rank."""
         if self.world_size == 1:
             return value
@@ -607,21 +607,21 @@ class Ranks:
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
                 tensor.copy_(part.view_as(tensor))
 
-    def start_scatter_average(self, stack: Tensor) -> Pending:
+    def start_scatter_average(self, stack: Tensor) -> AsyncWork:
         """Begin to average a (world * n, ...) stack over ranks; this rank will get its (n, ...) share."""
         if self.world_size == 1:
-            return Pending(stack)
+            return AsyncWork(stack)
         share = stack.new_empty(stack.shape[0] // self.world_size, *stack.shape[1:])
         work = dist.reduce_scatter_tensor(share, stack, async_op=True)
-        return Pending(share, work, 1 / self.world_size, stack)
+        return AsyncWork(share, work, 1 / self.world_size, stack)
 
-    def start_gather(self, share: Tensor) -> Pending:
+    def start_gather(self, share: Tensor) -> AsyncWork:
         """Begin to concatenate every rank's (n, ...) share into (world * n, ...)."""
         if self.world_size == 1:
-            return Pending(share)
+            return AsyncWork(share)
         share = share.contiguous()  # NCCL refuses transposed views
         stack = share.new_empty(share.shape[0] * self.world_size, *share.shape[1:])
-        return Pending(stack, dist.all_gather_into_tensor(stack, share, async_op=True), source=share)
+        return AsyncWork(stack, dist.all_gather_into_tensor(stack, share, async_op=True), source=share)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -675,7 +675,7 @@ class Clock:
     def read_ms(self) -> float:
         """Return rank 0's training time so far, after what the device has been given is done."""
         self.ranks.synchronize()
-        return self.ranks.agree(self.total_ms + 1000.0 * (time.perf_counter() - self.started))
+        return self.ranks.broadcast(self.total_ms + 1000.0 * (time.perf_counter() - self.started))
 
     def stop(self) -> float:
         """Stop the time and return it."""
@@ -725,7 +725,7 @@ def open_loader(cfg: Config, bos_id: int) -> TokenLoader:
     """Open the training shards in the order that data.loader names; refuses data smaller than a step."""
     settings = LoaderSettings(cfg.data.loader, cfg.data.vocab_size, bos_id, cfg.run.seed)
     loader = make_loader(Path(cfg.data.data_path) / TRAIN_GLOB, settings)
-    for stage in stages_of(cfg):
+    for stage in get_stages(cfg):
         loader.check_step(stage.seq_len, stage.batch_tokens)
     return loader
 
@@ -741,14 +741,14 @@ def next_batch(loader: TokenLoader, stage: Stage, ranks: Ranks, in_document: boo
     return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=True) for part in rows), extent)
 
 
-def tokenizer_of(cfg: DataConfig) -> TokenCodec:
+def open_tokenizer(cfg: DataConfig) -> TokenCodec:
     """Open the tokenizer that a config names."""
     return load_codec(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
 
 
 def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "") -> ValidationText:
     """Load all validation shards, or the chosen ones; refuses another tokenizer than the one of this hash."""
-    return read_validation(cfg, tokenizer_of(cfg), chosen, tokenizer_sha256)
+    return read_validation(cfg, open_tokenizer(cfg), chosen, tokenizer_sha256)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -840,7 +840,7 @@ def rotate_interleaved(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-class Shared(NamedTuple):
+class ForwardContext(NamedTuple):
     """What all block visits of one forward pass read."""
 
     embedded: Tensor  # (B, T, D)
@@ -907,26 +907,26 @@ class SelfAttention(nn.Module):
         if cfg.context_ratio and cfg.context_axis == "features":  # a constant: neither weight nor buffer
             self.projection = feature_projection(context_rule(cfg), layer, cfg.num_layers, self.head_dim)
 
-    def queries_and_keys(self, x: Tensor, shared: Shared, first: int = 0) -> tuple[Tensor, Tensor]:
+    def queries_and_keys(self, x: Tensor, context: ForwardContext, first: int = 0) -> tuple[Tensor, Tensor]:
         """Project, normalise and rotate: (B, T - first, H, K) and (B, T, G, K)."""
         q, k = self.q(x[:, first:]), self.k(x)
         if POSITIONS[self.cfg.positions][1] == "width":  # one head as wide as the model
-            q, k = (rotate(part.unsqueeze(2), shared.rope).squeeze(2) for part in (q, k))
+            q, k = (rotate(part.unsqueeze(2), context.rope).squeeze(2) for part in (q, k))
         q, k = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
         if self.cfg.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         if POSITIONS[self.cfg.positions][1] == "head":
-            q, k = rotate(q, shared.rope), rotate(k, shared.rope)
+            q, k = rotate(q, context.rope), rotate(k, context.rope)
         return (q * self.q_gain.to(x.dtype)[:, None] if self.cfg.qk_norm else q), k
 
     def forward(
-        self, x: Tensor, shared: Shared, first_value: Tensor | None, first: int
+        self, x: Tensor, context: ForwardContext, first_value: Tensor | None, first: int
     ) -> tuple[Tensor, Tensor]:
         """Return the output of positions from `first` on, (B, T - first, D), and all values (B, T, G, K)."""
-        q, k = self.queries_and_keys(x, shared, first)
+        q, k = self.queries_and_keys(x, context, first)
         v = self.v(x)
-        if self.cfg.value_embed_layers and self.layer in shared.extra_values:
-            v = v + shared.extra_values[self.layer]
+        if self.cfg.value_embed_layers and self.layer in context.extra_values:
+            v = v + context.extra_values[self.layer]
         v = v.unflatten(-1, (-1, self.head_dim))
         if self.cfg.value_residual and self.layer > 0:
             v = torch.lerp(v, first_value, self.value_mix.to(x.dtype))
@@ -934,9 +934,9 @@ class SelfAttention(nn.Module):
             y = attend_compressed(q, k, v, context_rule(self.cfg))
         elif self.cfg.context_ratio:
             projection = self.projection.to(q)
-            y = attend(q @ projection, k, v @ projection, shared.masks[self.window, first])
+            y = attend(q @ projection, k, v @ projection, context.masks[self.window, first])
         else:
-            y = attend(q, k, v, shared.masks[self.window, first])
+            y = attend(q, k, v, context.masks[self.window, first])
         if self.xsa:
             y = subtract_self_value(y, v[:, first:])
         if self.attn_gate is not None:
@@ -974,7 +974,7 @@ class Step(NamedTuple):
     first: int = 0  # positions before it give keys and values only: nobody reads their output
 
 
-class Lanes(NamedTuple):
+class Residual(NamedTuple):
     """The residual stream: one lane, or one for attention and one for the mlp."""
 
     attn: Tensor  # (B, T, D)
@@ -1016,27 +1016,27 @@ class Block(nn.Module):
         y = self.mlp(normed)
         return self.mlp_scale.to(y.dtype) * y if self.cfg.channel_scales else y
 
-    def forward(self, lanes: Lanes, shared: Shared, step: Step) -> Lanes:
-        x = lanes.attn
-        mixed = self.mix(x, shared.embedded)  # (B, T, D)
+    def forward(self, residual: Residual, context: ForwardContext, step: Step) -> Residual:
+        x = residual.attn
+        mixed = self.mix(x, context.embedded)  # (B, T, D)
         normed = self.attn_norm(mixed) * self.norm_scale
-        attended, value = self.attn(normed, shared, lanes.first_value, step.first)
+        attended, value = self.attn(normed, context, residual.first_value, step.first)
         x, mixed, normed = (part[:, step.first :] for part in (x, mixed, normed))
         attended = F.dropout(attended, self.cfg.dropout, self.training)
         if self.cfg.channel_scales:
             attended = self.attn_scale.to(x.dtype) * attended
         first_value = None
         if self.cfg.value_residual:
-            first_value = value if lanes.first_value is None else lanes.first_value
+            first_value = value if residual.first_value is None else residual.first_value
         if step.kind == "serial":
             x = mixed + attended
-            return Lanes(x + self.fed(self.mlp_norm(x) * self.norm_scale), None, first_value)
+            return Residual(x + self.fed(self.mlp_norm(x) * self.norm_scale), None, first_value)
         if step.kind == "gptj":
-            return Lanes(mixed + attended + self.fed(normed), None, first_value)
-        mlp_lane = x if lanes.mlp is None else lanes.mlp[:, step.first :]
+            return Residual(mixed + attended + self.fed(normed), None, first_value)
+        mlp_lane = x if residual.mlp is None else residual.mlp[:, step.first :]
         fed = self.fed(self.mlp_norm(mlp_lane) * self.norm_scale)
         keep, post = self.lane_keep.to(x.dtype), self.lane_post.to(x.dtype)
-        return Lanes(
+        return Residual(
             keep[0] * x + post[0, 0] * attended + post[1, 0] * fed,
             keep[1] * mlp_lane + post[0, 1] * attended + post[1, 1] * fed,
             first_value,
@@ -1212,7 +1212,7 @@ class GPT(nn.Module):
         self.head = None if cfg.tie_embeddings else CastLinear(cfg.model_dim, vocab_size)
         self.readout = TiedHead(cfg.embed_dim or cfg.model_dim, vocab_size) if cfg.tie_embeddings else None
         self.softcap = AsymmetricSoftcap(cfg.logit_softcap) if cfg.asymmetric_softcap else None
-        self.aids = Aids()  # for the scorer; in the artifact beside the weights
+        self.scorer_state = ScorerState()  # for the scorer; in the artifact beside the weights
         self.init_weights()
 
     @torch.no_grad()
@@ -1275,20 +1275,18 @@ class GPT(nn.Module):
         embedded: Tensor,
         plan: list[Step],
         extent: Extent | None = None,
-    ) -> Shared:
+    ) -> ForwardContext:
         """Compute once what every block visit reads."""
         cfg, seq_len = self.cfg, tokens.size(1)
         turned = POSITIONS[cfg.positions][1]
         dims = {"head": rope_dims(cfg), "width": cfg.model_dim, None: 0}[turned]
         rope = rope_tables(seq_len, dims, rope_base_at(cfg, seq_len), embedded) if turned else None
-        masks = {
-            (window, first): mask_of(
-                Reach(window, cfg.attn_in_document, extent), starts_doc, self.attention, embedded.dtype, first
-            )
-            for window, first in sorted({(self.blocks[step.layer].attn.window, step.first) for step in plan})
-        }
+        masks = {}
+        for window, first in sorted({(self.blocks[step.layer].attn.window, step.first) for step in plan}):
+            spec = MaskSpec(window, cfg.attn_in_document, extent)
+            masks[window, first] = build_mask(spec, starts_doc, self.attention, embedded.dtype, first)
         extra_values = self.value_embed(tokens, embedded.dtype) if self.value_embed is not None else {}
-        return Shared(embedded, rope, masks, extra_values)
+        return ForwardContext(embedded, rope, masks, extra_values)
 
     def join_skip(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
         """Add a kept output with its weights, or blend it in with its sigmoid gate."""
@@ -1346,21 +1344,21 @@ class GPT(nn.Module):
         plan = layer_plan(cfg, cfg.recur_passes if passes is None else passes)
         last = 0 if cfg.context_ratio else first  # a compressed context is made for all queries
         plan[-1] = plan[-1]._replace(first=last)
-        shared = self.share(tokens, starts_doc, x, plan, extent)
-        lanes, kept = Lanes(x), []
+        context = self.share(tokens, starts_doc, x, plan, extent)
+        residual, kept = Residual(x), []
         for visit, step in enumerate(plan):
             if step.pop is not None:
-                lanes = lanes._replace(attn=self.join_skip(lanes.attn, kept.pop(), step.pop))
+                residual = residual._replace(attn=self.join_skip(residual.attn, kept.pop(), step.pop))
             block = self.blocks[step.layer]
             if self.training and cfg.checkpoint_every and visit % cfg.checkpoint_every == 0:
-                lanes = checkpoint(block, lanes, shared, step, use_reentrant=False)
+                residual = checkpoint(block, residual, context, step, use_reentrant=False)
             else:
-                lanes = block(lanes, shared, step)
+                residual = block(residual, context, step)
             if step.push:
-                kept.append(lanes.attn)
-        if cfg.parallel == "two_lane" and lanes.mlp is not None:
-            lanes = Lanes((lanes.attn + lanes.mlp) / 2)
-        return lanes.attn[:, first - last :]
+                kept.append(residual.attn)
+        if cfg.parallel == "two_lane" and residual.mlp is not None:
+            residual = Residual((residual.attn + residual.mlp) / 2)
+        return residual.attn[:, first - last :]
 
 
 def mean_loss(model: nn.Module, batch: Batch, passes: int | None = None) -> Tensor:
@@ -1406,8 +1404,8 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> Ch
     """Choose the attention backend for a recipe's heads and masks."""
     model = cfg.model
     heads = (model.num_heads, model.num_kv_heads, model.model_dim // model.num_heads)
-    reach = Reach(model.attn_window, model.attn_in_document)
-    return resolve_attention(cfg.run.attention, device, dtype, heads, reach)
+    spec = MaskSpec(model.attn_window, model.attn_in_document)
+    return resolve_attention(cfg.run.attention, device, dtype, heads, spec)
 
 
 def make_gpt(cfg: Config, device: torch.device, weights_on: str = "cpu") -> GPT:
@@ -1619,7 +1617,7 @@ def phase_at(cfg: Config, step: int, progress: float) -> Phase:
 
 def stage_at(cfg: Config, step: int, progress: float) -> Stage:
     """Return the last stage that has started."""
-    stages = stages_of(cfg)
+    stages = get_stages(cfg)
     return [stage for stage in stages if stage.start <= (progress if stage.start < 1 else step)][-1]
 
 
@@ -1808,10 +1806,10 @@ def quantized_names(cfg: Config) -> dict[str, str]:
 
 def exported_grids(cfg: Config) -> dict[str, Grid]:
     """Map every quantized parameter to the grid of its stored codes."""
-    return {name: grid_of(storage, cfg.quant) for name, storage in quantized_names(cfg).items()}
+    return {name: build_grid(storage, cfg.quant) for name, storage in quantized_names(cfg).items()}
 
 
-def calibrated_matrices(model: GPT, cfg: Config, moments: dict[str, Moments]) -> dict[str, Calibrated]:
+def calibrated_matrices(model: GPT, cfg: Config, stats: dict[str, CalibrationStats]) -> dict[str, Calibrated]:
     """Put weights and their statistics together; a tied embedding has two roles. Rounding needs none."""
     params, matrices = dict(model.named_parameters()), {}
     for name in quantized_names(cfg):
@@ -1819,19 +1817,19 @@ def calibrated_matrices(model: GPT, cfg: Config, moments: dict[str, Moments]) ->
             check_weight(params[name], name)
             matrices[name] = Calibrated(params[name].detach().float())
             continue
-        kept = moments[name]
+        kept = stats[name]
         roles = kept.hessian, kept.row_weights
-        if name == "embed.weight" and "readout" in moments:
-            roles = combine_roles(moments["readout"], kept)
+        if name == "embed.weight" and "readout" in stats:
+            roles = combine_roles(stats["readout"], kept)
         matrices[name] = calibrate(name, params[name], *roles, cfg.quant.damping)
     return matrices
 
 
 def quantize_model(
-    model: GPT, cfg: Config, moments: dict[str, Moments], size_of: Callable[[dict], int]
+    model: GPT, cfg: Config, stats: dict[str, CalibrationStats], size_of: Callable[[dict], int]
 ) -> dict[str, Quantized]:
     """Quantize every matrix as cfg.quant says; size_of weighs the code and the artifact of a result."""
-    matrices = calibrated_matrices(model, cfg, moments)
+    matrices = calibrated_matrices(model, cfg, stats)
     grids = exported_grids(cfg) if cfg.quant.method != "water_fill" else {}  # which makes its own
     return quantize_matrices(matrices, grids, cfg.quant, size_of)
 
@@ -1846,7 +1844,7 @@ def quantize_model(
 LARGEST_SIZE, LARGEST_DEPTH = 1 << 20, 256
 
 
-def has_aids(cfg: EvalConfig) -> bool:
+def has_scorer_state(cfg: EvalConfig) -> bool:
     """Whether the scorer takes anything but weights from the artifact."""
     return cfg.tilt_static_entries > 0 or cfg.fit_scales
 
@@ -1859,8 +1857,8 @@ def pack_model(
         quantized = with_factors(quantized)
     table = tensor_table(cfg, repaired_names(quantized) if cfg.quant.repair_rank else ())
     streams = pack_tensors(table, quantized, dict(model.named_parameters()), cfg.quant.codec)
-    if has_aids(cfg.eval):
-        streams |= write_aids(model.aids)
+    if has_scorer_state(cfg.eval):
+        streams |= write_scorer_state(model.scorer_state)
     header = {"recipe": fixed_recipe(cfg), "tokenizer_sha256": tokenizer_sha256, "tensors": table}
     return pack_artifact(header, streams, frame_codec(cfg.quant.codec))
 
@@ -1875,7 +1873,7 @@ def write_artifact(
     return ledger
 
 
-def read_recipe_of(header: dict, live: Config, path: Path) -> Config:
+def merge_recipe(header: dict, live: Config, path: Path) -> Config:
     """Merge the recipe in an artifact's header with the live fields of `live`."""
     if PACKED_RECIPE is not None:
         if header["recipe"] != PACKED_RECIPE:
@@ -1916,10 +1914,10 @@ def check_extent(cfg: Config, path: Path) -> None:
         )
 
 
-def load_aids(streams: dict[str, Stream], cfg: Config) -> Aids:
+def load_scorer_state(streams: dict[str, Stream], cfg: Config) -> ScorerState:
     """Take what the scorer needs out of the streams."""
-    return read_aids(
-        take_streams(streams, aid_limits(cfg.eval), cfg.quant.codec), cfg.eval, cfg.data.vocab_size
+    return read_scorer_state(
+        take_streams(streams, scorer_state_limits(cfg.eval), cfg.quant.codec), cfg.eval, cfg.data.vocab_size
     )
 
 
@@ -1931,7 +1929,7 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     """
     path = Path(path)
     header, streams = read_artifact(path)
-    cfg = read_recipe_of(header, live, path)
+    cfg = merge_recipe(header, live, path)
     repaired = ()
     if cfg.quant.repair_rank:
         rows = [row for row in header["tensors"] if isinstance(row, list) and row]
@@ -1940,14 +1938,14 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     if header["tensors"] != [list(row) for row in table]:
         raise ArtifactError(f"{path}: the tensor table is not that of the recipe in it.")
     check_numel(table, path.stat().st_size, path)
-    aids = load_aids(streams, cfg) if has_aids(cfg.eval) else Aids()
+    scorer_state = load_scorer_state(streams, cfg) if has_scorer_state(cfg.eval) else ScorerState()
     tensors = unpack_tensors(streams, table, cfg.quant.codec, cfg.quant.repair_rank > 0)
     wild = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if wild:
         raise ArtifactError(f"{path}: {wild[0]} has values that are not finite; it is damaged.")
     model = make_gpt(cfg, device, "meta").to_empty(device=device)  # no weights are drawn for nothing
     model.load_state_dict(tensors)
-    model.aids = aids
+    model.scorer_state = scorer_state
     return model.eval(), cfg, header
 
 
@@ -2015,26 +2013,26 @@ def score_model(
     options = score_options(cfg, text, ranks)
     num_bytes = int(text.target_bytes[: len(tokens) - 1].sum())
     deadline_s = seconds_for(settings, settings.deadline_s, num_bytes)
-    windows = Settings(context_len, settings.stride, deadline_s, scoring.switch_at)
-    session = Session(tokens, windows, options, ranks, scoring.reports)
+    windows = WindowSettings(context_len, settings.stride, deadline_s, scoring.switch_at)
+    session = ScoringRun(tokens, windows, options, ranks, scoring.reports)
     scorer = model.eval()
     if scoring.warms_up:
         if settings.mode in PLAIN_MODES and resolve_compile(cfg.run.compile, ranks.device):
             plan = plan_plain(settings, context_len, tokens, text.bos_id)
             fits = (has_usual_docs,) if cfg.model.attn_in_document else ()
             scorer = CompiledWindows(model, plan, options.batch_tokens, *fits)
-        rehearse(model, scorer, session, settings, cfg.data.vocab_size)
+        warm_up_scorer(model, scorer, session, settings, cfg.data.vocab_size)
     ranks.synchronize()
     started = time.perf_counter()
-    session.start(scoring_cost(settings, tokens, model.aids))
+    session.start(scoring_cost(settings, tokens, model.scorer_state))
     if session.options.cost is not plain_cost:
-        session.referee.event("precompute", 0, len(tokens) - 1)  # hints: each reads its own prefix
+        session.checker.event("precompute", 0, len(tokens) - 1)  # hints: each reads its own prefix
     outcome = score_session(scorer, session, settings)
     meter = measure(outcome.nats, text, ranks)
     if settings.tail_legacy:
         places, nats = score_tail_again(model, session, settings.stride)
         meter.add(nats, text.target_bytes[places])
-    seconds = ranks.agree(time.perf_counter() - started)
+    seconds = ranks.broadcast(time.perf_counter() - started)
     totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
     stride = 0 if settings.mode == "chunked" else settings.stride
     tail = "included" if settings.keep_tail else "cut"
@@ -2066,7 +2064,7 @@ class Training:
         # 8-bit products record their amax in place, which a compiled graph may not.
         self.is_compiled = self.fp8 is None and resolve_compile(cfg.run.compile, ranks.device)
         if self.is_compiled:
-            torch._dynamo.config.recompile_limit = 8 + 8 * len(phases_of(cfg))  # eight extents of documents
+            torch._dynamo.config.recompile_limit = 8 + 8 * len(get_phases(cfg))  # eight extents of documents
             self.loss = torch.compile(mean_loss, dynamic=False, fullgraph=True)
 
     def parts(self) -> dict:
@@ -2126,23 +2124,23 @@ class Training:
             self.average.update()
 
 
-def phases_of(cfg: Config) -> list[Phase]:
+def get_phases(cfg: Config) -> list[Phase]:
     """List the phases that a run goes through, in order; each may be a compiled graph of its own."""
     steps = max(cfg.run.iterations, 1)
-    starts = [stage.start if stage.start < 1 else stage.start / steps for stage in stages_of(cfg)]
+    starts = [stage.start if stage.start < 1 else stage.start / steps for stage in get_stages(cfg)]
     points = sorted({0.0, *starts, *cfg.schedule.recur_start_fracs, cfg.quant.qat_start})
     phases = [phase_at(cfg, round(point * steps), point) for point in points if point <= 1]
     return list(dict.fromkeys(phases))
 
 
-def collect_statistics(training: Training) -> dict[str, Moments]:
+def collect_statistics(training: Training) -> dict[str, CalibrationStats]:
     """Pass training text through the model: what calibration keeps of every quantized matrix, all ranks."""
     model, cfg = training.model, training.cfg
     modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in quantized_names(cfg)}
     if cfg.model.tie_embeddings:
         modules["readout"] = model.readout
     model.eval()
-    stage = stages_of(cfg)[-1]
+    stage = get_stages(cfg)[-1]
 
     def run_batches() -> None:
         for _ in range(-(-cfg.quant.calib_batches // training.ranks.world_size)):
@@ -2150,16 +2148,16 @@ def collect_statistics(training: Training) -> dict[str, Moments]:
             (mean_loss(model, batch) * batch.targets.numel()).backward()
             training.optimizers.zero_grad()
 
-    moments = collect_moments(modules, run_batches)
-    for kept in moments.values():
+    stats = collect_stats(modules, run_batches)
+    for kept in stats.values():
         kept.merge(training.ranks.sum)
-    return moments
+    return stats
 
 
 def fit_scales(training: Training) -> tuple[float, ...]:
     """Fit the scorer's factors of positive and of negative logits to the next training text, all ranks."""
     model, cfg = training.model.eval(), training.cfg
-    stage = stages_of(cfg)[-1]
+    stage = get_stages(cfg)[-1]
     batches = [next_batch(training.loader, stage, training.ranks) for _ in range(cfg.quant.calib_batches)]
     scales = torch.ones(2, dtype=torch.float64, device=training.ranks.device)
     for _ in range(NEWTON_STEPS):
@@ -2173,12 +2171,12 @@ def fit_scales(training: Training) -> tuple[float, ...]:
     return tuple(scales.tolist())
 
 
-def collect_aids(training: Training) -> Aids:
+def collect_scorer_state(training: Training) -> ScorerState:
     """Make what the scorer takes from training text; rank 0, which writes the artifact, counts n-grams."""
     settings, table = training.cfg.eval, None
     if settings.tilt_static_entries and training.ranks.is_main:
-        table = make_table(settings, training.loader.shards)
-    return Aids(table, fit_scales(training) if settings.fit_scales else ())
+        table = build_ngram_table(settings, training.loader.shards)
+    return ScorerState(table, fit_scales(training) if settings.fit_scales else ())
 
 
 def save_checkpoint(training: Training, path: Path) -> None:
@@ -2206,7 +2204,7 @@ def warm_up(training: Training, log: Log) -> None:
     """Compile and time real steps before the clock starts, then restore all state; prints a projection."""
     cfg, ranks = training.cfg, training.ranks
     initial = copy.deepcopy(training.state_dict())
-    for phase in phases_of(cfg):
+    for phase in get_phases(cfg):
         for step in range(max(cfg.run.warmup_steps, 1)):
             training.accumulate(phase, lambda: False)
             training.update(0.0)
@@ -2241,7 +2239,7 @@ def validate_now(training: Training, log: Log, validate: Callable[[], BpbMeter])
 def log_sample(training: Training, log: Log) -> None:
     """Draw text from a document's start and log it; the weights and their noise stay as they are."""
     cfg, model = training.cfg, training.model.eval()
-    codec = tokenizer_of(cfg.data)
+    codec = open_tokenizer(cfg.data)
     sampling = Sampling(cfg.watch.sample_tokens, seed=training.step)
     drawn = draw_tokens(last_logits(model, codec, cfg.data.seq_len), [codec.bos_id], sampling, codec.bos_id)
     log.line(f"sample: step:{training.step} text:{json.dumps(''.join(stream_text(codec, '', drawn)))}")
@@ -2443,7 +2441,7 @@ def place_values(cfg: Config) -> dict[str, str]:
 
 def check_world_size(cfg: Config, world_size: int) -> None:
     """Raise unless the ranks can share every step's micro-batches."""
-    for stage in stages_of(cfg):
+    for stage in get_stages(cfg):
         if stage.micro_batches % world_size:
             raise UserError(
                 f"data.micro_batches={stage.micro_batches} must be a multiple of the world size "
@@ -2456,7 +2454,7 @@ def open_run(
 ) -> tuple[Training, Log, int]:
     """Make ranks, model (from a checkpoint if there is one) and run folder; also weigh the packed source."""
     ranks = Ranks(environment, cfg.run.device)
-    started_at = time.localtime(ranks.agree(time.time()))  # rank 0's, so that all ranks name one folder
+    started_at = time.localtime(ranks.broadcast(time.time()))  # rank 0's, so that all ranks name one folder
     run_id = cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at) + f"_seed{cfg.run.seed}"
     training = Training(cfg, ranks, text.bos_id)
     if checkpoint_path:
@@ -2480,10 +2478,10 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
     sha256 is the tokenizer's.
     """
     model, cfg, started = training.model, training.cfg, time.perf_counter()
-    moments = collect_statistics(training) if cfg.quant.method != "round" else {}
-    if has_aids(cfg.eval):
-        model.aids = collect_aids(training)
-    if cfg.quant.method != "round" or has_aids(cfg.eval):
+    stats = collect_statistics(training) if cfg.quant.method != "round" else {}
+    if has_scorer_state(cfg.eval):
+        model.scorer_state = collect_scorer_state(training)
+    if cfg.quant.method != "round" or has_scorer_state(cfg.eval):
         calibration = 1000 * (time.perf_counter() - started)
         log.line(f"calibration_time:{calibration:.0f}ms reserve:{1000 * cfg.quant.reserve_seconds:.0f}ms")
         over = training.train_ms + calibration - 1000 * cfg.run.max_wallclock_seconds
@@ -2495,7 +2493,7 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
         def size_of(quantized: dict[str, Quantized]) -> int:
             return code_bytes + len(pack_model(model, cfg, quantized, sha256)[0])
 
-        quantized = quantize_model(model, cfg, moments, size_of)
+        quantized = quantize_model(model, cfg, stats, size_of)
         ledger += write_artifact(model, cfg, quantized, sha256, log.folder / ARTIFACT_NAME)
         log_sizes(cfg, model, ledger, log)
     training.ranks.barrier()
@@ -2528,7 +2526,7 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     model, packed_cfg, header = load_artifact(log.folder / ARTIFACT_NAME, cfg, ranks.device)
     text = load_validation(packed_cfg.data, text.pattern, header["tokenizer_sha256"])
     phase("reload")
-    score = score_model(model, packed_cfg, text, ranks, Scoring(Reports(progress=ProgressLines(log.line))))
+    score = score_model(model, packed_cfg, text, ranks, Scoring(Callbacks(progress=ProgressLines(log.line))))
     phase("scoring")
     log_score(cfg, score, log)
     ranks.close()
@@ -2564,7 +2562,7 @@ def open_scorer(path: str) -> tuple[dict, Callable[[list[int]], tuple[list[float
         events: list[dict] = []
         tokens = np.array(stream, dtype=text.tokens.dtype)
         changed = ValidationText(tokens, np.ones(len(tokens) - 1, dtype=np.int64), *text[2:])
-        score_model(model, cfg, changed, ranks, Scoring(Reports(events.append), len(stream)))  # no clock
+        score_model(model, cfg, changed, ranks, Scoring(Callbacks(events.append), len(stream)))  # no clock
         return ranks.kept.tolist(), [[event["kind"], event["lo"], event["hi"]] for event in events]
 
     window = cfg.eval.context_len or cfg.data.seq_len

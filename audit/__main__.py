@@ -20,7 +20,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from audit.checks import Finding, join, worst
-from audit.folder import Case, Folder, find_track, read_logs, read_submission
+from audit.folder import Case, SubmissionFolder, find_track, read_logs, read_submission
 from audit.matrix import CASES, print_matrix
 from audit.program import read_program
 from audit.report import Findings, as_json, as_markdown, as_text, exit_status
@@ -36,7 +36,7 @@ DOCTOR_CHECKS = {"K9": ("tokenizer", "val totals", "sidecars"), "K10": ("overlap
 
 def read_case(root: Path, against: list[Path] | None = None) -> Case:
     """Read a folder once for all checks."""
-    folder = Folder(root)
+    folder = SubmissionFolder(root)
     submission, error = read_submission(folder)
     readme = folder.text("README.md") if folder.named("README.md") else ""
     logs = read_logs(folder)

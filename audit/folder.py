@@ -55,7 +55,7 @@ class File(NamedTuple):
     kind: str
 
 
-class Folder:
+class SubmissionFolder:
     """The files of a folder by relative path, and what kept it from being read whole."""
 
     def __init__(self, root: Path):
@@ -118,7 +118,7 @@ class Folder:
 class Case(NamedTuple):
     """Everything that the checks look at, read once."""
 
-    folder: Folder
+    folder: SubmissionFolder
     track: Track
     readme: str
     submission: dict | None  # None: no submission.json, or one that is not a JSON object
@@ -132,7 +132,7 @@ class Case(NamedTuple):
         return set(self.folder.files) <= RECIPE_FILES and "recipe.toml" in self.folder.files
 
 
-def read_submission(folder: Folder) -> tuple[dict | None, str]:
+def read_submission(folder: SubmissionFolder) -> tuple[dict | None, str]:
     """Return (submission.json or its only variant, error)."""
     names = folder.named("submission.json") or [
         name for name in folder.named("submission*.json") if "/" not in name
@@ -146,14 +146,14 @@ def read_submission(folder: Folder) -> tuple[dict | None, str]:
     return (facts, "") if isinstance(facts, dict) else (None, f"{names[0]} holds no JSON object")
 
 
-def find_track(folder: Folder, submission: dict | None) -> Track:
+def find_track(folder: SubmissionFolder, submission: dict | None) -> Track:
     """Return the track that the parent folder names, else submission.json, else the contest's."""
     words = re.sub(r"[^a-z0-9]+", "_", str((submission or {}).get("track", "")).lower())
     names = (folder.root.parent.name, words, f"track_{words}")
     return next((TRACKS[name] for name in names if name in TRACKS), TRACKS["track_10min_16mb"])
 
 
-def read_logs(folder: Folder) -> list[RunLog]:
+def read_logs(folder: SubmissionFolder) -> list[RunLog]:
     """Return the logs that state a score or another fact; the same text twice counts once."""
     names = [name for pattern in ("*.log", "*.txt") for name in folder.named(pattern)]
     names = [name for name in names if not PurePosixPath(name).name.startswith("requirements")]

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent / "cases"
 MARKS = {"FAIL": "FAIL", "SUSPECT": "susp", "PASS": ".", "NOT RUN": "-"}
 
 
-class Row(NamedTuple):
+class MatrixRow(NamedTuple):
     """A violation and the checks each of which must fail it."""
 
     name: str
@@ -23,32 +23,32 @@ class Row(NamedTuple):
 
 
 CASES = (
-    Row("train_on_val", ("K11",)),
-    Row("calibrate_on_val", ("K11",)),
-    Row("paid_prefix", ("K11", "K22")),
-    Row("warm_up_on_val", ("K11",)),
-    Row("train_then_score", ("K12", "K13", "K15", "K22")),
-    Row("later_epoch", ("K12", "K13", "K16")),
-    Row("slot", ("K12", "K13")),
-    Row("bias_before_score", ("K12", "K15")),
-    Row("rescored_temperature", ("K13", "K16")),
-    Row("hint_table", ("K13", "K14")),
-    Row("hashed_cache", ("K12",)),
-    Row("dirichlet_buckets", ("K12",)),
-    Row("byte_spread", ("K12",)),
-    Row("outcome_gate", ("K12",)),
-    Row("truncated_softmax", ("K12",)),
-    Row("within_word_gate", ("K12",)),
-    Row("no_causal_mask", ("K13",)),
-    Row("overlapping_windows", ("K12", "K16")),
-    Row("dropped_targets", ("K16",)),
-    Row("carried_state", ("K17",)),
-    Row("train_data_at_eval", ("K17",)),
-    Row("hidden_file", ("K17",)),
-    Row("other_rank", ("K17",)),
-    Row("network_call", ("K18",)),
-    Row("spaces_twice", ("K9",)),
-    Row("paused_clock", ("K23",)),
+    MatrixRow("train_on_val", ("K11",)),
+    MatrixRow("calibrate_on_val", ("K11",)),
+    MatrixRow("paid_prefix", ("K11", "K22")),
+    MatrixRow("warm_up_on_val", ("K11",)),
+    MatrixRow("train_then_score", ("K12", "K13", "K15", "K22")),
+    MatrixRow("later_epoch", ("K12", "K13", "K16")),
+    MatrixRow("slot", ("K12", "K13")),
+    MatrixRow("bias_before_score", ("K12", "K15")),
+    MatrixRow("rescored_temperature", ("K13", "K16")),
+    MatrixRow("hint_table", ("K13", "K14")),
+    MatrixRow("hashed_cache", ("K12",)),
+    MatrixRow("dirichlet_buckets", ("K12",)),
+    MatrixRow("byte_spread", ("K12",)),
+    MatrixRow("outcome_gate", ("K12",)),
+    MatrixRow("truncated_softmax", ("K12",)),
+    MatrixRow("within_word_gate", ("K12",)),
+    MatrixRow("no_causal_mask", ("K13",)),
+    MatrixRow("overlapping_windows", ("K12", "K16")),
+    MatrixRow("dropped_targets", ("K16",)),
+    MatrixRow("carried_state", ("K17",)),
+    MatrixRow("train_data_at_eval", ("K17",)),
+    MatrixRow("hidden_file", ("K17",)),
+    MatrixRow("other_rank", ("K17",)),
+    MatrixRow("network_call", ("K18",)),
+    MatrixRow("spaces_twice", ("K9",)),
+    MatrixRow("paused_clock", ("K23",)),
 )
 
 
@@ -60,7 +60,7 @@ def run_case(name: str) -> dict[str, Finding]:
         return run_program(Path(folder) / f"{name}.py")
 
 
-def print_matrix(rows: list[Row]) -> int:
+def print_matrix(rows: list[MatrixRow]) -> int:
     """Run cases and their twins and print a line each; returns 0 when all came out as expected, else 4."""
     print(f"{'case':<28}" + "".join(f"{check:>6}" for check in DYNAMIC) + "  as expected")
     num_wrong = 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from audit.folder import ARTIFACTS, Folder
+from audit.folder import ARTIFACTS, SubmissionFolder
 from audit.reach import MARKS, Live, last_name, live_nodes, read_settings
 from audit.unwrap import Constants, Unknown, Unreadable, parse_source
 
@@ -55,7 +55,7 @@ class Program(NamedTuple):
 class Unwrapped:
     """What following a program from its entry has brought up."""
 
-    def __init__(self, folder: Folder):
+    def __init__(self, folder: SubmissionFolder):
         self.folder = folder
         self.layers: dict[str, ast.Module] = {}
         self.opaque: list[str] = []
@@ -125,7 +125,7 @@ class Unwrapped:
                     yield path, path, self.folder.read(path)
 
 
-def find_entry(folder: Folder) -> str:
+def find_entry(folder: SubmissionFolder) -> str:
     """Return train_gpt.py, else the largest train*.py, else the largest script; "" without any."""
     scripts = [path for path in folder.named("*.py") if "/" not in path]
     if "train_gpt.py" in scripts:
@@ -134,7 +134,7 @@ def find_entry(folder: Folder) -> str:
     return max(trainers or scripts, key=lambda path: folder.files[path].size, default="")
 
 
-def read_program(folder: Folder, logged: dict[str, str], readme: str) -> Program:
+def read_program(folder: SubmissionFolder, logged: dict[str, str], readme: str) -> Program:
     """Unwrap and follow the entry script; `logged` is the configuration that ran, by its log."""
     entry = find_entry(folder)
     if not entry:
@@ -146,7 +146,7 @@ def read_program(folder: Folder, logged: dict[str, str], readme: str) -> Program
         return Program(entry, "", {}, opaque, [], [], 0, {entry: folder.files[entry].size}, {})
 
 
-def _read_program(folder: Folder, entry: str, logged: dict[str, str], readme: str) -> Program:
+def _read_program(folder: SubmissionFolder, entry: str, logged: dict[str, str], readme: str) -> Program:
     found = Unwrapped(folder)
     found.follow(entry)
     layers = found.layers
@@ -165,7 +165,7 @@ def _read_program(folder: Folder, entry: str, logged: dict[str, str], readme: st
     return Program(entry, found.error, layers, found.opaque, found.newer, live, num_dead, code, data)
 
 
-def _local_files(folder: Folder, node: ast.AST) -> Iterator[str]:
+def _local_files(folder: SubmissionFolder, node: ast.AST) -> Iterator[str]:
     """Yield the folder's files that a node takes in: an import, or a string inside a call's arguments."""
     modules = []
     if isinstance(node, ast.Import):
@@ -185,7 +185,7 @@ def _local_files(folder: Folder, node: ast.AST) -> Iterator[str]:
                     yield from _named_files(folder, part.value)
 
 
-def _named_files(folder: Folder, text: str) -> list[str]:
+def _named_files(folder: SubmissionFolder, text: str) -> list[str]:
     """The folder's files that a string names: by path, else by bare name."""
     plain = text.removeprefix("./")
     if not plain or len(plain) > 200 or "." not in plain:

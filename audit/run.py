@@ -20,7 +20,7 @@ import numpy as np
 
 from audit import probes
 from audit.checks import Finding
-from audit.folder import Folder
+from audit.folder import SubmissionFolder
 from audit.program import HARMLESS_COMMANDS, Unwrapped
 from audit.recorded import Losses, compare, compare_rows, explains, read_losses
 from audit.sandbox import Box, Limits, Ran, Server, namespace_command, read_trace
@@ -53,7 +53,7 @@ RANK_LIMITS = Limits(seconds=30)
 PER_TARGET = "shows no score per target: offer load(path) and score(model, tokens, note)"
 
 
-class Plan(NamedTuple):
+class AttackPlan(NamedTuple):
     """How a program is run."""
 
     vocab_size: int
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 class Scene:
     """A program in its box, the world, and the runs that several checks share."""
 
-    def __init__(self, box: Box, plan: Plan):
+    def __init__(self, box: Box, plan: AttackPlan):
         self.box, self.plan, self.count = box, plan, 0
         self.world = make_world(plan.vocab_size, NUM_TRAIN, NUM_TARGETS + 1)
         self.noise = self.world.noise(NUM_TARGETS + 1, seed=3)
@@ -114,9 +114,9 @@ def printed_score(ran: Ran) -> ScoreLine | None:
     return headlines([parse_log("run", ran.text)]).get("run")
 
 
-def plan_run(box: Box, recipe: Path | None) -> Plan:
+def plan_run(box: Box, recipe: Path | None) -> AttackPlan:
     """Decide the vocabulary and the settings from what the program says about itself; nothing is executed."""
-    folder = Folder(box.root / "program")
+    folder = SubmissionFolder(box.root / "program")
     found = Unwrapped(folder)
     found.follow(box.entry.name)
     if found.error:
@@ -125,7 +125,7 @@ def plan_run(box: Box, recipe: Path | None) -> Plan:
     if not fields:
         settings = SETTINGS | TOY_SETTINGS | {"VOCAB_SIZE": str(TOY_VOCAB)}
         needs_shims = any("torch" in ast.unparse(tree) for tree in found.layers.values())
-        return Plan(TOY_VOCAB, settings, [], Limits(seconds=240), needs_shims)
+        return AttackPlan(TOY_VOCAB, settings, [], Limits(seconds=240), needs_shims)
     facts = fields[0]
     argv = ["run.compile=off"] if "compile" in facts else []  # a recipe may have fixed it
     if recipe:
@@ -138,7 +138,7 @@ def plan_run(box: Box, recipe: Path | None) -> Plan:
     settings = SETTINGS | (TOY_SETTINGS | {"VOCAB_SIZE": str(vocab_size)} if is_free else {})
     if facts.get("reserve_seconds", 0):  # needs a clock; this one never ends
         settings["MAX_WALLCLOCK_SECONDS"] = "10000000"
-    return Plan(vocab_size, settings, argv, Limits(seconds=HARNESS_SECONDS), False)
+    return AttackPlan(vocab_size, settings, argv, Limits(seconds=HARNESS_SECONDS), False)
 
 
 def harness_fields(tree: ast.Module) -> dict[str, object]:
@@ -395,7 +395,7 @@ def check_reproduced(nats: np.ndarray, printed: ScoreLine, protocol: str) -> Fin
     return Finding("FAIL" if not abs(loss - printed.val_loss) <= allowed else "PASS", [text])
 
 
-def sums_in_time(score: Callable, stream: np.ndarray, plan: Plan) -> Finding:
+def sums_in_time(score: Callable, stream: np.ndarray, plan: AttackPlan) -> Finding:
     """K12 at as many positions as time allows."""
     started = time.perf_counter()
     score(stream)

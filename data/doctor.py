@@ -31,7 +31,7 @@ NUM_NAMED = 5  # places that a finding names
 CONTEST_BYTES = (151_060_000, 151_100_000)
 
 
-class Finding(NamedTuple):
+class ShardFinding(NamedTuple):
     """The outcome of one check: ok, FAIL, skipped, or note (worth knowing, no fault)."""
 
     check: str
@@ -39,10 +39,10 @@ class Finding(NamedTuple):
     detail: str
 
 
-def judge(check: str, problems: list[str], good: str) -> Finding:
+def judge(check: str, problems: list[str], good: str) -> ShardFinding:
     """Make a finding of a list of problems; an empty one is good."""
     more = f" and {len(problems) - NUM_NAMED} more" if len(problems) > NUM_NAMED else ""
-    return Finding(check, "FAIL" if problems else "ok", "; ".join(problems[:NUM_NAMED]) + more or good)
+    return ShardFinding(check, "FAIL" if problems else "ok", "; ".join(problems[:NUM_NAMED]) + more or good)
 
 
 class Dataset:
@@ -91,7 +91,7 @@ class Dataset:
 # ---- Files ------------------------------------------------------------------------------------------
 
 
-def check_files(dataset: Dataset) -> Finding:
+def check_files(dataset: Dataset) -> ShardFinding:
     """Every shard has a whole header and as many tokens as it says; both splits have one."""
     problems = list(dataset.unreadable)
     if (dataset.folder / UNFINISHED_NAME).is_file():
@@ -111,11 +111,11 @@ def named_files(dataset: Dataset) -> list[dict]:
     return [entry for part in [*parts, dataset.stated("val").get("sidecars", [])] for entry in part]
 
 
-def check_manifest(dataset: Dataset) -> Finding:
+def check_manifest(dataset: Dataset) -> ShardFinding:
     """The files are those that the manifest names, byte for byte."""
     entries = named_files(dataset)
     if dataset.manifest is None and not entries:
-        return Finding("manifest", "skipped", f"neither {MANIFEST_NAME} nor {RECORD_NAME}")
+        return ShardFinding("manifest", "skipped", f"neither {MANIFEST_NAME} nor {RECORD_NAME}")
     problems = []
     for entry in entries:
         path = dataset.folder / entry["file"]
@@ -129,14 +129,14 @@ def check_manifest(dataset: Dataset) -> Finding:
     return judge("manifest", problems, f"{len(entries)} files as written")
 
 
-def check_tokenizer(dataset: Dataset) -> Finding:
+def check_tokenizer(dataset: Dataset) -> ShardFinding:
     """The tokenizer is the one that the manifest names, and every id is one of its own."""
     problems = []
     stated = (dataset.manifest or {}).get("tokenizer", {})
     if dataset.codec and stated and stated["sha256"] != dataset.codec.digest:
         problems.append(f"expected sha256 {stated['sha256'][:16]}, found {dataset.codec.digest[:16]}")
     if dataset.vocab_size is None:
-        return Finding("tokenizer", "skipped", "no manifest; give --tokenizer")
+        return ShardFinding("tokenizer", "skipped", "no manifest; give --tokenizer")
     for shards in dataset.shards.values():
         for name, shard in shards.items():
             if shard.size and int(shard.max()) >= dataset.vocab_size:
@@ -147,7 +147,7 @@ def check_tokenizer(dataset: Dataset) -> Finding:
 # ---- Documents --------------------------------------------------------------------------------------
 
 
-def check_documents(dataset: Dataset, split: str) -> Finding:
+def check_documents(dataset: Dataset, split: str) -> ShardFinding:
     """The split begins with BOS, no document is empty, and BOS are as many as documents."""
     problems, count, previous = [], 0, None
     for name, shard in dataset.shards[split].items():
@@ -180,7 +180,7 @@ def count_split_bytes(dataset: Dataset, split: str) -> int | None:
     return total
 
 
-def check_totals(dataset: Dataset, split: str) -> Finding:
+def check_totals(dataset: Dataset, split: str) -> ShardFinding:
     """Tokens and their bytes add up to the manifest's, or to the contest's 50,000 documents."""
     stated = dataset.stated(split)
     tokens = sum(shard.size for shard in dataset.shards[split].values())
@@ -198,11 +198,11 @@ def check_totals(dataset: Dataset, split: str) -> Finding:
     return judge(f"{split} totals", problems, f"{tokens:,} tokens, {size}")
 
 
-def check_sidecars(dataset: Dataset) -> Finding:
+def check_sidecars(dataset: Dataset) -> ShardFinding:
     """Sidecars are as long as their shards, count nothing at BOS and add up to the raw text."""
     if not dataset.sidecars:
         needed = dataset.codec is not None and dataset.codec.needs_sidecar
-        return Finding("sidecars", "FAIL" if needed else "skipped", "none beside the validation shards")
+        return ShardFinding("sidecars", "FAIL" if needed else "skipped", "none beside the validation shards")
     problems = []
     for name, shard in dataset.shards["val"].items():
         sizes = dataset.sidecars.get(name.replace("val_", "val_bytes_"))
@@ -279,7 +279,7 @@ class ValidationIndex:
         return found / np.maximum(totals, 1)
 
 
-def check_overlap(dataset: Dataset) -> list[Finding]:
+def check_overlap(dataset: Dataset) -> list[ShardFinding]:
     """No validation document is in training, whole or in most of its windows.
 
     Passages that both hold (licences, menus) are natural: they are a note.
@@ -304,13 +304,13 @@ def check_overlap(dataset: Dataset) -> list[Finding]:
     if not passages:
         return [judge("overlap", problems, clean)]
     note = f"{passages:,} validation documents share a passage of {WINDOW} tokens with training"
-    return [judge("overlap", problems, clean), Finding("natural duplicates", "note", note)]
+    return [judge("overlap", problems, clean), ShardFinding("natural duplicates", "note", note)]
 
 
 # ---- Command ----------------------------------------------------------------------------------------
 
 
-def examine(folder: Path, tokenizer: Path | None = None) -> list[Finding]:
+def examine(folder: Path, tokenizer: Path | None = None) -> list[ShardFinding]:
     """Run every check on a folder; those that need whole shards are left out where one is broken."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.")

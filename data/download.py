@@ -31,7 +31,7 @@ VARIANT = re.compile(r"sp[0-9]+|byte260|caseops8192")
 SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub's name for a large file; small ones go by a shorter git hash
 
 
-class Source(NamedTuple):
+class HubSource(NamedTuple):
     """Where a variant was published, under which name, and whether byte sidecars lie beside validation."""
 
     repo_id: str = DEFAULT_REPO_ID
@@ -41,21 +41,21 @@ class Source(NamedTuple):
 
 # The contest's own repository publishes the others.
 SOURCES = {
-    "sp4096": Source("kevclark/parameter-golf"),
-    "sp8192": Source("kevclark/parameter-golf"),
-    "caseops8192": Source(
+    "sp4096": HubSource("kevclark/parameter-golf"),
+    "sp8192": HubSource("kevclark/parameter-golf"),
+    "caseops8192": HubSource(
         "romeerp/parameter-golf-caseops-v1", "sp8192_lossless_caps_caseops_v1_reserved", True
     ),
 }
 
 
-def find_source(variant: str) -> Source:
+def find_source(variant: str) -> HubSource:
     """Return where a variant is published; raise for a name that could be no variant's."""
     if not VARIANT.fullmatch(variant):
         raise UserError(
             f"--variant: expected a name such as caseops8192, sp1024, sp8192 or byte260, found {variant!r}."
         )
-    source = SOURCES.get(variant, Source())
+    source = SOURCES.get(variant, HubSource())
     return source._replace(name=source.name or variant)
 
 

@@ -205,7 +205,7 @@ class WindowLoader(TokenLoader):
             self.check_position(self.division.num_rows)
 
 
-class Part(NamedTuple):
+class ShardPart(NamedTuple):
     """A shard's share of a division: `count` windows from token `phase` on."""
 
     shard: int
@@ -226,7 +226,7 @@ class Division:
                 rng = generator(cfg.seed, epoch, shard)
                 phase = int(rng.integers(min(row_len, size - row_len)))  # keeps one window at least
                 count = (size - 1 - phase) // row_len
-                self.parts.append(Part(shard, phase, count, within(rng, count)))
+                self.parts.append(ShardPart(shard, phase, count, within(rng, count)))
         self.starts = [0, *accumulate(part.count for part in self.parts)]
         self.num_rows = self.starts[-1]
         self.order = across(generator(cfg.seed, epoch, len(sizes)), self.num_rows)

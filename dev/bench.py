@@ -49,10 +49,10 @@ from train_gpt import (
     Ranks,
     StepRates,
     build_model,
+    get_stages,
     mean_loss,
     next_batch,
     open_loader,
-    stages_of,
 )
 
 NUM_BATCHES = 2000
@@ -182,7 +182,7 @@ def bench_loader(ranks: Ranks) -> list[Measurement]:
     """Reading micro-batches from a shard, against a plain copy of its tokens."""
     tokens = np.random.default_rng(0).integers(2, 1024, 4_000_000).astype(np.uint16)
     cfg = with_values(Config(), {"data.seq_len": 1024, "data.batch_tokens": 524_288}, "bench")
-    stage = stages_of(cfg)[0]
+    stage = get_stages(cfg)[0]
     with tempfile.TemporaryDirectory() as folder:
         write_shard(Path(folder) / "fineweb_train_000000.bin", tokens)
         loader = open_loader(with_values(cfg, {"data.data_path": folder}, "bench"), bos_id=1)
@@ -247,7 +247,7 @@ def bench_batches(folder: Path, ranks: Ranks) -> list[Measurement]:
     """Read micro-batches of the CPU track's size, against training on them."""
     shape = SHAPE | {"data.seq_len": 256, "data.batch_tokens": 4096, "data.micro_batches": 1}
     cfg = with_values(Config(), shape | {"data.data_path": str(folder)}, "bench")
-    loader, stage, times = open_loader(cfg, bos_id=1), stages_of(cfg)[0], []
+    loader, stage, times = open_loader(cfg, bos_id=1), get_stages(cfg)[0], []
     for _ in range(NUM_BATCHES):
         started = time.perf_counter()
         next_batch(loader, stage, ranks)

@@ -115,13 +115,13 @@ def make_report(folder: Path, num_tokens: int, ranks: Ranks) -> dict:
     model, cfg = training.model, training.cfg
     code_bytes = program.stat().st_size if program.is_file() else 0
     say(f"step {training.step} of {folder}: calibrating on {cfg.quant.calib_batches} micro-batches")
-    moments = collect_statistics(training)
+    stats = collect_statistics(training)
 
     def packed_bytes(quantized: dict[str, Quantized]) -> int:
         return len(pack_model(model, cfg, quantized, trained.text.tokenizer_sha256)[0])
 
-    quantized = quantize_model(model, cfg, moments, lambda found: code_bytes + packed_bytes(found))
-    matrices = calibrated_matrices(model, cfg, moments)
+    quantized = quantize_model(model, cfg, stats, lambda found: code_bytes + packed_bytes(found))
+    matrices = calibrated_matrices(model, cfg, stats)
     scorer = Scorer(trained, ranks, num_tokens)
     weights = {name: dequantize(stored) for name, stored in quantized.items()}
     plain, rows = scorer.val_bpb({}), []

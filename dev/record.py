@@ -40,14 +40,22 @@ from eval.logs import parse_log, stable_config
 from eval.stats import SeedScore, read_scores
 from formats.recipe import config_fields, config_hash, config_value, format_toml, read_recipe, with_values
 from pack.program import ENTRY, pack
-from train_gpt import ARTIFACT_NAME, PLACE_FIELDS, Config, load_config, read_environment, recipe_of, stages_of
+from train_gpt import (
+    ARTIFACT_NAME,
+    PLACE_FIELDS,
+    Config,
+    get_recipe,
+    get_stages,
+    load_config,
+    read_environment,
+)
 
 PRIVATE_FIELDS = (*PLACE_FIELDS, "run.seed")  # what the seeds of a record may differ in
 RUN_FILES = ("recipe.toml", "train.log", ENTRY.name, ARTIFACT_NAME)  # of a complete run, with result.json
 TAIL_LINES = 20  # of a crashed run that the error shows
 
 
-class Plan(NamedTuple):
+class RecordPlan(NamedTuple):
     """What is to be made; the seed of `cfg` means nothing."""
 
     name: str  # of the record's folder: YYYY-MM-DD_Name
@@ -115,7 +123,7 @@ def parse_seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def make_plan(args: Namespace) -> Plan:
+def make_plan(args: Namespace) -> RecordPlan:
     """Resolve the command line; every setting, place and name is checked before work starts."""
     places = {}
     if args.data:
@@ -131,7 +139,7 @@ def make_plan(args: Namespace) -> Plan:
     if args.out.name not in TRACKS:
         raise UserError(f"--out: expected records/ and one of {', '.join(TRACKS)}, found {args.out}.")
     old = read_scores(args.against) if args.against else []
-    plan = Plan(name, args.recipe, cfg, parse_seeds(args.seeds), args.out, args.against, old)
+    plan = RecordPlan(name, args.recipe, cfg, parse_seeds(args.seeds), args.out, args.against, old)
     check_target(plan)
     check_limits(plan)
     for pattern in (TRAIN_GLOB, VAL_GLOB):
@@ -141,7 +149,7 @@ def make_plan(args: Namespace) -> Plan:
     return plan
 
 
-def check_target(plan: Plan) -> None:
+def check_target(plan: RecordPlan) -> None:
     """Raise where the record would replace another; it may fill the folder of its own, unchanged recipe."""
     if not plan.target.exists():
         return
@@ -151,7 +159,7 @@ def check_target(plan: Plan) -> None:
         raise UserError(f"{plan.target}: {reason}. Give the record another --name.")
 
 
-def check_limits(plan: Plan) -> None:
+def check_limits(plan: RecordPlan) -> None:
     """Raise where the settings allow a run more than the track does."""
     track = TRACKS[plan.out.name]
     for name, limit in (
@@ -168,20 +176,20 @@ def settings(cfg: Config) -> dict:
     return {name: config_value(cfg, name) for name in config_fields(Config) if name not in PRIVATE_FIELDS}
 
 
-def is_unchanged(plan: Plan) -> bool:
+def is_unchanged(plan: RecordPlan) -> bool:
     """Whether the recipe file alone, without environment and command line, gives the plan's settings."""
     return settings(with_values(Config(), read_recipe(plan.recipe), "recipe")) == settings(plan.cfg)
 
 
-def shared_recipe(plan: Plan) -> bytes:
+def shared_recipe(plan: RecordPlan) -> bytes:
     """Spell out every setting that the seeds share as TOML."""
-    recipe = recipe_of(plan.cfg, live=True)
+    recipe = get_recipe(plan.cfg, live=True)
     for section, key in (name.split(".") for name in PRIVATE_FIELDS):
         recipe[section].pop(key)
     return format_toml(recipe).encode()
 
 
-def make_program(plan: Plan) -> None:
+def make_program(plan: RecordPlan) -> None:
     """Pack the source with the shared recipe: the one program that all seeds run."""
     say("packing the program that all seeds run")
     with atomic_file(plan.work / "recipe.toml") as file:
@@ -200,11 +208,11 @@ def make_program(plan: Plan) -> None:
 def num_ranks(cfg: Config) -> int:
     """Return the most GPUs of this machine that can share every step's micro-batches; 1 without any."""
     count = torch.cuda.device_count() if cfg.run.device != "cpu" else 0
-    fits = (n for n in range(count, 0, -1) if all(row.micro_batches % n == 0 for row in stages_of(cfg)))
+    fits = (n for n in range(count, 0, -1) if all(row.micro_batches % n == 0 for row in get_stages(cfg)))
     return next(fits, 1)
 
 
-def training_command(plan: Plan, seed: int) -> list[str]:
+def training_command(plan: RecordPlan, seed: int) -> list[str]:
     """Spell out how a seed is trained: by torchrun on several GPUs."""
     data, ranks = plan.cfg.data, num_ranks(plan.cfg)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -220,7 +228,7 @@ def training_command(plan: Plan, seed: int) -> list[str]:
     ]
 
 
-def differences(plan: Plan, seed: int) -> list[str]:
+def differences(plan: RecordPlan, seed: int) -> list[str]:
     """Say in what a complete run folder is not the plan's run of a seed."""
     folder = plan.run_folder(seed)
     missing = [name for name in RUN_FILES if not (folder / name).is_file()]
@@ -243,7 +251,7 @@ def differences(plan: Plan, seed: int) -> list[str]:
     return changed
 
 
-def train_seed(plan: Plan, seed: int) -> None:
+def train_seed(plan: RecordPlan, seed: int) -> None:
     """Train a seed unless its run folder is complete; raise where that is a run of something else."""
     folder, label = plan.run_folder(seed), f"seed {seed}"
     if not (folder / "result.json").is_file():
@@ -258,7 +266,7 @@ def train_seed(plan: Plan, seed: int) -> None:
     say(f"{label}: complete, {folder}")
 
 
-def evaluate_seed(plan: Plan, seed: int) -> Run:
+def evaluate_seed(plan: RecordPlan, seed: int) -> Run:
     """Score a seed's artifact in a fresh process, once; returns all that is known of the seed."""
     folder = plan.run_folder(seed)
     path, result = folder / "evaluation.json", read_json(folder / "result.json")
@@ -302,7 +310,7 @@ def check_agreement(runs: list[Run]) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def build(plan: Plan, runs: list[Run], args: Namespace) -> Path:
+def build(plan: RecordPlan, runs: list[Run], args: Namespace) -> Path:
     """Write the folder in runs/NAME, audit it, write what the audit says into it; returns the folder.
 
     Raises where a check FAILs.

@@ -42,7 +42,7 @@ NOT_MEASURED = {
 }
 
 
-class Check(NamedTuple):
+class ReferenceCheck(NamedTuple):
     """What happened to the tests of one id."""
 
     outcome: str  # passed | failed | skipped
@@ -55,7 +55,7 @@ class Recorder:
     def __init__(self, systems: tuple[str, ...] = tuple(NUM_CHECKS)):
         self.systems = systems
         self.ids: dict[str, list[str]] = {}
-        self.outcomes: dict[str, list[Check]] = defaultdict(list)
+        self.outcomes: dict[str, list[ReferenceCheck]] = defaultdict(list)
         self.twins: dict[str, dict] = {}
 
     def pytest_collection_modifyitems(self, items) -> None:
@@ -68,7 +68,7 @@ class Recorder:
         """Remember what the selection leaves out."""
         for item in items:
             for mark in item.iter_markers("reference"):
-                self.outcomes[mark.args[0]].append(Check("skipped", "slow: --slow runs it"))
+                self.outcomes[mark.args[0]].append(ReferenceCheck("skipped", "slow: --slow runs it"))
 
     def pytest_runtest_logreport(self, report) -> None:
         """Note a test's end, or what kept it from running."""
@@ -76,23 +76,23 @@ class Recorder:
             return
         reason = str(report.longrepr[2]) if report.skipped else ""
         for name in self.ids[report.nodeid]:
-            self.outcomes[name].append(Check(report.outcome, reason))
+            self.outcomes[name].append(ReferenceCheck(report.outcome, reason))
         for key, value in report.user_properties:
             if key == "twin":
                 facts = json.loads(value)
                 self.twins[facts["twin"]] = facts
 
 
-def verdict(checks: list[Check]) -> Check:
+def verdict(checks: list[ReferenceCheck]) -> ReferenceCheck:
     """Sum up an id's tests: failed if one is, passed if one ran, else skipped."""
     for outcome in ("failed", "passed", "skipped"):
         found = [check for check in checks if check.outcome == outcome]
         if found:
             return found[0]
-    return Check("skipped", "no test")
+    return ReferenceCheck("skipped", "no test")
 
 
-def sort_ids(system: str, outcomes: dict[str, list[Check]]) -> dict[str, list[str]]:
+def sort_ids(system: str, outcomes: dict[str, list[ReferenceCheck]]) -> dict[str, list[str]]:
     """Sort a system's ids into passed, failed, skipped (with reason) and arithmetic."""
     rows: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": [], "arithmetic": []}
     for number in range(1, NUM_CHECKS[system] + 1):

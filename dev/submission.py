@@ -22,7 +22,7 @@ import torch
 
 from audit import __main__ as audit
 from audit.checks import STOP_TOLERANCE_MS
-from audit.folder import Folder, Track
+from audit.folder import SubmissionFolder, Track
 from audit.program import read_program, third_party_imports
 from audit.report import STATUS, as_json
 from audit.table import CHECKS
@@ -405,7 +405,7 @@ def readme_of(record: Record, checks: list[dict]) -> str:
 def requirements_of(folder: Path) -> str:
     """Pin the packages that the packed program imports; those that are not installed are named only."""
     installed = packages_distributions()
-    names = sorted(third_party_imports(read_program(Folder(folder), {}, "")))
+    names = sorted(third_party_imports(read_program(SubmissionFolder(folder), {}, "")))
     pins = {
         f"{distribution}=={version(distribution).partition('+')[0]}"
         for name in names

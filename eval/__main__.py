@@ -33,7 +33,7 @@ from eval.domains import format_domains, parse_domains, read_domain, score_domai
 from eval.logs import classify_bytes
 from eval.runs import Target, find_target, newest_run
 from formats.recipe import config_fields, describe_fields, parse_overrides, with_values
-from scoring.adaptive import Reports, plan_documents
+from scoring.adaptive import Callbacks, plan_documents
 from scoring.budget import format_ledger
 from scoring.modes import EVAL_MODES, Scoring
 from scoring.sliding import Pace, ScoreOptions
@@ -45,11 +45,11 @@ from train_gpt import (
     check_config,
     load_artifact,
     load_validation,
+    open_tokenizer,
     read_environment,
     score_model,
     scoring_limit,
     seconds_for,
-    tokenizer_of,
 )
 
 CONTEST_DOCUMENTS = 50_000
@@ -164,7 +164,7 @@ def score_target(target: Target, args: Namespace, ranks: KeepingRanks, settings:
     limit = scoring_limit(cfg.eval, int(text.target_bytes.sum()))
     with event_writer(args.event_log, ranks.rank) as on_event:
         progress = ScoringProgress(limit) if ranks.is_main else None
-        score = score_model(model, cfg, text, ranks, Scoring(Reports(on_event, progress), switch_at))
+        score = score_model(model, cfg, text, ranks, Scoring(Callbacks(on_event, progress), switch_at))
     if cfg.eval.deadline_s and ranks.is_main:
         deadline = seconds_for(cfg.eval, cfg.eval.deadline_s, score.num_bytes)
         how = f"switch_at:{score.switch_at} of {score.num_units} seconds:{score.seconds:.1f}"
@@ -257,7 +257,7 @@ def score_one(args: Namespace, ranks_of) -> int:
         how = Windows(
             cfg.eval, score.context_len, cfg.run.val_batch_tokens // cfg.data.micro_batches, score.switch_at
         )
-        tables = break_down(costs, scored.tokens, tokenizer_of(cfg.data), how)
+        tables = break_down(costs, scored.tokens, open_tokenizer(cfg.data), how)
     if args.json:
         facts = facts_of(scored, target) | {"difference": difference, "breakdown": as_facts(tables)}
         facts |= {"ledgers": [dict(zip(("title", "parts", "limit", "unit"), row)) for row in accounts]}
@@ -285,7 +285,7 @@ def score_two(args: Namespace, ranks_of) -> int:
     ranks.close()
     if not ranks.is_main:
         return 0
-    codecs = [tokenizer_of(side.cfg.data) for side in sides]
+    codecs = [open_tokenizer(side.cfg.data) for side in sides]
     costs = [
         document_costs(side.nats, side.text.target_bytes, side.tokens, side.text.bos_id) for side in sides
     ]
@@ -306,7 +306,7 @@ def score_by_domain(args: Namespace, ranks_of) -> int:
     model, stored, header = load_artifact(target.artifact, target.live, ranks.device)
     cfg = with_values(stored, changed_settings(args), "command line")
     check_config(cfg)
-    codec = tokenizer_of(cfg.data)
+    codec = open_tokenizer(cfg.data)
     check_tokenizer(cfg.data, codec, header["tokenizer_sha256"])
     domains = [read_domain(name, path, codec) for name, path in parse_domains(args.domains).items()]
     context_len = cfg.eval.context_len or cfg.data.seq_len

@@ -5,14 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scoring.adaptive import chunk_tokens_of, plan_doc_batches, plan_document_windows, plan_documents
+from scoring.adaptive import choose_chunk_tokens, plan_doc_batches, plan_document_windows, plan_documents
 from scoring.modes import lora_options, plan_plain
 
 BYTE_CLASSES = ("letters", "digits", "whitespace", "punctuation", "non-ASCII", "no bytes")
 LENGTH_CLASSES = (256, 1024, 4096, 16_384, 65_536)  # bytes of a document
 
 
-class Row(NamedTuple):
+class BreakdownRow(NamedTuple):
     """One class of targets. A class without bytes has no bpb; its bits still count in the total."""
 
     name: str
@@ -37,13 +37,13 @@ def cost_of(nats: np.ndarray, target_bytes: np.ndarray) -> Costs:
     return Costs(nats.astype(np.float64) / np.log(2.0), target_bytes[: len(nats)].astype(np.float64))
 
 
-def rows_of(labels: np.ndarray, names: list[str], costs: Costs) -> list[Row]:
+def rows_of(labels: np.ndarray, names: list[str], costs: Costs) -> list[BreakdownRow]:
     """Add up the targets of each (N,) label, a number of `names`; classes without targets are left out."""
     sums = [np.bincount(labels, values, len(names)) for values in (np.ones(len(labels)), *costs)]
-    return [Row(name, *map(float, row)) for name, *row in zip(names, *sums) if row[0]]
+    return [BreakdownRow(name, *map(float, row)) for name, *row in zip(names, *sums) if row[0]]
 
 
-def octave_rows(seen: np.ndarray, costs: Costs) -> list[Row]:
+def octave_rows(seen: np.ndarray, costs: Costs) -> list[BreakdownRow]:
     """Group targets by how many tokens come before them (1 or more), in powers of two."""
     labels, most = np.frexp(seen)[1] - 1, int(seen.max())  # floor of log2, exact
     lows = [1 << power for power in range(most.bit_length())]
@@ -74,7 +74,7 @@ def adapted_windows(documents: np.ndarray, how: Windows) -> np.ndarray:
             one = documents[doc : doc + 1]
             windows.append(plan_document_windows(one, how.context_len, how.settings.stride))
             continue
-        chunk = chunk_tokens_of(hi - lo, lora)
+        chunk = choose_chunk_tokens(hi - lo, lora)
         starts = np.arange(lo, hi, chunk)
         begins = np.maximum(starts + chunk - how.context_len, lo)
         windows.append(np.stack([begins, np.minimum(starts + chunk, hi), starts - begins], axis=1))
@@ -92,7 +92,7 @@ def visible_tokens(tokens: np.ndarray, bos_id: int, how: Windows) -> np.ndarray:
     return np.arange(num_targets) - np.repeat(windows[:, 0], scored) + 1
 
 
-def length_rows(documents: np.ndarray, costs: Costs) -> list[Row]:
+def length_rows(documents: np.ndarray, costs: Costs) -> list[BreakdownRow]:
     """Group targets by the bytes of their document."""
     sizes = np.add.reduceat(costs.num_bytes, documents[:, 0])
     labels = np.repeat(np.searchsorted(LENGTH_CLASSES, sizes, side="right"), np.diff(documents).ravel())
@@ -128,7 +128,7 @@ def byte_shares(codec) -> np.ndarray:
     return shares
 
 
-def byte_rows(codec, targets: np.ndarray, costs: Costs) -> list[Row]:
+def byte_rows(codec, targets: np.ndarray, costs: Costs) -> list[BreakdownRow]:
     """Group (N,) target ids by kind of byte: a target's bits are spread evenly over its bytes."""
     nothing = costs.num_bytes == 0
     shares = byte_shares(codec)
@@ -136,10 +136,10 @@ def byte_rows(codec, targets: np.ndarray, costs: Costs) -> list[Row]:
                        for column in (np.ones(len(targets)), *costs)])  # fmt: skip
     sums = counts @ shares
     sums[:, -1] += nothing.sum(), costs.bits[nothing].sum(), 0
-    return [Row(name, *map(float, row)) for name, row in zip(BYTE_CLASSES, sums.T) if row[0]]
+    return [BreakdownRow(name, *map(float, row)) for name, row in zip(BYTE_CLASSES, sums.T) if row[0]]
 
 
-def break_down(costs: Costs, tokens: np.ndarray, codec, how: Windows) -> dict[str, list[Row]]:
+def break_down(costs: Costs, tokens: np.ndarray, codec, how: Windows) -> dict[str, list[BreakdownRow]]:
     """Make all tables of the N targets of N + 1 tokens."""
     documents = plan_documents(tokens, codec.bos_id)
     place = np.arange(len(tokens) - 1) - np.repeat(documents[:, 0], np.diff(documents).ravel()) + 1
@@ -151,12 +151,12 @@ def break_down(costs: Costs, tokens: np.ndarray, codec, how: Windows) -> dict[st
     }
 
 
-def as_facts(tables: dict[str, list[Row]]) -> dict[str, list[dict]]:
+def as_facts(tables: dict[str, list[BreakdownRow]]) -> dict[str, list[dict]]:
     """Lay tables out for JSON."""
     return {title: [row._asdict() | {"bpb": row.bpb} for row in rows] for title, rows in tables.items()}
 
 
-def format_tables(tables: dict[str, list[Row]]) -> str:
+def format_tables(tables: dict[str, list[BreakdownRow]]) -> str:
     """Lay tables out for a terminal."""
     lines = []
     for title, rows in tables.items():

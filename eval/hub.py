@@ -28,7 +28,7 @@ from common import CommandParser, UserError, atomic_file, read_json, run_command
 from data.download import first_line
 from eval.decode import decoding
 from formats.curves import draw_curves
-from formats.recipe import config_hash, flatten_recipe, read_recipe, recipe_of, with_values
+from formats.recipe import config_hash, flatten_recipe, get_recipe, read_recipe, with_values
 from formats.state import map_leaves, read_state, safetensors_library, write_state
 from scoring.generate import Sampling, draw_tokens, stream_text
 from train_gpt import (
@@ -42,10 +42,10 @@ from train_gpt import (
     load_artifact,
     make_gpt,
     only_live,
+    open_tokenizer,
     read_environment,
     run_progress,
     stage_at,
-    tokenizer_of,
 )
 
 CONFIG_NAME, WEIGHTS_NAME, STATS_NAME = "config.json", "model.safetensors", "stats.json"
@@ -65,7 +65,7 @@ class Loaded(NamedTuple):
     optimizer: dict | None = None  # the optimizers' state, where a checkpoint or a saved folder has it
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """What a file or folder says about a model."""
 
     cfg: Config
@@ -118,13 +118,13 @@ def run_settings(folder: Path) -> Config:
     return cfg
 
 
-def open_artifact(path: Path) -> Source:
+def open_artifact(path: Path) -> ModelSource:
     """Read an artifact; recipe and weights come from its bytes."""
     model, cfg, header = load_artifact(path, only_live(run_settings(path.parent)), torch.device("cpu"))
-    return Source(cfg, model.state_dict(), header["tokenizer_sha256"])
+    return ModelSource(cfg, model.state_dict(), header["tokenizer_sha256"])
 
 
-def open_checkpoint(path: Path) -> Source:
+def open_checkpoint(path: Path) -> ModelSource:
     """Read a run's checkpoint; the recipe is that of its run folder."""
     state, facts = read_state(path)
     if not path.with_name("recipe.toml").is_file():
@@ -136,10 +136,10 @@ def open_checkpoint(path: Path) -> Source:
             f"found one of {facts.get('config_hash')}. Put it beside the recipe.toml of its own run."
         )
     weights = map_leaves(state["model"], np.ndarray, torch.from_numpy)
-    return Source(cfg, weights, optimizer=state["optimizers"])
+    return ModelSource(cfg, weights, optimizer=state["optimizers"])
 
 
-def open_saved(path: Path) -> Source:
+def open_saved(path: Path) -> ModelSource:
     """Read a folder that `save` wrote, by its config.json."""
     config, library = read_config(path), safetensors_library()
     cfg = with_values(Config(), flatten_recipe(config["recipe"], str(path)), str(path))
@@ -152,7 +152,9 @@ def open_saved(path: Path) -> Source:
         raise UserError(f"{weights}: expected weights, found none that can be read: {error}.") from error
     optimizer = path.with_name(OPTIMIZER_NAME)
     state = read_state(optimizer)[0] if optimizer.is_file() else None
-    return Source(cfg, map_leaves(arrays, np.ndarray, torch.from_numpy), config["tokenizer_sha256"], state)
+    return ModelSource(
+        cfg, map_leaves(arrays, np.ndarray, torch.from_numpy), config["tokenizer_sha256"], state
+    )
 
 
 def read_config(path: Path) -> dict:
@@ -168,7 +170,7 @@ def read_config(path: Path) -> dict:
     return config
 
 
-OPENERS: dict[str, Callable[[Path], Source]] = {".safetensors": open_checkpoint, ".json": open_saved}
+OPENERS: dict[str, Callable[[Path], ModelSource]] = {".safetensors": open_checkpoint, ".json": open_saved}
 
 
 def check_weights(weights: dict[str, Tensor], model: GPT, path: Path) -> None:
@@ -194,7 +196,7 @@ def codec_of(loaded: Loaded):
             f"{data.vocab_size} entries, found no such file. Name it: load(..., tokenizer=FILE) or "
             "--tokenizer FILE."
         )
-    codec = tokenizer_of(data)
+    codec = open_tokenizer(data)
     if loaded.tokenizer_sha256 not in ("", codec.digest):
         raise UserError(
             f"{data.tokenizer_path}: expected the tokenizer with sha256 {loaded.tokenizer_sha256[:16]}, "
@@ -295,7 +297,7 @@ def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False) -> Pa
     write_json(folder / STATS_NAME, stats)
     curves = {"training": stats["loss"], "validation": stats["val_loss"]}
     (folder / CURVES_NAME).write_text(draw_curves(f"{stats['name']}: nats a token", curves), encoding="utf-8")
-    config = {"format": FORMAT, "recipe": recipe_of(loaded.cfg), "tokenizer_sha256": codec.digest}
+    config = {"format": FORMAT, "recipe": get_recipe(loaded.cfg), "tokenizer_sha256": codec.digest}
     config["tokenizer_files"] = [file.name for file in files]
     write_json(folder / CONFIG_NAME, config)  # last: a folder with it is whole
     return folder

@@ -145,7 +145,7 @@ def parse_overrides(texts: list[str]) -> dict[str, str]:
     return dict(text.split("=", 1) for text in texts)
 
 
-def recipe_of(config, live: bool = False) -> dict[str, dict]:
+def get_recipe(config, live: bool = False) -> dict[str, dict]:
     """Return {section: {key: value}} of every field that a recipe fixes, or with live of all fields."""
     recipe: dict[str, dict] = {}
     for name, item in config_fields(config).items():
@@ -160,7 +160,7 @@ def changed_recipe(config) -> dict[str, dict]:
     known = config_fields(config)
     changed = {
         section: {key: value for key, value in keys.items() if value != known[f"{section}.{key}"].default}
-        for section, keys in recipe_of(config).items()
+        for section, keys in get_recipe(config).items()
     }
     return {section: keys for section, keys in changed.items() if keys}
 

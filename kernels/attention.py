@@ -1,11 +1,11 @@
 """All attention of a model goes through `attend`; which kernel does the work is chosen once, by name.
 
-    backend = resolve_attention("auto", device, dtype, heads, reach).backend    # at start, self-tested
-    mask = mask_of(reach, starts_doc, backend, dtype)                            # once per forward
+    backend = resolve_attention("auto", device, dtype, heads, spec).backend     # at start, self-tested
+    mask = build_mask(spec, starts_doc, backend, dtype)                          # once per forward
     y = attend(q, k, v, mask)                                                    # in every layer
 
-Attention is causal. A Reach narrows it: a window of W lets position i see i - W .. i (W + 1 keys, as the
-flash kernels count), document masks end it at the document's first token. `math` is the oracle.
+Attention is causal. A MaskSpec narrows it: a window of W lets position i see i - W .. i (W + 1 keys, as
+the flash kernels count), document masks end it at the document's first token. `math` is the oracle.
 Shapes: B rows, T positions, H query heads, G kv heads (G divides H), K head dim.
 """
 
@@ -36,7 +36,7 @@ class Extent(NamedTuple):
     max_len: int  # tokens of the longest
 
 
-class Reach(NamedTuple):
+class MaskSpec(NamedTuple):
     """Which earlier positions of its row a query may see."""
 
     window: int = 0  # at most so many positions back; 0: all
@@ -50,7 +50,7 @@ class Reach(NamedTuple):
 
 
 class AttentionMask(NamedTuple):
-    """A Reach in the form that one backend reads; made once per forward, used in every layer."""
+    """A MaskSpec in the form that one backend reads; made once per forward, used in every layer."""
 
     backend: str
     window: int = 0
@@ -64,33 +64,33 @@ class AttentionMask(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Attend causally: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K), scores scaled by K^-1/2.
 
-    q holds the positions that the mask was made for: all, or those from mask_of's `first` on.
+    q holds the positions that the mask was made for: all, or those from build_mask's `first` on.
     """
     return BACKENDS[mask.backend].run(q, k, v, mask)
 
 
-def mask_of(
-    reach: Reach, starts_doc: Tensor, backend: str, dtype: torch.dtype, first: int = 0
+def build_mask(
+    spec: MaskSpec, starts_doc: Tensor, backend: str, dtype: torch.dtype, first: int = 0
 ) -> AttentionMask:
-    """Put a reach over rows whose documents start at starts_doc (B, T) bool into a backend's form.
+    """Put a spec over rows whose documents start at starts_doc (B, T) bool into a backend's form.
 
     `first` above 0: for the queries of positions from there on alone. No kernel skips what they do not see,
     so they go to sdpa with a bias, whatever the backend.
     """
     backend = "sdpa" if first else backend
-    mask = AttentionMask(backend, reach.window)
+    mask = AttentionMask(backend, spec.window)
     form = BACKENDS[backend].form
-    if form == "offsets" and reach.documents:
-        extent = reach.extent or known_extent(starts_doc)
+    if form == "offsets" and spec.documents:
+        extent = spec.extent or known_extent(starts_doc)
         return mask._replace(offsets=document_offsets(starts_doc, extent.max_docs), max_len=extent.max_len)
-    if form == "offsets" or (form == "bias" and reach.is_plain and not first):
+    if form == "offsets" or (form == "bias" and spec.is_plain and not first):
         return mask
-    segments = starts_doc.cumsum(1, dtype=torch.int32) if reach.documents else None  # (B, T)
+    segments = starts_doc.cumsum(1, dtype=torch.int32) if spec.documents else None  # (B, T)
     if form == "segments":
         return mask._replace(segments=segments)
     if form == "blocks":
-        return mask._replace(blocks=flex_blocks(segments, reach.window, starts_doc))
-    visible = visible_keys(starts_doc.size(1), reach.window, segments, starts_doc.device)[:, :, first:]
+        return mask._replace(blocks=flex_blocks(segments, spec.window, starts_doc))
+    visible = visible_keys(starts_doc.size(1), spec.window, segments, starts_doc.device)[:, :, first:]
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask._replace(bias=bias.masked_fill(~visible, -math.inf))
 
@@ -329,7 +329,7 @@ BACKENDS = {
     "sdpa": Backend(sdpa, "bias"),
     "math": Backend(math_attention, "segments"),
 }
-# What auto tries, best first, by device and whether windows or documents narrow the reach: a bias costs
+# What auto tries, best first, by device and whether windows or documents narrow what is seen: a bias costs
 # memory traffic of B * T * T, so kernels that skip what is hidden come before those that add one.
 AUTO_ORDER = {
     ("cpu", False): ("blocked", "sdpa"),
@@ -349,16 +349,16 @@ class Choice(NamedTuple):
 
 
 def resolve_attention(
-    requested: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], reach: Reach
+    requested: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], spec: MaskSpec
 ) -> Choice:
     """Choose and self-test a backend for heads (H, G, K); raise when the one asked for cannot do it."""
     if requested != "auto" and requested not in BACKENDS:
         raise UserError(f"attention={requested}: expected auto or one of {', '.join(BACKENDS)}.")
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    order = AUTO_ORDER["hopper" if hopper else device.type, not reach.is_plain]
+    order = AUTO_ORDER["hopper" if hopper else device.type, not spec.is_plain]
     refused = {}
     for name in order if requested == "auto" else [requested]:
-        refused[name] = refusal(name, device, dtype, heads, reach)
+        refused[name] = refusal(name, device, dtype, heads, spec)
         if not refused[name]:
             return Choice(name, {other: reason for other, reason in refused.items() if reason})
     reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
@@ -369,7 +369,7 @@ def resolve_attention(
 
 
 def refusal(
-    name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], reach: Reach
+    name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], spec: MaskSpec
 ) -> str:
     """Say why a backend cannot be used; empty when it can."""
     backend = BACKENDS[name]
@@ -380,14 +380,14 @@ def refusal(
     rounded = dtype in HALF or device.type == "cuda"  # a GPU multiplies float32 in TF32: 10 bits
     tolerance = 2e-2 if rounded else 1e-3  # of the largest element
     try:
-        error = self_test(name, device, dtype, heads, reach)
+        error = self_test(name, device, dtype, heads, spec)
     except Exception as problem:  # what foreign kernels raise has no common class
         return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
     return "" if error <= tolerance else f"it differs from math by {error:.2g} of the largest element"
 
 
 def self_test(
-    name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], reach: Reach
+    name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], spec: MaskSpec
 ) -> float:
     """Compare outputs and gradients with `math` in float32; returns the largest relative difference."""
     num_heads, num_kv_heads, head_dim = heads
@@ -398,13 +398,13 @@ def self_test(
     ]
     *inputs, dy = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     starts_doc = (torch.arange(seq_len, device=device) == 50).expand(rows, -1)
-    small = reach._replace(window=min(reach.window, 20), extent=None)
+    small = spec._replace(window=min(spec.window, 20), extent=None)
     results = []
     with torch.enable_grad():
         for tested, computed in ((name, dtype), ("math", torch.promote_types(dtype, torch.float32))):
             leaves = [x.detach().to(computed).requires_grad_() for x in inputs]
             kernel = BACKENDS[tested].probe or BACKENDS[tested].run
-            y = kernel(*leaves, mask_of(small, starts_doc, tested, computed))
+            y = kernel(*leaves, build_mask(small, starts_doc, tested, computed))
             results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(computed))])
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results)]
     return math.inf if any(map(math.isnan, errors)) else max(errors)

@@ -33,7 +33,7 @@ class MuonSettings(NamedTuple):
     normuon_beta2: float  # 0: no NorMuon
 
 
-class Pending(NamedTuple):
+class AsyncWork(NamedTuple):
     """A tensor on its way between ranks."""
 
     tensor: Tensor
@@ -55,9 +55,9 @@ class Exchange(Protocol):
     rank: int
     world_size: int
 
-    def start_scatter_average(self, stack: Tensor) -> Pending: ...
+    def start_scatter_average(self, stack: Tensor) -> AsyncWork: ...
 
-    def start_gather(self, share: Tensor) -> Pending: ...
+    def start_gather(self, share: Tensor) -> AsyncWork: ...
 
 
 def newton_schulz(stack: Tensor, num_steps: int, table: str = "classic") -> Tensor:
@@ -90,7 +90,7 @@ class Stack:
         self.row_squares = params[0].new_zeros(self.size, rows, 1)  # NorMuon's running mean squares
         self.num_updates = 0
         self.grad: Tensor | None = None  # this rank's share of the averaged gradient
-        self.pending: Pending | None = None
+        self.pending: AsyncWork | None = None
 
     def padded(self, tensors: list[Tensor]) -> Tensor:
         """Stack tensors, with zeros after them so that the ranks' shares are equal."""

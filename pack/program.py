@@ -39,7 +39,7 @@ from pack.names import (
 )
 from pack.printing import minifier_prints_for_oldest, to_text
 from pack.rename import rename
-from pack.specialize import fold_tree
+from pack.specialize import specialize_tree
 from pack.stub import make_stub
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -411,12 +411,12 @@ def embed_recipe(source: str, recipe: dict) -> str:
     )
 
 
-def fold_statements(statements: list[Statement], recipe: dict) -> list[Statement]:
+def specialize_statements(statements: list[Statement], recipe: dict) -> list[Statement]:
     """Embed a recipe and fold what it fixes."""
     _literal(recipe, "recipe")
     labels = {id(statement.node): statement.label for statement in statements}
     tree = ast.Module([statement.node for statement in statements], [])
-    fold_tree(tree, recipe)
+    specialize_tree(tree, recipe)
     return [Statement(labels.get(id(node), statements[-1].label), node) for node in tree.body]
 
 
@@ -621,7 +621,7 @@ def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str =
         recipe = read_recipe(recipe_path)
         method = method or recipe.get("quant", {}).get("code_wrap", "")
         source = embed_recipe(source, recipe)
-        folded = to_source([statement.node for statement in fold_statements(statements, recipe)])
+        folded = to_source([statement.node for statement in specialize_statements(statements, recipe)])
     method = method or "brotli"
     minified = folded
     if has_library("python_minifier"):

@@ -23,10 +23,10 @@ from pack.program import (
     PackingError,
     best_method,
     bundled_statements,
-    fold_statements,
     has_library,
     minify,
     read_recipe,
+    specialize_statements,
     to_source,
     wrap,
 )
@@ -36,7 +36,7 @@ BANNER_NAME = re.compile(r"# (\d+ .*\S)\s*$")
 BEFORE_BANNERS = "0 docstring"
 
 
-class Part(NamedTuple):
+class SectionSize(NamedTuple):
     """A section or module: its name, lines and bytes in the file, packed bytes it adds."""
 
     name: str
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 class SizeReport(NamedTuple):
     """The parts and the whole: lines and bytes of the files, bytes after each step of packing."""
 
-    parts: list[Part]
+    parts: list[SectionSize]
     lines: int
     source_bytes: int
     bundled_bytes: int
@@ -81,7 +81,7 @@ def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     source = to_source([statement.node for statement in statements])
     bundled_bytes, labels = len(source.encode()), {statement.label for statement in statements}
     if recipe_path is not None:
-        statements = fold_statements(statements, read_recipe(recipe_path))
+        statements = specialize_statements(statements, read_recipe(recipe_path))
         source = to_source([statement.node for statement in statements])
     minified = minify(source) if has_library("python_minifier") else source
     pieces = top_level_pieces(minified)
@@ -95,7 +95,7 @@ def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     parts = []
     for name, text in source_texts(entry, found, labels).items():
         rest = [piece for piece, owner in zip(pieces, owners, strict=True) if owner != name]
-        parts.append(Part(name, text.count("\n"), len(text.encode()), whole - packed_bytes(rest)))
+        parts.append(SectionSize(name, text.count("\n"), len(text.encode()), whole - packed_bytes(rest)))
     lines, source_bytes = sum(part.lines for part in parts), sum(part.source_bytes for part in parts)
     packed = len(wrap(minified, best_method()))
     sizes = (source_bytes, bundled_bytes, len(source.encode()), len(minified.encode()), packed)

@@ -33,7 +33,7 @@ LARGEST_CODE = 511  # of water-filled codes: the entropy coder pays for what occ
 ROW_DAMPING = 0.05  # of the mean row weight
 
 
-class Moments:
+class CalibrationStats:
     """What calibration keeps of a matrix: the two sides of what an error of its weights does to the loss.
 
     An error E raises the loss by about sum_i row_weights_i e_i hessian e_i^T / 2 nats a token. For a Linear
@@ -81,8 +81,8 @@ class Moments:
         return self.sums["rows"][:-1] / self.sums["rows"][-1] if "rows" in self.sums else None
 
 
-def watch(module: nn.Module, kept: Moments) -> RemovableHandle:
-    """Hook a Linear or an embedding so that every visit is counted into its moments."""
+def attach_hooks(module: nn.Module, kept: CalibrationStats) -> RemovableHandle:
+    """Hook a Linear or an embedding so that every visit is counted into its stats."""
 
     def visit(_, args: tuple, output: Tensor) -> None:
         if isinstance(module, nn.Embedding):
@@ -96,22 +96,22 @@ def watch(module: nn.Module, kept: Moments) -> RemovableHandle:
     return module.register_forward_hook(visit)
 
 
-def collect_moments(modules: dict[str, nn.Module], run: Callable[[], None]) -> dict[str, Moments]:
+def collect_stats(modules: dict[str, nn.Module], run: Callable[[], None]) -> dict[str, CalibrationStats]:
     """Watch modules while `run` makes forward and backward passes of losses that are sums over tokens.
 
     Without backward passes Linears have no row weights: all outputs will weigh the same.
     """
-    moments = {name: Moments() for name in modules}
-    handles = [watch(module, moments[name]) for name, module in modules.items()]
+    stats = {name: CalibrationStats() for name in modules}
+    handles = [attach_hooks(module, stats[name]) for name, module in modules.items()]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return moments
+    return stats
 
 
-def combine_roles(*roles: Moments) -> tuple[Tensor, Tensor]:
+def combine_roles(*roles: CalibrationStats) -> tuple[Tensor, Tensor]:
     """Return one hessian (cols, cols) and row weights (rows,) for a matrix with several uses.
 
     A tied embedding is looked up and multiplied by. sum_k r_k x H_k becomes the product of its two partial
@@ -199,7 +199,7 @@ class CodeModel:
         self.counts += counts.view_as(self.counts)
 
 
-class CheapRounding:
+class RateDistortionRounding:
     """Choose the nearest code or the one next to it towards zero, whichever costs less.
 
     A code costs (value - code)^2 + price * bits.
@@ -237,7 +237,9 @@ def solve_codes(
     steps = steps.mT[order].contiguous()
     limits = limits[order].tolist()
     codes = torch.empty_like(left)
-    rounding = CheapRounding(left / steps, prices.mT[order].contiguous()) if prices is not None else None
+    rounding = (
+        RateDistortionRounding(left / steps, prices.mT[order].contiguous()) if prices is not None else None
+    )
     for first in range(0, len(left), BLOCK_COLS):
         last = min(first + BLOCK_COLS, len(left))
         upper = factor.upper[first:last]
@@ -304,7 +306,7 @@ class Calibrated(NamedTuple):
 
     weight: Tensor  # (rows, cols) float32
     factor: Factor | None = None  # of its inputs
-    row_weights: Tensor | None = None  # (rows,) what an error of each row weighs, see Moments
+    row_weights: Tensor | None = None  # (rows,) what an error of each row weighs, see CalibrationStats
 
 
 def calibrate(

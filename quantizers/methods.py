@@ -21,7 +21,7 @@ METHODS = ("round", "gptq", "water_fill")
 ALLOCATED_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
-def grid_of(storage: str, quant) -> Grid:
+def build_grid(storage: str, quant) -> Grid:
     """Return the grid of tensors stored as `matrix`, `mlp` or `embed`."""
     bits = {
         "matrix": quant.matrix_bits,
@@ -91,7 +91,7 @@ def fill_matrices(
 
     if not quant.target_bytes:
         return filled(quant.step)
-    return filled(fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.1, 8.0).knob)
+    return filled(fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.1, 8.0).parameter)
 
 
 def weigh(matrix: Calibrated, way: Quantized) -> StorageChoice:
@@ -117,4 +117,4 @@ def allocate_bits(
         return repair_worst({name: ways[name][index] for name, index in chosen.items()}, matrices, quant)
 
     fit = fit_rate(lambda shrink: size_of(allocated(shrink)), quant.target_bytes, 1.0, most / max(least, 1))
-    return allocated(fit.knob)
+    return allocated(fit.parameter)

@@ -25,7 +25,7 @@ def class_entropy_bits(codes: Tensor, num_classes: int = 16) -> float:
 class RateFit(NamedTuple):
     """Where rate control ended."""
 
-    knob: float
+    parameter: float
     size_bytes: int
     num_evals: int
 
@@ -56,8 +56,8 @@ def fit_rate(
         if best.size_bytes >= target_bytes * (1 - slack):
             break
         middle = left + (right - left) * over / (over - under)
-        knob = math.exp(middle)
-        size = size_of(knob)
+        parameter = math.exp(middle)
+        size = size_of(parameter)
         side = 1 if size > target_bytes else -1
         if side > 0:
             left, over = middle, size - goal
@@ -65,7 +65,7 @@ def fit_rate(
         else:
             right, under = middle, size - goal
             over /= 2 if last_side == side else 1
-            best = max(best, RateFit(knob, size, num_evals), key=lambda fit: fit.size_bytes)
+            best = max(best, RateFit(parameter, size, num_evals), key=lambda fit: fit.size_bytes)
         last_side = side
     return best
 

@@ -37,7 +37,7 @@ ADAPTER_SITES = {
 }
 
 
-class Settings(NamedTuple):
+class WindowSettings(NamedTuple):
     """Windows of the scorer and its time limit."""
 
     context_len: int
@@ -46,7 +46,7 @@ class Settings(NamedTuple):
     switch_at: int = -1  # units that adapt before plain scoring takes over; -1: the clock decides
 
 
-class Reports(NamedTuple):
+class Callbacks(NamedTuple):
     """Who is told what happens."""
 
     on_event: Callable[[dict], None] | None = None  # {seq, rank, kind, lo, hi, doc, seconds}
@@ -90,7 +90,7 @@ class PhaseOptions(NamedTuple):
     sgd: SgdOptions = SgdOptions(lr=1e-3, epochs=1)
 
 
-class Outcome(NamedTuple):
+class ScoringResult(NamedTuple):
     """What one rank knows after scoring."""
 
     nats: torch.Tensor  # (N,) float32 on the CPU; 0 where another rank scored
@@ -99,7 +99,7 @@ class Outcome(NamedTuple):
     invalid: str  # why the score breaks the rules; empty when it does not
 
 
-class Referee:
+class CausalityChecker:
     """Keep the event log and hold it to the rule: scored once, and before an update reads it.
 
     An update that reads unscored targets marks the whole result invalid, whichever scorer made it.
@@ -135,7 +135,7 @@ class Referee:
         self.event("update", lo, hi, doc)
 
 
-class Session:
+class ScoringRun:
     """One scoring of N + 1 tokens: costs, referee, clock, and this rank's share of the work.
 
     ranks is asked for agree(value) -> rank 0's value and average(tensors) over ranks, in place.
@@ -144,24 +144,24 @@ class Session:
     def __init__(
         self,
         tokens: np.ndarray,
-        settings: Settings,
+        settings: WindowSettings,
         options: ScoreOptions,
         ranks,
-        reports: Reports,
+        reports: Callbacks,
     ):
         self.tokens, self.settings, self.options, self.ranks = tokens, settings, options, ranks
         self.num_targets = len(tokens) - 1
         self.nats = torch.zeros(self.num_targets)
-        self.referee = Referee(self.num_targets, options.rank, reports.on_event)
+        self.checker = CausalityChecker(self.num_targets, options.rank, reports.on_event)
         self.progress = reports.progress
         self.num_done = 0
-        self.checked_at = self.referee.started
+        self.checked_at = self.checker.started
         self.score_seconds, self.score_tokens = 0.0, 0  # of forward passes on this rank
 
     def start(self, cost: Cost) -> None:
         """Start the clock and charge targets by `cost` from here on."""
         self.options = self.options._replace(cost=cost)
-        self.referee.started = self.checked_at = time.perf_counter()
+        self.checker.started = self.checked_at = time.perf_counter()
 
     def is_mine(self, index: int) -> bool:
         """Whether this rank does unit `index`."""
@@ -182,7 +182,7 @@ class Session:
                 places, nats = score_batch(model, self.tokens, rows, self.options)
                 self.record(places, nats, started, int((rows[:, 1] - rows[:, 0]).sum()))
             for lo, hi in scored_spans(rows):
-                self.referee.score(lo, hi, here=self.is_mine(index))
+                self.checker.score(lo, hi, here=self.is_mine(index))
             self.advance(int((rows[:, 1] - rows[:, 0] - rows[:, 2]).sum()))
 
     def advance(self, num_targets: int) -> None:
@@ -203,14 +203,14 @@ class Session:
         now = time.perf_counter()
         last_unit, self.checked_at = now - self.checked_at, now
         pace = self.score_seconds / max(self.score_tokens, 1)
-        finish = now - self.referee.started + last_unit + pace * tokens_left / self.options.world_size
-        return self.ranks.agree(finish) < self.settings.deadline_s
+        finish = now - self.checker.started + last_unit + pace * tokens_left / self.options.world_size
+        return self.ranks.broadcast(finish) < self.settings.deadline_s
 
-    def outcome(self, num_units: int, switch_at: int) -> Outcome:
+    def outcome(self, num_units: int, switch_at: int) -> ScoringResult:
         """Close the session; every target must have its score."""
-        if not self.referee.scored.all():
+        if not self.checker.scored.all():
             raise ValueError(f"target {int(self.referee.scored.argmin())} was never scored")
-        return Outcome(self.nats, num_units, switch_at, self.referee.invalid)
+        return ScoringResult(self.nats, num_units, switch_at, self.checker.invalid)
 
 
 def scored_spans(windows: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -243,7 +243,7 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def score_plain(model: Logits, session: Session, windows: np.ndarray) -> Outcome:
+def score_plain(model: Logits, session: ScoringRun, windows: np.ndarray) -> ScoringResult:
     """Score windows that cover the text, without adaptation."""
     session.score_windows(model, windows)
     return session.outcome(0, 0)
@@ -255,7 +255,7 @@ def score_plain(model: Logits, session: Session, windows: np.ndarray) -> Outcome
 class SgdTrainer:
     """SGD on all weights but the frozen, on rows of tokens; gradients are averaged over ranks."""
 
-    def __init__(self, model: nn.Module, sgd: SgdOptions, session: Session):
+    def __init__(self, model: nn.Module, sgd: SgdOptions, session: ScoringRun):
         self.model, self.sgd, self.session = model, sgd, session
         named = dict(model.named_parameters())
         idle = [pattern for pattern in sgd.frozen if not fnmatch.filter(named, pattern)]
@@ -316,7 +316,7 @@ def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
     return np.split(windows, np.flatnonzero(np.diff(chunks)) + 1)
 
 
-def score_sgd(model: nn.Module, session: Session, sgd: SgdOptions) -> Outcome:
+def score_sgd(model: nn.Module, session: ScoringRun, sgd: SgdOptions) -> ScoringResult:
     """Score chunk after chunk in sliding windows and train all weights on each scored chunk but the last."""
     tokens, settings = session.tokens, session.settings
     windows = plan_windows(session.num_targets, settings.context_len, settings.stride)
@@ -335,7 +335,7 @@ def score_sgd(model: nn.Module, session: Session, sgd: SgdOptions) -> Outcome:
                 continue
             lo, hi = int(rows[0, 0] + rows[0, 2]), int(rows[-1, 1])
             inputs, targets = cut_rows(tokens[lo:hi], tokens[lo + 1 : hi + 1], settings.context_len)
-            session.referee.update(lo, lo + inputs.size)
+            session.checker.update(lo, lo + inputs.size)
             trainer.train(inputs, targets, chunk_lr_mul(unit, len(chunks)))
     return session.outcome(len(chunks), switch_at)
 
@@ -356,7 +356,7 @@ def plan_pre_eval(num_targets: int, seq_len: int, batch_seqs: int = 32, lanes: i
     ]
 
 
-def score_pre_eval(model: nn.Module, session: Session, sgd: SgdOptions) -> Outcome:
+def score_pre_eval(model: nn.Module, session: ScoringRun, sgd: SgdOptions) -> ScoringResult:
     """Train on the whole text, then score it: system C (contest pull request 281), against the rules.
 
     It exists to reproduce that system; its outcome is always marked invalid.
@@ -365,7 +365,7 @@ def score_pre_eval(model: nn.Module, session: Session, sgd: SgdOptions) -> Outco
     inputs, targets = cut_rows(tokens[:-1], tokens[1:], settings.context_len)
     with restored(model):
         trainer = SgdTrainer(model, sgd, session)
-        session.referee.update(0, inputs.size)
+        session.checker.update(0, inputs.size)
         for _ in range(sgd.epochs):
             for rows in plan_pre_eval(inputs.size, inputs.shape[1], sgd.batch_seqs):
                 trainer.step(inputs[rows], targets[rows])
@@ -397,7 +397,7 @@ def plan_document_windows(documents: np.ndarray, context_len: int, stride: int) 
     return np.concatenate([np.zeros((0, 3), dtype=np.int64), *plans])
 
 
-def chunk_tokens_of(length: int, lora: LoraOptions) -> int:
+def choose_chunk_tokens(length: int, lora: LoraOptions) -> int:
     """Choose a document's chunk by its length."""
     return next((chunk for limit, chunk in lora.short_chunks if length <= limit), lora.chunk_tokens)
 
@@ -414,8 +414,8 @@ def plan_doc_batches(
         batch = batches[-1] if batches else []
         longest = int(lengths[batch[0]]) if batch else 0
         most = min(lora.batch_docs, max(1, batch_tokens // max(1, min(longest, row_tokens))))
-        chunk = chunk_tokens_of(int(lengths[doc]), lora)
-        if not batch or len(batch) >= most or chunk != chunk_tokens_of(longest, lora):
+        chunk = choose_chunk_tokens(int(lengths[doc]), lora)
+        if not batch or len(batch) >= most or chunk != choose_chunk_tokens(longest, lora):
             batches.append(batch := [])
         batch.append(int(doc))
     return [np.array(batch) for batch in batches]
@@ -503,7 +503,7 @@ def count_visits(model: nn.Module, sites: dict[str, nn.Module], device: torch.de
 class LoraScorer:
     """Score batches of documents, each document with adapters of its own that learn as it goes by."""
 
-    def __init__(self, model: nn.Module, session: Session, lora: LoraOptions):
+    def __init__(self, model: nn.Module, session: ScoringRun, lora: LoraOptions):
         if lora.warm_lanes % session.options.world_size:
             raise UserError(
                 f"warm_lanes={lora.warm_lanes}: expected a multiple of {session.options.world_size} ranks."
@@ -537,7 +537,7 @@ class LoraScorer:
             rates = {"lr": self.lora.lr, "weight_decay": self.lora.weight_decay, "eps": 1e-10, "fused": True}
             optimizer = torch.optim.AdamW(params, betas=(0.0, self.lora.beta2), **rates)
         lengths = np.diff(self.documents[batch]).ravel()
-        chunk = chunk_tokens_of(int(lengths[0]), self.lora)
+        chunk = choose_chunk_tokens(int(lengths[0]), self.lora)
         for start in range(0, int(lengths[0]), chunk):
             self.score_chunk(batch[lengths > start], start, chunk, optimizer)
         if self.lora.warm_lanes:
@@ -576,10 +576,10 @@ class LoraScorer:
             nats = options.cost(scores.detach()[chosen], targets[chosen], places[real])
         self.session.record(places[real], nats.float().cpu(), began, inputs.numel())
         for doc, (low, high) in zip(docs, np.minimum(np.hstack([lo + start, lo + end]), hi)):
-            self.session.referee.score(low, high, doc)
+            self.session.checker.score(low, high, doc)
         if learns:
             for doc, low in zip(docs[goes_on], lo[goes_on, 0] + start):
-                self.session.referee.update(low, low + chunk, doc)
+                self.session.checker.update(low, low + chunk, doc)
             rows = torch.from_numpy(goes_on).to(options.device)
             optimizer.zero_grad()
             (losses[rows].sum() / chunk).backward()  # documents share no weight: a sum keeps them independent
@@ -589,7 +589,7 @@ class LoraScorer:
         """Train all weights on scored documents, with all ranks; adapters start afresh."""
         tokens, spans = self.session.tokens, self.documents[docs]
         for doc, (lo, hi) in zip(docs, spans):
-            self.session.referee.update(lo, hi, doc)
+            self.session.checker.update(lo, hi, doc)
         inputs = np.concatenate([tokens[lo:hi] for lo, hi in spans])
         targets = np.concatenate([tokens[lo + 1 : hi + 1] for lo, hi in spans])
         inputs, targets = cut_rows(inputs, targets, self.session.settings.context_len)
@@ -603,7 +603,9 @@ class LoraScorer:
         self.carried.clear()
 
 
-def score_lora(model: nn.Module, session: Session, lora: LoraOptions, phases: PhaseOptions) -> Outcome:
+def score_lora(
+    model: nn.Module, session: ScoringRun, lora: LoraOptions, phases: PhaseOptions
+) -> ScoringResult:
     """Score documents with adapters of their own, longest first; with phases, SGD on those done so far."""
     options, settings = session.options, session.settings
     with restored(model):
@@ -644,5 +646,5 @@ def score_round(scorer: LoraScorer, batches: list[np.ndarray], turn: range) -> N
             scorer.score(batch, index)
         else:
             for doc in batch:
-                scorer.session.referee.score(*scorer.documents[doc], doc, here=False)
+                scorer.session.checker.score(*scorer.documents[doc], doc, here=False)
         scorer.session.advance(int(np.diff(scorer.documents[batch]).sum()))

@@ -11,11 +11,11 @@ from torch import nn
 
 from common import UserError
 from scoring.adaptive import (
+    Callbacks,
     LoraOptions,
-    Outcome,
     PhaseOptions,
-    Reports,
-    Session,
+    ScoringResult,
+    ScoringRun,
     SgdOptions,
     plan_document_windows,
     plan_documents,
@@ -39,7 +39,7 @@ from scoring.ngram import (
 )
 from scoring.sliding import Cost, Logits, ScaledCost, plain_cost, plan_windows, score_batch
 
-AID_DTYPE = np.dtype("<f4")
+SCALE_DTYPE = np.dtype("<f4")
 NOT_STORED = ": expected what it needs in the artifact, found nothing. Train with it or set it to 0 here."
 PLAIN_MODES = ("chunked", "sliding", "doc")
 EVAL_MODES = (*PLAIN_MODES, "sgd-ttt", "lora-ttt", "phased", "legacy_pre_eval")
@@ -49,7 +49,7 @@ LEGACY_TAIL = "the text's last targets count more than once, as in systems B and
 class Scoring(NamedTuple):
     """What a scoring may be given besides model, settings and text."""
 
-    reports: Reports = Reports()
+    reports: Callbacks = Callbacks()
     switch_at: int = -1  # replay: units that adapt; -1: settings.deadline_s decides
     warms_up: bool = True  # before the clock starts; compiled graphs need it
 
@@ -85,14 +85,14 @@ def lora_options(settings) -> LoraOptions:
     )
 
 
-class Aids(NamedTuple):
+class ScorerState(NamedTuple):
     """What an artifact holds for its scorer beside the weights."""
 
     table: NgramTable | None = None  # where settings.tilt_static_entries asks for one
     scales: tuple[float, ...] = ()  # factors of positive and of negative logits, where fit_scales does
 
 
-def make_table(settings, shards: list[np.ndarray]) -> NgramTable:
+def build_ngram_table(settings, shards: list[np.ndarray]) -> NgramTable:
     """Build the table that the settings ask for from the first of the training tokens."""
     parts, left = [], settings.tilt_static_tokens
     for shard in shards:
@@ -101,44 +101,44 @@ def make_table(settings, shards: list[np.ndarray]) -> NgramTable:
     return build_table(np.concatenate(parts), settings.tilt_static_lengths, settings.tilt_static_entries)
 
 
-def write_aids(aids: Aids) -> dict[str, bytes]:
+def write_scorer_state(state: ScorerState) -> dict[str, bytes]:
     """Lay out what there is as named byte strings for the artifact."""
-    streams = {} if aids.table is None else write_table(aids.table)
-    return streams | ({"logit scales": np.array(aids.scales, AID_DTYPE).tobytes()} if aids.scales else {})
+    streams = {} if state.table is None else write_table(state.table)
+    return streams | ({"logit scales": np.array(state.scales, SCALE_DTYPE).tobytes()} if state.scales else {})
 
 
-def aid_limits(settings) -> dict[str, int]:
-    """Return the most bytes of each of the streams that write_aids makes under these settings."""
+def scorer_state_limits(settings) -> dict[str, int]:
+    """Return the most bytes of each of the streams that write_scorer_state makes under these settings."""
     entries = settings.tilt_static_entries
     table = {"ngram keys": KEY_DTYPE.itemsize * entries, "ngram tokens": NEXT_DTYPE.itemsize * entries}
     return (table if entries else {}) | (
-        {"logit scales": 2 * AID_DTYPE.itemsize} if settings.fit_scales else {}
+        {"logit scales": 2 * SCALE_DTYPE.itemsize} if settings.fit_scales else {}
     )
 
 
-def read_aids(streams: dict[str, bytes], settings, vocab_size: int) -> Aids:
-    """Restore what write_aids laid out, as the settings say that it is."""
+def read_scorer_state(streams: dict[str, bytes], settings, vocab_size: int) -> ScorerState:
+    """Restore what write_scorer_state laid out, as the settings say that it is."""
     table = None
     if settings.tilt_static_entries:
         table = read_table(streams, settings.tilt_static_lengths, settings.tilt_static_entries, vocab_size)
-    scales = np.frombuffer(streams.get("logit scales", b""), AID_DTYPE)
-    return Aids(table, tuple(scales.tolist()))
+    scales = np.frombuffer(streams.get("logit scales", b""), SCALE_DTYPE)
+    return ScorerState(table, tuple(scales.tolist()))
 
 
-def scoring_cost(settings, tokens: np.ndarray, aids: Aids) -> Cost:
+def scoring_cost(settings, tokens: np.ndarray, state: ScorerState) -> Cost:
     """Build what charges the targets: the negative log softmax, scaled and tilted as the settings say."""
-    if settings.tilt_static_entries and aids.table is None:
+    if settings.tilt_static_entries and state.table is None:
         raise UserError("eval.tilt_static_entries" + NOT_STORED)
-    if settings.fit_scales and not aids.scales:
+    if settings.fit_scales and not state.scales:
         raise UserError("eval.fit_scales" + NOT_STORED)
     tilts = []
     if settings.tilt_static_entries:
-        tilts.append(static_tilt(aids.table, tokens, settings.tilt_static_strength, settings.tilt_legacy))
+        tilts.append(static_tilt(state.table, tokens, settings.tilt_static_strength, settings.tilt_legacy))
     if settings.tilt_online > 0:
         tilts.append(online_tilt(tokens, settings.tilt_online))
     is_tilted = settings.tilt_static_entries or settings.tilt_online > 0
     cost = join_tilts(*tilts) if is_tilted else plain_cost
-    return ScaledCost(*aids.scales, cost) if settings.fit_scales else cost
+    return ScaledCost(*state.scales, cost) if settings.fit_scales else cost
 
 
 def plan_plain(settings, context_len: int, tokens: np.ndarray, bos_id: int) -> np.ndarray:
@@ -158,7 +158,7 @@ def plan_tail(num_targets: int, context_len: int, stride: int) -> np.ndarray:
     return np.stack([starts, np.full_like(starts, num_targets), num_targets - stride - starts], axis=1)
 
 
-def score_tail_again(model: Logits, session: Session, stride: int) -> tuple[np.ndarray, np.ndarray]:
+def score_tail_again(model: Logits, session: ScoringRun, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """Score the windows of plan_tail, on every rank alike; returns places (R,) and nats (R,) of targets."""
     plan = plan_tail(session.num_targets, session.settings.context_len, stride)
     parts = [score_batch(model, session.tokens, row[None], session.options) for row in plan]
@@ -172,7 +172,7 @@ def broken_rules(settings) -> str:
     return "; ".join(reason for is_set, reason in found if is_set)
 
 
-def rehearse(model: nn.Module, scorer: Logits, session: Session, settings, vocab_size: int) -> None:
+def warm_up_scorer(model: nn.Module, scorer: Logits, session: ScoringRun, settings, vocab_size: int) -> None:
     """Score random tokens as settings.mode will the text: what is built at first use is built here.
 
     `session` is the text's, which stays as it is; so do the model's weights, or it raises.
@@ -185,16 +185,16 @@ def rehearse(model: nn.Module, scorer: Logits, session: Session, settings, vocab
     tokens = np.random.default_rng(0).integers(0, vocab_size, min(num_tokens, len(session.tokens)))
     tokens = tokens.astype(session.tokens.dtype)
     before = weights_digest(model)
-    rehearsal = Session(tokens, session.settings, options, session.ranks, Reports())
+    rehearsal = ScoringRun(tokens, session.settings, options, session.ranks, Callbacks())
     score_session(scorer, rehearsal, settings)
     if weights_digest(model) != before:
         raise ValueError("warming up moved the model's weights")
-    session.referee.event("load", 0, 0)
+    session.checker.event("load", 0, 0)
 
 
-def score_session(model: nn.Module, session: Session, settings) -> Outcome:
+def score_session(model: nn.Module, session: ScoringRun, settings) -> ScoringResult:
     """Score a session's text as settings.mode says."""
-    session.referee.invalid = broken_rules(settings)
+    session.checker.invalid = broken_rules(settings)
     context_len = session.settings.context_len
     if settings.mode in PLAIN_MODES:
         windows = plan_plain(settings, context_len, session.tokens, session.options.bos_id)

@@ -11,7 +11,7 @@ from scoring.adaptive import (
     LoraOptions,
     PhaseOptions,
     SgdOptions,
-    chunk_tokens_of,
+    choose_chunk_tokens,
     phase_ends,
     plan_doc_batches,
     plan_documents,
@@ -170,7 +170,7 @@ class SlowAdapter:
 def score_slow_document(slow: Slow, span: tuple[int, int], lora: LoraOptions, adapters: list) -> np.ndarray:
     """Score a document (lo, hi) chunk by chunk; each chunk but the last trains the adapters."""
     lo, hi = span
-    nats, chunk = np.zeros(hi - lo), chunk_tokens_of(hi - lo, lora)
+    nats, chunk = np.zeros(hi - lo), choose_chunk_tokens(hi - lo, lora)
     for start in range(lo, hi, chunk):
         begin, end = max(lo, start + chunk - slow.context_len), min(start + chunk, hi)
         nats[start - lo : end - lo] = [slow.charge(begin, target) for target in range(start, end)]

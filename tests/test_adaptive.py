@@ -16,16 +16,16 @@ from torch import nn
 from common import UserError
 from formats.recipe import with_values
 from scoring.adaptive import (
+    Callbacks,
+    CausalityChecker,
     DocumentLora,
     LoraOptions,
     LoraScorer,
     PhaseOptions,
-    Referee,
-    Reports,
-    Session,
-    Settings,
+    ScoringRun,
     SgdOptions,
     SgdTrainer,
+    WindowSettings,
     count_visits,
     find_sites,
     phase_ends,
@@ -72,7 +72,7 @@ class Toy(nn.Module):
 class OneRank:
     """What a scorer asks of the ranks, alone."""
 
-    def agree(self, value):
+    def broadcast(self, value):
         return value
 
     def average(self, tensors):
@@ -98,7 +98,7 @@ class ThreadRank:
     def __init__(self, crew, rank):
         self.crew, self.rank = crew, rank
 
-    def agree(self, value):
+    def broadcast(self, value):
         return self.crew.exchange(self.rank, value)[0]
 
     def average(self, tensors):
@@ -110,8 +110,8 @@ class ThreadRank:
 def make_session(tokens, events=None, cost=None, context_len=16, **limits):
     options = ScoreOptions(BOS, 64)
     options = options if cost is None else options._replace(cost=cost)
-    reports = Reports(None if events is None else events.append)
-    return Session(tokens, Settings(context_len, 4, **limits), options, OneRank(), reports)
+    reports = Callbacks(None if events is None else events.append)
+    return ScoringRun(tokens, WindowSettings(context_len, 4, **limits), options, OneRank(), reports)
 
 
 def make_text(lengths=(30, 7, 1, 45, 12, 2, 26), vocab_size=12, seed=0):
@@ -289,14 +289,14 @@ def test_an_update_before_the_score_marks_the_result_invalid():
     assert breaches(events, len(tokens) - 1)[1]
     for score in SCORERS.values():
         assert score(Toy(), make_session(tokens)).invalid == ""
-    referee = Referee(10, 0, None)
-    referee.score(0, 5)
-    referee.update(0, 5)
-    assert referee.invalid == ""
-    referee.update(4, 6)
-    assert referee.invalid
+    checker = CausalityChecker(10, 0, None)
+    checker.score(0, 5)
+    checker.update(0, 5)
+    assert checker.invalid == ""
+    checker.update(4, 6)
+    assert checker.invalid
     with pytest.raises(ValueError, match="twice"):
-        referee.score(4, 6)
+        checker.score(4, 6)
 
 
 # The same on any number of ranks, and afterwards nothing is left
@@ -316,7 +316,7 @@ def test_ranks_agree_with_one_rank(name, world_size):
         session = make_session(tokens, logs[rank])
         session.options = session.options._replace(rank=rank, world_size=world_size)
         session.ranks = ThreadRank(crew, rank)
-        session.referee.rank = rank
+        session.checker.rank = rank
         return SCORERS[name](models[rank], session)
 
     with ThreadPoolExecutor(world_size) as pool:
@@ -386,7 +386,7 @@ def test_the_model_is_as_before(tiny_model, name):
     elif name == "sgd":
         score_sgd(tiny_model, session, SGD)
     elif name == "failure":
-        session.referee.scored[30] = True  # as if somebody had scored it already
+        session.checker.scored[30] = True  # as if somebody had scored it already
         with pytest.raises(ValueError, match="twice"):
             score_lora(tiny_model, session, LORA._replace(sites=("q", "v", "mlp")), PHASES)
     else:

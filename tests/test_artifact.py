@@ -32,10 +32,10 @@ from quantizers.gptq import output_error
 from quantizers.grid import dequantize, quantize
 from train_gpt import (
     Training,
+    build_grid,
     build_model,
     calibrated_matrices,
     collect_statistics,
-    grid_of,
     load_artifact,
     pack_model,
     quantize_model,
@@ -127,8 +127,8 @@ def test_every_coding_gives_back_the_weights_that_it_quantized(tiny_config, alon
     with torch.no_grad():
         for param in training.model.parameters():
             param.add_(0.05 * torch.sin(torch.arange(param.numel()).float()).view(param.shape))
-    moments = collect_statistics(training) if cfg.quant.method != "round" else {}
-    quantized = quantize_model(training.model, cfg, moments, len)
+    stats = collect_statistics(training) if cfg.quant.method != "round" else {}
+    quantized = quantize_model(training.model, cfg, stats, len)
     write_artifact(training.model, cfg, quantized, "f" * 64, tmp_path / "coded.bin")
     loaded, _, _ = load_artifact(tmp_path / "coded.bin", cfg, alone.device)
     back = dict(loaded.named_parameters())
@@ -176,8 +176,8 @@ def test_bits_are_given_where_they_save_most(tiny_config, alone):
     fields |= {"quant.matrix_bits": 5, "quant.embed_bits": 5, "quant.scale_floor": False}
     cfg = with_values(tiny_config, fields, "test")
     training = shaken(cfg, alone)
-    moments = collect_statistics(training)
-    matrices = calibrated_matrices(training.model, cfg, moments)
+    stats = collect_statistics(training)
+    matrices = calibrated_matrices(training.model, cfg, stats)
 
     def size_of(quantized) -> int:
         return len(pack_model(training.model, cfg, quantized, "f" * 64)[0])
@@ -188,15 +188,13 @@ def test_bits_are_given_where_they_save_most(tiny_config, alone):
             for n, m in matrices.items()
         )
 
-    equal = quantize_model(training.model, cfg, moments, size_of)
+    equal = quantize_model(training.model, cfg, stats, size_of)
     target = with_values(cfg, {"quant.target_bytes": size_of(equal)}, "test")
-    given = quantize_model(training.model, target, moments, size_of)
+    given = quantize_model(training.model, target, stats, size_of)
     assert 0.95 * size_of(equal) < size_of(given) <= size_of(equal)
     assert loss_of(given) < 0.8 * loss_of(equal)
     with pytest.raises(UserError, match=r"Raise quant\.target_bytes"):
-        quantize_model(
-            training.model, with_values(cfg, {"quant.target_bytes": 5000}, "test"), moments, size_of
-        )
+        quantize_model(training.model, with_values(cfg, {"quant.target_bytes": 5000}, "test"), stats, size_of)
 
 
 def test_classes_have_their_own_bits_and_clips(tiny_config):
@@ -212,10 +210,10 @@ def test_classes_have_their_own_bits_and_clips(tiny_config):
     names = quantized_names(cfg)
     assert names["blocks.1.mlp.up.weight"] == "mlp" and names["blocks.2.attn.q.weight"] == "matrix"
     assert "blocks.2.attn.k.weight" not in names and names["embed.weight"] == "embed"
-    grids = {storage: grid_of(storage, cfg.quant) for storage in ("matrix", "mlp", "embed")}
+    grids = {storage: build_grid(storage, cfg.quant) for storage in ("matrix", "mlp", "embed")}
     assert [(grid.bits, grid.clip) for grid in grids.values()] == [(6, 13.0), (5, 11.5), (7, 0.9999984)]
     plain = with_values(cfg, {"quant.mlp_bits": 0, "quant.mlp_clip": 0.0}, "test")
-    assert grid_of("mlp", plain.quant) == grid_of("matrix", plain.quant)
+    assert build_grid("mlp", plain.quant) == build_grid("matrix", plain.quant)
 
 
 @pytest.fixture
@@ -245,7 +243,7 @@ def test_a_loaded_model_has_the_quantized_weights_and_the_recipe(artifact, tiny_
     for (name, param), (_, back) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         is_matrix = param.ndim == 2 and name != "skip_weights" and "smear" not in name
         if is_matrix and param.numel() > 1024:
-            expected = dequantize(quantize(param, grid_of("matrix", cfg.quant)))
+            expected = dequantize(quantize(param, build_grid("matrix", cfg.quant)))
         else:
             expected = param.half().float() if is_matrix else param
         assert torch.equal(back, expected.detach()), name

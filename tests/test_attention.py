@@ -12,21 +12,21 @@ from kernels.attention import (
     BACKENDS,
     AttentionMask,
     Extent,
-    Reach,
+    MaskSpec,
     attend,
+    build_mask,
     document_offsets,
-    mask_of,
     resolve_attention,
 )
 from kernels.blocked import blocked_forward
 
 CPU = torch.device("cpu")
 ON_CPU = ("blocked", "sdpa")
-REACHES = {
-    "causal": Reach(),
-    "window": Reach(window=9),
-    "documents": Reach(documents=True, extent=Extent(20, 70)),
-    "both": Reach(window=9, documents=True, extent=Extent(20, 70)),
+SPECS = {
+    "causal": MaskSpec(),
+    "window": MaskSpec(window=9),
+    "documents": MaskSpec(documents=True, extent=Extent(20, 70)),
+    "both": MaskSpec(window=9, documents=True, extent=Extent(20, 70)),
 }
 
 
@@ -45,18 +45,18 @@ def draw_starts(seq_len: int = 70) -> torch.Tensor:
     return starts_doc
 
 
-def run_attention(q, k, v, starts_doc, reach: Reach, backend: str) -> torch.Tensor:
-    return attend(q, k, v, mask_of(reach, starts_doc, backend, q.dtype))
+def run_attention(q, k, v, starts_doc, spec: MaskSpec, backend: str) -> torch.Tensor:
+    return attend(q, k, v, build_mask(spec, starts_doc, backend, q.dtype))
 
 
-def with_gradients(backend: str, reach: Reach, heads: tuple[int, int], compiled: bool = False) -> list:
+def with_gradients(backend: str, spec: MaskSpec, heads: tuple[int, int], compiled: bool = False) -> list:
     """Output and gradients of a backend, optionally traced as one graph."""
     q, k, v, dy = draw(*heads)
     function = run_attention
     if compiled:
         torch.compiler.reset()
         function = torch.compile(run_attention, backend="aot_eager", fullgraph=True, dynamic=False)
-    y = function(q, k, v, draw_starts(), reach, backend)
+    y = function(q, k, v, draw_starts(), spec, backend)
     return [y, *torch.autograd.grad(y, (q, k, v), dy)]
 
 
@@ -70,40 +70,40 @@ def pretend(monkeypatch, backend: str) -> None:
 # What attention is
 
 
-@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("name", SPECS)
 def test_math_is_what_the_definition_says(name):
     """The oracle against loops over heads, queries and the keys that each may see."""
-    reach, starts_doc = REACHES[name], draw_starts()
+    spec, starts_doc = SPECS[name], draw_starts()
     q, k, v, _ = draw(4, 2)
-    y = run_attention(q, k, v, starts_doc, reach, "math")
+    y = run_attention(q, k, v, starts_doc, spec, "math")
     for row, head, i in [(0, 0, 0), (0, 3, 69), (1, 1, 0), (1, 2, 33), (0, 1, 40), (1, 3, 69)]:
         start = 0
-        if reach.documents:
+        if spec.documents:
             start = max([0, *(p for p in range(i + 1) if starts_doc[row, p])])
-        if reach.window:
-            start = max(start, i - reach.window)
+        if spec.window:
+            start = max(start, i - spec.window)
         keys, values = k[row, start : i + 1, head // 2], v[row, start : i + 1, head // 2]
         weights = (keys @ q[row, i, head] / math.sqrt(8)).softmax(0)
         torch.testing.assert_close(y[row, i, head], weights @ values)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_cpu_backends_equal_math_in_outputs_and_gradients(backend, name, heads):
     """Fast and obvious form compute one function, for any number of heads that share a key head."""
-    for fast, obvious in zip(*(with_gradients(b, REACHES[name], heads) for b in (backend, "math"))):
+    for fast, obvious in zip(*(with_gradients(b, SPECS[name], heads) for b in (backend, "math"))):
         torch.testing.assert_close(fast, obvious, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_late_queries_alone_see_what_they_see_among_all(backend, name):
     """Scoring asks the last block for its last positions only; keys and values are all there."""
     q, k, v, dy = draw(4, 2)
-    starts_doc, reach = draw_starts(), REACHES[name]
-    whole = run_attention(q, k, v, starts_doc, reach, "math")[:, 50:]
-    late = attend(q[:, 50:], k, v, mask_of(reach, starts_doc, backend, q.dtype, 50))
+    starts_doc, spec = draw_starts(), SPECS[name]
+    whole = run_attention(q, k, v, starts_doc, spec, "math")[:, 50:]
+    late = attend(q[:, 50:], k, v, build_mask(spec, starts_doc, backend, q.dtype, 50))
     for one, other in zip(*([y, *torch.autograd.grad(y, (q, k, v), dy[:, 50:])] for y in (late, whole))):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
@@ -113,42 +113,42 @@ def test_blocks_need_no_whole_number(seq_len):
     """Scorers and curricula bring rows of any length."""
     q, k, v, dy = draw(4, 2, seq_len)
     starts_doc = draw_starts(seq_len)
-    y, expected = (run_attention(q, k, v, starts_doc, Reach(), name) for name in ("blocked", "math"))
+    y, expected = (run_attention(q, k, v, starts_doc, MaskSpec(), name) for name in ("blocked", "math"))
     torch.testing.assert_close(y, expected)
     grads = (torch.autograd.grad(out, (q, k, v), dy) for out in (y, expected))
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("backend", [*ON_CPU, "math"])
 def test_traced_as_one_graph_it_computes_the_same(backend, name):
     """Training compiles with fullgraph=True: a mask that breaks the graph stops the run."""
-    eager, traced = (with_gradients(backend, REACHES[name], (4, 2), compiled) for compiled in (False, True))
+    eager, traced = (with_gradients(backend, SPECS[name], (4, 2), compiled) for compiled in (False, True))
     torch.testing.assert_close(traced, eager, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("backend", [*ON_CPU, "math"])
 def test_the_future_changes_nothing(backend, name):
     """Bitwise: a score is legal only if position t depends on nothing later."""
     q, k, v, _ = draw(4, 2, dtype=torch.float32)
-    before = run_attention(q, k, v, draw_starts(), REACHES[name], backend)
+    before = run_attention(q, k, v, draw_starts(), SPECS[name], backend)
     with torch.no_grad():
         for x in (q, k, v):
             x[:, 41:] = 100.0
-    after = run_attention(q, k, v, draw_starts(), REACHES[name], backend)
+    after = run_attention(q, k, v, draw_starts(), SPECS[name], backend)
     assert torch.equal(before[:, :41], after[:, :41])
     assert not torch.equal(before[:, 41:], after[:, 41:])
 
 
-@pytest.mark.parametrize("reach", [Reach(documents=True), Reach(9, True)])
+@pytest.mark.parametrize("spec", [MaskSpec(documents=True), MaskSpec(9, True)])
 @pytest.mark.parametrize("backend", [*ON_CPU, "math"])
-def test_a_document_neither_sees_nor_moves_its_neighbours(backend, reach):
+def test_a_document_neither_sees_nor_moves_its_neighbours(backend, spec):
     """Bitwise, and in the gradients: exact zeros for every other document."""
     starts_doc = torch.zeros(2, 70, dtype=torch.bool)
     starts_doc[:, [20, 50]] = True
     q, k, v, dy = draw(4, 2, dtype=torch.float32)
-    before = run_attention(q, k, v, starts_doc, reach, backend)
+    before = run_attention(q, k, v, starts_doc, spec, backend)
     grads = torch.autograd.grad(before[:, 20:50], (q, k, v), dy[:, 20:50])
     for grad in grads:
         assert grad[:, 20:50].abs().sum() > 0
@@ -157,7 +157,7 @@ def test_a_document_neither_sees_nor_moves_its_neighbours(backend, reach):
         for x in (q, k, v):
             x[:, :20] = 100.0
             x[:, 50:] = -100.0
-    after = run_attention(q, k, v, starts_doc, reach, backend)
+    after = run_attention(q, k, v, starts_doc, spec, backend)
     assert torch.equal(before[:, 20:50], after[:, 20:50])
 
 
@@ -165,7 +165,7 @@ def test_a_document_neither_sees_nor_moves_its_neighbours(backend, reach):
 def test_a_window_of_w_keeps_w_plus_one_keys(backend):
     """The flash kernels count so; an off-by-one would be another model on each machine."""
     q, k, v, dy = draw(2, 2)
-    y = run_attention(q, k, v, draw_starts(), Reach(window=9), backend)
+    y = run_attention(q, k, v, draw_starts(), MaskSpec(window=9), backend)
     (grad,) = torch.autograd.grad(y[:, 30], v, dy[:, 30])
     assert grad.abs().sum((0, 2, 3)).nonzero().flatten().tolist() == list(range(21, 31))
 
@@ -215,14 +215,14 @@ def test_too_many_documents_stop_the_program(compiled):
 # Kernels from elsewhere
 
 
-@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("backend", PACKAGES)
 def test_packages_get_what_they_expect(monkeypatch, backend, name):
     """Argument names, shapes, windows and offsets, in one graph, against stand-ins with their signatures."""
-    expected = with_gradients("math", REACHES[name], (4, 2))
+    expected = with_gradients("math", SPECS[name], (4, 2))
     pretend(monkeypatch, backend)
     for compiled in (False, True):
-        found = with_gradients(backend, REACHES[name], (4, 2), compiled)
+        found = with_gradients(backend, SPECS[name], (4, 2), compiled)
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -230,19 +230,19 @@ def test_torch_varlen_repeats_heads_where_it_must(monkeypatch):
     """Before torch 2.12 its kernel takes one key head a query head."""
     pretend(monkeypatch, "varlen")
     monkeypatch.setattr(kernels.attention, "varlen_takes", lambda name: name == "window_size")
-    found, expected = (with_gradients(name, Reach(), (4, 2)) for name in ("varlen", "math"))
+    found, expected = (with_gradients(name, MaskSpec(), (4, 2)) for name in ("varlen", "math"))
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("name", SPECS)
 def test_flex_masks_are_traced_into_the_graph(name):
     """Forward only: FlexAttention has no backward pass on a CPU."""
     q, k, v, _ = (x.detach() for x in draw(4, 2, dtype=torch.float32))
     torch.compiler.reset()
     traced = torch.compile(run_attention, backend="aot_eager", fullgraph=True, dynamic=False)
     y, expected = (
-        function(q, k, v, draw_starts(), REACHES[name], backend)
+        function(q, k, v, draw_starts(), SPECS[name], backend)
         for function, backend in ((traced, "flex"), (run_attention, "math"))
     )
     torch.testing.assert_close(y, expected)
@@ -263,7 +263,7 @@ def test_a_bias_off_the_cpu_never_reaches_cudnn(monkeypatch, device, first, pinn
 
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", record)
     q, k = (torch.empty(2, 70, heads, 8, device=device) for heads in (4, 2))
-    mask = mask_of(Reach(), torch.zeros(2, 70, dtype=torch.bool, device=device), "sdpa", q.dtype, first)
+    mask = build_mask(MaskSpec(), torch.zeros(2, 70, dtype=torch.bool, device=device), "sdpa", q.dtype, first)
     assert attend(q[:, first:], k, k, mask).shape == (2, 70 - first, 4, 8)
     usual = (True, True, True)
     assert calls == [
@@ -276,9 +276,9 @@ def test_a_bias_off_the_cpu_never_reaches_cudnn(monkeypatch, device, first, pinn
 
 def test_auto_on_a_cpu_takes_the_fast_form_of_each_dtype():
     """float32 has the blocked form; bfloat16 is the flash kernel's."""
-    choice = resolve_attention("auto", CPU, torch.float32, (4, 2, 32), Reach())
+    choice = resolve_attention("auto", CPU, torch.float32, (4, 2, 32), MaskSpec())
     assert choice == ("blocked", {})
-    choice = resolve_attention("auto", CPU, torch.bfloat16, (4, 2, 32), Reach(5, True))
+    choice = resolve_attention("auto", CPU, torch.bfloat16, (4, 2, 32), MaskSpec(5, True))
     assert choice.backend == "sdpa"
     assert list(choice.refused) == ["blocked"]
 
@@ -288,7 +288,7 @@ def test_a_forced_package_loads_or_raises(monkeypatch, backend):
     """A run that asked for a kernel never trains silently on another."""
     here = BACKENDS[backend]._replace(devices=("cpu",), dtypes=(torch.float32,))
     monkeypatch.setitem(BACKENDS, backend, here)
-    ask = (backend, CPU, torch.float32, (4, 2, 8), Reach(3, True))
+    ask = (backend, CPU, torch.float32, (4, 2, 8), MaskSpec(3, True))
     with pytest.raises(
         UserError, match=rf"(?s)attention={backend}: expected .*No module named.*requirements"
     ):
@@ -304,7 +304,7 @@ def test_a_forced_package_loads_or_raises(monkeypatch, backend):
 def test_a_backend_that_cannot_work_here_is_refused_with_the_reason(backend, reason):
     """The message says what was found and what to do."""
     with pytest.raises(UserError, match=reason):
-        resolve_attention(backend, CPU, torch.float32, (4, 2, 8), Reach())
+        resolve_attention(backend, CPU, torch.float32, (4, 2, 8), MaskSpec())
 
 
 def test_auto_goes_past_kernels_that_fail_or_compute_something_else(monkeypatch):
@@ -316,7 +316,7 @@ def test_auto_goes_past_kernels_that_fail_or_compute_something_else(monkeypatch)
         return dense_kernel(*inputs, causal=causal, window_size=(60, 0))
 
     monkeypatch.setattr("flash_attn_interface.flash_attn_func", too_narrow)
-    choice = resolve_attention("auto", CPU, torch.float32, (4, 2, 8), Reach())
+    choice = resolve_attention("auto", CPU, torch.float32, (4, 2, 8), MaskSpec())
     assert choice.backend == "sdpa"
     assert choice.refused["fa4"] == "it trains on cuda only"
     assert choice.refused["fa3"].startswith("it differs from math by")
@@ -325,7 +325,7 @@ def test_auto_goes_past_kernels_that_fail_or_compute_something_else(monkeypatch)
 def test_choosing_draws_no_random_numbers():
     """The initial weights may not depend on which kernels are installed."""
     before = torch.get_rng_state()
-    resolve_attention("auto", CPU, torch.float32, (4, 2, 8), Reach(3, True))
+    resolve_attention("auto", CPU, torch.float32, (4, 2, 8), MaskSpec(3, True))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -334,13 +334,13 @@ def test_choosing_draws_no_random_numbers():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", REACHES)
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_that_loads_on_this_gpu_equals_math(backend, name):
     """Compiled, at a training shape in bfloat16; resolve_attention compared it with math outside a graph."""
-    device, heads, reach = torch.device("cuda"), (8, 4, 64), REACHES[name]
+    device, heads, spec = torch.device("cuda"), (8, 4, 64), SPECS[name]
     try:
-        resolve_attention(backend, device, torch.bfloat16, heads, reach)
+        resolve_attention(backend, device, torch.bfloat16, heads, spec)
     except UserError as error:
         pytest.skip(str(error))
     generator = torch.Generator(device).manual_seed(0)
@@ -353,7 +353,7 @@ def test_every_backend_that_loads_on_this_gpu_equals_math(backend, name):
     results = []
     for function, kind in ((traced, backend), (run_attention, "math")):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        y = function(*leaves, starts_doc, reach, kind)
+        y = function(*leaves, starts_doc, spec, kind)
         results.append([y, *torch.autograd.grad(y, leaves, dy)])
     for fast, obvious in zip(*results):
         assert (fast - obvious).abs().max() <= 2e-2 * obvious.abs().max()

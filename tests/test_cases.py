@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from audit.checks import Finding
-from audit.matrix import CASES, FOLDER, Row, is_as_expected, run_case
+from audit.matrix import CASES, FOLDER, MatrixRow, is_as_expected, run_case
 from audit.run import run_program
 
 QUICK = ("train_on_val", "later_epoch", "hashed_cache", "carried_state")
@@ -126,7 +126,7 @@ def test_every_case_is_a_short_pair():
 
 def test_a_suspicion_spoils_a_twin_and_does_not_stand_for_a_failure():
     """The judge of the matrix itself: a legal program may not even be suspected."""
-    row = Row("x", ("K12",))
+    row = MatrixRow("x", ("K12",))
     assert not is_as_expected({"K12": Finding("PASS", []), "K18": Finding("SUSPECT", [])}, set())
     assert not is_as_expected({"K12": Finding("NOT RUN", [])}, set(row.checks))
     assert not is_as_expected({"K12": Finding("SUSPECT", [])}, set(row.checks))

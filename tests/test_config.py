@@ -10,9 +10,9 @@ from formats.recipe import (
     config_fields,
     config_value,
     format_toml,
+    get_recipe,
     read_recipe,
     recipe_hash,
-    recipe_of,
     with_values,
 )
 from train_gpt import Config, EvalConfig, check_config, load_config
@@ -83,13 +83,13 @@ def test_a_written_recipe_reads_back_equal(tmp_path):
     """The run folder's recipe.toml must retrain the same run."""
     cfg = with_values(Config(), {"model.mlp_mult": 2.5, "data.data_path": 'a "b" \\c', "run.seed": 7}, "test")
     path = tmp_path / "recipe.toml"
-    path.write_text(format_toml(recipe_of(cfg, live=True)))
+    path.write_text(format_toml(get_recipe(cfg, live=True)))
     assert with_values(Config(), read_recipe(path), "test") == cfg
 
 
 def test_the_hash_ignores_seed_and_paths_and_sees_everything_else():
     """Seeds of one record must share a hash; a changed learning rate must not."""
-    base = recipe_hash(recipe_of(Config()))
+    base = recipe_hash(get_recipe(Config()))
     for name, item in config_fields(Config).items():
         if isinstance(item.default, bool):
             other = not item.default
@@ -97,7 +97,7 @@ def test_the_hash_ignores_seed_and_paths_and_sees_everything_else():
             other = (1,)
         else:
             other = item.default + 1 if isinstance(item.default, (int, float)) else item.default + "x"
-        changed = recipe_hash(recipe_of(with_values(Config(), {name: other}, "test")))
+        changed = recipe_hash(get_recipe(with_values(Config(), {name: other}, "test")))
         assert (changed == base) == bool(item.metadata["live"]), name
 
 

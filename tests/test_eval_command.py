@@ -30,7 +30,7 @@ from eval.breakdown import (
 from eval.compare import are_alike, document_costs
 from eval.runs import Target, find_target, newest_run
 from formats.recipe import config_fields, with_values
-from scoring.adaptive import Reports, Session, Settings, plan_documents
+from scoring.adaptive import Callbacks, ScoringRun, WindowSettings, plan_documents
 from scoring.modes import Scoring, score_session
 from scoring.sliding import ScoreOptions
 from train_gpt import (
@@ -452,7 +452,9 @@ def test_the_tokens_in_a_targets_window_are_those_that_the_model_saw(mode, switc
         EvalConfig(), mode=mode, stride=4, lora_rank=0, lora_chunk_tokens=6, lora_batch_docs=2,
         lora_short_chunks=((10, 2),), lora_max_doc_tokens=50, sgd_lr=0.0,
     )  # fmt: skip
-    session = Session(tokens, Settings(16, 4, 0.0, switch_at), ScoreOptions(1, 64), alone, Reports())
+    session = ScoringRun(
+        tokens, WindowSettings(16, 4, 0.0, switch_at), ScoreOptions(1, 64), alone, Callbacks()
+    )
     outcome = score_session(Counter(), session, settings)
     seen = visible_tokens(tokens, 1, Windows(settings, 16, 64, outcome.switch_at))
     assert np.array_equal(seen, np.rint(np.exp(outcome.nats.double().numpy()) - 12))

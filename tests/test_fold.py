@@ -15,7 +15,7 @@ import train_gpt
 from common import UserError
 from formats.recipe import format_toml
 from pack.program import bundle, pack, read_recipe
-from pack.specialize import fold, fold_tree
+from pack.specialize import specialize, specialize_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(ROOT.glob("records/*/*/recipe.toml"))
@@ -47,7 +47,7 @@ RECIPE = {"model": {"width": 12, "kind": "dense", "layers": [1, 2]}}
 def folded(code: str) -> str:
     """Fold a program, check that main(Config()) gives what it gave, return what follows the config."""
     source = HEADER + code + "\nRESULT = main(Config())\n"
-    made = fold(source, RECIPE)
+    made = specialize(source, RECIPE)
     names, expected = {"__name__": "folded"}, {"__name__": "readable"}
     exec(made, names)
     defaults = (("int = option(8", "12"), ('str = option("none"', '"dense"'), ("tuple = option(()", "(1, 2)"))
@@ -499,12 +499,12 @@ def test_folding_a_random_function_changes_neither_its_result_nor_its_effects(te
 def test_a_recipe_that_the_program_would_refuse_is_not_packed(recipe, message):
     """Fixed fields are no fields any more: nothing would check them when the program runs."""
     with pytest.raises(UserError, match=message):
-        fold(HEADER + "print(Config)\n", recipe)
+        specialize(HEADER + "print(Config)\n", recipe)
 
 
 def test_the_packed_recipe_holds_every_changed_field_and_the_classes_only_what_is_read():
     """The artifact's header and the recipe's hash need what is not the default, the code does not."""
-    text = fold(HEADER + "print(Config().model.seed, PACKED_RECIPE)\n", RECIPE)
+    text = specialize(HEADER + "print(Config().model.seed, PACKED_RECIPE)\n", RECIPE)
     names = {"__name__": "folded"}
     exec(text, names)
     fixed = {"model": {"width": 12, "kind": "dense", "layers": [1, 2]}}
@@ -515,7 +515,7 @@ def test_the_packed_recipe_holds_every_changed_field_and_the_classes_only_what_i
 
 def test_the_packed_program_knows_the_environment_names_of_what_its_recipe_fixes():
     """Set, they must be an error: the program would run as if they were not."""
-    assert "print('WIDTH KIND')" in fold(HEADER + "print(PACKED_ENVIRONMENT)\n", RECIPE)
+    assert "print('WIDTH KIND')" in specialize(HEADER + "print(PACKED_ENVIRONMENT)\n", RECIPE)
 
 
 def test_a_field_that_is_live_while_auto_folds_when_the_recipe_decides_it():
@@ -526,8 +526,8 @@ def test_a_field_that_is_live_while_auto_folds_when_the_recipe_decides_it():
     source += (
         "def main(cfg: Config):\n    return [1] if cfg.model.seed == 'auto' else [2]\nR = main(Config())\n"
     )
-    assert "cfg.model.seed ==" in fold(source, {})
-    assert "cfg.model.seed ==" not in fold(source, {"model": {"seed": "fa3"}})
+    assert "cfg.model.seed ==" in specialize(source, {})
+    assert "cfg.model.seed ==" not in specialize(source, {"model": {"seed": "fa3"}})
 
 
 def test_a_recipe_that_rules_checkpoints_out_ships_none():
@@ -536,8 +536,8 @@ def test_a_recipe_that_rules_checkpoints_out_ships_none():
         "def main(cfg: Config):\n    return resume() if Config().model.seed >= 0 else None\n"
         "def resume():\n    print(1)\nR = main(Config())\n"
     )
-    assert "resume" in fold(source, {}) and "resume" in fold(source, {"model": {"seed": 9}})
-    assert "resume" not in fold(source, {"model": {"seed": -1}})
+    assert "resume" in specialize(source, {}) and "resume" in specialize(source, {"model": {"seed": 9}})
+    assert "resume" not in specialize(source, {"model": {"seed": -1}})
 
 
 def test_a_function_may_have_the_name_of_a_config_section():
@@ -617,13 +617,13 @@ def test_a_packed_program_refuses_other_recipes_artifacts_fields_and_environment
     """Its model is the recipe's: another one's weights must not be read as if they were its own."""
     recipe = read_recipe(ROOT / "records/track_10min_16mb/2026-03-17_NaiveBaseline/recipe.toml")
     names = {"__name__": "folded"}
-    exec(compile(fold(bundle(ROOT / "train_gpt.py", ROOT), recipe), "folded", "exec"), names)
+    exec(compile(specialize(bundle(ROOT / "train_gpt.py", ROOT), recipe), "folded", "exec"), names)
     fixed = names["PACKED_RECIPE"]
     live = names["load_config"]({}, ["run.seed=7"])
-    assert names["read_recipe_of"]({"recipe": json.loads(json.dumps(fixed))}, live, Path("a.bin")) is live
+    assert names["merge_recipe"]({"recipe": json.loads(json.dumps(fixed))}, live, Path("a.bin")) is live
     other = fixed | {"model": {"num_layers": 8}}
     with pytest.raises(names["UserError"], match=r"a\.bin: made with another recipe"):
-        names["read_recipe_of"]({"recipe": other}, live, Path("a.bin"))
+        names["merge_recipe"]({"recipe": other}, live, Path("a.bin"))
     with pytest.raises(names["UserError"], match=r"model\.num_layers is fixed in this packed program"):
         names["load_config"]({}, ["model.num_layers=8"])
     with pytest.raises(names["UserError"], match=r"run\.sed is fixed .* or unknown; free are .*run\.seed"):
@@ -655,7 +655,7 @@ RESULT = main(Config())
 """
     )
     names = {"__name__": "folded"}
-    made = fold(source, {})
+    made = specialize(source, {})
     exec(made, names)
     assert names["RESULT"] == ("a.bin: expected 2.5 bytes, found 1.5.", "no such file.")
     assert "again" not in made
@@ -666,5 +666,5 @@ def test_top_level_statements_keep_their_identity():
     source = HEADER + "def main(cfg: Config):\n    return cfg.model.width\nmain(Config())\n"
     before = ast.parse(source)
     nodes = list(before.body)
-    fold_tree(before, RECIPE)
+    specialize_tree(before, RECIPE)
     assert {id(node) for node in before.body} <= {id(node) for node in nodes}

@@ -126,7 +126,7 @@ def test_emulated_training_stays_near_the_exact_and_resumes(tiny_config):
     losses = {}
     for fp8 in ("off", "emulate"):
         training = Training(with_values(tiny_config, values | {"model.fp8": fp8}, "test"), one_process(), 0)
-        (phase,) = train_gpt.phases_of(training.cfg)
+        (phase,) = train_gpt.get_phases(training.cfg)
         losses[fp8] = []
         for step in range(12):
             losses[fp8].append(training.accumulate(phase, lambda: False))

@@ -17,7 +17,7 @@ from test_artifact import put_together, sign, take_apart
 
 from common import UserError
 from formats.artifact import CHECKSUM_BYTES, LARGEST_FILE, PLAIN_CODECS, ArtifactError, compress
-from formats.recipe import flatten_recipe, recipe_of, with_values
+from formats.recipe import flatten_recipe, get_recipe, with_values
 from quantizers.storage import STORAGE_PARTS, STREAM_DTYPES, TensorRow
 from train_gpt import (
     LARGEST_DEPTH,
@@ -136,7 +136,7 @@ def damage_meaning(blob: bytes, dice: random.Random) -> bytes:
 def lie(blob: bytes, dice: random.Random) -> bytes:
     """Tell of another model: its tensor table, its lengths, streams that unpack to zeros of such lengths."""
     header, streams = take_apart(blob)
-    recipe = recipe_of(with_values(Config(), flatten_recipe(header["recipe"], "the truth"), "the truth"))
+    recipe = get_recipe(with_values(Config(), flatten_recipe(header["recipe"], "the truth"), "the truth"))
     for _ in range(dice.randint(1, 3)):
         section = recipe[dice.choice(["model", "model", "model", "quant", "data"])]
         section[dice.choice(sorted(section))] = dice.choice([*NUMBERS[:10], *LEAVES, *range(1, 40)])
@@ -147,7 +147,7 @@ def lie(blob: bytes, dice: random.Random) -> bytes:
         table = tensor_table(cfg)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
         return put_together(header, streams)  # a model that cannot be described: the table is another's
-    header |= {"recipe": recipe_of(cfg), "tensors": table}
+    header |= {"recipe": get_recipe(cfg), "tensors": table}
     return put_together(*with_zeros(header, table, dice.choice([0, 0, 0, 1, 1 << 33])))
 
 
@@ -222,7 +222,7 @@ def forge_zeros(values: dict, described: bool) -> bytes:
     """An artifact of a model of zeros."""
     heads = {"model.num_heads": 1, "model.num_kv_heads": 1, "quant.codec": "brotli"}
     cfg = with_values(Config(), TINY | heads | values, "test")
-    header = {"recipe": recipe_of(cfg), "tokenizer_sha256": "f" * 64}
+    header = {"recipe": get_recipe(cfg), "tokenizer_sha256": "f" * 64}
     header["tensors"] = tensor_table(cfg) if described else []
     return put_together(*with_zeros(header, header["tensors"], 0))
 

@@ -30,7 +30,7 @@ import dev.gpu_battery.__main__
 import dev.gpu_battery.timing
 from common import UserError, read_json
 from dev.gpu_battery.__main__ import PARTS, choose_parts, main
-from dev.gpu_battery.driver import RESULTS_NAME, Part, Settings, run_battery
+from dev.gpu_battery.driver import RESULTS_NAME, BatteryPart, BatterySettings, run_battery
 from dev.gpu_battery.gpu_tests import sum_up
 from dev.gpu_battery.job import plain, read_records
 from dev.gpu_battery.report import format_markdown, format_plain
@@ -38,8 +38,8 @@ from dev.gpu_battery.text import draw_tokens
 from dev.gpu_battery.timing import GPU_CATEGORIES, sum_up_trace, too_fast, unless_out_of_memory, utilization
 
 
-def part(function, seconds: float = 60) -> Part:
-    return Part(function.__name__, seconds, "a fake", f"{function.__module__}:{function.__name__}")
+def part(function, seconds: float = 60) -> BatteryPart:
+    return BatteryPart(function.__name__, seconds, "a fake", f"{function.__module__}:{function.__name__}")
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def run_parts(tmp_path, monkeypatch):
     """Run fake parts, `works` last; checks what holds whatever they do; returns the report's parts."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
-    def run(*parts: Part, seconds: float = 300) -> dict:
+    def run(*parts: BatteryPart, seconds: float = 300) -> dict:
         out = tmp_path / "out"
-        settings = Settings(out, tmp_path / "work", seconds)
+        settings = BatterySettings(out, tmp_path / "work", seconds)
         report = run_battery([*parts, part(works)], settings)
         written = json.loads((out / RESULTS_NAME).read_text(), parse_constant=pytest.fail)
         assert written == plain(report)
@@ -157,7 +157,9 @@ def test_whichever_part_of_the_table_dies_the_results_are_whole(run_parts, row):
 
 def test_results_that_cannot_be_reached_do_not_stop_the_battery(run_parts):
     """A module or a function that is not there is one part's failure."""
-    missing = [Part(name, 60, "a fake", name) for name in ("no_such_module:run", "fixtures_battery:no_such")]
+    missing = [
+        BatteryPart(name, 60, "a fake", name) for name in ("no_such_module:run", "fixtures_battery:no_such")
+    ]
     found = run_parts(*missing)
     assert [found[row.name]["status"] for row in missing] == ["failed", "failed"]
     assert found["works"]["status"] == "ok"

@@ -5,7 +5,7 @@ import torch
 from test_architecture import recipe
 
 from formats.recipe import with_values
-from quantizers.methods import grid_of
+from quantizers.methods import build_grid
 from scoring.budget import BudgetError, check_bytes, format_ledger
 from train_gpt import Config, make_gpt, match_rules, pack_model, quantize_model, tensor_table
 
@@ -23,7 +23,9 @@ def storages(cfg: Config) -> dict[str, str]:
     table = tensor_table(cfg)
     rules = match_rules(cfg, [row.name for row in table])
     bits = {
-        row.name: grid_of(rules[row.name].storage, cfg.quant).bits for row in table if row.storage == "rows"
+        row.name: build_grid(rules[row.name].storage, cfg.quant).bits
+        for row in table
+        if row.storage == "rows"
     }
     return {row.name: f"int{bits[row.name]}" if row.name in bits else "float16" for row in table}
 

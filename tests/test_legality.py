@@ -16,8 +16,8 @@ from common import UserError
 from data.validation import ValidationText
 from formats.recipe import with_values
 from scoring import ngram
-from scoring.adaptive import LoraScorer, PhaseOptions, Reports, Session, Settings, plan_documents
-from scoring.modes import Aids, Scoring, lora_options, scoring_cost, sgd_options
+from scoring.adaptive import Callbacks, LoraScorer, PhaseOptions, ScoringRun, WindowSettings, plan_documents
+from scoring.modes import ScorerState, Scoring, lora_options, scoring_cost, sgd_options
 from scoring.ngram import NO_HINT
 from scoring.reference import Slow, score_reference, score_slow_lora, score_slow_plain, score_slow_sgd
 from scoring.sliding import ScoreOptions
@@ -91,7 +91,9 @@ class Attack:
         ranks, events = KeepingRanks(Environment({}), "cpu"), []
         with torch.no_grad():
             self.model.embed.weight.mul_(scale)
-        score_model(self.model, self.configure(case, **changes), text, ranks, Scoring(Reports(events.append)))
+        score_model(
+            self.model, self.configure(case, **changes), text, ranks, Scoring(Callbacks(events.append))
+        )
         with torch.no_grad():
             self.model.embed.weight.div_(scale)
         return ranks.nats.double().numpy(), events
@@ -109,7 +111,9 @@ def attack(tiny_config, monkeypatch):
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape) * 0.3)
-    model.aids = Aids(ngram.build_table(TEXT, (2,), 16), (0.9, 1.2))  # for cases that ask for them
+    model.scorer_state = ScorerState(
+        ngram.build_table(TEXT, (2,), 16), (0.9, 1.2)
+    )  # for cases that ask for them
     return Attack(base, model)
 
 
@@ -148,12 +152,12 @@ class Bigrams(torch.nn.Module):
 
 def slow_nats(model, settings, tokens: np.ndarray) -> np.ndarray:
     """Score as settings say with scoring/reference.py, on a copy of the model in float64."""
-    tilt = scoring_cost(settings, tokens, model.aids)
+    tilt = scoring_cost(settings, tokens, model.scorer_state)
     tilt = tilt.cost if settings.fit_scales else tilt
     hints = [[] for _ in tokens[1:]]
     if settings.tilt_online:
         hints = [[(h, s) for h, s in zip(*row) if h != NO_HINT] for row in zip(tilt.hints, tilt.strengths)]
-    scales = model.aids.scales if settings.fit_scales else (1.0, 1.0)
+    scales = model.scorer_state.scales if settings.fit_scales else (1.0, 1.0)
     double = copy.deepcopy(model).double()
     double.compute_dtype = torch.float64
     stride = 0 if settings.mode == "chunked" else STRIDE
@@ -164,7 +168,7 @@ def slow_nats(model, settings, tokens: np.ndarray) -> np.ndarray:
     if settings.mode == "sgd-ttt":
         return score_slow_sgd(slow, sgd_options(settings))
     options = ScoreOptions(BOS, BATCH_TOKENS)
-    session = Session(tokens, Settings(CONTEXT, STRIDE), options, None, Reports())
+    session = ScoringRun(tokens, WindowSettings(CONTEXT, STRIDE), options, None, Callbacks())
     lora = lora_options(settings)
     scorer = LoraScorer(model, session, lora)
     phases = PhaseOptions(settings.phase_docs, settings.phase_count, sgd_options(settings))
@@ -178,7 +182,7 @@ def test_every_scorer_agrees_with_the_slow_float64_one(attack, case, bigrams):
     """Batches, windows, deals and float32 move no score by 1e-4 bits: one target at a time says the same."""
     sites = {"lora_sites": "head"} if bigrams else {}
     fast = Attack(attack.base, Bigrams()) if bigrams else attack
-    fast.model.aids = attack.model.aids
+    fast.model.scorer_state = attack.model.scorer_state
     nats, _ = fast(case, TEXT, **sites)
     expected = slow_nats(fast.model, fast.configure(case, **sites).eval, TEXT)
     assert abs(nats.mean() - expected.mean()) / math.log(2) < 1e-4
@@ -191,7 +195,7 @@ def test_a_uniform_model_costs_the_log_of_the_vocabulary(attack, case):
     """The one score that is known exactly, to the last digit of float32, as long as nothing is learned."""
     model = Bigrams()
     torch.nn.init.zeros_(model.head.weight)
-    model.aids = Aids()
+    model.scorer_state = ScorerState()
     nats, _ = Attack(attack.base, model)(case, TEXT, lora_sites="head", lora_lr=0.0, sgd_lr=0.0)
     assert nats == pytest.approx(math.log(VOCAB), rel=2e-7)
 

@@ -39,7 +39,7 @@ def test_training_uses_it_on_every_kind_of_head(tiny_config, alone, values):
     cfg = with_values(tiny_config, values, "test")
     training = train_gpt.Training(cfg, alone, bos_id=1)
     assert training.loss is train_gpt.mean_loss_in_blocks
-    batch = train_gpt.next_batch(training.loader, train_gpt.stages_of(cfg)[0], alone)
+    batch = train_gpt.next_batch(training.loader, train_gpt.get_stages(cfg)[0], alone)
     grads = []
     for function in (train_gpt.mean_loss, training.loss):
         training.optimizers.zero_grad()

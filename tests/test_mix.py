@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audit.folder import Folder
+from audit.folder import SubmissionFolder
 from audit.program import read_program
 from common import UserError
 from pack.mix import DECODER_NAME, MAX_LENGTH, decode, decoder_text, encode
@@ -22,7 +22,7 @@ ASCII = st.text(st.characters(max_codepoint=127), max_size=60)
 def opaque(folder: Path, packed: bytes) -> list[str]:
     """What the audit cannot read of a folder that holds only this program."""
     (folder / "train_gpt.py").write_bytes(packed)
-    return read_program(Folder(folder), {}, "").opaque
+    return read_program(SubmissionFolder(folder), {}, "").opaque
 
 
 @settings(deadline=None, max_examples=40)

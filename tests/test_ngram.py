@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from common import UserError
 from formats.artifact import ArtifactError, Stream
 from formats.recipe import with_values
-from scoring.modes import Aids, aid_limits, write_aids
+from scoring.modes import ScorerState, scorer_state_limits, write_scorer_state
 from scoring.ngram import (
     NO_HINT,
     ONLINE_RULES,
@@ -42,8 +42,8 @@ from scoring.sliding import (
 from train_gpt import (
     Log,
     Training,
-    load_aids,
     load_artifact,
+    load_scorer_state,
     load_validation,
     pack_model,
     quantize_model,
@@ -330,15 +330,15 @@ def test_aids_come_from_training_text_and_travel_in_the_artifact(aided, alone, t
     parts = dict(ledger)
     assert parts["weights: ngram keys"] > 0 and parts["weights: ngram tokens"] > 0
     assert sum(parts.values()) == path.stat().st_size
-    model.aids = Aids()
+    model.scorer_state = ScorerState()
     bare = with_values(cfg, {"eval.tilt_static_entries": 0, "eval.fit_scales": False}, "test")
     blob, _ = pack_model(model, bare, quantize_model(model, cfg, {}, len), "f" * 64)
     assert len(blob) < path.stat().st_size  # what a target of bytes sees
     loaded, loaded_cfg, _ = load_artifact(path, cfg, alone.device)
-    table = loaded.aids.table
+    table = loaded.scorer_state.table
     assert loaded_cfg.eval == cfg.eval and 50 < len(table.keys) <= 60 and table.lengths == (2, 3)
     assert "calibration_time:" in (tmp_path / "train.log").read_text()
-    assert len(loaded.aids.scales) == 2 and loaded.aids.scales != (1.0, 1.0)
+    assert len(loaded.scorer_state.scales) == 2 and loaded.scorer_state.scales != (1.0, 1.0)
 
 
 def test_the_artifacts_table_and_scales_are_what_scores(aided, alone, tiny_data):
@@ -346,7 +346,7 @@ def test_the_artifacts_table_and_scales_are_what_scores(aided, alone, tiny_data)
     cfg, _, path, _ = aided
     model, cfg, _ = load_artifact(path, cfg, alone.device)
     text = load_validation(with_values(cfg, {"data.data_path": str(tiny_data)}, "test").data)
-    table, scales = model.aids
+    table, scales = model.scorer_state
     cost = ScaledCost(*scales, static_tilt(table, text.tokens, cfg.eval.tilt_static_strength))
     windows = plan_windows(len(text.tokens) - 1, 16)
 
@@ -362,7 +362,7 @@ def test_the_artifacts_table_and_scales_are_what_scores(aided, alone, tiny_data)
     assert by_hand(plain_cost) != pytest.approx(by_hand(cost), rel=1e-6)
     legacy = with_values(cfg, {"eval.tilt_legacy": True}, "test")
     assert "system B" in score_model(model, legacy, text, alone).invalid
-    model.aids = Aids()
+    model.scorer_state = ScorerState()
     for name in ("tilt_static_entries", "fit_scales"):
         lacking = with_values(plain, {f"eval.{name}": 1}, "test")
         with pytest.raises(UserError, match=f"eval.{name}"):
@@ -372,11 +372,11 @@ def test_the_artifacts_table_and_scales_are_what_scores(aided, alone, tiny_data)
 def test_aids_that_are_too_long_or_missing_are_refused(aided):
     """A stream's stated length is bounded by the recipe before anything is decompressed."""
     cfg, model, _, _ = aided
-    good = {name: Stream(b"", len(raw)) for name, raw in write_aids(model.aids).items()}
-    assert set(good) == set(aid_limits(cfg.eval))
+    good = {name: Stream(b"", len(raw)) for name, raw in write_scorer_state(model.scorer_state).items()}
+    assert set(good) == set(scorer_state_limits(cfg.eval))
     for bad in (good | {"ngram keys": Stream(b"", 1 << 30)}, {"ngram keys": good["ngram keys"]}):
         with pytest.raises(ArtifactError, match="at most"):
-            load_aids(dict(bad), cfg)
+            load_scorer_state(dict(bad), cfg)
 
 
 def test_scales_are_fitted_to_the_least_cost():

@@ -18,9 +18,9 @@ from train_gpt import (
     Swa,
     build_model,
     decay_mul,
+    get_stages,
     learning_rate_mul,
     muon_momentum,
-    stages_of,
     step_rates,
 )
 
@@ -206,7 +206,7 @@ def test_a_stage_scales_the_rate_and_sets_the_clip():
     before, after = (step_rates(cfg, 10, elapsed) for elapsed in (299_999.0, 300_000.0))
     assert (before.lr_mul, before.grad_clip_norm) == (0.5, 0.1)
     assert (after.lr_mul, after.grad_clip_norm) == (1.0, 0.2)
-    assert [stage.seq_len for stage in stages_of(cfg)] == [16, 32]
+    assert [stage.seq_len for stage in get_stages(cfg)] == [16, 32]
 
 
 def test_the_cosine_follows_the_clock_where_there_is_one():

@@ -15,8 +15,8 @@ from quantizers.grid import Grid, quantize
 from train_gpt import (
     Training,
     format_toml,
+    get_recipe,
     quantized_names,
-    recipe_of,
     save_checkpoint,
     write_json,
 )
@@ -37,7 +37,7 @@ def run_folder(tiny_config, alone, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     save_checkpoint(training, folder / "checkpoint.safetensors")
-    (folder / "recipe.toml").write_text(format_toml(recipe_of(cfg)))
+    (folder / "recipe.toml").write_text(format_toml(get_recipe(cfg)))
     places = {f"data.{key}": getattr(cfg.data, key) for key in ("data_path", "tokenizer_path")}
     write_json(folder / "result.json", {"places": places})
     return folder, cfg

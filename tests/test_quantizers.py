@@ -12,13 +12,13 @@ from quantizers import gptq as gptq_module
 from quantizers.gptq import (
     LARGEST_CODE,
     Calibrated,
-    CheapRounding,
+    CalibrationStats,
     CodeModel,
-    Moments,
     Powers,
+    RateDistortionRounding,
     awq_column_steps,
     calibrate,
-    collect_moments,
+    collect_stats,
     combine_roles,
     factorize,
     gptq,
@@ -291,7 +291,7 @@ def test_moments_count_every_visit_and_add_up_over_ranks():
         total.backward()
 
     ours, theirs = (
-        collect_moments({"layer": layer}, partial(visits, chosen))["layer"] for chosen in ((0, 1), (2, 3))
+        collect_stats({"layer": layer}, partial(visits, chosen))["layer"] for chosen in ((0, 1), (2, 3))
     )
     ours.merge(lambda tensor: tensor + theirs.sums["gram" if len(tensor) == 37 else "rows"])
     inputs, gradients = torch.cat(parts).double(), torch.cat(upstream).double()
@@ -311,16 +311,16 @@ def test_an_embedding_is_a_linear_of_one_hot_inputs():
         one_hot = torch.nn.functional.one_hot(tokens, 5).float().requires_grad_()
         ((table(tokens) + linear(one_hot)) * upstream).sum().backward()
 
-    moments = collect_moments({"table": table, "linear": linear}, run)
-    assert torch.allclose(moments["table"].row_weights, moments["linear"].hessian.diagonal())
-    assert torch.allclose(moments["table"].hessian.diagonal(), moments["linear"].row_weights)
+    stats = collect_stats({"table": table, "linear": linear}, run)
+    assert torch.allclose(stats["table"].row_weights, stats["linear"].hessian.diagonal())
+    assert torch.allclose(stats["table"].hessian.diagonal(), stats["linear"].row_weights)
 
 
 def test_combined_roles_keep_the_totals():
     """A tied embedding is looked up and multiplied by; each row's sum over both is what it weighs."""
     roles = []
     for seed in range(2):
-        role = Moments()
+        role = CalibrationStats()
         role.add("gram", random_hessian(seed=seed), 10)
         role.add_rows(torch.rand(24, generator=torch.Generator().manual_seed(seed)), 10)
         roles.append(role)
@@ -380,22 +380,26 @@ def loss_and_bits(matrices, quantizer):
 def loss_at(matrices, quantizer_of, target_bits):
     """The loss of a quantizer family with one knob at a number of bits."""
     fit = fit_rate(
-        lambda knob: loss_and_bits(matrices, quantizer_of(knob))[1], target_bits, 0.001, 100.0, slack=0.01
+        lambda parameter: loss_and_bits(matrices, quantizer_of(parameter))[1],
+        target_bits,
+        0.001,
+        100.0,
+        slack=0.01,
     )
-    return loss_and_bits(matrices, quantizer_of(fit.knob))[0]
+    return loss_and_bits(matrices, quantizer_of(fit.parameter))[0]
 
 
 def sdclip_of(matrices):
     """The contest's quantizer as a family: its knob is the step in row deviations."""
-    return lambda knob: (
-        lambda name: gptq(matrices[name].weight, matrices[name].factor, Grid(8, "sigmas", 127 * knob))
+    return lambda parameter: (
+        lambda name: gptq(matrices[name].weight, matrices[name].factor, Grid(8, "sigmas", 127 * parameter))
     )
 
 
 def rate_distortion_of(matrices, powers, rate_weight=0.0):
     """Water-filled steps as a family."""
     relative = water_fill(matrices, powers)
-    return lambda knob: lambda name: rd_gptq(matrices[name], relative[name], knob, rate_weight)
+    return lambda parameter: lambda name: rd_gptq(matrices[name], relative[name], parameter, rate_weight)
 
 
 def test_rate_distortion_steps_lose_less_at_equal_bits():
@@ -466,7 +470,7 @@ def test_cheap_rounding_takes_the_least_of_two_costs():
     generator = torch.Generator().manual_seed(2)
     scaled = 3 * torch.randn(1, 200, generator=generator)
     prices = torch.rand(1, 200, generator=generator)
-    rounding = CheapRounding(scaled, prices)
+    rounding = RateDistortionRounding(scaled, prices)
     codes = rounding(0, scaled[0], torch.round(scaled[0]))
     lengths = rounding.model.lengths()[0]
 
@@ -520,21 +524,21 @@ def test_rate_control_lands_just_below_the_target(target):
     """Within 0.1 %, in few evaluations: each is a whole quantization with the real coder."""
     calls = []
 
-    def size_of(knob):
-        calls.append(knob)
-        return int(4_000_000 / 8 * (5.9 - math.log2(knob)) + 900 * math.sin(40 * knob)) + 1500
+    def size_of(parameter):
+        calls.append(parameter)
+        return int(4_000_000 / 8 * (5.9 - math.log2(parameter)) + 900 * math.sin(40 * parameter)) + 1500
 
     fit = fit_rate(size_of, target, 1.0, 60.0)
     assert 0.999 * target <= fit.size_bytes <= target
-    assert fit.size_bytes == size_of(fit.knob)
+    assert fit.size_bytes == size_of(fit.parameter)
     assert fit.num_evals == len(calls) - 1 <= 8
 
 
 def test_rate_control_at_its_ends():
     """Bytes that nothing can use are left; bytes that cannot be saved are said."""
-    assert fit_rate(lambda knob: 500, 1000, 1.0, 2.0).knob == 1.0
+    assert fit_rate(lambda parameter: 500, 1000, 1.0, 2.0).parameter == 1.0
     with pytest.raises(UserError, match=r"1,100 .* 100 over.*target_bytes"):
-        fit_rate(lambda knob: round(1300 - 100 * knob), 1000, 1.0, 2.0)
+        fit_rate(lambda parameter: round(1300 - 100 * parameter), 1000, 1.0, 2.0)
 
 
 def test_allocation_is_the_best_of_all():

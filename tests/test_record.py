@@ -15,7 +15,7 @@ from data.codecs import load_codec
 from data.prepare import Document, write_dataset
 from dev import record, submission
 from eval import stats
-from formats.recipe import config_hash, format_toml, read_recipe, recipe_of, with_values
+from formats.recipe import config_hash, format_toml, get_recipe, read_recipe, with_values
 from pack.program import PackReport
 from train_gpt import Config, read_environment
 
@@ -65,12 +65,12 @@ def log_of(seed: int, bpb: float, world_size: int = 1) -> str:
     )
 
 
-def write_run(plan: record.Plan, seed: int, bpb: float, log: str = "") -> Path:
+def write_run(plan: record.RecordPlan, seed: int, bpb: float, log: str = "") -> Path:
     """Make a run folder as a finished, evaluated seed leaves it."""
     folder = plan.run_folder(seed)
     folder.mkdir(parents=True)
     cfg = with_values(plan.cfg, {"run.seed": seed}, "test")
-    recipe = recipe_of(cfg, live=True)
+    recipe = get_recipe(cfg, live=True)
     for section, key in (name.split(".") for name in record.PLACE_FIELDS):
         recipe[section].pop(key)
     (folder / "recipe.toml").write_text(format_toml(recipe))
@@ -98,7 +98,7 @@ def made(tmp_path, monkeypatch):
     for name in ("fineweb_train_000000.bin", "fineweb_val_000000.bin", "tokenizer.model"):
         (data / name).touch()
     values = TINY | LIMITS | {"run.out_dir": str(tmp_path / "runs")}
-    recipe = recipe_of(with_values(Config(), values, "test"), live=True)
+    recipe = get_recipe(with_values(Config(), values, "test"), live=True)
     home = tmp_path / "recipes" / NAME
     home.mkdir(parents=True)
     (home / "recipe.toml").write_text(format_toml(recipe))
@@ -395,7 +395,7 @@ def test_a_record_from_training_to_audit(tiny_data, tmp_path):
     values = TINY | LIMITS | {"run.out_dir": str(tmp_path / "runs"), "run.val_batch_tokens": 16_384}
     values |= {"eval.mode": "sliding", "eval.keep_tail": True}
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(format_toml(recipe_of(with_values(Config(), values, "test"), live=True)))
+    recipe.write_text(format_toml(get_recipe(with_values(Config(), values, "test"), live=True)))
     track = tmp_path / "records" / "track_cpu"
     args = ["--recipe", recipe, "--out", track, "--name", NAME, "--seeds", "1,2,3"]
     args += ["--data", tmp_path / "data"]

@@ -8,8 +8,8 @@ from dev.reference_table import (
     ARITHMETIC,
     NUM_CHECKS,
     RECIPES,
-    Check,
     Recorder,
+    ReferenceCheck,
     count_parameters,
     format_row,
     sort_ids,
@@ -95,7 +95,7 @@ def test_a_row_says_what_was_counted(recorder):
 )
 def test_an_id_is_as_good_as_its_worst_test_that_ran(outcomes, expected):
     """A skipped part does not hide a pass, a pass does not hide a failure."""
-    assert verdict([Check(outcome) for outcome in outcomes]).outcome == expected
+    assert verdict([ReferenceCheck(outcome) for outcome in outcomes]).outcome == expected
 
 
 @pytest.mark.parametrize("folder, expected", [pair for rows in RECIPES.values() for pair in rows.items()])

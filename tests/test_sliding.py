@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.recipe import with_values
-from scoring.adaptive import Reports, Session, Settings, weights_digest
-from scoring.modes import EVAL_MODES, Scoring, rehearse, score_session
+from scoring.adaptive import Callbacks, ScoringRun, WindowSettings, weights_digest
+from scoring.modes import EVAL_MODES, Scoring, score_session, warm_up_scorer
 from scoring.reference import score_reference, visible_start
 from scoring.sliding import (
     CompiledWindows,
@@ -129,7 +129,7 @@ def scored_settings(mode):
 
 
 def session_of(tokens, events):
-    return Session(tokens, Settings(16, 4), ScoreOptions(BOS, 64), None, Reports(events.append))
+    return ScoringRun(tokens, WindowSettings(16, 4), ScoreOptions(BOS, 64), None, Callbacks(events.append))
 
 
 @pytest.mark.parametrize("mode", EVAL_MODES)
@@ -140,10 +140,10 @@ def test_rehearsing_leaves_weights_and_text_alone(tiny_model, alone, mode):
     session.ranks = alone
     before = weights_digest(tiny_model)
     hook = tiny_model.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].clone()))
-    rehearse(tiny_model, tiny_model, session, scored_settings(mode), vocab_size=299)
+    warm_up_scorer(tiny_model, tiny_model, session, scored_settings(mode), vocab_size=299)
     hook.remove()
     assert read and max(int(part.max()) for part in read) < 299  # the text's only token was never read
-    assert weights_digest(tiny_model) == before and not session.referee.scored.any()
+    assert weights_digest(tiny_model) == before and not session.checker.scored.any()
     assert [event["kind"] for event in events] == ["load"]
 
 
@@ -157,7 +157,7 @@ def test_a_rehearsal_that_moves_weights_is_found_out(tiny_model, alone, monkeypa
     session = session_of(np.full(200, 5, dtype=np.uint16), [])
     session.ranks = alone
     with pytest.raises(ValueError, match="moved the model's weights"):
-        rehearse(tiny_model, tiny_model, session, scored_settings("sliding"), 300)
+        warm_up_scorer(tiny_model, tiny_model, session, scored_settings("sliding"), 300)
 
 
 def test_the_deadline_is_in_proportion_to_the_text(tiny_config, tiny_model, alone, monkeypatch):
@@ -205,7 +205,7 @@ def test_one_shape_is_compiled_once_and_scores_the_same(tiny_model, alone, monke
     session.ranks = alone
     scorer = CompiledWindows(tiny_model, windows, 64)
     assert scorer.shape == (4, 16, 12)
-    rehearse(tiny_model, scorer, session, scored_settings("sliding"), 300)
+    warm_up_scorer(tiny_model, scorer, session, scored_settings("sliding"), 300)
     assert len(graphs) == 1
     nats = score_windows(scorer, tokens, windows, ScoreOptions(BOS, 64))
     assert len(graphs) == 1
@@ -218,7 +218,7 @@ def test_the_clock_of_a_score_leaves_the_rehearsal_out(tiny_config, tiny_model, 
     text = load_validation(tiny_config.data)
     events = []
     cfg = with_values(tiny_config, {"eval.mode": "sliding", "eval.tilt_online": 1.0}, "test")
-    score = score_model(tiny_model, cfg, text, alone, Scoring(Reports(events.append)))
+    score = score_model(tiny_model, cfg, text, alone, Scoring(Callbacks(events.append)))
     assert [event["kind"] for event in events[:3]] == ["load", "precompute", "score"]
     assert events[1]["seconds"] <= events[-1]["seconds"] <= score.seconds
     cold = score_model(tiny_model, cfg, text, alone, Scoring(warms_up=False))

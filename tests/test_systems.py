@@ -27,6 +27,7 @@ from train_gpt import (
     Ranks,
     StepRates,
     check_config,
+    get_stages,
     layer_plan,
     learning_rate_mul,
     make_gpt,
@@ -37,7 +38,6 @@ from train_gpt import (
     rope_tables,
     rotate_interleaved,
     stage_at,
-    stages_of,
     takes_snapshot,
 )
 
@@ -428,7 +428,7 @@ ULTRA10 = [
 def test_system_e_goes_through_ten_stages():
     """Boundaries are inclusive; cumulative tokens at stage ends as published."""
     cfg = recipe(E197)
-    found = [(stage.start, stage.seq_len, stage.batch_tokens) for stage in stages_of(cfg)]
+    found = [(stage.start, stage.seq_len, stage.batch_tokens) for stage in get_stages(cfg)]
     assert found == ULTRA10
     for (start, seq_len, _), (before_len) in zip(ULTRA10[1:], [row[1] for row in ULTRA10]):
         assert stage_at(cfg, start, 0.0).seq_len == seq_len
@@ -446,7 +446,7 @@ def test_system_e_goes_through_ten_stages():
 def test_system_e_has_the_memory_saving_stages():
     """Tokens a step of the nine entries and their total by 150,000 steps."""
     cfg = recipe(E270)
-    stages = stages_of(cfg)
+    stages = get_stages(cfg)
     assert [stage.batch_tokens for stage in stages] == [32768, 32768, 32768, 49152, 32768, 49152] + [
         65536
     ] * 3
@@ -458,14 +458,14 @@ def test_system_e_has_the_memory_saving_stages():
 def test_system_e_has_the_six_stages_of_its_card():
     """The nine without the stage of 1,536 tokens and the repetitions; one more total that is exact."""
     cfg = recipe(E270_MEM6)
-    found = [(stage.start, stage.seq_len, stage.batch_tokens) for stage in stages_of(cfg)]
+    found = [(stage.start, stage.seq_len, stage.batch_tokens) for stage in get_stages(cfg)]
     assert found == [
         (0, 128, 32_768), (3_000, 256, 32_768), (6_000, 512, 32_768), (10_000, 768, 49_152),
         (15_000, 1024, 32_768), (25_000, 2048, 65_536),
     ]  # fmt: skip
     tokens = sum(stage_at(cfg, step, 0.0).batch_tokens for step in range(0, 150_000, 1000))
     assert 1000 * tokens == 9_093_120_000
-    sequences = [stage.batch_tokens // stage.seq_len for stage in stages_of(cfg)]
+    sequences = [stage.batch_tokens // stage.seq_len for stage in get_stages(cfg)]
     assert sequences[:5] == [256, 128, 64, 64, 32]
 
 
@@ -474,10 +474,10 @@ def test_system_e_has_the_six_stages_of_its_card():
 def test_system_e_accumulates_gradients_as_published(name, accumulation):
     """The original's loop never did; a step is a step of the optimizer."""
     cfg = recipe(name)
-    assert [stage.micro_batches for stage in stages_of(cfg)] == accumulation
+    assert [stage.micro_batches for stage in get_stages(cfg)] == accumulation
     assert all(
         stage.batch_tokens % (stage.seq_len * count) == 0
-        for stage, count in zip(stages_of(cfg), accumulation)
+        for stage, count in zip(get_stages(cfg), accumulation)
     )
 
 
@@ -566,7 +566,7 @@ def test_training_and_validation_share_no_document(tiny_data, tmp_path):
 @pytest.mark.reference("E12")
 def test_targets_are_the_next_tokens(tiny_config, alone):
     """A model that repeats its input is wrong, one that knows the next token is right."""
-    batch = next_batch(open_loader(tiny_config, 0), stages_of(tiny_config)[0], alone)
+    batch = next_batch(open_loader(tiny_config, 0), get_stages(tiny_config)[0], alone)
     assert torch.equal(batch.targets[:, :-1], batch.tokens[:, 1:])
     onehot = torch.eye(tiny_config.data.vocab_size)
 

@@ -275,7 +275,7 @@ def test_stages_change_the_shape_of_steps(tiny_config, alone, tmp_path):
     rows = "0:8:128:4:1:0,0.5:16:256:4:1:0"
     cfg = with_values(tiny_config, {"schedule.stages": rows, "run.val_loss_every": -1}, "test")
     training = Training(cfg, alone, bos_id=1)
-    assert [phase.stage.seq_len for phase in train_gpt.phases_of(cfg)] == [8, 16]
+    assert [phase.stage.seq_len for phase in train_gpt.get_phases(cfg)] == [8, 16]
     shapes = []
     loss = training.loss
     training.loss = lambda model, batch, passes: (

@@ -14,8 +14,8 @@ from test_attention import pretend
 
 import kernels.attention
 from formats.recipe import with_values
-from kernels.attention import Extent, Reach, extent_of, has_usual_docs, mask_of, usual_docs
-from scoring.adaptive import LoraOptions, PhaseOptions, Reports, Session, Settings, score_lora
+from kernels.attention import Extent, MaskSpec, build_mask, extent_of, has_usual_docs, usual_docs
+from scoring.adaptive import Callbacks, LoraOptions, PhaseOptions, ScoringRun, WindowSettings, score_lora
 from scoring.sliding import CompiledWindows, ScoreOptions, plan_windows, score_windows
 from train_gpt import Training, phase_at
 
@@ -93,7 +93,7 @@ def test_fillers_behind_short_documents_start_none(tiny_config, alone, launches)
     model.attention = "varlen"
     lengths = np.arange(20, 84)
     tokens = np.concatenate([*([BOS] + [9] * (length - 1) for length in lengths), [BOS]])
-    session = Session(tokens, Settings(96, 16), ScoreOptions(BOS, 64 * 96), alone, Reports())
+    session = ScoringRun(tokens, WindowSettings(96, 16), ScoreOptions(BOS, 64 * 96), alone, Callbacks())
     launches.clear()
     outcome = score_lora(model, session, LoraOptions(rank=2, chunk_tokens=96), PhaseOptions())
     assert (outcome.nats > 0).all()
@@ -113,7 +113,7 @@ def test_fillers_change_no_score(tiny_config, alone):
 
     def nats(documents: list[list[int]]) -> torch.Tensor:
         tokens = np.array([token for text in documents for token in text] + [BOS])
-        session = Session(tokens, Settings(64, 16), ScoreOptions(BOS, 4096), alone, Reports())
+        session = ScoringRun(tokens, WindowSettings(64, 16), ScoreOptions(BOS, 4096), alone, Callbacks())
         return score_lora(model, session, LoraOptions(rank=2, chunk_tokens=16), PhaseOptions()).nats
 
     torch.testing.assert_close(nats(texts), torch.cat([nats([text]) for text in texts]))
@@ -140,7 +140,7 @@ def test_extents_come_in_few_sizes_and_hold_every_batch():
 def test_without_an_extent_documents_are_counted():
     """Scorers run eagerly and hand over texts of any kind."""
     starts = torch.ones(2, 100, dtype=torch.bool)
-    mask = mask_of(Reach(documents=True), starts, "varlen", torch.float32)
+    mask = build_mask(MaskSpec(documents=True), starts, "varlen", torch.float32)
     assert mask.offsets.tolist() == list(range(201))
     assert mask.max_len == 100
 
@@ -182,7 +182,7 @@ def test_each_torch_gets_the_arguments_that_its_varlen_kernel_takes(monkeypatch,
     install(monkeypatch, "varlen")
     monkeypatch.setattr(kernels.attention, "varlen_takes", takes.__contains__)
     q, k = torch.zeros(1, 8, 4, 2), torch.zeros(1, 8, 2, 2)
-    mask = mask_of(Reach(window), torch.zeros(1, 8, dtype=torch.bool), "varlen", torch.float32)
+    mask = build_mask(MaskSpec(window), torch.zeros(1, 8, dtype=torch.bool), "varlen", torch.float32)
     if takes == {"is_causal"} and window:
         with pytest.raises(RuntimeError, match="has no window_size"):
             kernels.attention.torch_varlen(q, k, k, mask)

@@ -16,24 +16,24 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 from common import CommandParser, UserError, read_json, run_command
-from dev.gpu_battery.driver import RESULTS_NAME, Part, Settings, run_battery
+from dev.gpu_battery.driver import RESULTS_NAME, BatteryPart, BatterySettings, run_battery
 from dev.gpu_battery.report import format_markdown, format_plain
 
 ALL_SECONDS = 480
 PARTS = (
-    Part("machine", 40, "versions, card, bandwidth, matrix products", "dev.gpu_battery.machine:run"),
-    Part("train_small", 90, "train_gpt.py from shards to a score", "dev.gpu_battery.whole_run:run"),
-    Part("backends", 60, "attention: errors and speed by kernel", "dev.gpu_battery.backends:run"),
-    Part("step_1061_low", 80, "1.0611 recipe, recurrence off", "dev.gpu_battery.steps:run_1061_low"),
-    Part("step_1061_full", 110, "1.0611 recipe, recurrence on", "dev.gpu_battery.steps:run_1061_full"),
-    Part("step_naive", 70, "naive recipe, the training loop", "dev.gpu_battery.steps:run_naive"),
-    Part("scoring", 60, "scorers of the 1.0611 architecture", "dev.gpu_battery.scoring:run"),
-    Part("calibration", 45, "statistics and GPTQ of the 1.0611 recipe", "dev.gpu_battery.calibration:run"),
-    Part("gpu_tests", 60, "pytest -m gpu", "dev.gpu_battery.gpu_tests:run"),
+    BatteryPart("machine", 40, "versions, card, bandwidth, matrix products", "dev.gpu_battery.machine:run"),
+    BatteryPart("train_small", 90, "train_gpt.py from shards to a score", "dev.gpu_battery.whole_run:run"),
+    BatteryPart("backends", 60, "attention: errors and speed by kernel", "dev.gpu_battery.backends:run"),
+    BatteryPart("step_1061_low", 80, "1.0611 recipe, recurrence off", "dev.gpu_battery.steps:run_1061_low"),
+    BatteryPart("step_1061_full", 110, "1.0611 recipe, recurrence on", "dev.gpu_battery.steps:run_1061_full"),
+    BatteryPart("step_naive", 70, "naive recipe, the training loop", "dev.gpu_battery.steps:run_naive"),
+    BatteryPart("scoring", 60, "scorers of the 1.0611 architecture", "dev.gpu_battery.scoring:run"),
+    BatteryPart("calibration", 45, "calibration and GPTQ of 1.0611", "dev.gpu_battery.calibration:run"),
+    BatteryPart("gpu_tests", 60, "pytest -m gpu", "dev.gpu_battery.gpu_tests:run"),
 )
 
 
-def choose_parts(text: str) -> list[Part]:
+def choose_parts(text: str) -> list[BatteryPart]:
     """Return the named parts in the order of the table; raises for an unknown name."""
     names = {name for name in text.split(",") if name}
     unknown = names - {part.name for part in PARTS}
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = choose_parts(args.parts)
     out, data = args.out.resolve(), str(Path(args.data).resolve()) if args.data else ""
     work = out.with_name(out.name + ".work")
-    report = run_battery(parts, Settings(out, work, args.seconds, args.rehearse, data))
+    report = run_battery(parts, BatterySettings(out, work, args.seconds, args.rehearse, data))
     print(f"\n{format_plain(report)}\n{out / RESULTS_NAME}")
     return int(any(part["status"] != "ok" for part in report["parts"].values()))
 

@@ -14,7 +14,7 @@ from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import size_of
 from dev.gpu_battery.text import BOS_ID, draw_tokens
 from dev.gpu_battery.timing import measure_fitting, memory_gib, open_ranks, timed
-from kernels.attention import BACKENDS, Reach, extent_of, mask_of, refusal, resolve_attention
+from kernels.attention import BACKENDS, MaskSpec, build_mask, extent_of, refusal, resolve_attention
 
 HEAD_DIM = 64
 MOST_SCORES = 1 << 31  # elements of a (B, T, T) bias that are worth making
@@ -28,7 +28,7 @@ FLEX_SECONDS = 15.0  # that one of its cases may take
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> y
 
 
-class Case(NamedTuple):
+class BackendCase(NamedTuple):
     """A mask and the shape of what attends through it."""
 
     name: str
@@ -71,7 +71,7 @@ def dtype_on(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def make_cases(job: Job) -> list[Case]:
+def make_cases(job: Job) -> list[BackendCase]:
     """Lay out the cases."""
     (rows, seq_len), (short_rows, short_len) = size_of(job, "attention_rows"), size_of(job, "short_rows")
     tokens, segment = size_of(job, "packed_tokens"), size_of(job, "packed_segment")
@@ -84,14 +84,16 @@ def make_cases(job: Job) -> list[Case]:
     many[0, np.cumsum(rng.integers(*SHORT_DOC, tokens // SHORT_DOC[0])) % tokens] = True
     filled = np.arange(short_len) >= rng.integers(short_len // 3, short_len, (short_rows, 1))
     return [
-        Case("plain", all_heads, whole),
-        Case("documents", all_heads, documents, documents=True),
-        Case("window", all_heads, whole, window=size_of(job, "attention_window")),
-        Case("grouped", grouped, whole),
-        Case("packed", grouped, packed, documents=True, longest=segment),
-        Case("packed_unbounded", grouped, packed, documents=True),  # launched for T tokens a document
-        Case("short_documents", grouped, segment_starts(many, segment), documents=True, longest=segment),
-        Case(
+        BackendCase("plain", all_heads, whole),
+        BackendCase("documents", all_heads, documents, documents=True),
+        BackendCase("window", all_heads, whole, window=size_of(job, "attention_window")),
+        BackendCase("grouped", grouped, whole),
+        BackendCase("packed", grouped, packed, documents=True, longest=segment),
+        BackendCase("packed_unbounded", grouped, packed, documents=True),  # of T tokens each
+        BackendCase(
+            "short_documents", grouped, segment_starts(many, segment), documents=True, longest=segment
+        ),
+        BackendCase(
             "fillers", grouped, filled, documents=True
         ),  # each filler a document, as BOS as filler makes them
     ]
@@ -102,13 +104,13 @@ def document_starts(rows: int, seq_len: int, seed: int) -> np.ndarray:
     return draw_tokens(rows * seq_len, 64, seed).reshape(rows, seq_len) == BOS_ID
 
 
-def choose(case: Case, device: torch.device, dtype: torch.dtype) -> dict:
+def choose(case: BackendCase, device: torch.device, dtype: torch.dtype) -> dict:
     """Ask what auto takes, and why not what it tried before."""
-    choice = resolve_attention("auto", device, dtype, case.heads, Reach(case.window, case.documents))
+    choice = resolve_attention("auto", device, dtype, case.heads, MaskSpec(case.window, case.documents))
     return {"takes": choice.backend} | choice.refused
 
 
-def measure_case(job: Job, name: str, case: Case, device: torch.device) -> None:
+def measure_case(job: Job, name: str, case: BackendCase, device: torch.device) -> None:
     """Measure one backend on one case; errors beyond rounding are a fault."""
     dtype, title = dtype_on(device), f"{case.name}_{name}"
     found = measure_fitting(job, title, partial(try_backend, name, case, device, dtype), device)
@@ -117,25 +119,25 @@ def measure_case(job: Job, name: str, case: Case, device: torch.device) -> None:
         job.fault(title, f"differs from math by {max(errors):.3g} of the largest element")
 
 
-def try_backend(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> dict:
+def try_backend(name: str, case: BackendCase, device: torch.device, dtype: torch.dtype) -> dict:
     """Say why a backend cannot do a case, or how exactly and how fast it does."""
     rows, seq_len = case.starts.shape
-    reach = Reach(case.window, case.documents)
-    why = refusal(name, device, dtype, case.heads, reach)
+    spec = MaskSpec(case.window, case.documents)
+    why = refusal(name, device, dtype, case.heads, spec)
     if why:
         return {"refused": why}
     if BACKENDS[name].form in ("bias", "segments") and rows * seq_len**2 > MOST_SCORES:
         return {"not_tried": f"it makes {rows} x {seq_len:,} x {seq_len:,} scores"}
     inputs = draw_inputs(case, device, dtype)
     if case.documents:
-        reach = reach._replace(extent=extent_of(case.starts, case.longest or seq_len))
-    attend, facts = make_attend(name, reach, inputs)
+        spec = spec._replace(extent=extent_of(case.starts, case.longest or seq_len))
+    attend, facts = make_attend(name, spec, inputs)
     facts |= compare(attend, case, inputs)
     times = timed(lambda: forward_backward(attend, inputs.leaves, inputs.dy), device)
     return {"ms": times["ms"], "ms_least": times["ms_least"]} | facts | memory_gib(device)
 
 
-def make_attend(name: str, reach: Reach, inputs: Inputs) -> tuple[Attend, dict]:
+def make_attend(name: str, spec: MaskSpec, inputs: Inputs) -> tuple[Attend, dict]:
     """Return what attends with a mask that is made once, and how long the mask takes.
 
     Block masks are made inside a model's graph, so here too: eagerly they would look at T x T places.
@@ -143,16 +145,16 @@ def make_attend(name: str, reach: Reach, inputs: Inputs) -> tuple[Attend, dict]:
     dtype, run_backend = inputs.dy.dtype, BACKENDS[name].run
 
     def with_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return run_backend(q, k, v, mask_of(reach, inputs.starts, name, dtype))
+        return run_backend(q, k, v, build_mask(spec, inputs.starts, name, dtype))
 
     if BACKENDS[name].form == "blocks":
         return torch.compile(with_mask, dynamic=False), {"mask_ms": "within ms"}
-    mask = mask_of(reach, inputs.starts, name, dtype)
-    ms = timed(lambda: mask_of(reach, inputs.starts, name, dtype), inputs.dy.device)["ms"]
+    mask = build_mask(spec, inputs.starts, name, dtype)
+    ms = timed(lambda: build_mask(spec, inputs.starts, name, dtype), inputs.dy.device)["ms"]
     return partial(run_backend, mask=mask), {"mask_ms": ms}
 
 
-def draw_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+def draw_inputs(case: BackendCase, device: torch.device, dtype: torch.dtype) -> Inputs:
     """Draw queries, keys, values and the gradient of the output."""
     generator = torch.Generator(device).manual_seed(0)
     heads, groups, dim = case.heads
@@ -170,15 +172,15 @@ def forward_backward(attend: Attend, leaves: tuple, dy: Tensor) -> tuple[Tensor,
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
-def compare(attend: Attend, case: Case, inputs: Inputs) -> dict:
+def compare(attend: Attend, case: BackendCase, inputs: Inputs) -> dict:
     """Return the largest differences from math in float32, as shares of the largest element.
 
     Of long rows the first documents are compared: nothing after them reaches back.
     """
     checked = checked_tokens(case)
     wide = tuple(x.detach()[:, :checked].float().requires_grad_() for x in inputs.leaves)
-    reach = Reach(case.window, case.documents)
-    mask = mask_of(reach, inputs.starts[:, :checked], "math", torch.float32)
+    spec = MaskSpec(case.window, case.documents)
+    mask = build_mask(spec, inputs.starts[:, :checked], "math", torch.float32)
     exact = forward_backward(partial(BACKENDS["math"].run, mask=mask), wide, inputs.dy[:, :checked].float())
     found = forward_backward(attend, inputs.leaves, inputs.dy)
     output, *grads = (
@@ -187,7 +189,7 @@ def compare(attend: Attend, case: Case, inputs: Inputs) -> dict:
     return {"output_error": output, "gradient_error": math.nan if any(map(math.isnan, grads)) else max(grads)}
 
 
-def checked_tokens(case: Case) -> int:
+def checked_tokens(case: BackendCase) -> int:
     """Return how many tokens of each row to compare: all of short rows, whole documents of long ones."""
     seq_len = case.starts.shape[1]
     if seq_len <= CHECKED_TOKENS:

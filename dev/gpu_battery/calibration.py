@@ -6,7 +6,7 @@ from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import load_recipe
 from dev.gpu_battery.text import BOS_ID, write_tokens
 from dev.gpu_battery.timing import measure_fitting, memory_gib, open_ranks, wall_seconds
-from quantizers.gptq import Moments, calibrate
+from quantizers.gptq import CalibrationStats, calibrate
 from quantizers.methods import to_grid
 from train_gpt import Config, Ranks, Training, collect_statistics, exported_grids
 
@@ -19,34 +19,34 @@ def run(job: Job) -> None:
     ranks = open_ranks(job.rehearse)
     base = load_recipe(job, "1061")
     places = {"data.data_path": write_tokens(job, base), "quant.calib_batches": 1}
-    moments: dict[str, Moments] = {}
+    stats: dict[str, CalibrationStats] = {}
     for share in SHARES:
         changes = places | {"data.batch_tokens": base.data.batch_tokens // share}
         cfg = load_recipe(job, "1061", **changes)
         name = "batch" if share == 1 else f"batch_1_{share}"
-        found = measure_fitting(job, name, partial(statistics, cfg, ranks, moments), ranks.device)
-        if found is None or moments:
+        found = measure_fitting(job, name, partial(statistics, cfg, ranks, stats), ranks.device)
+        if found is None or stats:
             break
-    if moments:
-        measure_fitting(job, "gptq_layer", lambda: quantize_layer(cfg, ranks, moments), ranks.device)
+    if stats:
+        measure_fitting(job, "gptq_layer", lambda: quantize_layer(cfg, ranks, stats), ranks.device)
 
 
-def statistics(cfg: Config, ranks: Ranks, moments: dict[str, Moments]) -> dict:
-    """Collect the statistics of one batch into `moments`."""
+def statistics(cfg: Config, ranks: Ranks, stats: dict[str, CalibrationStats]) -> dict:
+    """Collect the statistics of one batch into `stats`."""
     training = Training(cfg, ranks, BOS_ID)
-    seconds = wall_seconds(lambda: moments.update(collect_statistics(training)), ranks.device)
+    seconds = wall_seconds(lambda: stats.update(collect_statistics(training)), ranks.device)
     tokens = cfg.data.batch_tokens // cfg.data.micro_batches
-    return {"seconds": seconds, "tokens": tokens, "matrices": len(moments)} | memory_gib(ranks.device)
+    return {"seconds": seconds, "tokens": tokens, "matrices": len(stats)} | memory_gib(ranks.device)
 
 
-def quantize_layer(cfg: Config, ranks: Ranks, moments: dict[str, Moments]) -> dict:
+def quantize_layer(cfg: Config, ranks: Ranks, stats: dict[str, CalibrationStats]) -> dict:
     """Factorize and solve every matrix of a layer."""
     params = dict(Training(cfg, ranks, BOS_ID).model.named_parameters())
     found = {}
     for name, grid in exported_grids(cfg).items():
         if not name.startswith(LAYER):
             continue
-        kept, made = moments[name], []
+        kept, made = stats[name], []
         roles = kept.hessian, kept.row_weights
 
         def factorize(name=name, roles=roles, made=made) -> None:

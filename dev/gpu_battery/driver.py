@@ -33,7 +33,7 @@ TAIL_CHARS = 4000  # of standard error that are kept of a part that failed
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Part(NamedTuple):
+class BatteryPart(NamedTuple):
     """A row of the table of parts."""
 
     name: str
@@ -42,7 +42,7 @@ class Part(NamedTuple):
     function: str  # "module:function", called with a Job
 
 
-class Settings(NamedTuple):
+class BatterySettings(NamedTuple):
     """What holds for all parts."""
 
     out: Path  # results.json goes here, and nothing else
@@ -79,7 +79,7 @@ def stop_on_signals() -> Iterator[Stop]:
 class Battery:
     """One run of some parts: the report so far and the time that is left."""
 
-    def __init__(self, parts: Sequence[Part], settings: Settings, stop: Stop):
+    def __init__(self, parts: Sequence[BatteryPart], settings: BatterySettings, stop: Stop):
         self.parts, self.settings, self.stop = parts, settings, stop
         self.started = time.monotonic()
         self.report = {
@@ -125,7 +125,7 @@ class Battery:
                 self.run_part(part, min(part.seconds, left))
         return self.report
 
-    def run_part(self, part: Part, limit: float) -> None:
+    def run_part(self, part: BatteryPart, limit: float) -> None:
         """Run a part in a process group of its own and end the whole group, however the part ends."""
         say(f"{part.name}: {part.measures}; at most {limit:.0f} s, {self.seconds_left():.0f} s left in all")
         folder = self.settings.work / "parts" / part.name
@@ -214,7 +214,7 @@ def tail(path: Path) -> str:
     return path.read_bytes()[-TAIL_CHARS:].decode("utf-8", "replace").strip()
 
 
-def child_environment(settings: Settings) -> dict[str, str]:
+def child_environment(settings: BatterySettings) -> dict[str, str]:
     """Return the environment of the parts: they share the compilers' caches.
 
     A rehearsal has one thread: two that wait for each other on busy cores take ten times as long.
@@ -262,7 +262,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def run_battery(parts: Sequence[Part], settings: Settings) -> dict:
+def run_battery(parts: Sequence[BatteryPart], settings: BatterySettings) -> dict:
     """Run the parts in order within the time; returns the report, which results.json holds as well."""
     settings = settings._replace(out=settings.out.resolve(), work=settings.work.resolve())
     settings.out.mkdir(parents=True, exist_ok=True)

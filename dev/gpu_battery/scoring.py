@@ -13,7 +13,7 @@ from dev.gpu_battery.text import BOS_ID, draw_tokens
 from dev.gpu_battery.timing import NOT_ON_CPU, measure_fitting, memory_gib, open_ranks, times_ms
 from formats.recipe import with_values
 from kernels.machine import resolve_compile
-from scoring.adaptive import Reports, Session, Settings, SgdTrainer, restored
+from scoring.adaptive import WindowSettings, Callbacks, ScoringRun, SgdTrainer, restored
 from scoring.modes import Scoring, sgd_options
 from scoring.sliding import ScoreOptions
 from train_gpt import Config, Ranks, build_model, score_model
@@ -87,7 +87,7 @@ def sgd_steps(job: Job, model: torch.nn.Module, cfg: Config, ranks: Ranks) -> di
     tokens = draw_tokens(sgd.batch_seqs * length + 1, cfg.data.vocab_size, seed=2)
     inputs, targets = (part.reshape(-1, length) for part in (tokens[:-1], tokens[1:]))
     options = ScoreOptions(BOS_ID, batch_tokens(cfg), ranks.device)
-    session = Session(tokens, Settings(length, cfg.eval.stride), options, ranks, Reports())
+    session = ScoringRun(tokens, WindowSettings(length, cfg.eval.stride), options, ranks, Callbacks())
     with restored(model):
         trainer = SgdTrainer(model, sgd, session)
         trainer.step(inputs, targets)

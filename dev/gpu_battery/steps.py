@@ -32,10 +32,10 @@ from train_gpt import (
     Ranks,
     Training,
     flops_per_token,
+    get_stages,
     layer_plan,
     mean_loss,
     next_batch,
-    stages_of,
     train,
 )
 
@@ -78,7 +78,7 @@ def run_1061_full(job: Job) -> None:
 
 def open_bench(job: Job, cfg: Config, ranks: Ranks, passes: int) -> Bench:
     """Build model, optimizers and loader."""
-    return Bench(job, Training(cfg, ranks, BOS_ID), Phase(stages_of(cfg)[0], passes, False))
+    return Bench(job, Training(cfg, ranks, BOS_ID), Phase(get_stages(cfg)[0], passes, False))
 
 
 def describe(bench: Bench) -> dict:

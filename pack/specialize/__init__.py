@@ -20,43 +20,43 @@ import ast
 
 from pack.names import bound_names, drop_annotations, needed_statements
 from pack.printing import to_text
-from pack.specialize.bake import bake
 from pack.specialize.drop import drop_entries, drop_imports, drop_members, drop_rows
 from pack.specialize.errors import shorten_errors
 from pack.specialize.facts import PACKED_ENVIRONMENT, PACKED_RECIPE, Program
-from pack.specialize.folder import Folder
-from pack.specialize.learn import learn, learn_pure
+from pack.specialize.infer import infer, infer_pure
+from pack.specialize.inline_config import inline_config
 from pack.specialize.params import drop_parameters
+from pack.specialize.specializer import Specializer
 from pack.specialize.syntax import literal
 
 MAX_ROUNDS = 50
 
 
-def fold(source: str, recipe: dict) -> str:
+def specialize(source: str, recipe: dict) -> str:
     """Return the program with its recipe inside, less what the recipe makes superfluous."""
     tree = ast.parse(source)
-    fold_tree(tree, recipe)
+    specialize_tree(tree, recipe)
     return to_text(tree) + "\n"
 
 
-def fold_tree(tree: ast.Module, recipe: dict) -> None:
+def specialize_tree(tree: ast.Module, recipe: dict) -> None:
     """Fold a module in place; statements of its top level that stay keep their identity."""
     program = Program(
         tree, {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items()}
     )
     shorten_errors(tree)
     program.index()
-    bake(program)
+    inline_config(program)
     packed = {PACKED_RECIPE: program.recipe, PACKED_ENVIRONMENT: " ".join(program.environment)}
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             for name in packed.keys() & {name for name, _ in bound_names(node)}:
                 node.value = literal(packed[name])
     program.index()
-    learn_pure(program)
+    infer_pure(program)
     before = ""
     for _ in range(MAX_ROUNDS):
-        folder = Folder(program)
+        folder = Specializer(program)
         tree.body = folder.block(tree.body)
         drop_members(tree)
         program.index()
@@ -66,7 +66,7 @@ def fold_tree(tree: ast.Module, recipe: dict) -> None:
         tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
         drop_imports(tree)
         program.index()
-        learn(program, folder.seen)
+        infer(program, folder.seen)
         ast.fix_missing_locations(tree)
         text = to_text(tree) + repr((program.attributes, program.params, sorted(program.pure)))
         if text == before:

@@ -12,7 +12,7 @@ from pack.specialize.syntax import is_option, literal
 KINDS = {"bool": bool, "int": int, "float": float, "str": str, "tuple": tuple}
 
 
-def bake(program: Program) -> None:
+def inline_config(program: Program) -> None:
     """Write the recipe's values into the config classes: what it fixes as constants, the rest as defaults."""
     sections = {name for name, node in program.classes.items() if any(map(is_option, node.body))}
     made, replaced = _changes(program)

@@ -26,7 +26,7 @@ from pack.specialize.syntax import (
 LONGEST_LITERAL = 8  # characters that may replace a shorter name
 
 
-class Folder(ast.NodeTransformer, Scopes):
+class Specializer(ast.NodeTransformer, Scopes):
     """Replace what is constant, take decided branches, and note what the program does with its names."""
 
     def __init__(self, program: Program):

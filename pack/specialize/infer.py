@@ -16,7 +16,7 @@ from pack.specialize.syntax import (
 )
 
 
-def learn(program: Program, seen: Observations) -> None:
+def infer(program: Program, seen: Observations) -> None:
     """Turn what a round saw into facts for the next one."""
     relatives = program.relatives()
     for name, node in program.classes.items():
@@ -38,7 +38,7 @@ def learn(program: Program, seen: Observations) -> None:
     for name, calls in seen.calls.items():
         if name not in seen.escapes and name not in relatives and None not in calls:
             learn_params(program, name, calls)
-    learn_pure(program)
+    infer_pure(program)
 
 
 def remember(facts: dict, key: tuple[str, str], fact: Fact) -> None:
@@ -84,7 +84,7 @@ def learn_params(program: Program, name: str, calls: list[dict[str, Fact]]) -> N
         remember(program.params, (owner, arg.arg), join(facts))
 
 
-def learn_pure(program: Program) -> None:
+def infer_pure(program: Program) -> None:
     """Find the functions that only compute, and make them callable here."""
     candidates = {
         name: node for name, node in program.functions.items() if not node.decorator_list and _is_plain(node)
