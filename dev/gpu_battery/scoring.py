@@ -10,7 +10,7 @@ from data.validation import ValidationText
 from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import load_recipe, size_of
 from dev.gpu_battery.text import BOS_ID, draw_tokens
-from dev.gpu_battery.timing import NOT_ON_CPU, measure_fitting, memory_gib, open_ranks, times_ms
+from dev.gpu_battery.timing import measure_fitting, memory_gib, open_ranks, times_ms
 from eval.adaptive import Reports, Session, Settings, SgdTrainer, restored
 from eval.modes import Scoring, sgd_options
 from eval.sliding import ScoreOptions
@@ -42,10 +42,10 @@ def run(job: Job) -> None:
         measure(f"lora_{length}", LORA, draw_documents(job, cfg, length), False)
     measure_fitting(job, "sgd", lambda: sgd_steps(job, model, cfg, ranks), ranks.device)
     measure("sliding", {"eval.mode": "sliding"}, tokens[: size_of(job, "sliding_targets") + 1])
-    if resolve_compile(cfg.run.compile, ranks.device):
+    if resolve_compile(size_of(job, "compile"), ranks.device):
         measure("chunked_compiled", {"eval.mode": "chunked", "run.compile": "on"}, tokens)
     else:
-        job.record("chunked_compiled", NOT_ON_CPU)
+        job.record("chunked_compiled", "not compiled")
 
 
 def batch_tokens(cfg: Config) -> int:
