@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -90,10 +91,15 @@ def make_run(tiny_config, alone, tmp_path):
 
 
 def evaluate_on_ranks(world_size: int, place: Path, *args) -> tuple[dict, list[dict]]:
-    """Run the command under torchrun; returns its JSON object and the events of all ranks."""
+    """Run the command under torchrun; returns its JSON object and the events of all ranks.
+
+    With the threads of this process: torchrun would give each rank one, and sums of more threads round
+    otherwise.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     log = place / f"{world_size}.jsonl"
-    result = run_python(*launcher, "-m", "eval", *args, "--json", "--event-log", log)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    result = run_python(*launcher, "-m", "eval", *args, "--json", "--event-log", log, env=env)
     assert result.returncode == 0, result.stderr
     logs = [log, *(Path(f"{log}.{rank}") for rank in range(1, world_size))]
     return json.loads(result.stdout), [

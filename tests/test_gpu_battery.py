@@ -1,6 +1,7 @@
 """The GPU battery: whatever a part does, results.json is whole and the parts after it run."""
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -34,8 +35,11 @@ from dev.gpu_battery.driver import RESULTS_NAME, BatteryPart, BatterySettings, r
 from dev.gpu_battery.gpu_tests import sum_up
 from dev.gpu_battery.job import plain, read_records
 from dev.gpu_battery.report import format_markdown, format_plain
+from dev.gpu_battery.sizes import RECIPES
 from dev.gpu_battery.text import draw_tokens
 from dev.gpu_battery.timing import GPU_CATEGORIES, sum_up_trace, too_fast, unless_out_of_memory, utilization
+from dev.gpu_battery.whole_run import SHORT, storage_here
+from train_gpt import load_config
 
 
 def part(function, seconds: float = 60) -> BatteryPart:
@@ -262,6 +266,16 @@ def test_verdicts_are_read_from_what_pytest_has_printed_so_far():
     assert sum_up(output) == {"passed": 1, "skipped": 1, "bad": ["tests/test_a.py::test_two[x - y]"]}
 
 
+def test_a_machine_without_compressors_quantizes_for_the_codec_that_needs_none(monkeypatch):
+    """The recipe's own codec stores some streams with zstandard or brotli."""
+    recipe = str(ROOT / RECIPES["small"])
+    assert storage_here() == {}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    overrides = [f"{name}={value}" for name, value in (SHORT | storage_here()).items()]
+    cfg = load_config(recipe, {}, overrides)
+    assert (cfg.quant.codec, cfg.quant.method, cfg.quant.code_wrap) == ("lzma", "gptq", "lzma")
+
+
 def test_made_up_tokens_have_documents_of_usual_length_and_uneven_frequencies():
     tokens = draw_tokens(200_000, 1000, seed=0)
     starts = np.flatnonzero(tokens == 1)
@@ -290,11 +304,12 @@ def test_all_parts_rehearse_on_a_cpu_in_under_five_minutes(tmp_path):
 def start_driver(folder: Path) -> subprocess.Popen:
     """Start a driver of two parts in a process of its own."""
     code = (
-        "import sys; from pathlib import Path; from dev.gpu_battery.driver import Settings, run_battery\n"
-        "from dev.gpu_battery.driver import Part\n"
+        "import sys; from pathlib import Path\n"
+        "from dev.gpu_battery.driver import BatterySettings, run_battery\n"
+        "from dev.gpu_battery.driver import BatteryPart\n"
         "names = ('works', 'ignores_signals', 'exits')\n"
-        "parts = [Part(name, 60, 'a fake', f'fixtures_battery:{name}') for name in names]\n"
-        "run_battery(parts, Settings(Path(sys.argv[1]) / 'out', Path(sys.argv[1]) / 'work', 300))"
+        "parts = [BatteryPart(name, 60, 'a fake', f'fixtures_battery:{name}') for name in names]\n"
+        "run_battery(parts, BatterySettings(Path(sys.argv[1]) / 'out', Path(sys.argv[1]) / 'work', 300))"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
     return subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment, cwd=ROOT)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures_numbers import assert_close_at_scale
 
 import train_gpt
 from formats.recipe import with_values
@@ -45,9 +46,9 @@ def test_training_uses_it_on_every_kind_of_head(tiny_config, alone, values):
         training.optimizers.zero_grad()
         function(training.model, batch).backward()
         grads.append({name: param.grad.clone() for name, param in training.model.named_parameters()})
-    close = {"rtol": 0.05, "atol": 1e-3} if "model.compute_dtype" in values else {"rtol": 1e-4, "atol": 1e-6}
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, **close)
+    dtype = torch.bfloat16 if "model.compute_dtype" in values else torch.float32
+    for name, grad in grads[0].items():  # gradients of 6e-5 to 0.3, by parameter
+        assert_close_at_scale(grads[1][name], grad, 4 if dtype == torch.bfloat16 else 16, dtype)
 
 
 def test_a_learned_cap_takes_whole_logits(tiny_config, alone):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_model import TINY, as_overrides, run_python
+from fixtures_numbers import assert_close_at_scale
 
 import kernels.attention
 import train_gpt
@@ -179,7 +180,7 @@ def test_two_ranks_train_like_one(finished_run):
     assert one.returncode == two.returncode == 0, two.stderr
     ones, twos = (losses(folder.parent / name) for name in ("one", "two"))
     assert len(ones) == len(twos) == 20
-    np.testing.assert_allclose(ones, twos, atol=1e-4)
+    assert_close_at_scale(twos, ones, units=32)  # losses of 6 nats, sums over ranks in another order
     a, b = (read_json(folder.parent / name / "result.json")["score"]["val_bpb"] for name in ("one", "two"))
     assert a == pytest.approx(b, abs=1e-3)
 

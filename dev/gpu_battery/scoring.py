@@ -10,10 +10,10 @@ from data.validation import ValidationText
 from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import load_recipe, size_of
 from dev.gpu_battery.text import BOS_ID, draw_tokens
-from dev.gpu_battery.timing import NOT_ON_CPU, measure_fitting, memory_gib, open_ranks, times_ms
+from dev.gpu_battery.timing import measure_fitting, memory_gib, open_ranks, times_ms
 from formats.recipe import with_values
 from kernels.machine import resolve_compile
-from scoring.adaptive import WindowSettings, Callbacks, ScoringRun, SgdTrainer, restored
+from scoring.adaptive import Callbacks, ScoringRun, SgdTrainer, WindowSettings, restored
 from scoring.modes import Scoring, sgd_options
 from scoring.sliding import ScoreOptions
 from train_gpt import Config, Ranks, build_model, score_model
@@ -42,10 +42,10 @@ def run(job: Job) -> None:
         measure(f"lora_{length}", LORA, draw_documents(job, cfg, length), False)
     measure_fitting(job, "sgd", lambda: sgd_steps(job, model, cfg, ranks), ranks.device)
     measure("sliding", {"eval.mode": "sliding"}, tokens[: size_of(job, "sliding_targets") + 1])
-    if resolve_compile(cfg.run.compile, ranks.device):
+    if resolve_compile(size_of(job, "compile"), ranks.device):
         measure("chunked_compiled", {"eval.mode": "chunked", "run.compile": "on"}, tokens)
     else:
-        job.record("chunked_compiled", NOT_ON_CPU)
+        job.record("chunked_compiled", "not compiled")
 
 
 def batch_tokens(cfg: Config) -> int:

@@ -24,7 +24,7 @@ SIZES = {  # name -> (full, miniature)
     "packed_segment": (2048, 64),
     "short_rows": ((64, 192), (4, 64)),
     "shard_tokens": (8_000_000, 60_000),
-    "compile_full": ("auto", "off"),  # a CPU takes half a minute for a graph; the others are compiled
+    "compile": ("auto", "off"),  # of all but step_1061_low: a busy CPU takes a minute for a graph
     "naive_steps": (30, 4),
     "text_bytes": ((2_000_000, 40_000), (200_000, 4_000)),  # of training and of validation
     "train_seconds": (15, 3),

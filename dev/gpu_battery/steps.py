@@ -73,7 +73,7 @@ def run_1061_low(job: Job) -> None:
 def run_1061_full(job: Job) -> None:
     """The same with all passes of the recurrent segment."""
     passes = load_recipe(job, "1061").model.recur_passes
-    run_micro_batch(job, passes, size_of(job, "compile_full"))
+    run_micro_batch(job, passes, size_of(job, "compile"))
 
 
 def open_bench(job: Job, cfg: Config, ranks: Ranks, passes: int) -> Bench:
@@ -183,6 +183,7 @@ def run_naive(job: Job) -> None:
         "run.max_wallclock_seconds": 0,
         "run.val_loss_every": -1,
         "run.train_log_every": 0,
+        "run.compile": size_of(job, "compile"),
         "data.data_path": write_tokens(job, load_recipe(job, "naive")),
     }
     bench = open_bench(job, load_recipe(job, "naive", **changes), ranks, passes=1)

@@ -6,11 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-from common import read_json
+from common import UserError, read_json
 from data.shards import MANIFEST_NAME
 from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import RECIPES, ROOT, size_of
 from dev.gpu_battery.text import data_settings, write_text
+from formats.artifact import require_codec
+from quantizers.storage import frame_codec
 
 RUN_ID = "small"
 MOST_BITS = 8.0  # a byte, without any model
@@ -47,9 +49,18 @@ def prepare(job: Job) -> dict:
     }
 
 
+def storage_here() -> dict:
+    """Return nothing where the recipe's codec is installed, else what fits one that needs no package."""
+    try:
+        require_codec(frame_codec("rans"))
+    except UserError:
+        return {"quant.codec": "lzma", "quant.method": "gptq"}  # water-filled codes are for rans only
+    return {}
+
+
 def train(job: Job, places: dict) -> dict:
     """Run train_gpt.py and return what it says about itself; raises with the end of its output."""
-    values = SHORT | places
+    values = SHORT | storage_here() | places
     values |= {
         "run.device": "cpu" if job.rehearse else "cuda",
         "run.max_wallclock_seconds": size_of(job, "train_seconds"),
