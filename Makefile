@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help run test test-slow test-pythons setup data doctor train eval record audit lint size bench gpu-battery
+.PHONY: help run test test-slow test-hosts test-pythons setup data doctor train eval record audit lint size bench gpu-battery
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: setup ## all fast tests (under 5 minutes on 2 cores)
 
 test-slow: setup ## the tests that take over 5 s each
 	$(TESTS) -m "slow and not gpu"
+
+test-hosts: setup ## the tests of numbers as other processors compute them, with one and two threads (up to 15 minutes)
+	$(PY) -m dev.hosts
 
 test-pythons: setup ## pack under Python 3.11 to 3.14, fetching what is missing: same bytes, and it starts
 	$(PY) -m pip install --quiet "uv>=0.8,<1" && $(PY) -m dev.pythons --fetch

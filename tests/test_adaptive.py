@@ -44,6 +44,8 @@ from scoring.reference import contest_windows, score_reference
 from scoring.sliding import ScoreOptions, plan_windows, score_windows
 from train_gpt import CastLinear, build_model
 
+pytestmark = pytest.mark.numeric
+
 BOS = 1
 SGD = SgdOptions(lr=0.5, chunk_tokens=40, batch_seqs=2, epochs=2)
 LORA = LoraOptions(rank=2, alpha=4.0, sites=("head",), lr=0.05, chunk_tokens=6, batch_docs=3)

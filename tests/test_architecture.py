@@ -26,6 +26,8 @@ from train_gpt import (
     subtract_self_value,
 )
 
+pytestmark = pytest.mark.numeric
+
 COUNTS = {
     "track_10min_16mb/2026-03-17_NaiveBaseline": 17_059_912,
     "track_10min_16mb/2026-03-20_Int6_MLP3x_SmearGate_BigramHash": 22_368_841,

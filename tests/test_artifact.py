@@ -119,6 +119,7 @@ CODINGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("values", CODINGS, ids=lambda values: "-".join(map(str, values.values())))
 def test_every_coding_gives_back_the_weights_that_it_quantized(tiny_config, alone, tmp_path, values):
     """Calibrated or not, coded by libraries or by ours: the file holds the quantizer's result, exactly."""
@@ -139,6 +140,7 @@ def test_every_coding_gives_back_the_weights_that_it_quantized(tiny_config, alon
         assert torch.equal(back[name], dequantize(stored)), name
 
 
+@pytest.mark.numeric
 def test_water_filling_meets_a_target_of_bytes(tiny_config, alone, tmp_path):
     """Code and artifact together land within 0.1 % under the target, the coder in the loop."""
     values = {"quant.codec": "rans", "quant.method": "water_fill", "quant.target_bytes": 30_000}
@@ -169,6 +171,7 @@ def shaken(cfg, alone) -> Training:
     return training
 
 
+@pytest.mark.numeric
 def test_bits_are_given_where_they_save_most(tiny_config, alone):
     """One byte target, bits by matrix: the predicted loss is below that of equal bits at no more bytes."""
     fields = {"quant.method": "gptq", "quant.codec": "rans", "quant.calib_batches": 2, "model.model_dim": 64}
@@ -233,6 +236,7 @@ def test_the_ledger_adds_up_to_the_file(artifact):
     assert sum(size for _, size in ledger) == path.stat().st_size
 
 
+@pytest.mark.numeric
 def test_a_loaded_model_has_the_quantized_weights_and_the_recipe(artifact, tiny_config, alone):
     """Matrices come back as their codes say, vectors exactly, settings from the file."""
     path, cfg, model, _ = artifact
@@ -259,6 +263,7 @@ def test_weights_that_are_not_finite_are_not_written(artifact, tmp_path):
     assert not (tmp_path / "nan.bin").exists()
 
 
+@pytest.mark.numeric
 def test_writing_twice_gives_the_same_bytes(artifact, tmp_path):
     """A hash in a record is worth something only if it can be made again."""
     path, cfg, model, _ = artifact

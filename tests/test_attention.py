@@ -20,6 +20,8 @@ from kernels.attention import (
 )
 from kernels.blocked import blocked_forward
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 ON_CPU = ("blocked", "sdpa")
 SPECS = {

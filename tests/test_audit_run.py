@@ -267,6 +267,7 @@ def test_lies_on_the_pipe_are_a_verdict_not_a_crash(tmp_path, name):
 # The miniature world
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("vocab_size", [16, 64, 1024])
 def test_the_world_states_its_own_bytes_and_nats(tmp_path, vocab_size):
     """Its tokenizer is a SentencePiece file, its bytes the contest's, its entropy below that of noise."""
@@ -280,6 +281,7 @@ def test_the_world_states_its_own_bytes_and_nats(tmp_path, vocab_size):
     assert set(made.noise(400, seed=1)[1:].tolist()) <= set(range(world.FIRST_WORD, vocab_size))
 
 
+@pytest.mark.numeric
 def test_the_source_is_a_probability():
     """Rows sum to one, and the source's own average cost is its entropy."""
     source = world.make_source(13)

@@ -125,6 +125,7 @@ def test_the_recipe_tilts_as_published():
 # Compat fields
 
 
+@pytest.mark.numeric
 @pytest.mark.reference("B17")
 def test_the_compat_tail_counts_what_system_b_counted(tiny_config, tiny_model, alone):
     """Each target once by default; with the compat field context - stride more, as its loop scored them."""

@@ -12,6 +12,8 @@ from audit.checks import Finding
 from audit.matrix import CASES, FOLDER, MatrixRow, is_as_expected, run_case
 from audit.run import run_program
 
+pytestmark = pytest.mark.numeric
+
 QUICK = ("train_on_val", "later_epoch", "hashed_cache", "carried_state")
 PROTOCOL = {"load", "score"}
 BY_NAME = {row.name: row for row in CASES}

@@ -193,6 +193,7 @@ def test_the_reader_agrees_with_a_slow_one():
 # Size
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("row_spread", "column_spread", "ratio"),
     [(0.0, 0.0, 1.003), (0.35, 0.25, 0.957), (0.35, 0.0, 0.973), (0.0, 0.35, 0.973)],
@@ -228,6 +229,7 @@ def test_rare_outliers_cost_little():
     assert len(assert_round_trip([codes])) < plain + 16 * 5
 
 
+@pytest.mark.numeric
 def test_tables_learn_what_no_bell_has(monkeypatch):
     """Weights that lie on another grid leave combs: only even codes beyond two, in rows of one spread."""
     codes = gauss_codes(300, 300, 0.3, 0.0)
@@ -237,6 +239,7 @@ def test_tables_learn_what_no_bell_has(monkeypatch):
     assert len(assert_round_trip([codes])) > 1.09 * entropy_bytes(codes)
 
 
+@pytest.mark.numeric
 def test_bells_that_fit_do_not_learn():
     """Counting costs time and, where nothing is to be learned, bytes."""
     rng = np.random.default_rng(2)
@@ -397,6 +400,7 @@ def test_a_row_cannot_build_on_what_does_not_come_before_it(lags):
 # Stability
 
 
+@pytest.mark.numeric
 def test_the_bytes_are_the_same_everywhere():
     """An artifact written by one machine is read by another; a changed format must change its version."""
     codes = golden_codes()

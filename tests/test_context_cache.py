@@ -12,6 +12,8 @@ from formats.recipe import with_values
 from kernels.context import ContextRule, attend_compressed
 from kernels.context_cache import ContextCache
 
+pytestmark = pytest.mark.numeric
+
 D = "reference_systems/D_exp01"
 
 

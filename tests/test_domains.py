@@ -16,6 +16,8 @@ from common import UserError
 from eval.domains import domain_documents, format_domains, parse_domains, read_domain, score_domains
 from scoring.sliding import ScoreOptions
 
+pytestmark = pytest.mark.numeric
+
 CORPORA = os.environ.get("GOLF_CORPORA")
 
 

@@ -48,6 +48,8 @@ from train_gpt import (
     write_artifact,
 )
 
+pytestmark = pytest.mark.numeric
+
 ADAPTIVE = {
     "eval.mode": "sgd-ttt", "eval.keep_tail": True, "eval.sgd_chunk_tokens": 64, "eval.sgd_batch_seqs": 2,
     "eval.sgd_epochs": 1, "eval.sgd_lr": 0.05,

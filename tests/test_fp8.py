@@ -15,6 +15,8 @@ from formats.state import map_leaves
 from kernels.fp8 import BACKWARD, FORWARD, LARGEST, Fp8Gemm, Fp8Rule, Fp8State, require_fp8, to_fp8
 from train_gpt import Environment, Ranks, Training, fp8_linears
 
+pytestmark = pytest.mark.numeric
+
 E197, E270 = "reference_systems/E_yxanul197_ultra10", "reference_systems/E_yxanul270_mem9"
 FP8_KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 WIDE_KINDS = ("embedding", "block norm", "final norm", "head", "softmax and attention")

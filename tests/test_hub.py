@@ -45,6 +45,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.numeric
 @pytest.mark.reference("A8")
 @pytest.mark.parametrize("with_optimizer", [False, True])
 def test_saved_weights_come_back_bit_for_bit(run_folder, tmp_path, with_optimizer):
@@ -61,6 +62,7 @@ def test_saved_weights_come_back_bit_for_bit(run_folder, tmp_path, with_optimize
     assert all((plain / name).read_bytes() == (folder / name).read_bytes() for name in SAVED)
 
 
+@pytest.mark.numeric
 def test_a_run_folder_gives_its_artifact_and_a_checkpoint_its_masters(run_folder):
     """The artifact is quantized, the checkpoint is not; both compute the same function nearly."""
     artifact, checkpoint = load(run_folder), load(run_folder / CHECKPOINT_NAME)
@@ -96,6 +98,7 @@ def test_summary_and_structure_say_what_the_model_is(run_folder):
     assert "(blocks): ModuleList" in structure(loaded)
 
 
+@pytest.mark.numeric
 def test_text_is_reproducible_and_streams_as_it_is_returned(saved):
     """One seed, one text; pieces join to it; another seed differs."""
     loaded, pieces = load(saved), []

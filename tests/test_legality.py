@@ -31,6 +31,8 @@ from train_gpt import (
     score_model,
 )
 
+pytestmark = pytest.mark.numeric
+
 BOS, VOCAB, CONTEXT, STRIDE, BATCH_TOKENS = 1, 12, 16, 4, 64
 SGD = {"sgd_lr": 0.2, "sgd_chunk_tokens": 24, "sgd_batch_seqs": 2, "sgd_epochs": 1}
 LORA = {"lora_rank": 2, "lora_alpha": 4.0, "lora_sites": "q,mlp", "lora_lr": 0.02, "lora_chunk_tokens": 6,

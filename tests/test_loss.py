@@ -10,6 +10,8 @@ from formats.recipe import with_values
 from kernels import loss
 from kernels.loss import blocked_loss
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("cap", [0.0, 5.0])
 @pytest.mark.parametrize(("rows", "per_block"), [(1, 4), (7, 4), (8, 4), (9, 100)])

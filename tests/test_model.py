@@ -22,6 +22,8 @@ from train_gpt import (
     rotate,
 )
 
+pytestmark = pytest.mark.numeric
+
 
 def count(values: dict) -> int:
     """Count the parameters of a config without allocating any."""

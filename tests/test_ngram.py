@@ -51,6 +51,8 @@ from train_gpt import (
     store_model,
 )
 
+pytestmark = pytest.mark.numeric
+
 SMALL_RULES = (OnlineRule(3, 0.5, 2), OnlineRule(2, 0.6, 1))
 
 

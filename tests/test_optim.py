@@ -24,6 +24,8 @@ from train_gpt import (
     step_rates,
 )
 
+pytestmark = pytest.mark.numeric
+
 
 def set_gradients(model, seed: int) -> None:
     """Give every parameter a random gradient."""

@@ -14,6 +14,8 @@ from audit.probes import Event
 from scoring.sliding import plan_windows
 from train_gpt import build_model, quantize_model, write_artifact
 
+pytestmark = pytest.mark.numeric
+
 VOCAB = 12
 BOS = 0
 CONTEXT, STRIDE = 16, 8

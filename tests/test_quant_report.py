@@ -21,6 +21,8 @@ from train_gpt import (
     write_json,
 )
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def run_folder(tiny_config, alone, tmp_path):

@@ -40,6 +40,8 @@ from quantizers.grid import (
 )
 from quantizers.rate import StorageChoice, allocate, class_entropy_bits, entropy_bits, fit_rate
 
+pytestmark = pytest.mark.numeric
+
 GRIDS = {
     "int8 quantile": Grid(),
     "int6 sigmas": Grid(6, "sigmas", 12.85),

@@ -13,6 +13,8 @@ from formats.recipe import with_values
 from scoring.generate import Sampling, draw_tokens, stream_text, token_probs
 from train_gpt import Environment
 
+pytestmark = pytest.mark.numeric
+
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 

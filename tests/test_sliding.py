@@ -24,6 +24,8 @@ from scoring.sliding import (
 )
 from train_gpt import EvalConfig, load_validation, score_model
 
+pytestmark = pytest.mark.numeric
+
 BOS = 1
 
 

@@ -41,6 +41,8 @@ from train_gpt import (
     takes_snapshot,
 )
 
+pytestmark = pytest.mark.numeric
+
 B = "reference_systems/B_bese288"
 A, D = "reference_systems/A_bwetaf53", "reference_systems/D_exp01"
 C = "reference_systems/C_pr281"

@@ -99,6 +99,7 @@ def test_the_run_folder_is_whole_and_its_ledger_true(finished_run):
     assert len(losses(folder)) == result["steps"] == 6
 
 
+@pytest.mark.numeric
 def test_a_fresh_process_reproduces_the_score(finished_run):
     """The score comes from bytes: another process with only the artifact prints the same number."""
     _, folder, _ = finished_run
@@ -134,6 +135,7 @@ def test_a_recorded_score_that_is_not_reproduced_fails_eval(finished_run, tmp_pa
     assert process.returncode == 1 and "not the file that result.json describes" in process.stderr
 
 
+@pytest.mark.numeric
 def test_the_packed_program_trains_and_scores_like_the_source_bit_for_bit(finished_run, tmp_path):
     """What is weighed must be what runs: same losses, same artifact bytes, same score."""
     overrides, folder, _ = finished_run
@@ -168,6 +170,7 @@ def test_the_artifact_holds_the_averaged_weights(finished_run, alone):
     assert all(not torch.equal(averaged[name], last[name]) for name in averaged if name.endswith("weight"))
 
 
+@pytest.mark.numeric
 def test_two_ranks_train_like_one(finished_run):
     """The same global batch for any number of ranks; float32 throughout, Newton-Schulz included."""
     overrides, folder, _ = finished_run
@@ -185,6 +188,7 @@ def test_two_ranks_train_like_one(finished_run):
     assert a == pytest.approx(b, abs=1e-3)
 
 
+@pytest.mark.numeric
 def test_warm_up_leaves_no_trace(tiny_config, alone, tmp_path):
     """Compile steps before the clock must not train: weights, optimizer, stream and average are restored."""
     cfg = with_values(tiny_config, {"average.ema_decay": 0.9, "run.warmup_steps": 2}, "test")
@@ -207,6 +211,7 @@ def weights_of(path: Path) -> list[np.ndarray]:
     return list(state["model"].values())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     "values", [{}, {"average.swa_every": 1, "average.swa_below": 1.0, "average.ema_decay": 0.0}]
 )
@@ -229,6 +234,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bitwise(tiny_config, tmp_path, v
     assert losses(checkpoint.parent) and not np.array_equal(weights_of(half)[0], ends[0][0])
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("values", [[], ["optim.normuon_beta2=0.9", "data.loader=shuffled"]])
 def test_one_two_and_four_ranks_train_the_same_weights(tiny_config, tmp_path, values):
@@ -295,6 +301,7 @@ QAT = {
 }
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("method", ["round", "gptq"])
 def test_late_in_training_gradients_see_the_stored_weights(tiny_config, alone, tmp_path, method):
     """From qat_start on the loss is that of the exported model, embedding and all; masters stay float."""
@@ -322,6 +329,7 @@ def test_late_in_training_gradients_see_the_stored_weights(tiny_config, alone, t
     assert "qat:True step:3" in (tmp_path / "train.log").read_text()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_the_switch_of_fake_quantization_changes_the_weights(tiny_config, alone, tmp_path, compiled):
     """The contest's late QAT was folded away by torch.compile and never ran."""

@@ -154,6 +154,7 @@ def test_an_outdated_dataset_is_made_again(tmp_path, monkeypatch):
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(HANGS)
 @pytest.mark.parametrize(
@@ -182,6 +183,7 @@ def train_to(cfg: Config, stop: int, checkpoint: Path, resumes: bool) -> list:
     return leaves(read_state(checkpoint)[0])
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(HANGS)
 @pytest.mark.reference("E15")
@@ -206,6 +208,7 @@ def leaves(tree) -> list:
     return [tree]
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(HANGS)
 @pytest.mark.reference("E-fp8-twin")
@@ -223,6 +226,7 @@ def test_8_bit_training_ends_within_two_percent_of_the_exact(twin_data, tmp_path
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
 
 
+@pytest.mark.numeric
 def test_unigram_entropy_is_that_of_the_counts(tiny_data):
     """Against a loop; the first token is no target."""
     from data.shards import find_shards, read_shard

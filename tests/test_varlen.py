@@ -19,6 +19,8 @@ from scoring.adaptive import Callbacks, LoraOptions, PhaseOptions, ScoringRun, W
 from scoring.sliding import CompiledWindows, ScoreOptions, plan_windows, score_windows
 from train_gpt import Training, phase_at
 
+pytestmark = pytest.mark.numeric
+
 BOS = 1
 
 
