@@ -118,29 +118,32 @@ class Side:
         self.found: dict[str, object] = {}
         folder.mkdir()
 
-    def run(self, *arguments: str) -> str:
-        """Run `python ARGUMENTS` in the checkout; returns its standard output."""
+    def run(self, what: str, *arguments: str) -> str:
+        """Run `python ARGUMENTS` in the checkout; returns its standard output. `what` names it if it fails."""
         done = subprocess.run(
             [sys.executable, *arguments], cwd=self.checkout, capture_output=True, text=True, check=False
         )
         if done.returncode:
-            self.found[f"failure of {arguments[:4]}"] = (done.stderr.strip().splitlines() or [""])[-1]
+            said = (done.stderr.strip().splitlines() or [""])[-1]
+            self.found[f"failure: {what}"] = said.replace(str(self.folder), "")
         return done.stdout
 
     def make_data(self, corpus: Path) -> None:
         """Train a tokenizer and write shards."""
         self.model, self.data = self.folder / "tokenizer.model", self.folder / "data"
         train = ("--input", str(corpus), "--vocab-size", "300", "--out", str(self.model))
-        self.run("-m", "data.tokenizer", "train", *train)
+        self.run("tokenizer", "-m", "data.tokenizer", "train", *train)
         prepare = ("--input", str(corpus), "--val-docs", "8", "--out", str(self.data), "--num-threads", "1")
-        self.run("-m", "data.prepare", *prepare, "--tokenizer", str(self.model))
+        self.run("prepare", "-m", "data.prepare", *prepare, "--tokenizer", str(self.model))
         for path in sorted(self.folder.glob("**/*.*")):
             if path.suffix in (".model", ".bin"):
                 self.found[f"{path.name}: sha256"] = digest(path)
 
     def describe(self, recipe: Path) -> None:
         """Keep what a recipe means at full size."""
-        said = self.run("train_gpt.py", "--recipe", str(recipe), "--describe", "--steps", "0,9,999")
+        said = self.run(
+            f"describe {recipe}", "train_gpt.py", "--recipe", str(recipe), "--describe", "--steps", "0,9,999"
+        )
         for key, value in json.loads(said or "{}").items():
             self.found[f"{recipe.parent.name}: {key}"] = value
 
@@ -150,7 +153,7 @@ class Side:
         train = ["--recipe", str(recipe), f"run.run_id={name}", *(f"{k}={v}" for k, v in places.items())]
         run = self.folder / name
         scores = {mode: [str(run), "--mode", mode, "--json", "--set", *MODES[mode]] for mode in MODES}
-        said = self.run("-c", SCRIPT, json.dumps([packs, train, scores]))
+        said = self.run(f"train {name}", "-c", SCRIPT, json.dumps([packs, train, scores]))
         for mode, score in json.loads(said or "{}").items():
             self.found[f"{name}: {mode}"] = score
         if not (run / "result.json").is_file():
