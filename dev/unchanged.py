@@ -119,7 +119,7 @@ class Side:
         folder.mkdir()
 
     def run(self, what: str, *arguments: str) -> str:
-        """Run `python ARGUMENTS` in the checkout; returns its standard output. `what` names it if it fails."""
+        """Run `python ARGUMENTS` in the checkout; returns its output. `what` names it if it fails."""
         done = subprocess.run(
             [sys.executable, *arguments], cwd=self.checkout, capture_output=True, text=True, check=False
         )
