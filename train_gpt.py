@@ -668,7 +668,7 @@ class Clock:
         self.started = 0.0
 
     def start(self) -> None:
-        """Let the time run."""
+        """Start the clock."""
         self.ranks.synchronize()
         self.started = time.perf_counter()
 
@@ -678,7 +678,7 @@ class Clock:
         return self.ranks.broadcast(self.total_ms + 1000.0 * (time.perf_counter() - self.started))
 
     def stop(self) -> float:
-        """Stop the time and return it."""
+        """Stop the clock and return its time."""
         self.total_ms = self.read_ms()
         return self.total_ms
 
@@ -1422,7 +1422,7 @@ def make_gpt(cfg: Config, device: torch.device, weights_on: str = "cpu") -> GPT:
 # 6 optimizers
 # ----------------------------------------------------------------------------------------------------------
 # PARAM_RULES says for every parameter who updates it, at which rate, and how it is stored. Muon works on
-# stacks of equal shapes: each rank averages, orthogonalizes and hands back its share of a stack.
+# stacks of equal shapes: each rank averages, orthogonalizes and all-gathers its share of a stack.
 
 
 class Rule(NamedTuple):
@@ -1546,7 +1546,7 @@ class Optimizers:
             for (shape, lr, decay), params in groups.items()
             if shape is not None
         ]
-        self.stacks = sorted(stacks, key=lambda stack: -stack.momentum.numel())  # the longest way first
+        self.stacks = sorted(stacks, key=lambda stack: -stack.momentum.numel())  # largest stack first
 
     @torch.no_grad()
     def step(self, rates: StepRates) -> None:
@@ -2401,7 +2401,7 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
 
 
 def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
-    """Make the run folder and write its recipe; an older run of the name gives way, a resumed one stays."""
+    """Make the run folder and write its recipe; an older run of the name is overwritten, a resumed one stays."""
     folder.mkdir(parents=True, exist_ok=True)
     old = ["result.json", ARTIFACT_NAME]
     if not is_resumed:

@@ -1,4 +1,4 @@
-"""Read a stranger's record folder: bounded in files, bytes and depth; links are named and never followed."""
+"""Read an untrusted record folder: bounded in files, bytes and depth; links are named and never followed."""
 
 import json
 import os

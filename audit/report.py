@@ -77,5 +77,5 @@ def as_markdown(name: str, findings: Findings) -> str:
 
 
 def clean(text: str) -> str:
-    """Return text without control characters: file names and logs are strangers' and reach a terminal."""
+    """Return text without control characters: file names and logs are untrusted and reach a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)

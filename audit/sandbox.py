@@ -1,4 +1,4 @@
-"""Run a stranger's program: no network, no rights, no secrets, bounded time, memory, processes and output.
+"""Run an untrusted program: no network, no rights, no secrets, bounded time, memory, processes and output.
 
 `Box` is a folder that holds a copy of the program and the data; programs run in folders of their own below
 it. Namespaces come from util-linux's `unshare` where it works (the process namespace ends every descendant

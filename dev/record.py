@@ -106,7 +106,7 @@ def run_logged(command: list[str], label: str) -> None:
         raise UserError(
             f"{label}: expected success, found exit status {process.returncode} of "
             f"`{shlex.join(command)}`. Its last lines:\n{''.join(tail)}"
-            "Put that right and start again: complete seeds are not trained again."
+            "Fix this and rerun: complete seeds are not trained again."
         )
 
 

@@ -62,7 +62,7 @@ class Windows(NamedTuple):
 
 
 def adapted_windows(documents: np.ndarray, how: Windows) -> np.ndarray:
-    """Lay the windows in which documents (D, 2) with adapters are scored; (W, 3) as plan_windows makes them.
+    """Plan the windows in which documents (D, 2) with adapters are scored; (W, 3) as plan_windows makes them.
 
     Those of the batches past the switch are scored plainly.
     """

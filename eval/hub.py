@@ -259,7 +259,7 @@ def generate(
     sampling: Sampling | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """Return text that goes on from a prompt; on_text is given each piece as soon as it is there."""
+    """Continue a prompt; on_text is given each piece as soon as it is there."""
     codec, pieces = codec_of(loaded), []
     tokens = [codec.bos_id, *codec.encode(prompt).tolist()]
     with decoding(loaded.model, codec, loaded.cfg.data.seq_len) as next_logits:

@@ -1,7 +1,7 @@
 """Read what a training log says: scores, sizes, times, seed, configuration.
 
 Understands the contest's old (`key:value`) and new (`key: value`, a dump of all hyperparameters) formats and
-this harness's own, each line with or without a unix time before it. Logs are strangers' text: nothing is run,
+this harness's own, each line with or without a unix time before it. Logs are untrusted text: nothing is run,
 lines that are source code (old logs print the whole script first) match no pattern.
 """
 

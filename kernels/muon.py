@@ -1,6 +1,6 @@
 """Muon over stacks of equal-shaped matrices that ranks share (arXiv 2409.20325; contest pull request 399).
 
-Each rank averages, orthogonalizes and hands back its share of a stack. Shapes: n matrices of (r, c).
+Each rank averages, orthogonalizes and all-gathers its share of a stack. Shapes: n matrices of (r, c).
 """
 
 import math
@@ -49,7 +49,7 @@ class AsyncWork(NamedTuple):
         return self.tensor if self.scale == 1.0 else self.tensor.mul_(self.scale)
 
 
-class Exchange(Protocol):
+class Communicator(Protocol):
     """What a stack needs of the ranks."""
 
     rank: int
@@ -79,7 +79,7 @@ def newton_schulz(stack: Tensor, num_steps: int, table: str = "classic") -> Tens
 class Stack:
     """Equal-shaped matrices that Muon updates together; each rank owns an equal, padded share."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, ranks: Exchange):
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, ranks: Communicator):
         self.params = params
         self.lr = lr
         self.weight_decay = weight_decay

@@ -392,7 +392,7 @@ def plan_documents(tokens: np.ndarray, bos_id: int, max_tokens: int = 0) -> np.n
 
 
 def plan_document_windows(documents: np.ndarray, context_len: int, stride: int) -> np.ndarray:
-    """Lay sliding windows over each document by itself; (W, 3) rows as plan_windows makes them."""
+    """Plan sliding windows over each document by itself; (W, 3) rows as plan_windows makes them."""
     plans = [plan_windows(int(hi - lo), context_len, stride) + [lo, lo, 0] for lo, hi in documents]
     return np.concatenate([np.zeros((0, 3), dtype=np.int64), *plans])
 

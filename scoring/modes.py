@@ -142,14 +142,14 @@ def scoring_cost(settings, tokens: np.ndarray, state: ScorerState) -> Cost:
 
 
 def plan_plain(settings, context_len: int, tokens: np.ndarray, bos_id: int) -> np.ndarray:
-    """Lay the windows of a mode without adapters."""
+    """Plan the windows of a mode without adapters."""
     if settings.mode == "doc":
         return plan_document_windows(plan_documents(tokens, bos_id), context_len, settings.stride)
     return plan_windows(len(tokens) - 1, context_len, 0 if settings.mode == "chunked" else settings.stride)
 
 
 def plan_tail(num_targets: int, context_len: int, stride: int) -> np.ndarray:
-    """Lay the windows that begin behind the first one that reaches the text's end, as in systems B and C.
+    """Plan the windows that start after the first one that reaches the text's end, as in systems B and C.
 
     Each scores the last `stride` of num_targets once more; (W, 3) int64 rows (start, end, first), W =
     context_len / stride - 1 (contest pull requests 281, 1666).

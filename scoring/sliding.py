@@ -20,7 +20,7 @@ Cost = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def plan_windows(num_targets: int, context_len: int, stride: int = 0, keep_tail: bool = True) -> np.ndarray:
-    """Lay windows over the targets; returns (W, 3) int64 rows (start, end, first).
+    """Plan windows over the targets; returns (W, 3) int64 rows (start, end, first).
 
     A window reads tokens[start:end] and scores targets [start + first, end); every target is scored in
     exactly one. stride 0 cuts the stream into chunks of context_len. With a stride, each later window
