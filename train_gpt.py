@@ -2401,7 +2401,7 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
 
 
 def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
-    """Make the run folder and write its recipe; an older run of the name is overwritten, a resumed one stays."""
+    """Make the run folder and write its recipe; an old run of the name is overwritten, a resumed one not."""
     folder.mkdir(parents=True, exist_ok=True)
     old = ["result.json", ARTIFACT_NAME]
     if not is_resumed:

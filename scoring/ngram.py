@@ -23,7 +23,7 @@ LEGACY_ALIGNMENT = "static hints are misaligned as in system B: they guess the t
 class NgramTable(NamedTuple):
     """The likely continuations of frequent prefixes, found by the first bits of the prefix's hash.
 
-    A prefix that is not in it finds another prefix's hint once in about 2^TAG_BITS: legal, because it reads the
+    A prefix that is not in it finds another's hint once in about 2^TAG_BITS: legal, because it reads the
     prefix alone, and cheap, because an unlikely token that gets likelier takes little from the others.
     """
 
