@@ -21,6 +21,12 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True)
+def seed_torch() -> None:
+    """Which numbers a test draws must not depend on the tests that its worker ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def lossless_model(tmp_path_factory):
     """The path of a lossless tokenizer, trained once."""
