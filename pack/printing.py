@@ -16,11 +16,15 @@ OLDEST = (3, 11)  # the Python that must read what is printed
 QUOTES = ("'", '"', "'''", '"""')
 CONVERSIONS = {-1: "", 97: "!a", 114: "!r", 115: "!s"}
 STAND_IN = "\0{}\0"  # a name that no program has
+# A whole string for Pythons before 3.12: it ends at the first of its quotes that no backslash precedes.
+OLD_STRING = re.compile(
+    r"""(?s)r?f('''((?!''')[^\\]|\\.)*'''|\"""((?!\""")[^\\]|\\.)*\"""|'[^'\\\n]*(\\.[^'\\\n]*)*'|"[^"\\\n]*(\\.[^"\\\n]*)*")"""
+)
 NEEDS_BRACKETS = (ast.Lambda, ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.IfExp)
 
 
 def to_text(tree: ast.AST) -> str:
-    """Print a tree as `ast.unparse` of Python 3.11 would, f-strings that it cannot print as str.format."""
+    """Print a tree as `ast.unparse` of Python 3.11 would, f-strings that it cannot print as calls."""
     if isinstance(tree, ast.JoinedStr):
         return _print_fstring(tree)
     swaps = list(_outermost_fstrings(tree))
@@ -67,11 +71,13 @@ def _print_fstring(node: ast.JoinedStr) -> str:
         text = f"f{quote}{text}{quote}"
         if _reads_as(text, node):
             return text
-    return _print_format(node)
+    return _print_calls(node)
 
 
 def _reads_as(text: str, node: ast.JoinedStr) -> bool:
-    """Whether a text is this f-string, in the Python that runs."""
+    """Whether a text is this f-string, in the Python that runs, and one string for OLDEST."""
+    if not OLD_STRING.fullmatch(text):
+        return False
     try:
         return _shape(ast.parse(text, mode="eval").body) == _shape(node)
     except SyntaxError:
@@ -121,33 +127,47 @@ def _print_spec(spec: ast.JoinedStr | None, quote: str) -> str:
     return ":" + "".join(parts)
 
 
-def _print_format(node: ast.JoinedStr) -> str:
-    """Print an f-string as a call of str.format, which means the same and needs no quotes inside quotes."""
-    values: list[ast.expr] = []
+def _print_calls(node: ast.JoinedStr) -> str:
+    """Print an f-string as calls of str.format, field after field as the f-string formats them.
 
-    def template(parts: list[ast.expr]) -> str:
-        text = ""
-        for part in parts:
-            if isinstance(part, ast.Constant):
-                text += part.value.replace("{", "{{").replace("}", "}}")
-            else:
-                values.append(part.value)
-                spec = ":" + template(part.format_spec.values) if part.format_spec else ""
-                text += f"{{{CONVERSIONS[part.conversion]}{spec}}}"
-        return text
+    They need no quotes inside quotes. One call for all would evaluate the last before it formats the first.
+    """
+    parts = [part if isinstance(part, ast.Constant) else _format_call(part) for part in node.values]
+    whole = ast.Tuple(parts, ast.Load())
+    return to_text(parts[0] if len(parts) == 1 else _call(ast.Constant(""), "join", whole))
 
-    called = ast.Attribute(ast.Constant(template(node.values)), "format", ast.Load())
-    return to_text(ast.Call(called, values, []))
+
+def _format_call(part: ast.FormattedValue) -> ast.Call:
+    """Return a field as a call: '{!r}'.format(x), with a specification '{:{}}'.format(x, spec)."""
+    conversion, spec, value = CONVERSIONS[part.conversion], part.format_spec, part.value
+    if spec is None:
+        return _call(ast.Constant(f"{{{conversion}}}"), "format", value)
+    if conversion:  # before the specification is evaluated
+        template = ast.Constant(conversion.replace("!", "%"))
+        value = ast.BinOp(template, ast.Mod(), ast.Tuple([value], ast.Load()))
+    if all(isinstance(inner, ast.Constant) for inner in spec.values):
+        spec = ast.Constant("".join(inner.value for inner in spec.values))
+    return _call(ast.Constant("{:{}}"), "format", value, spec)
+
+
+def _call(owner: ast.expr, method: str, *arguments: ast.expr) -> ast.Call:
+    """Return a call of a method."""
+    return ast.Call(ast.Attribute(owner, method, ast.Load()), list(arguments), [])
 
 
 @contextmanager
 def minifier_prints_for_oldest() -> Iterator[None]:
-    """Let python_minifier print for OLDEST: it asks the running Python whether quotes may nest."""
-    from python_minifier import expression_printer
+    """Let python_minifier print for OLDEST.
 
-    running = expression_printer.sys
+    It asks the running Python whether quotes may nest, and takes any spelling that this Python reads.
+    """
+    from python_minifier import expression_printer
+    from python_minifier.f_string import FString
+
+    running, is_correct = expression_printer.sys, FString.is_correct_ast
     expression_printer.sys = SimpleNamespace(version_info=OLDEST)
+    FString.is_correct_ast = lambda self, code: bool(OLD_STRING.fullmatch(code)) and is_correct(self, code)
     try:
         yield
     finally:
-        expression_printer.sys = running
+        expression_printer.sys, FString.is_correct_ast = running, is_correct

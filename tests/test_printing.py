@@ -3,10 +3,10 @@
 import ast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pack.printing import to_text
+from pack.printing import OLD_STRING, to_text
 from pack.program import minify
 
 VALUES = {"a": "it's", "b": 3.14159, "w": 12, "d": {"k": 'a "b"', "'": "\\", "#": "\n"}}
@@ -33,9 +33,9 @@ def test_fstrings_are_spelled_like_the_oldest_python_spells_them(source, text):
 @pytest.mark.parametrize(
     "value, text",
     [
-        ("\n", r"'{}!'.format(a.split('\n'))"),
-        ("#", "'{}!'.format(a.split('#'))"),
-        ("\\", r"'{}!'.format(a.split('\\'))"),
+        ("\n", r"''.join(('{}'.format(a.split('\n')), '!'))"),
+        ("#", "''.join(('{}'.format(a.split('#')), '!'))"),
+        ("\\", r"''.join(('{}'.format(a.split('\\')), '!'))"),
         ("'''\"\"\"", None),
     ],
 )
@@ -46,6 +46,50 @@ def test_what_no_quotes_can_hold_is_a_call_of_format(value, text):
     printed = to_text(tree)
     assert text in (None, printed)
     assert eval(printed, {"a": f"x{value}y"}) == "['x', 'y']!"
+
+
+class Odd:
+    """A value whose format says which specification it got."""
+
+    def __format__(self, spec: str) -> str:
+        return f"<{spec}>"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        r'f"{x:\x7b>4}"',
+        r'f"{odd:a\x7db}|{odd:\u007d}"',
+        r'f"{calls!r:\">4} {calls.append(1)} {calls}"',
+        r'f"{odd:\"{calls.append(1)}{calls}\"}"',
+        r'f"{int} {odd} {calls!r:\">9.4}"',
+    ],
+)
+def test_calls_format_each_field_when_its_turn_comes(source):
+    """Braces in a specification, what a later field changes, classes, whose __format__ needs an instance."""
+    names = [{"x": 1, "odd": Odd(), "calls": []} for _ in range(2)]
+    printed = to_text(ast.parse(source))
+    assert "format(" in printed
+    assert eval(printed, names[0]) == eval(source, names[1])
+
+
+@pytest.mark.parametrize(
+    "text, whole",
+    [
+        ("f'a'", True),
+        ('f"""{len("it\'s")}"""', True),
+        ("f'{len(\"it's\")}'", False),
+        (r"f'a\'b'", True),
+        ("f'''{f'''a'''}'''", False),
+        ("f'''a\nb'''", True),
+        ("f'a\nb'", False),
+        (r"rf'\d'", True),
+        ("f'a'f'b'", False),
+    ],
+)
+def test_old_pythons_end_a_string_at_its_first_quote(text, whole):
+    """What decides, on a new Python, whether an old one reads a spelling."""
+    assert bool(OLD_STRING.fullmatch(text)) == whole
 
 
 def test_the_tree_is_left_as_it_was():
@@ -75,7 +119,7 @@ def fstrings(draw, depth: int = 2) -> ast.JoinedStr:
         if draw(st.booleans()) and not (parts and isinstance(parts[-1], ast.Constant)):
             parts.append(ast.Constant(draw(st.text("ab'\"\\\n\r{}\t\xe9\0", min_size=1, max_size=5))))
         else:
-            spec = draw(st.sampled_from([None, ">9", "w"]))
+            spec = draw(st.sampled_from([None, ">9", "\x22>9", "{<9", "w"]))
             if spec == "w":  # a width that is computed
                 width = ast.FormattedValue(ast.Name("w", ast.Load()), -1, None)
                 spec = ast.JoinedStr([ast.Constant("<"), width])
@@ -86,6 +130,7 @@ def fstrings(draw, depth: int = 2) -> ast.JoinedStr:
     return ast.JoinedStr(parts)
 
 
+@settings(deadline=None)
 @given(fstrings())
 def test_any_fstring_keeps_its_value(node):
     """Printed, and printed again by the minifier."""

@@ -35,6 +35,8 @@ def describe(rows, width=7):
     lines.append(f"it's {TABLE["it's".strip()] if rows else 'none'} {SEPARATOR.join(rows[0])}".strip())
     lines.append(f"{TABLE['#']}{{}} {'nested ' + f'{width}'} {(lambda: width)()} {width=}")
     lines.append(f"""{rows[0][0]!s} said "it's" {'#' in TABLE}""")
+    lines.append(f"""{len("it's")} <a b="{width}" c='{width if width else "it's"}'>""")
+    lines.append(f"{width:\x7b>4} {lines!r:\">4.1} {lines.append('late')}")
     return SEPARATOR.join(lines)
 
 
