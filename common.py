@@ -24,15 +24,22 @@ class UserError(ValueError):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a module's `main` as the process: a UserError exits with 1, an interrupt with 130."""
+    """Run a module's `main` as the process: a UserError exits with 1, an interrupt with 130.
+
+    A reader that has read enough, as `head` does, ends it without a word.
+    """
     try:
         status = main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130  # 128 + SIGINT, as shells report it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains
+        status = 141  # 128 + SIGPIPE
     sys.exit(status)
 
 

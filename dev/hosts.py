@@ -208,6 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("tests", nargs="*", help="files or tests; all numeric ones without")
     parser.add_argument("--only", action="append", choices=names, metavar="NAME", help=", ".join(names))
     options = parser.parse_args(argv)
+    for name in options.tests:
+        if not (REPOSITORY / name.partition("::")[0]).exists():
+            parser.error(f"{name}: no such file; tests lie in tests/")
     chosen = [setting for setting in settings if setting.name in (options.only or names)]
     outcomes = {}
     for number, setting in enumerate(chosen, start=1):

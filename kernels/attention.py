@@ -376,7 +376,7 @@ def refusal(
     if device.type not in backend.devices:
         return f"it trains on {' and '.join(backend.devices)} only"
     if dtype not in backend.dtypes:
-        return f"it computes in {', '.join(map(str, backend.dtypes))} only"
+        return f"it computes in {', '.join(map(str, backend.dtypes))} only (model.compute_dtype)"
     rounded = dtype in HALF or device.type == "cuda"  # a GPU multiplies float32 in TF32: 10 bits
     tolerance = 2e-2 if rounded else 1e-3  # of the largest element
     try:

@@ -339,3 +339,25 @@ def test_a_driver_that_is_killed_leaves_valid_results(tmp_path):
     os.kill(read_records(records).results["pid"], signal.SIGKILL)
     parts = read_json(tmp_path / "out" / RESULTS_NAME)["parts"]
     assert parts["works"]["results"] == {"speed": NUMBERS}
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "{}", '{"parts": 3}', '{"format": 1, "parts": {"machine": 3}}']
+)
+def test_another_json_file_is_not_shown(tmp_path, text):
+    """A sentence instead of a traceback for what is no results.json of a battery."""
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(UserError, match=r"other\.json: expected the results\.json of a battery"):
+        dev.gpu_battery.__main__.main(["--show", str(tmp_path / "other.json")])
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
+    """A file of that name, or none at all."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"expected a folder to write to, found .*File exists"):
+        dev.gpu_battery.__main__.main(["--out", str(tmp_path / "file"), "--parts", "machine", "--rehearse"])
+    for options in (["--out", ""], ["--seconds", "nan"]):
+        with pytest.raises(SystemExit):
+            dev.gpu_battery.__main__.main(options)
+    with pytest.raises(UserError, match="--parts: expected some of machine"):
+        dev.gpu_battery.__main__.main(["--parts", ","])

@@ -16,7 +16,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 from common import CommandParser, UserError, read_json, run_command
-from dev.gpu_battery.driver import RESULTS_NAME, BatteryPart, BatterySettings, run_battery
+from dev.gpu_battery.driver import FORMAT, RESULTS_NAME, BatteryPart, BatterySettings, run_battery
 from dev.gpu_battery.report import format_markdown, format_plain
 
 ALL_SECONDS = 480
@@ -35,7 +35,7 @@ PARTS = (
 
 def choose_parts(text: str) -> list[BatteryPart]:
     """Return the named parts in the order of the table; raises for an unknown name."""
-    names = {name for name in text.split(",") if name}
+    names = set(text.split(",")) if text else set()
     unknown = names - {part.name for part in PARTS}
     if unknown:
         known = ", ".join(part.name for part in PARTS)
@@ -54,10 +54,29 @@ def seconds(text: str) -> float:
     return value
 
 
+def folder(text: str) -> Path:
+    """Read the name of a folder."""
+    if not text:
+        raise ArgumentTypeError("expected a folder, found an empty name")
+    return Path(text).resolve()
+
+
+def read_results(path: Path) -> dict:
+    """Read what a battery wrote; raises for another file."""
+    if path.is_dir():
+        path = path / RESULTS_NAME
+    report = read_json(path)
+    parts = report.get("parts") if isinstance(report, dict) and report.get("format") == FORMAT else None
+    whole = isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values())
+    if not whole or "rehearsal" not in report:
+        raise UserError(f"{path}: expected the {RESULTS_NAME} of a battery, found another JSON file.")
+    return report
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the battery, or show what one found."""
     parser = CommandParser(prog="python -m dev.gpu_battery", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_battery"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=folder, default="runs/gpu_battery", help="folder (%(default)s)")
     parser.add_argument("--seconds", type=seconds, default=ALL_SECONDS, help="in all (%(default)s)")
     parser.add_argument("--parts", default="", metavar="A,B", help="of the table; default: all")
     parser.add_argument("--rehearse", action="store_true", help="in miniature, on a CPU")
@@ -65,13 +84,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a results.json as Markdown")
     args = parser.parse_args(argv)
     if args.show:
-        print(format_markdown(read_json(args.show)))
+        print(format_markdown(read_results(args.show)))
         return 0
     parts = choose_parts(args.parts)
-    out, data = args.out.resolve(), str(Path(args.data).resolve()) if args.data else ""
-    work = out.with_name(out.name + ".work")
-    report = run_battery(parts, BatterySettings(out, work, args.seconds, args.rehearse, data))
-    print(f"\n{format_plain(report)}\n{out / RESULTS_NAME}")
+    data = str(Path(args.data).resolve()) if args.data else ""
+    work = args.out.with_name(args.out.name + ".work")
+    try:
+        report = run_battery(parts, BatterySettings(args.out, work, args.seconds, args.rehearse, data))
+    except OSError as error:
+        raise UserError(f"--out {args.out}: expected a folder to write to, found {error}.") from error
+    print(f"\n{format_plain(report)}\n{args.out / RESULTS_NAME}")
     return int(any(part["status"] != "ok" for part in report["parts"].values()))
 
 
