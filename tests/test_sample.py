@@ -13,11 +13,10 @@ from formats.recipe import with_values
 from scoring.generate import Sampling, draw_tokens, stream_text, token_probs
 from train_gpt import Environment
 
-pytestmark = pytest.mark.numeric
-
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     "sampling, expected",
     [
@@ -40,6 +39,7 @@ def test_filters_leave_what_they_say(sampling, expected):
     assert shuffled.tolist() == pytest.approx([expected[i] for i in order], abs=1e-6)
 
 
+@pytest.mark.numeric
 def test_draws_follow_the_probabilities():
     """10,000 draws within four deviations."""
     drawn = list(draw_tokens(lambda tokens: LOGITS, [], Sampling(10_000, seed=3), end_id=-1))
@@ -94,6 +94,7 @@ def test_the_command_explains_a_missing_run():
     assert result.returncode == 1 and "OWNER/NAME" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.numeric
 def test_a_run_prints_samples_and_trains_as_without(tiny_config):
     """At every second step, and the losses do not move; the last sample is that of the checkpoint."""
     losses = []
