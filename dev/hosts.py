@@ -35,7 +35,7 @@ from common import CommandParser, run_command
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPU_INFO = Path("/proc/cpuinfo")
-SELECTION = "numeric and not slow and not gpu"
+SELECTION = "numeric and not (slow or gpu or packs)"
 INTEL = "GenuineIntel"
 VERBOSE = {"ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1", "OPENBLAS_VERBOSE": "2"}
 PROBE = """

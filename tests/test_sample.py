@@ -94,6 +94,7 @@ def test_the_command_explains_a_missing_run():
     assert result.returncode == 1 and "OWNER/NAME" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.packs
 @pytest.mark.numeric
 def test_a_run_prints_samples_and_trains_as_without(tiny_config):
     """At every second step, and the losses do not move; the last sample is that of the checkpoint."""

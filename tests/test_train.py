@@ -99,6 +99,7 @@ def test_the_run_folder_is_whole_and_its_ledger_true(finished_run):
     assert len(losses(folder)) == result["steps"] == 6
 
 
+@pytest.mark.packs
 @pytest.mark.numeric
 def test_a_fresh_process_reproduces_the_score(finished_run):
     """The score comes from bytes: another process with only the artifact prints the same number."""
@@ -135,6 +136,7 @@ def test_a_recorded_score_that_is_not_reproduced_fails_eval(finished_run, tmp_pa
     assert process.returncode == 1 and "not the file that result.json describes" in process.stderr
 
 
+@pytest.mark.packs
 @pytest.mark.numeric
 def test_the_packed_program_trains_and_scores_like_the_source_bit_for_bit(finished_run, tmp_path):
     """What is weighed must be what runs: same losses, same artifact bytes, same score."""
@@ -170,6 +172,7 @@ def test_the_artifact_holds_the_averaged_weights(finished_run, alone):
     assert all(not torch.equal(averaged[name], last[name]) for name in averaged if name.endswith("weight"))
 
 
+@pytest.mark.packs
 @pytest.mark.numeric
 def test_two_ranks_train_like_one(finished_run):
     """The same global batch for any number of ranks; float32 throughout, Newton-Schulz included."""
