@@ -49,7 +49,7 @@ print("threads", torch.get_num_threads())
 """
 
 
-class Choice(NamedTuple):
+class Variable(NamedTuple):
     """The value of a variable, and what the libraries then report."""
 
     value: str
@@ -69,7 +69,7 @@ class Setting(NamedTuple):
 
     name: str
     needs: frozenset[str]  # flags of the processor
-    choices: dict[str, Choice]  # by variable
+    choices: dict[str, Variable]  # by variable
 
 
 class Outcome(NamedTuple):
@@ -88,30 +88,30 @@ INSTRUCTION_SETS = (
         "oldest",
         frozenset({"sse4_2"}),
         {
-            "ATEN_CPU_CAPABILITY": Choice("default", "ATen DEFAULT"),
-            "ONEDNN_MAX_CPU_ISA": Choice("SSE41", "isa:Intel SSE4.1"),
-            "MKL_ENABLE_INSTRUCTIONS": Choice("SSE4_2", "(Intel(R) SSE4.2)"),
-            "OPENBLAS_CORETYPE": Choice("Nehalem", "Core: Nehalem"),
+            "ATEN_CPU_CAPABILITY": Variable("default", "ATen DEFAULT"),
+            "ONEDNN_MAX_CPU_ISA": Variable("SSE41", "isa:Intel SSE4.1"),
+            "MKL_ENABLE_INSTRUCTIONS": Variable("SSE4_2", "(Intel(R) SSE4.2)"),
+            "OPENBLAS_CORETYPE": Variable("Nehalem", "Core: Nehalem"),
         },
     ),
     Setting(
         "avx2",
         frozenset({"avx2", "fma"}),
         {
-            "ATEN_CPU_CAPABILITY": Choice("avx2", "ATen AVX2"),
-            "ONEDNN_MAX_CPU_ISA": Choice("AVX2", "isa:Intel AVX2"),
-            "MKL_ENABLE_INSTRUCTIONS": Choice("AVX2", "(Intel(R) AVX2)"),
-            "OPENBLAS_CORETYPE": Choice("Haswell", "Core: Haswell"),
+            "ATEN_CPU_CAPABILITY": Variable("avx2", "ATen AVX2"),
+            "ONEDNN_MAX_CPU_ISA": Variable("AVX2", "isa:Intel AVX2"),
+            "MKL_ENABLE_INSTRUCTIONS": Variable("AVX2", "(Intel(R) AVX2)"),
+            "OPENBLAS_CORETYPE": Variable("Haswell", "Core: Haswell"),
         },
     ),
     Setting(
         "avx512",
         frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}),
         {
-            "ATEN_CPU_CAPABILITY": Choice("avx512", "ATen AVX512"),
-            "ONEDNN_MAX_CPU_ISA": Choice("AVX512_CORE", "isa:Intel AVX-512 with AVX512BW"),  # no bfloat16
-            "MKL_ENABLE_INSTRUCTIONS": Choice("AVX512", "(Intel(R) AVX-512)"),
-            "OPENBLAS_CORETYPE": Choice("SkylakeX", "Core: SkylakeX"),
+            "ATEN_CPU_CAPABILITY": Variable("avx512", "ATen AVX512"),
+            "ONEDNN_MAX_CPU_ISA": Variable("AVX512_CORE", "isa:Intel AVX-512 with AVX512BW"),  # no bfloat16
+            "MKL_ENABLE_INSTRUCTIONS": Variable("AVX512", "(Intel(R) AVX-512)"),
+            "OPENBLAS_CORETYPE": Variable("SkylakeX", "Core: SkylakeX"),
         },
     ),
 )
@@ -133,14 +133,16 @@ def all_settings(processor: Processor) -> list[Setting]:
         if processor.vendor != INTEL and chosen:
             del chosen["MKL_ENABLE_INSTRUCTIONS"]
             if name == "oldest":
-                chosen["MKL_CBWR"] = Choice("COMPATIBLE", "CNR:COMPATIBLE")
+                chosen["MKL_CBWR"] = Variable("COMPATIBLE", "CNR:COMPATIBLE")
         wide = [item for item in processor.numpy_features if "512" in item or item.endswith("V4")]
         dropped = {"oldest": processor.numpy_features, "avx2": wide}.get(name)
         if dropped:
             kept = [item for item in processor.numpy_features if item not in dropped]
-            chosen["NPY_DISABLE_CPU_FEATURES"] = Choice(",".join(dropped), " ".join(["numpy", *kept]) + "\n")
+            chosen["NPY_DISABLE_CPU_FEATURES"] = Variable(
+                ",".join(dropped), " ".join(["numpy", *kept]) + "\n"
+            )
         for count in ("1", "2") if choices else ("2",):
-            threads = {"OMP_NUM_THREADS": Choice(count, f"threads {count}\n")}
+            threads = {"OMP_NUM_THREADS": Variable(count, f"threads {count}\n")}
             settings.append(Setting(f"{name}-{count}", needs, chosen | threads))
     return settings
 

@@ -82,11 +82,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--fetch", action="store_true", help="fetch the missing versions into .pythons/")
     options = parser.parse_args(argv)
-    for version in VERSIONS:
-        if options.fetch and version not in interpreters():
+    found = interpreters()
+    missing = [version for version in VERSIONS if version not in found]
+    if options.fetch and missing:
+        for version in missing:
             print(f"python {version}: fetching", flush=True)
-            print(f"python {version}: {fetch(version)}")
-        print(f"python {version}: {' '.join(interpreters().get(version, ['missing']))}", flush=True)
+            print(f"python {version}: {fetch(version)}", flush=True)
+        found = interpreters()
+    for version in VERSIONS:
+        print(f"python {version}: {' '.join(found.get(version, ['missing']))}")
 
 
 if __name__ == "__main__":

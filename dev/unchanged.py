@@ -8,7 +8,6 @@ steps at the size of a test, and score its artifact in every mode. Both are driv
 alone, so modules may move and names may change between the two.
 """
 
-import hashlib
 import json
 import random
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import CommandParser, UserError, run_command
+from common import CommandParser, UserError, read_json, run_command, sha256_file
 from formats.recipe import format_toml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -137,7 +136,7 @@ class Side:
         self.run("prepare", "-m", "data.prepare", *prepare, "--tokenizer", str(self.model))
         for path in sorted(self.folder.glob("**/*.*")):
             if path.suffix in (".model", ".bin"):
-                self.found[f"{path.name}: sha256"] = digest(path)
+                self.found[f"{path.name}: sha256"] = sha256_file(path)
 
     def describe(self, recipe: Path) -> None:
         """Keep what a recipe means at full size."""
@@ -158,20 +157,15 @@ class Side:
             self.found[f"{name}: {mode}"] = score
         if not (run / "result.json").is_file():
             return
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = read_json(run / "result.json")
         score = {key: value for key, value in result["score"].items() if key != "seconds"}
         self.found[f"{name}: result"] = [score, result["config_hash"], result["steps"]]
-        self.found[f"{name}: artifact"] = digest(run / "artifact.bin")
+        self.found[f"{name}: artifact"] = sha256_file(run / "artifact.bin")
         if packs:
             self.found[f"{name}: packed bytes"] = (run / "train_gpt.py").stat().st_size
         rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         keys = ("kind", "step", "train_loss", "val_loss", "val_bpb")
         self.found[f"{name}: losses"] = [[row.get(key) for key in keys] for row in rows]
-
-
-def digest(path: Path) -> str:
-    """Hash a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_corpus(path: Path) -> None:

@@ -112,18 +112,22 @@ def usual_docs(rows: int, seq_len: int) -> int:
     return min(rows + rows * seq_len // 128, rows * seq_len)
 
 
+def count_docs(starts_doc: np.ndarray | Tensor) -> int:
+    """Count the documents of (B, T) starts, cut at rows' ends: a row's first position always starts one."""
+    return int(starts_doc[:, 1:].sum()) + len(starts_doc)
+
+
 def extent_of(starts_doc: np.ndarray, max_len: int) -> Extent:
     """Bound the documents of (B, T) starts, none longer than max_len; counted before they leave the CPU.
 
     Twice the usual number, four times and so on, so that a few compiled graphs serve all batches.
     """
-    num_docs = int(np.count_nonzero(starts_doc[:, 1:])) + len(starts_doc)
-    return Extent(roomy_docs(num_docs, *starts_doc.shape), min(max_len, starts_doc.shape[1]))
+    return Extent(roomy_docs(count_docs(starts_doc), *starts_doc.shape), min(max_len, starts_doc.shape[1]))
 
 
 def has_usual_docs(starts_doc: Tensor) -> bool:
     """Whether a graph that was not told an extent has room for the documents of (B, T) starts."""
-    return int(starts_doc[:, 1:].sum()) + len(starts_doc) <= usual_docs(*starts_doc.shape)
+    return count_docs(starts_doc) <= usual_docs(*starts_doc.shape)
 
 
 def roomy_docs(num_docs: int, rows: int, seq_len: int) -> int:
@@ -139,7 +143,7 @@ def known_extent(starts_doc: Tensor) -> Extent:
     rows, seq_len = starts_doc.shape
     if torch.compiler.is_compiling():
         return Extent(usual_docs(rows, seq_len), seq_len)
-    return Extent(roomy_docs(int(starts_doc[:, 1:].sum()) + rows, rows, seq_len), seq_len)
+    return Extent(roomy_docs(count_docs(starts_doc), rows, seq_len), seq_len)
 
 
 def document_offsets(starts_doc: Tensor, max_docs: int) -> Tensor:

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from fixtures_model import TINY, run_python
+from fixtures_model import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
 from common import UserError
+from dev.unchanged import shrink
 from formats.recipe import format_toml
 from pack.program import bundle, pack, read_recipe
 from pack.specialize import specialize, specialize_tree
@@ -552,30 +553,9 @@ def test_a_function_may_have_the_name_of_a_config_section():
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.parent.name)
 def tiny_recipe(request, tmp_path_factory):
     """Write a recipe with its features at the size of a test."""
-    recipe = read_recipe(request.param)
-    sizes = {name: value for name, value in TINY.items() if not name.startswith("model.num_layers")}
-    if (
-        "recur_layers" in recipe["model"]
-        or "parallel" in recipe["model"]
-        or "value_embed_layers" in recipe["model"]
-    ):
-        sizes |= {"data.batch_tokens": 64}
-    sizes |= {"eval.limit_text_bytes": 0}  # the time limit is for the whole text, here too
-    sizes |= {"data.tokenizer_kind": "sentencepiece", "schedule.stages": [], "quant.reserve_seconds": 0}
-    sizes |= {"quant.target_bytes": 0, "quant.calib_batches": 1}
-    sizes |= {"eval.lora_rank": 2, "eval.lora_chunk_tokens": 4, "eval.lora_batch_docs": 2}
-    sizes |= {"eval.phase_docs": 4, "eval.sgd_chunk_tokens": 64}
-    if not recipe.get("eval", {}).get("tilt_online"):  # hints exclude warm lanes
-        sizes |= {"eval.lora_warm_lanes": 2}
-    for name, value in sizes.items():
-        section, key = name.split(".")
-        recipe.setdefault(section, {})[key] = value
-    if recipe["model"].get("bigram_buckets"):
-        recipe["model"]["bigram_buckets"] = 64
-    if recipe["model"].get("fp8"):
-        recipe["model"] |= {"fp8": "emulate", "mlp_mult": 4}  # on a CPU, and multiples of 16
-    recipe["model"]["embed_dim"] = min(recipe["model"].get("embed_dim", 0), 8)
-    recipe["model"]["rope_dims"] = min(recipe["model"].get("rope_dims", 0), 4)
+    recipe = shrink(read_recipe(request.param))
+    if not recipe["eval"].get("tilt_online"):  # hints exclude warm lanes
+        recipe["eval"]["lora_warm_lanes"] = 2
     path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
     path.write_text(format_toml(recipe))
     return path
