@@ -300,9 +300,37 @@ def main(cfg: Config):
         "compile",
         "re.sub",
     ),
+    (
+        """
+def f_none(x):
+    return x
+def f_dense(x):
+    return [x, 'dense']
+class Row(NamedTuple):
+    run: Callable
+    twice: bool = False
+TABLE = {'none': Row(f_none), 'dense': Row(f_dense, twice=True)}
+def main(cfg: Config):
+    return TABLE[cfg.model.kind].run(2 if TABLE[cfg.model.kind].twice else 1)
+""",
+        "Row",
+        "return [2, 'dense']",
+    ),
 ]
 # Programs with a trap each for a careless folder.
 TRAPS = [
+    """
+LIMIT = 1
+class Row(NamedTuple):
+    number: int
+    limit: int = LIMIT
+    seen: list = []
+TABLE = {'none': Row(1), 'dense': Row(2)}
+def main(cfg: Config):
+    LIMIT = 5
+    TABLE[cfg.model.kind].seen.append(LIMIT)
+    return TABLE[cfg.model.kind].limit, TABLE[cfg.model.kind].seen, TABLE['dense'].number, LIMIT
+""",
     """
 NOTES = []
 class Made(NamedTuple):

@@ -115,7 +115,7 @@ class Scopes:
             case ast.Lambda() | ast.Set() | ast.JoinedStr():
                 return Instance() if not isinstance(node, ast.JoinedStr) else self.evaluate(node)
             case ast.Dict():
-                return Table(node) if is_table(node) else Instance()
+                return Table(node) if self.is_table(node) else Instance()
             case ast.BinOp(left=left, op=ast.BitOr(), right=right):
                 tables = [self.look(left), self.look(right)]
                 if all(isinstance(table, Table) for table in tables):
@@ -154,6 +154,27 @@ class Scopes:
         if last == "ModuleList" and len(node.args) == 1:
             return self.items(node.args[0])
         return None
+
+    def is_table(self, node: ast.Dict) -> bool:
+        """Whether a dict display has different constant keys, and values without effects."""
+        plain = all(isinstance(one, ast.Constant) for one in node.keys)
+        plain = plain and all(is_pure(value) or self.is_row(value) for value in node.values)
+        return plain and len({one.value for one in node.keys}) == len(node.keys)
+
+    def is_row(self, node: ast.expr) -> bool:
+        """Whether an expression makes a NamedTuple of the program, of parts without effects."""
+        match node:
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if self.is_global(name):
+                record = name in self.program.classes and is_record(self.program.classes[name])
+                return record and all(map(is_pure, [*args, *(one.value for one in keywords)]))
+        return False
+
+    def field(self, row: ast.Call, name: str) -> ast.expr | None:
+        """Return the expression of a row's field: the one given, or else a constant default."""
+        matches, given = self.arguments(row.func.id, row)
+        fields = [one for one in self.program.classes[row.func.id].body if isinstance(one, ast.AnnAssign)]
+        defaults = {one.target.id: one.value for one in fields if isinstance(one.value, ast.Constant)}
+        return (defaults | given).get(name) if matches else None
 
     def evaluate(self, node: ast.expr) -> Known | None:
         """Compute an expression all of whose names are known."""
@@ -248,12 +269,6 @@ def config_object(program: Program, name: str) -> SimpleNamespace:
             for key, value in fields.items()
         }
     )
-
-
-def is_table(node: ast.Dict) -> bool:
-    """Whether a dict display has different constant keys, and values without effects."""
-    plain = all(isinstance(one, ast.Constant) for one in node.keys) and all(map(is_pure, node.values))
-    return plain and len({one.value for one in node.keys}) == len(node.keys)
 
 
 def merged(first: Table, second: Table) -> Table:

@@ -369,7 +369,8 @@ class Specializer(ast.NodeTransformer, Scopes):
             self.seen.stores[node.attr].append((name, self.stored.pop(id(node), None)))
         if node.attr in ("__dict__", "__setattr__"):
             self.seen.is_dynamic = True
-        return node
+        field = self.field(node.value, node.attr) if self.is_row(node.value) else None
+        return node if field is None else self.visit(clone(field))
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         name = node.func.id if isinstance(node.func, ast.Name) and self.is_global(node.func.id) else ""
