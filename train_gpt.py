@@ -48,7 +48,7 @@ from data.codecs import TokenCodec, load_codec
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, read_report
 from data.validation import ValidationText, read_validation, scored_tokens
-from formats.artifact import STREAM_CODECS, ArtifactError, Stream, pack_artifact, read_artifact, require_codec
+from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
 from formats.recipe import (
     changed_recipe,
@@ -67,7 +67,7 @@ from formats.recipe import (
     with_values,
 )
 from formats.rotation import BEST_NAME, LOSSES_NAME, NUMBERED_GLOB, rotate_checkpoints
-from formats.rules import clock_rules, model_rules, stage_rules, storage_rules
+from formats.rules import average_rules, clock_rules, model_rules, stage_rules
 from formats.state import map_leaves, read_state, write_state
 from kernels.attention import (
     BACKENDS,
@@ -86,9 +86,10 @@ from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
 from kernels.loss import blocked_loss
 from kernels.machine import resolve_compile, resolve_dtype
 from kernels.muon import NS_TABLES, AsyncWork, MuonSettings, Stack
+from quantizers.config import QuantConfig
 from quantizers.gptq import Calibrated, CalibrationStats, calibrate, collect_stats, combine_roles
-from quantizers.grid import CLIP_RULES, Grid, Quantized, check_weight, stored_weights
-from quantizers.methods import METHODS, build_grid, quantize_matrices
+from quantizers.grid import Grid, Quantized, check_weight, stored_weights
+from quantizers.methods import QUANTIZERS, build_grid
 from quantizers.storage import (
     TensorRow,
     check_numel,
@@ -103,20 +104,21 @@ from quantizers.storage import (
 )
 from scoring.adaptive import Callbacks, ScoringRun, WindowSettings
 from scoring.bpb import BpbMeter
-from scoring.budget import LIMIT_BYTES, check_bytes, check_seconds, format_ledger
+from scoring.budget import check_bytes, check_seconds, format_ledger
+from scoring.config import EvalConfig
 from scoring.generate import Sampling, draw_tokens, last_logits, stream_text
 from scoring.modes import (
-    EVAL_MODES,
-    PLAIN_MODES,
+    SCORERS,
     ScorerState,
     Scoring,
     build_ngram_table,
-    plan_plain,
     read_scorer_state,
     score_session,
     score_tail_again,
+    scored_stride,
     scorer_state_limits,
     scoring_cost,
+    scoring_rules,
     warm_up_scorer,
     write_scorer_state,
 )
@@ -342,83 +344,6 @@ class AverageConfig:
 
 
 @dataclass(frozen=True)
-class QuantConfig:
-    """How weights are stored and how many bytes they may take."""
-
-    method: str = option("round", "", "how matrices become codes", choices=METHODS)
-    matrix_bits: int = option(8, "", "of the block matrices' codes, one scale a row", low=1, high=8)
-    embed_bits: int = option(8, "", "of the embedding's and head's codes", low=1, high=8)
-    mlp_bits: int = option(0, "", "of the mlps' codes; 0: matrix_bits", low=0, high=8)
-    clip_rule: str = option("quantile", "", "of a row's largest code", choices=tuple(CLIP_RULES))
-    matrix_clip: float = option(0.9999984, "", "the rule's number for block matrices", low=0)
-    embed_clip: float = option(0.9999984, "", "the rule's number for embedding and head", low=0)
-    mlp_clip: float = option(0.0, "", "the rule's number for the mlps; 0: matrix_clip", low=0)
-    step: float = option(0.4, "", "water_fill: steps of the median matrix, in deviations", low=1e-3, high=8)
-    target_bytes: int = option(0, "", "code + artifact: water_fill fits step, gptq bits; 0: free", low=0)
-    awq_group_cols: int = option(0, "", "gptq: columns of a matrix with steps a quarter as large", low=0)
-    repair_rank: int = option(0, "", "of products added to the worst matrices (LQER); 0: none", low=0)
-    repair_top: int = option(3, "", "how many matrices are repaired", low=0)
-    repair_bits: int = option(4, "", "of the products' codes", low=2, high=8)
-    repair_outputs: bool = option(True, "", "gptq: repair the outputs' error, not the weights'")
-    rate_weight: float = option(0.0, "", "water_fill: price of bits in rounding, 1: all of it", low=0)
-    qat_start: float = option(1.0, "", "progress from which gradients see stored weights", low=0, high=1)
-    qat_sharpness: float = option(0.0, "", "of their soft stairs; 0: straight-through", low=0)
-    damping: float = option(0.01, "", "of Hessians, a fraction of the mean diagonal", low=0)
-    calib_batches: int = option(16, "", "training micro-batches that Hessians are taken from", low=1)
-    reserve_seconds: float = option(0.0, "", "of the clock that training leaves for calibration", low=0)
-    float16_numel: int = option(65_536, "", "matrices of at most so many elements stay float16", low=0)
-    float16_names: str = option("", "", "patterns, with commas between, of others that stay float16")
-    scale_floor: bool = option(True, "", "scales are at least 1 / largest code (contest's baseline)")
-    codec: str = option(
-        "zlib", "", "of the artifact's streams; rans: formats/codes.py", choices=(*STREAM_CODECS, "rans")
-    )
-    limit_bytes: int = option(LIMIT_BYTES, "", "most bytes of code + artifact", low=0)
-    code_wrap: str = option("brotli", "", "of the packed code", choices=("brotli", "lzma", "mix", "none"))
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """How the artifact is scored and how long that may take."""
-
-    mode: str = option("chunked", "", "windows and adaptation of the scorer", choices=EVAL_MODES)
-    context_len: int = option(0, "", "tokens a window may see; 0: data.seq_len", low=0)
-    stride: int = option(64, "EVAL_STRIDE", "targets a sliding window scores", low=1)
-    keep_tail: bool = option(False, "", "score the targets past the last whole window too")
-    tail_legacy: bool = option(False, "", "systems B, C: the last targets count many times; invalid")
-    deadline_s: float = option(0.0, "", "end adaptation so that scoring takes at most this; 0: never", low=0)
-    tilt_online: float = option(0.0, "", "strength of hints from the text scored so far, times share", low=0)
-    tilt_static_entries: int = option(0, "", "most n-grams of training text in the artifact; 0: none", low=0)
-    tilt_static_lengths: tuple = option((3,), "", "tokens of their prefixes")
-    tilt_static_strength: float = option(1.0, "", "strength of their hints", low=0)
-    tilt_static_tokens: int = option(10_000_000, "", "training tokens that they are counted on", low=2)
-    tilt_legacy: bool = option(False, "", "system B: they guess the token just seen; the score is invalid")
-    fit_scales: bool = option(False, "", "scale logits by sign, fitted to training text after training")
-    sgd_lr: float = option(0.005, "TTT_LR", "learning rate of sgd-ttt and of phases", low=0)
-    sgd_momentum: float = option(0.9, "TTT_MOMENTUM", "their momentum", low=0, high=1)
-    sgd_epochs: int = option(3, "TTT_EPOCHS", "their passes over a scored chunk", low=1)
-    sgd_chunk_tokens: int = option(32_768, "TTT_CHUNK_TOKENS", "targets scored, then trained on", low=1)
-    sgd_batch_seqs: int = option(32, "", "rows of a step, all ranks together", low=1)
-    sgd_clip_norm: float = option(1.0, "TTT_GRAD_CLIP", "largest gradient norm; 0: any", low=0)
-    sgd_freeze_blocks: int = option(0, "TTT_FREEZE_BLOCKS", "first blocks that keep their weights", low=0)
-    lora_rank: int = option(80, "TTT_LORA_RANK", "rank of a document's adapters; 0: none", low=0)
-    lora_alpha: float = option(144.0, "TTT_LORA_ALPHA", "adapters are scaled by alpha / rank", low=0)
-    lora_sites: str = option("q,k,v,o,mlp,head", "", "where adapters go: of q, k, v, o, mlp, head")
-    lora_lr: float = option(1e-4, "TTT_LORA_LR", "AdamW learning rate of adapters", low=0)
-    lora_beta2: float = option(0.99, "TTT_BETA2", "AdamW beta2 of adapters (beta1 is 0)", low=0, high=1)
-    lora_weight_decay: float = option(0.5, "TTT_WEIGHT_DECAY", "weight decay of adapters", low=0)
-    lora_chunk_tokens: int = option(48, "TTT_CHUNK_SIZE", "targets of a document between updates", low=1)
-    lora_short_chunks: tuple = option((), "", "length:chunk rows for documents up to a length, rising")
-    lora_batch_docs: int = option(64, "TTT_BATCH_SIZE", "most documents adapted side by side", low=1)
-    lora_warm_lanes: int = option(0, "", "batch i starts from batch i - n's mean A; 0: noise", low=0)
-    lora_max_doc_tokens: int = option(0, "", "longer documents are cut; 0: never", low=0)
-    lora_seed: int = option(0, "", "of the adapters' first values", low=0)
-    phase_docs: int = option(2500, "PHASED_TTT_PREFIX_DOCS", "documents before the last SGD phase", low=0)
-    phase_count: int = option(1, "PHASED_TTT_NUM_PHASES", "SGD phases", low=1)
-    limit_seconds: float = option(600.0, "", "scoring time budget", low=0)
-    limit_text_bytes: int = option(0, "", "budget and deadline are for so many, in proportion; 0: any", low=0)
-
-
-@dataclass(frozen=True)
 class WatchConfig:
     """What a run shows and keeps on its way. Part of the recipe, so that a packed program leaves it out."""
 
@@ -526,12 +451,19 @@ def whole_recipe(cfg: Config) -> dict[str, dict]:
     return {section: fixed.get(section, {}) | rest.get(section, {}) for section in {**rest, **fixed}}
 
 
+def fixed_rules(cfg: Config) -> list[tuple]:
+    """Return the rules that a packed program's fields passed when it was packed."""
+    rules = [*model_rules(cfg), *stage_rules(cfg, get_stages(cfg)), *average_rules(cfg)]
+    rules += QUANTIZERS[cfg.quant.method].rules(cfg.quant)
+    return rules + scoring_rules(cfg.eval, cfg.eval.context_len or cfg.data.seq_len, cfg.data.vocab_size)
+
+
 def check_config(cfg: Config) -> None:
-    """Raise naming field, value and constraint when settings cannot work together (formats/rules.py)."""
+    """Raise naming field, value and constraint when settings cannot work together."""
     check_ranges(cfg)
     rules = clock_rules(cfg)
-    if PACKED_RECIPE is None:  # a packed program's other fields passed when it was packed
-        rules = [*model_rules(cfg), *stage_rules(cfg, get_stages(cfg)), *storage_rules(cfg), *rules]
+    if PACKED_RECIPE is None:
+        rules = [*fixed_rules(cfg), *rules]
     for name, holds, constraint in rules:
         if not holds:
             raise UserError(f"{name}={config_value(cfg, name)} {constraint}.")
@@ -1784,7 +1716,7 @@ def tensor_table(cfg: Config, repaired: tuple[str, ...] = ()) -> tuple[TensorRow
     with torch.device("meta"):
         named = list(GPT(cfg.model, cfg.data.vocab_size).named_parameters())
     rules, quant = match_rules(cfg, [name for name, _ in named]), cfg.quant
-    coded = "steps" if quant.method == "water_fill" or quant.awq_group_cols else "rows"
+    coded = QUANTIZERS[quant.method].coded(quant)
     kept = [pattern for pattern in quant.float16_names.split(",") if pattern]
     rows = []
     for name, param in named:
@@ -1810,10 +1742,10 @@ def exported_grids(cfg: Config) -> dict[str, Grid]:
 
 
 def calibrated_matrices(model: GPT, cfg: Config, stats: dict[str, CalibrationStats]) -> dict[str, Calibrated]:
-    """Put weights and their statistics together; a tied embedding has two roles. Rounding needs none."""
+    """Put weights and their statistics together, where any are needed; a tied embedding has two roles."""
     params, matrices = dict(model.named_parameters()), {}
     for name in quantized_names(cfg):
-        if cfg.quant.method == "round":
+        if not QUANTIZERS[cfg.quant.method].needs_calibration:
             check_weight(params[name], name)
             matrices[name] = Calibrated(params[name].detach().float())
             continue
@@ -1830,8 +1762,7 @@ def quantize_model(
 ) -> dict[str, Quantized]:
     """Quantize every matrix as cfg.quant says; size_of weighs the code and the artifact of a result."""
     matrices = calibrated_matrices(model, cfg, stats)
-    grids = exported_grids(cfg) if cfg.quant.method != "water_fill" else {}  # which makes its own
-    return quantize_matrices(matrices, grids, cfg.quant, size_of)
+    return QUANTIZERS[cfg.quant.method].quantize(matrices, quantized_names(cfg), cfg.quant, size_of)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2017,8 +1948,8 @@ def score_model(
     session = ScoringRun(tokens, windows, options, ranks, scoring.reports)
     scorer = model.eval()
     if scoring.warms_up:
-        if settings.mode in PLAIN_MODES and resolve_compile(cfg.run.compile, ranks.device):
-            plan = plan_plain(settings, context_len, tokens, text.bos_id)
+        if SCORERS[settings.mode].adapt is None and resolve_compile(cfg.run.compile, ranks.device):
+            plan = SCORERS[settings.mode].plan(settings, context_len, tokens, text.bos_id)
             fits = (has_usual_docs,) if cfg.model.attn_in_document else ()
             scorer = CompiledWindows(model, plan, options.batch_tokens, *fits)
         warm_up_scorer(model, scorer, session, settings, cfg.data.vocab_size)
@@ -2030,13 +1961,13 @@ def score_model(
     outcome = score_session(scorer, session, settings)
     meter = measure(outcome.nats, text, ranks)
     if settings.tail_legacy:
-        places, nats = score_tail_again(model, session, settings.stride)
-        meter.add(nats, text.target_bytes[places])
+        positions, nats = score_tail_again(model, session, settings.stride)
+        meter.add(nats, text.target_bytes[positions])
     seconds = ranks.broadcast(time.perf_counter() - started)
     totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
-    stride = 0 if settings.mode == "chunked" else settings.stride
     tail = "included" if settings.keep_tail else "cut"
-    return Score(*totals, settings.mode, context_len, stride, tail, seconds, *outcome[1:], text.loses)
+    how = settings.mode, context_len, scored_stride(settings), tail
+    return Score(*totals, *how, seconds, *outcome[1:], text.loses)
 
 
 def new_average(model: nn.Module, cfg: AverageConfig) -> Ema | Swa | None:
@@ -2164,8 +2095,8 @@ def fit_scales(training: Training) -> tuple[float, ...]:
         sums = torch.zeros(6, dtype=torch.float64, device=scales.device)
         for batch in batches:
             with torch.no_grad():
-                scores = model(batch.tokens, batch.starts_doc).flatten(0, 1)
-            for part, targets in zip(scores.split(4096), batch.targets.flatten().split(4096)):
+                logits = model(batch.tokens, batch.starts_doc).flatten(0, 1)
+            for part, targets in zip(logits.split(4096), batch.targets.flatten().split(4096)):
                 sums += scale_sums(part.float(), targets, scales)  # in parts: it needs their size six times
         scales = newton_step(scales, training.ranks.sum(sums))
     return tuple(scales.tolist())
@@ -2478,10 +2409,11 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
     sha256 is the tokenizer's.
     """
     model, cfg, started = training.model, training.cfg, time.perf_counter()
-    stats = collect_statistics(training) if cfg.quant.method != "round" else {}
+    calibrates = QUANTIZERS[cfg.quant.method].needs_calibration
+    stats = collect_statistics(training) if calibrates else {}
     if has_scorer_state(cfg.eval):
         model.scorer_state = collect_scorer_state(training)
-    if cfg.quant.method != "round" or has_scorer_state(cfg.eval):
+    if calibrates or has_scorer_state(cfg.eval):
         calibration = 1000 * (time.perf_counter() - started)
         log.line(f"calibration_time:{calibration:.0f}ms reserve:{1000 * cfg.quant.reserve_seconds:.0f}ms")
         over = training.train_ms + calibration - 1000 * cfg.run.max_wallclock_seconds
@@ -2618,17 +2550,11 @@ def flops_per_token(cfg: Config, named: dict[str, Tensor], visits: list[int]) ->
 
 
 def estimate_artifact_bytes(cfg: Config) -> int:
-    """Estimate the stored bytes: the target if there is one, else what the tensors take before coding.
-
-    Water-filled codes have the entropy of a normal variable in steps of quant.step deviations.
-    """
+    """Estimate the stored bytes: the target if there is one, else what the tensors take before coding."""
     if cfg.quant.target_bytes:
         return cfg.quant.target_bytes
-    code_bits = {name: float(grid.bits) for name, grid in exported_grids(cfg).items()}
-    if cfg.quant.method == "water_fill":
-        code_bits = dict.fromkeys(
-            code_bits, 0.5 * math.log2(2 * math.pi * math.e) - math.log2(cfg.quant.step)
-        )
+    estimate_bits = QUANTIZERS[cfg.quant.method].estimate_bits
+    code_bits = {name: estimate_bits(kind, cfg.quant) for name, kind in quantized_names(cfg).items()}
     return estimate_bytes(tensor_table(cfg), code_bits)
 
 

@@ -35,11 +35,11 @@ from eval.runs import Target, find_target, newest_run
 from formats.recipe import config_fields, describe_fields, parse_overrides, with_values
 from scoring.adaptive import Callbacks, plan_documents
 from scoring.budget import format_ledger
-from scoring.modes import EVAL_MODES, Scoring
+from scoring.config import EVAL_MODES, EvalConfig
+from scoring.modes import SCORERS, Scoring, scored_stride
 from scoring.sliding import Pace, ScoreOptions
 from train_gpt import (
     Config,
-    EvalConfig,
     KeepingRanks,
     Score,
     check_config,
@@ -197,7 +197,7 @@ def implied_bytes(score: Score) -> float:
 def order_of(settings: EvalConfig) -> str:
     """Say whether a probability depends on its prefix alone, or also on the lengths of documents."""
     in_turns = settings.mode == "phased" or settings.lora_warm_lanes or settings.lora_short_chunks
-    return "by length" if settings.mode in ("lora-ttt", "phased") and in_turns else "text"
+    return "by length" if SCORERS[settings.mode].plan is None and in_turns else "text"
 
 
 def reservations(score: Score) -> list[tuple[str, str]]:
@@ -310,7 +310,7 @@ def score_by_domain(args: Namespace, ranks_of) -> int:
     check_tokenizer(cfg.data, codec, header["tokenizer_sha256"])
     domains = [read_domain(name, path, codec) for name, path in parse_domains(args.domains).items()]
     context_len = cfg.eval.context_len or cfg.data.seq_len
-    stride = 0 if cfg.eval.mode == "chunked" else cfg.eval.stride
+    stride = scored_stride(cfg.eval)
     options = ScoreOptions(codec.bos_id, cfg.run.val_batch_tokens // cfg.data.micro_batches, ranks.device)
     rows = score_domains(domains, model, context_len, stride, options)
     ranks.close()

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from scoring.adaptive import choose_chunk_tokens, plan_doc_batches, plan_document_windows, plan_documents
-from scoring.modes import lora_options, plan_plain
+from scoring.config import EvalConfig
+from scoring.modes import SCORERS
 
 BYTE_CLASSES = ("letters", "digits", "whitespace", "punctuation", "non-ASCII", "no bytes")
 LENGTH_CLASSES = (256, 1024, 4096, 16_384, 65_536)  # bytes of a document
@@ -55,7 +56,7 @@ def octave_rows(seen: np.ndarray, costs: Costs) -> list[BreakdownRow]:
 class Windows(NamedTuple):
     """What decided which tokens a scored target saw."""
 
-    settings: object  # with the fields of [eval]
+    settings: EvalConfig
     context_len: int
     batch_tokens: int
     switch_at: int  # batches of documents that adapted
@@ -66,15 +67,15 @@ def adapted_windows(documents: np.ndarray, how: Windows) -> np.ndarray:
 
     Those of the batches past the switch are scored plainly.
     """
-    lora, windows = lora_options(how.settings), []
-    batches = plan_doc_batches(np.diff(documents).ravel(), lora, how.context_len, how.batch_tokens)
+    cfg, windows = how.settings, []
+    batches = plan_doc_batches(np.diff(documents).ravel(), cfg, how.context_len, how.batch_tokens)
     plain = {doc for batch in batches[how.switch_at :] for doc in batch.tolist()}
     for doc, (lo, hi) in enumerate(documents.tolist()):
         if doc in plain:
             one = documents[doc : doc + 1]
-            windows.append(plan_document_windows(one, how.context_len, how.settings.stride))
+            windows.append(plan_document_windows(one, how.context_len, cfg.stride))
             continue
-        chunk = choose_chunk_tokens(hi - lo, lora)
+        chunk = choose_chunk_tokens(hi - lo, cfg)
         starts = np.arange(lo, hi, chunk)
         begins = np.maximum(starts + chunk - how.context_len, lo)
         windows.append(np.stack([begins, np.minimum(starts + chunk, hi), starts - begins], axis=1))
@@ -84,10 +85,10 @@ def adapted_windows(documents: np.ndarray, how: Windows) -> np.ndarray:
 def visible_tokens(tokens: np.ndarray, bos_id: int, how: Windows) -> np.ndarray:
     """Count the tokens that each of the N targets of N + 1 tokens sees in its window: (N,)."""
     settings, num_targets = how.settings, len(tokens) - 1
-    if settings.mode in ("lora-ttt", "phased"):
+    if SCORERS[settings.mode].plan is None:
         windows = adapted_windows(plan_documents(tokens, bos_id, settings.lora_max_doc_tokens), how)
     else:
-        windows = plan_plain(settings, how.context_len, tokens, bos_id)
+        windows = SCORERS[settings.mode].plan(settings, how.context_len, tokens, bos_id)
     scored = windows[:, 1] - windows[:, 0] - windows[:, 2]
     return np.arange(num_targets) - np.repeat(windows[:, 0], scored) + 1
 

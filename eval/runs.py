@@ -6,7 +6,7 @@ from typing import NamedTuple
 from common import UserError, read_json, sha256_file
 from eval.logs import parse_log
 from formats.recipe import config_fields, read_recipe, with_values
-from scoring.modes import PLAIN_MODES
+from scoring.modes import SCORERS
 from train_gpt import ARTIFACT_NAME, Config, only_live, read_environment
 
 RESULT_NAME, SUBMISSION_NAME = "result.json", "submission.json"
@@ -28,7 +28,8 @@ class Target(NamedTuple):
 
     def tolerance(self, mode: str) -> float:
         """Return how far a score may be from the recorded one."""
-        usual = TOLERANCE if mode in PLAIN_MODES else ADAPTING_TOLERANCE
+        adapts = mode not in SCORERS or SCORERS[mode].adapt is not None
+        usual = ADAPTING_TOLERANCE if adapts else TOLERANCE
         return usual if self.stated_tolerance is None else self.stated_tolerance
 
 

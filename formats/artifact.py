@@ -163,6 +163,7 @@ PLAIN_CODECS = {
     "zstd": (compress_zstd, decompress_zstd),
     "brotli": (compress_brotli, decompress_brotli),
 }
+LIMIT_BYTES = 16_000_000  # of a submission: decimal; code plus compressed model
 STREAM_CODECS = PLAIN_CODECS | {"best": (compress_best, decompress_best)}
 CODEC_PACKAGES = {"zstd": ("zstandard",), "brotli": ("brotli",), "best": ("zstandard", "brotli")}
 

@@ -63,41 +63,10 @@ def model_rules(cfg) -> list[tuple]:
     ]
 
 
-def storage_rules(cfg) -> list[tuple]:
-    """Return the rules of averaging, storing and scoring."""
-    quant, settings = cfg.quant, cfg.eval
+def average_rules(cfg) -> list[tuple]:
+    """Return the rule of averaging."""
     one_average = not (cfg.average.ema_decay > 0 and cfg.average.swa_every > 0)
-    on_grid, solved = quant.method != "water_fill", quant.method == "gptq"
-    context_len = settings.context_len or cfg.data.seq_len
-    stride_fits = settings.mode == "chunked" or settings.stride <= context_len
-    whole_strides = context_len % settings.stride == 0 and context_len > settings.stride
-    repeats = settings.mode == "sliding" and not settings.keep_tail and whole_strides
-    lengths = settings.tilt_static_lengths
-    hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
-    carries = settings.mode == "phased" or (settings.mode == "lora-ttt" and settings.lora_warm_lanes)
-    narrow = not settings.tilt_static_entries or cfg.data.vocab_size <= 1 << 16
-    return [
-        ("average.swa_every", one_average, "excludes average.ema_decay: one average is applied"),
-        ("quant.codec", on_grid or quant.codec == "rans", "must be rans for quant.method=water_fill"),
-        ("quant.qat_start", on_grid or quant.qat_start == 1, "needs quant.method=round or gptq"),
-        ("quant.repair_rank", on_grid or quant.repair_rank == 0, "needs quant.method=round or gptq"),
-        ("quant.target_bytes", quant.method != "round" or quant.target_bytes == 0, "needs another method"),
-        ("quant.awq_group_cols", solved or quant.awq_group_cols == 0, "needs quant.method=gptq"),
-        ("quant.matrix_bits", quant.matrix_bits > 1 or quant.method == "round", "needs quant.method=round"),
-        ("eval.stride", stride_fits, f"must be at most the context of {context_len}"),
-        (
-            "eval.tail_legacy",
-            repeats or not settings.tail_legacy,
-            "needs eval.mode=sliding, eval.keep_tail=0 and a context of several whole strides",
-        ),
-        (
-            "eval.tilt_online",
-            not (settings.tilt_online and carries),
-            "must be 0 with phases or warm lanes: hints would read text that is scored by what they helped",
-        ),
-        ("eval.tilt_static_lengths", hints_fit, "must be whole numbers from 1 on"),
-        ("eval.tilt_static_entries", narrow, "needs data.vocab_size of at most 65,536"),
-    ]
+    return [("average.swa_every", one_average, "excludes average.ema_decay: one average is applied")]
 
 
 def clock_rules(cfg) -> list[tuple]:

@@ -1,10 +1,14 @@
 """Whole models to codes: which quantizer, what it may cost, and what is done to the worst matrices.
 
-`quant` is the quant section of a recipe (QuantConfig in train_gpt.py); matrices and grids are by name.
+A quantizer is a row of QUANTIZERS. It gets the matrices by name and, by name too, as what each is stored
+(matrix, mlp or embed); size_of weighs a result where there is a target of bytes.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
+from quantizers.config import QuantConfig
 from quantizers.gptq import (
     Calibrated,
     awq_column_steps,
@@ -17,11 +21,12 @@ from quantizers.gptq import (
 from quantizers.grid import Grid, Quantized, dequantize, quantize
 from quantizers.rate import StorageChoice, allocate, class_entropy_bits, fit_rate
 
-METHODS = ("round", "gptq", "water_fill")
 ALLOCATED_BITS = (2, 3, 4, 5, 6, 7, 8)
 
+Weigh = Callable[[dict[str, Quantized]], int]  # bytes of the code and the artifact of a result
 
-def build_grid(storage: str, quant) -> Grid:
+
+def build_grid(storage: str, quant: QuantConfig) -> Grid:
     """Return the grid of tensors stored as `matrix`, `mlp` or `embed`."""
     bits = {
         "matrix": quant.matrix_bits,
@@ -36,22 +41,33 @@ def build_grid(storage: str, quant) -> Grid:
     return Grid(bits[storage], quant.clip_rule, clip[storage], scale_floor=quant.scale_floor)
 
 
-def quantize_matrices(
-    matrices: dict[str, Calibrated], grids: dict[str, Grid], quant, size_of: Callable[[dict], int]
+def build_grids(storages: dict[str, str], quant: QuantConfig) -> dict[str, Grid]:
+    """Return the grid of every matrix."""
+    return {name: build_grid(storage, quant) for name, storage in storages.items()}
+
+
+def round_matrices(
+    matrices: dict[str, Calibrated], storages: dict[str, str], quant: QuantConfig, size_of: Weigh
 ) -> dict[str, Quantized]:
-    """Quantize every matrix by quant.method; size_of weighs a result where there is a target of bytes."""
-    if quant.method == "water_fill":
-        return fill_matrices(matrices, quant, size_of)
-    if quant.method == "gptq" and quant.target_bytes:
-        return allocate_bits(matrices, grids, quant, size_of)
-    quantized = {name: to_grid(matrix, grids[name], quant) for name, matrix in matrices.items()}
+    """Round every weight to the nearest code."""
+    grids = build_grids(storages, quant)
+    quantized = {name: quantize(matrix.weight, grids[name]) for name, matrix in matrices.items()}
     return repair_worst(quantized, matrices, quant)
 
 
-def to_grid(matrix: Calibrated, grid: Grid, quant) -> Quantized:
-    """Round a matrix to a grid, or with statistics of its inputs solve for it."""
-    if quant.method == "round":
-        return quantize(matrix.weight, grid)
+def solve_matrices(
+    matrices: dict[str, Calibrated], storages: dict[str, str], quant: QuantConfig, size_of: Weigh
+) -> dict[str, Quantized]:
+    """Solve for the codes of every matrix (GPTQ), with bits by matrix where there is a target of bytes."""
+    grids = build_grids(storages, quant)
+    if quant.target_bytes:
+        return allocate_bits(matrices, grids, quant, size_of)
+    quantized = {name: solve(matrix, grids[name], quant) for name, matrix in matrices.items()}
+    return repair_worst(quantized, matrices, quant)
+
+
+def solve(matrix: Calibrated, grid: Grid, quant: QuantConfig) -> Quantized:
+    """Solve for a matrix's codes on a grid with the statistics of its inputs."""
     columns = None
     if quant.awq_group_cols:
         columns = awq_column_steps(matrix.weight, matrix.factor, quant.awq_group_cols)
@@ -59,7 +75,7 @@ def to_grid(matrix: Calibrated, grid: Grid, quant) -> Quantized:
 
 
 def repair_worst(
-    quantized: dict[str, Quantized], matrices: dict[str, Calibrated], quant
+    quantized: dict[str, Quantized], matrices: dict[str, Calibrated], quant: QuantConfig
 ) -> dict[str, Quantized]:
     """Add products of low rank to the matrices that lose most (LQER, contest pull request 1797)."""
     if not quant.repair_rank:
@@ -79,7 +95,7 @@ def repair_worst(
 
 
 def fill_matrices(
-    matrices: dict[str, Calibrated], quant, size_of: Callable[[dict], int]
+    matrices: dict[str, Calibrated], storages: dict[str, str], quant: QuantConfig, size_of: Weigh
 ) -> dict[str, Quantized]:
     """Quantize with water-filled steps, as fine as the byte target allows."""
     steps = water_fill(matrices)
@@ -94,27 +110,84 @@ def fill_matrices(
     return filled(fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.1, 8.0).parameter)
 
 
-def weigh(matrix: Calibrated, way: Quantized) -> StorageChoice:
+def evaluate(matrix: Calibrated, quantized: Quantized) -> StorageChoice:
     """Estimate the bytes of a quantized matrix and the loss that it costs."""
-    size = class_entropy_bits(way.codes) / 8 + 2 * len(way.scales)
-    error = output_error(matrix.weight - dequantize(way), matrix.factor.hessian)
+    size = class_entropy_bits(quantized.codes) / 8 + 2 * len(quantized.scales)
+    error = output_error(matrix.weight - dequantize(quantized), matrix.factor.hessian)
     return StorageChoice(round(size), float(error @ matrix.row_weights))
 
 
 def allocate_bits(
-    matrices: dict[str, Calibrated], grids: dict[str, Grid], quant, size_of: Callable[[dict], int]
+    matrices: dict[str, Calibrated], grids: dict[str, Grid], quant: QuantConfig, size_of: Weigh
 ) -> dict[str, Quantized]:
     """Choose the bits of each matrix by what they save: the least predicted loss within the byte target."""
-    ways, choices = {}, {}
+    candidates, choices = {}, {}
     for name, matrix in matrices.items():
-        ways[name] = [to_grid(matrix, grids[name]._replace(bits=bits), quant) for bits in ALLOCATED_BITS]
-        choices[name] = [weigh(matrix, way) for way in ways[name]]
+        candidates[name] = [solve(matrix, grids[name]._replace(bits=bits), quant) for bits in ALLOCATED_BITS]
+        choices[name] = [evaluate(matrix, quantized) for quantized in candidates[name]]
     least = sum(min(rows).size_bytes for rows in choices.values())
     most = sum(max(rows).size_bytes for rows in choices.values())
 
     def allocated(shrink: float) -> dict[str, Quantized]:
         chosen = allocate(choices, max(round(most / shrink), least))
-        return repair_worst({name: ways[name][index] for name, index in chosen.items()}, matrices, quant)
+        quantized = {name: candidates[name][index] for name, index in chosen.items()}
+        return repair_worst(quantized, matrices, quant)
 
     fit = fit_rate(lambda shrink: size_of(allocated(shrink)), quant.target_bytes, 1.0, most / max(least, 1))
     return allocated(fit.parameter)
+
+
+def solved_storage(quant: QuantConfig) -> str:
+    """Say how gptq's codes are stored: some columns may have steps of their own."""
+    return "steps" if quant.awq_group_cols else "rows"
+
+
+def grid_bits(storage: str, quant: QuantConfig) -> float:
+    """Return the bits of a code on its grid."""
+    return float(build_grid(storage, quant).bits)
+
+
+def filled_bits(storage: str, quant: QuantConfig) -> float:
+    """Estimate the bits of a water-filled code: the entropy of a normal variable in steps of quant.step."""
+    return 0.5 * math.log2(2 * math.pi * math.e) - math.log2(quant.step)
+
+
+def rounding_rules(quant: QuantConfig) -> list[tuple]:
+    """Return rows (field, whether the rule holds, what must hold) for round."""
+    return [
+        ("quant.target_bytes", quant.target_bytes == 0, "needs another method"),
+        ("quant.awq_group_cols", quant.awq_group_cols == 0, "needs quant.method=gptq"),
+    ]
+
+
+def solving_rules(quant: QuantConfig) -> list[tuple]:
+    """Return such rows for gptq."""
+    return [("quant.matrix_bits", quant.matrix_bits > 1, "needs quant.method=round")]
+
+
+def filling_rules(quant: QuantConfig) -> list[tuple]:
+    """Return such rows for water_fill."""
+    return [
+        ("quant.codec", quant.codec == "rans", "must be rans for quant.method=water_fill"),
+        ("quant.qat_start", quant.qat_start == 1, "needs quant.method=round or gptq"),
+        ("quant.repair_rank", quant.repair_rank == 0, "needs quant.method=round or gptq"),
+        ("quant.awq_group_cols", quant.awq_group_cols == 0, "needs quant.method=gptq"),
+        *solving_rules(quant),
+    ]
+
+
+class Quantizer(NamedTuple):
+    """How a method quantizes."""
+
+    quantize: Callable  # (matrices, storages, quant, size_of) -> {name: Quantized}
+    needs_calibration: bool  # statistics of the matrices' inputs
+    coded: Callable[[QuantConfig], str]  # how codes are stored: "rows" of a grid, or "steps" a column too
+    estimate_bits: Callable[[str, QuantConfig], float]  # of a code
+    rules: Callable[[QuantConfig], list[tuple]]  # what cannot stand together with it
+
+
+QUANTIZERS = {
+    "round": Quantizer(round_matrices, False, lambda quant: "rows", grid_bits, rounding_rules),
+    "gptq": Quantizer(solve_matrices, True, solved_storage, grid_bits, solving_rules),
+    "water_fill": Quantizer(fill_matrices, True, lambda quant: "steps", filled_bits, filling_rules),
+}

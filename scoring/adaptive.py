@@ -9,7 +9,6 @@ depend on the number of ranks. Weights, gradient flags and adapters are as befor
 The clock may end adaptation early; the outcome says where, so that the score can be replayed.
 """
 
-import fnmatch
 import hashlib
 import math
 import time
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError
+from scoring.config import EvalConfig
 from scoring.sliding import Cost, Logits, ScoreOptions, plain_cost, plan_batches, plan_windows, score_batch
 
 # What a recipe calls a place for an adapter -> the attributes of the modules that take one.
@@ -51,43 +51,6 @@ class Callbacks(NamedTuple):
 
     on_event: Callable[[dict], None] | None = None  # {seq, rank, kind, lo, hi, doc, seconds}
     progress: Callable[[int, int], None] | None = None  # targets done, targets in all
-
-
-class SgdOptions(NamedTuple):
-    """SGD on all weights: the contest's score-first form (contest pull request 549)."""
-
-    lr: float = 0.005
-    momentum: float = 0.9
-    epochs: int = 3
-    chunk_tokens: int = 32_768  # targets that are scored, then trained on
-    batch_seqs: int = 32  # rows of an optimizer step, on all ranks together
-    clip_norm: float = 1.0  # 0: off
-    frozen: tuple[str, ...] = ()  # patterns of names of parameters that keep their values
-
-
-class LoraOptions(NamedTuple):
-    """One low-rank adapter per document, AdamW after each scored chunk (pull requests 1530, 1767)."""
-
-    rank: int = 80  # 0: no adapters, documents are scored as they are
-    alpha: float = 144.0  # the correction is scaled by alpha / rank
-    sites: tuple[str, ...] = ("q", "k", "v", "o", "mlp")  # keys of ADAPTER_SITES
-    lr: float = 1e-4
-    beta2: float = 0.99
-    weight_decay: float = 0.5
-    chunk_tokens: int = 48
-    short_chunks: tuple[tuple[int, int], ...] = ()  # rising rows (documents up to this length, chunk)
-    batch_docs: int = 64
-    warm_lanes: int = 0  # n: batch i starts from the A of batch i - n, mean over its documents; 0: from noise
-    max_doc_tokens: int = 0  # longer documents are cut and adapt in parts; 0: never
-    seed: int = 0
-
-
-class PhaseOptions(NamedTuple):
-    """SGD on what has been scored, between batches of documents (pull requests 1610, 1626)."""
-
-    num_docs: int = 0  # the last phase follows the batch that completes so many documents; 0: no phases
-    num_phases: int = 1
-    sgd: SgdOptions = SgdOptions(lr=1e-3, epochs=1)
 
 
 class ScoringResult(NamedTuple):
@@ -136,9 +99,9 @@ class CausalityChecker:
 
 
 class ScoringRun:
-    """One scoring of N + 1 tokens: costs, referee, clock, and this rank's share of the work.
+    """One scoring of N + 1 tokens: costs, causality checker, clock, and this rank's share of the work.
 
-    ranks is asked for agree(value) -> rank 0's value and average(tensors) over ranks, in place.
+    ranks is asked for broadcast(value) -> rank 0's value and average(tensors) over ranks, in place.
     """
 
     def __init__(
@@ -167,9 +130,9 @@ class ScoringRun:
         """Whether this rank does unit `index`."""
         return index % self.options.world_size == self.options.rank
 
-    def record(self, places: torch.Tensor, nats: torch.Tensor, started: float, num_read: int) -> None:
+    def record(self, positions: torch.Tensor, nats: torch.Tensor, started: float, num_read: int) -> None:
         """Keep the nats of targets and what a forward pass over num_read tokens took."""
-        self.nats[places] = nats
+        self.nats[positions] = nats
         self.score_seconds += time.perf_counter() - started
         self.score_tokens += num_read
 
@@ -179,8 +142,8 @@ class ScoringRun:
             rows = windows[batch]
             if self.is_mine(index):
                 started = time.perf_counter()
-                places, nats = score_batch(model, self.tokens, rows, self.options)
-                self.record(places, nats, started, int((rows[:, 1] - rows[:, 0]).sum()))
+                positions, nats = score_batch(model, self.tokens, rows, self.options)
+                self.record(positions, nats, started, int((rows[:, 1] - rows[:, 0]).sum()))
             for lo, hi in scored_spans(rows):
                 self.checker.score(lo, hi, here=self.is_mine(index))
             self.advance(int((rows[:, 1] - rows[:, 0] - rows[:, 2]).sum()))
@@ -209,7 +172,7 @@ class ScoringRun:
     def outcome(self, num_units: int, switch_at: int) -> ScoringResult:
         """Close the session; every target must have its score."""
         if not self.checker.scored.all():
-            raise ValueError(f"target {int(self.referee.scored.argmin())} was never scored")
+            raise ValueError(f"target {int(self.checker.scored.argmin())} was never scored")
         return ScoringResult(self.nats, num_units, switch_at, self.checker.invalid)
 
 
@@ -243,38 +206,32 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def score_plain(model: Logits, session: ScoringRun, windows: np.ndarray) -> ScoringResult:
-    """Score windows that cover the text, without adaptation."""
-    session.score_windows(model, windows)
-    return session.outcome(0, 0)
-
-
 # Whole-weight SGD
 
 
 class SgdTrainer:
     """SGD on all weights but the frozen, on rows of tokens; gradients are averaged over ranks."""
 
-    def __init__(self, model: nn.Module, sgd: SgdOptions, session: ScoringRun):
-        self.model, self.sgd, self.session = model, sgd, session
+    def __init__(self, model: nn.Module, cfg: EvalConfig, session: ScoringRun):
+        self.model, self.cfg, self.session = model, cfg, session
         named = dict(model.named_parameters())
-        idle = [pattern for pattern in sgd.frozen if not fnmatch.filter(named, pattern)]
+        frozen = tuple(f"blocks.{layer}." for layer in range(cfg.sgd_freeze_blocks))
+        idle = [prefix for prefix in frozen if not any(name.startswith(prefix) for name in named)]
         if idle:
             raise UserError(
-                f"frozen weights: expected a pattern of parameter names, found {idle[0]!r}, which matches "
-                f"none. The first name is {next(iter(named))}."
+                f"eval.sgd_freeze_blocks={cfg.sgd_freeze_blocks}: expected at most the number of blocks, "
+                f"found no weights of {idle[0]}*"
             )
-        frozen = {name for pattern in sgd.frozen for name in fnmatch.filter(named, pattern)}
-        self.params = [param.requires_grad_(name not in frozen) for name, param in named.items()]
+        self.params = [param.requires_grad_(not name.startswith(frozen)) for name, param in named.items()]
         self.params = [param for param in self.params if param.requires_grad]
-        self.optimizer = torch.optim.SGD(self.params, lr=sgd.lr, momentum=sgd.momentum)
+        self.optimizer = torch.optim.SGD(self.params, lr=cfg.sgd_lr, momentum=cfg.sgd_momentum)
 
     def train(self, inputs: np.ndarray, targets: np.ndarray, lr_mul: float) -> None:
         """Run all epochs over (R, T) rows of inputs and targets."""
-        self.optimizer.param_groups[0]["lr"] = self.sgd.lr * lr_mul
-        for _ in range(self.sgd.epochs):
-            for start in range(0, len(inputs), self.sgd.batch_seqs):
-                rows = slice(start, start + self.sgd.batch_seqs)
+        self.optimizer.param_groups[0]["lr"] = self.cfg.sgd_lr * lr_mul
+        for _ in range(self.cfg.sgd_epochs):
+            for start in range(0, len(inputs), self.cfg.sgd_batch_seqs):
+                rows = slice(start, start + self.cfg.sgd_batch_seqs)
                 self.step(inputs[rows], targets[rows])
 
     def step(self, inputs: np.ndarray, targets: np.ndarray) -> None:
@@ -293,8 +250,8 @@ class SgdTrainer:
             losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
             (losses * (options.world_size / inputs.size)).backward()
         self.session.ranks.average([param.grad for param in self.params])
-        if self.sgd.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.params, self.sgd.clip_norm)
+        if self.cfg.sgd_clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.params, self.cfg.sgd_clip_norm)
         self.optimizer.step()
 
 
@@ -316,15 +273,15 @@ def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
     return np.split(windows, np.flatnonzero(np.diff(chunks)) + 1)
 
 
-def score_sgd(model: nn.Module, session: ScoringRun, sgd: SgdOptions) -> ScoringResult:
+def score_sgd(model: nn.Module, session: ScoringRun, cfg: EvalConfig) -> ScoringResult:
     """Score chunk after chunk in sliding windows and train all weights on each scored chunk but the last."""
     tokens, settings = session.tokens, session.settings
     windows = plan_windows(session.num_targets, settings.context_len, settings.stride)
-    chunks = plan_chunks(windows, sgd.chunk_tokens)
+    chunks = plan_chunks(windows, cfg.sgd_chunk_tokens)
     left = sum(int((rows[:, 1] - rows[:, 0]).sum()) for rows in chunks)
     switch_at = len(chunks)
     with restored(model):
-        trainer = SgdTrainer(model, sgd, session)
+        trainer = SgdTrainer(model, cfg, session)
         for unit, rows in enumerate(chunks):
             session.score_windows(model, rows)
             left -= int((rows[:, 1] - rows[:, 0]).sum())
@@ -356,7 +313,7 @@ def plan_pre_eval(num_targets: int, seq_len: int, batch_seqs: int = 32, lanes: i
     ]
 
 
-def score_pre_eval(model: nn.Module, session: ScoringRun, sgd: SgdOptions) -> ScoringResult:
+def score_pre_eval(model: nn.Module, session: ScoringRun, cfg: EvalConfig) -> ScoringResult:
     """Train on the whole text, then score it: system C (contest pull request 281), against the rules.
 
     It exists to reproduce that system; its outcome is always marked invalid.
@@ -364,10 +321,10 @@ def score_pre_eval(model: nn.Module, session: ScoringRun, sgd: SgdOptions) -> Sc
     tokens, settings = session.tokens, session.settings
     inputs, targets = cut_rows(tokens[:-1], tokens[1:], settings.context_len)
     with restored(model):
-        trainer = SgdTrainer(model, sgd, session)
+        trainer = SgdTrainer(model, cfg, session)
         session.checker.update(0, inputs.size)
-        for _ in range(sgd.epochs):
-            for rows in plan_pre_eval(inputs.size, inputs.shape[1], sgd.batch_seqs):
+        for _ in range(cfg.sgd_epochs):
+            for rows in plan_pre_eval(inputs.size, inputs.shape[1], cfg.sgd_batch_seqs):
                 trainer.step(inputs[rows], targets[rows])
         session.score_windows(model, plan_windows(session.num_targets, settings.context_len, settings.stride))
     return session.outcome(1, 1)
@@ -397,13 +354,13 @@ def plan_document_windows(documents: np.ndarray, context_len: int, stride: int) 
     return np.concatenate([np.zeros((0, 3), dtype=np.int64), *plans])
 
 
-def choose_chunk_tokens(length: int, lora: LoraOptions) -> int:
+def choose_chunk_tokens(length: int, cfg: EvalConfig) -> int:
     """Choose a document's chunk by its length."""
-    return next((chunk for limit, chunk in lora.short_chunks if length <= limit), lora.chunk_tokens)
+    return next((chunk for limit, chunk in cfg.lora_short_chunks if length <= limit), cfg.lora_chunk_tokens)
 
 
 def plan_doc_batches(
-    lengths: np.ndarray, lora: LoraOptions, row_tokens: int, batch_tokens: int
+    lengths: np.ndarray, cfg: EvalConfig, row_tokens: int, batch_tokens: int
 ) -> list[np.ndarray]:
     """Group documents of like length and equal chunk, longest first; returns their numbers.
 
@@ -413,18 +370,21 @@ def plan_doc_batches(
     for doc in np.argsort(-lengths, kind="stable"):
         batch = batches[-1] if batches else []
         longest = int(lengths[batch[0]]) if batch else 0
-        most = min(lora.batch_docs, max(1, batch_tokens // max(1, min(longest, row_tokens))))
-        chunk = choose_chunk_tokens(int(lengths[doc]), lora)
-        if not batch or len(batch) >= most or chunk != choose_chunk_tokens(longest, lora):
+        most = min(cfg.lora_batch_docs, max(1, batch_tokens // max(1, min(longest, row_tokens))))
+        chunk = choose_chunk_tokens(int(lengths[doc]), cfg)
+        if not batch or len(batch) >= most or chunk != choose_chunk_tokens(longest, cfg):
             batches.append(batch := [])
         batch.append(int(doc))
     return [np.array(batch) for batch in batches]
 
 
-def phase_ends(batches: list[np.ndarray], phases: PhaseOptions) -> list[int]:
-    """Return after how many batches each SGD phase comes; none where nothing would be left to score."""
+def phase_ends(batches: list[np.ndarray], num_docs: int, num_phases: int) -> list[int]:
+    """Return after how many batches each SGD phase comes, the last where num_docs documents are done.
+
+    None comes where nothing would be left to score.
+    """
     done = np.cumsum([len(batch) for batch in batches])
-    goals = [phases.num_docs * (i + 1) // phases.num_phases for i in range(phases.num_phases)]
+    goals = [num_docs * (i + 1) // num_phases for i in range(num_phases)]
     ends = {int(np.searchsorted(done, goal)) + 1 for goal in goals if goal > 0}
     return sorted(end for end in ends if end < len(batches))
 
@@ -466,20 +426,20 @@ class VisitCounter(nn.Module):
 
 
 def detach_adapters(model: nn.Module) -> None:
-    """Empty all places for adapters."""
+    """Take the adapters off all modules."""
     for module in model.modules():
         if hasattr(module, "adapter"):
             module.adapter = None
 
 
-def find_sites(model: nn.Module, chosen: tuple[str, ...]) -> dict[str, nn.Module]:
+def find_sites(model: nn.Module, chosen: list[str]) -> dict[str, nn.Module]:
     """Find the modules that take the chosen adapters, by name; raises UserError for a choice without any."""
-    places = {name: module for name, module in model.named_modules() if hasattr(module, "adapter")}
+    sites = {name: module for name, module in model.named_modules() if hasattr(module, "adapter")}
     found = {}
     for site in chosen:
-        here = {n: m for n, m in places.items() if n.rpartition(".")[2] in ADAPTER_SITES.get(site, ())}
+        here = {n: m for n, m in sites.items() if n.rpartition(".")[2] in ADAPTER_SITES.get(site, ())}
         if not here:
-            known = [key for key, leaves in ADAPTER_SITES.items() if any(n.endswith(leaves) for n in places)]
+            known = [key for key, leaves in ADAPTER_SITES.items() if any(n.endswith(leaves) for n in sites)]
             raise UserError(
                 f"adapters on {site!r}: expected one of {', '.join(known)}, found no such module. "
                 "Change the list of sites."
@@ -503,44 +463,46 @@ def count_visits(model: nn.Module, sites: dict[str, nn.Module], device: torch.de
 class LoraScorer:
     """Score batches of documents, each document with adapters of its own that learn as it goes by."""
 
-    def __init__(self, model: nn.Module, session: ScoringRun, lora: LoraOptions):
-        if lora.warm_lanes % session.options.world_size:
+    def __init__(self, model: nn.Module, session: ScoringRun, cfg: EvalConfig):
+        if cfg.lora_warm_lanes % session.options.world_size:
             raise UserError(
-                f"warm_lanes={lora.warm_lanes}: expected a multiple of {session.options.world_size} ranks."
+                f"eval.lora_warm_lanes={cfg.lora_warm_lanes}: expected a multiple of the world size "
+                f"{session.options.world_size}."
             )
-        longest = max([lora.chunk_tokens, *(chunk for _, chunk in lora.short_chunks)])
+        longest = max([cfg.lora_chunk_tokens, *(chunk for _, chunk in cfg.lora_short_chunks)])
         if longest > session.settings.context_len:
             raise UserError(
                 f"chunk of {longest} tokens: expected at most the context of {session.settings.context_len}. "
                 "Lower the chunk or raise the context."
             )
-        self.model, self.session, self.lora = model, session, lora
+        self.model, self.session, self.cfg = model, session, cfg
         device = session.options.device
-        self.sites = find_sites(model, lora.sites) if lora.rank else {}
+        self.sites = find_sites(model, cfg.lora_sites.split(",")) if cfg.lora_rank else {}
         self.starts = []
-        generator = torch.Generator().manual_seed(lora.seed)
+        generator = torch.Generator().manual_seed(cfg.lora_seed)
         for module, visits in zip(self.sites.values(), count_visits(model, self.sites, device)):
-            noise = torch.rand(visits, module.in_features, lora.rank, generator=generator)
+            noise = torch.rand(visits, module.in_features, cfg.lora_rank, generator=generator)
             self.starts.append(((2 * noise - 1) / math.sqrt(module.in_features)).to(device))
-        self.documents = plan_documents(session.tokens, session.options.bos_id, lora.max_doc_tokens)
+        self.documents = plan_documents(session.tokens, session.options.bos_id, cfg.lora_max_doc_tokens)
         self.carried: dict[int, list[torch.Tensor]] = {}  # lane -> A of its last batch, mean over documents
 
     def score(self, batch: np.ndarray, index: int) -> None:
         """Score and learn documents, longest first, chunk by chunk."""
-        lane = index % self.lora.warm_lanes if self.lora.warm_lanes else 0
+        lane = index % self.cfg.lora_warm_lanes if self.cfg.lora_warm_lanes else 0
         params, optimizer = [], None
         for module, start in zip(self.sites.values(), self.carried.get(lane, self.starts)):
-            scale = self.lora.alpha / self.lora.rank
+            scale = self.cfg.lora_alpha / self.cfg.lora_rank
             module.adapter = DocumentLora(start, len(batch), module.out_features, scale)
             params += [module.adapter.down, module.adapter.up]
         if params:
-            rates = {"lr": self.lora.lr, "weight_decay": self.lora.weight_decay, "eps": 1e-10, "fused": True}
-            optimizer = torch.optim.AdamW(params, betas=(0.0, self.lora.beta2), **rates)
+            rates = {"lr": self.cfg.lora_lr, "weight_decay": self.cfg.lora_weight_decay}
+            betas = 0.0, self.cfg.lora_beta2
+            optimizer = torch.optim.AdamW(params, betas=betas, eps=1e-10, fused=True, **rates)
         lengths = np.diff(self.documents[batch]).ravel()
-        chunk = choose_chunk_tokens(int(lengths[0]), self.lora)
+        chunk = choose_chunk_tokens(int(lengths[0]), self.cfg)
         for start in range(0, int(lengths[0]), chunk):
             self.score_chunk(batch[lengths > start], start, chunk, optimizer)
-        if self.lora.warm_lanes:
+        if self.cfg.lora_warm_lanes:
             adapters = [module.adapter for module in self.sites.values()]
             self.carried[lane] = [adapter.down.detach().mean(1) for adapter in adapters]
         detach_adapters(self.model)
@@ -565,16 +527,16 @@ class LoraScorer:
         filled = torch.from_numpy(span[:, :-1] >= hi).to(options.device)  # by the next BOS: no document
         with torch.set_grad_enabled(learns):
             starts_doc = (inputs == options.bos_id) & ~filled
-            scores = self.model(inputs, starts_doc, first).float()  # (B, T - first, V)
-            losses = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
+            logits = self.model(inputs, starts_doc, first).float()  # (B, T - first, V)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             losses = losses.view_as(targets)
-        places = torch.from_numpy(span[:, first:-1])
-        real = places < torch.from_numpy(hi)
+        positions = torch.from_numpy(span[:, first:-1])
+        real = positions < torch.from_numpy(hi)
         chosen = real.to(options.device)
         nats = losses.detach()[chosen]
         if options.cost is not plain_cost:
-            nats = options.cost(scores.detach()[chosen], targets[chosen], places[real])
-        self.session.record(places[real], nats.float().cpu(), began, inputs.numel())
+            nats = options.cost(logits.detach()[chosen], targets[chosen], positions[real])
+        self.session.record(positions[real], nats.float().cpu(), began, inputs.numel())
         for doc, (low, high) in zip(docs, np.minimum(np.hstack([lo + start, lo + end]), hi)):
             self.session.checker.score(low, high, doc)
         if learns:
@@ -585,7 +547,7 @@ class LoraScorer:
             (losses[rows].sum() / chunk).backward()  # documents share no weight: a sum keeps them independent
             optimizer.step()
 
-    def learn_phase(self, docs: np.ndarray, sgd: SgdOptions) -> None:
+    def learn_phase(self, docs: np.ndarray) -> None:
         """Train all weights on scored documents, with all ranks; adapters start afresh."""
         tokens, spans = self.session.tokens, self.documents[docs]
         for doc, (lo, hi) in zip(docs, spans):
@@ -593,8 +555,8 @@ class LoraScorer:
         inputs = np.concatenate([tokens[lo:hi] for lo, hi in spans])
         targets = np.concatenate([tokens[lo + 1 : hi + 1] for lo, hi in spans])
         inputs, targets = cut_rows(inputs, targets, self.session.settings.context_len)
-        trainer = SgdTrainer(self.model, sgd, self.session)
-        size = max(1, sgd.chunk_tokens // inputs.shape[1])
+        trainer = SgdTrainer(self.model, self.cfg, self.session)
+        size = max(1, self.cfg.sgd_chunk_tokens // inputs.shape[1])
         starts = range(0, len(inputs), size)
         for i, start in enumerate(starts):
             rows = slice(start, start + size)
@@ -603,20 +565,30 @@ class LoraScorer:
         self.carried.clear()
 
 
-def score_lora(
-    model: nn.Module, session: ScoringRun, lora: LoraOptions, phases: PhaseOptions
+def score_lora(model: nn.Module, session: ScoringRun, cfg: EvalConfig) -> ScoringResult:
+    """Score documents with adapters of their own, longest first (contest pull requests 1530, 1767)."""
+    return score_documents(model, session, cfg)
+
+
+def score_phased(model: nn.Module, session: ScoringRun, cfg: EvalConfig) -> ScoringResult:
+    """The same with SGD on the documents done so far, until cfg.phase_docs are (pull requests 1610, 1626)."""
+    return score_documents(model, session, cfg, cfg.phase_docs)
+
+
+def score_documents(
+    model: nn.Module, session: ScoringRun, cfg: EvalConfig, phase_docs: int = 0
 ) -> ScoringResult:
-    """Score documents with adapters of their own, longest first; with phases, SGD on those done so far."""
+    """Score documents with adapters of their own; SGD phases come until phase_docs are done."""
     options, settings = session.options, session.settings
     with restored(model):
         model.requires_grad_(False)
-        scorer = LoraScorer(model, session, lora)
+        scorer = LoraScorer(model, session, cfg)
         lengths = np.diff(scorer.documents).ravel()
-        batches = plan_doc_batches(lengths, lora, settings.context_len, options.batch_tokens)
+        batches = plan_doc_batches(lengths, cfg, settings.context_len, options.batch_tokens)
         over = np.maximum(lengths - settings.context_len, 0)
         costs = lengths - over + -(-over // settings.stride) * settings.context_len  # tokens of plain windows
         left = np.cumsum([int(costs[batch].sum()) for batch in batches][::-1])[::-1]
-        ends = phase_ends(batches, phases)
+        ends = phase_ends(batches, phase_docs, cfg.phase_count)
         told = {settings.switch_at} & set(range(1, len(batches)))
         rounds = [  # a batch for each rank; none crosses a phase or the switch that was asked for
             range(start, min(start + options.world_size, hi))
@@ -630,7 +602,7 @@ def score_lora(
                 break
             score_round(scorer, batches, turn)
             if turn.stop in ends:
-                scorer.learn_phase(np.concatenate(batches[: turn.stop]), phases.sgd)
+                scorer.learn_phase(np.concatenate(batches[: turn.stop]))
         rest = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *batches[switch_at:]]))
         if len(rest):
             plain = plan_document_windows(scorer.documents[rest], settings.context_len, settings.stride)

@@ -1,8 +1,7 @@
 """The two ledgers of a submission: bytes against the artifact limit, seconds against the clock."""
 
 from common import UserError
-
-LIMIT_BYTES = 16_000_000  # decimal; code plus compressed model
+from formats.artifact import LIMIT_BYTES
 
 
 class BudgetError(UserError):

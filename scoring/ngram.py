@@ -56,24 +56,24 @@ class Tilt(NamedTuple):
     hints: np.ndarray  # (N, K) int32, NO_HINT where there is none
     strengths: np.ndarray  # (N, K) float32
 
-    def __call__(self, scores: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Charge (R,) targets at `places` under tilted (R, V) logits; returns nats (R,)."""
-        hints = torch.from_numpy(self.hints[places.numpy()].astype(np.int64)).to(scores.device)
-        strengths = torch.from_numpy(self.strengths[places.numpy()]).to(scores.device)
-        return tilted_nats(scores, targets, hints, strengths)
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Charge (R,) targets at `positions` under tilted (R, V) logits; returns nats (R,)."""
+        hints = torch.from_numpy(self.hints[positions.numpy()].astype(np.int64)).to(logits.device)
+        strengths = torch.from_numpy(self.strengths[positions.numpy()]).to(logits.device)
+        return tilted_nats(logits, targets, hints, strengths)
 
 
 def tilted_nats(
-    scores: torch.Tensor, targets: torch.Tensor, hints: torch.Tensor, strengths: torch.Tensor
+    logits: torch.Tensor, targets: torch.Tensor, hints: torch.Tensor, strengths: torch.Tensor
 ) -> torch.Tensor:
     """Charge (R,) targets under (R, V) logits tilted to (R, K) hints: nats' = nats + ln Z - d [y = h]."""
-    nats = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
+    nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     present = hints != NO_HINT
     strengths = strengths * present
     same = hints[:, :, None] == hints[:, None, :]  # (R, K, K)
     total = (same * strengths[:, None, :]).sum(-1)  # (R, K) joint strength of a hint's token
     counted = present & ~same.tril(-1).any(-1)  # a token that two hints name enters Z once
-    logs = scores.gather(-1, hints.clamp_min(0)) - scores.logsumexp(-1, keepdim=True)
+    logs = logits.gather(-1, hints.clamp_min(0)) - logits.logsumexp(-1, keepdim=True)
     raised = (counted * logs.exp() * total.expm1()).sum(-1)  # Z - 1
     return nats + raised.log1p() - (strengths * (hints == targets[:, None])).sum(-1)
 

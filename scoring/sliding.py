@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 Logits = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-# cost(scores (R, V), targets (R,), places (R,)) -> nats (R,); places number the targets in the stream
+# cost(logits (R, V), targets (R,), positions (R,)) -> nats (R,); positions number the targets of the stream
 Cost = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -52,14 +52,14 @@ def plan_batches(windows: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     return sorted(batches, key=lambda rows: int(rows[0]))
 
 
-def plain_cost(scores: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def plain_cost(logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Charge the negative log softmax of the target, whatever its place."""
-    return F.cross_entropy(scores, targets, reduction="none")
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
-def scale_logits(scores: torch.Tensor, positive: float, negative: float) -> torch.Tensor:
+def scale_logits(logits: torch.Tensor, positive: float, negative: float) -> torch.Tensor:
     """Multiply positive logits by one factor and negative ones by another: equal ones are a temperature."""
-    return torch.where(scores > 0, positive * scores, negative * scores)
+    return torch.where(logits > 0, positive * logits, negative * logits)
 
 
 class ScaledCost(NamedTuple):
@@ -69,14 +69,14 @@ class ScaledCost(NamedTuple):
     negative: float
     cost: Cost
 
-    def __call__(self, scores: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        return self.cost(scale_logits(scores, self.positive, self.negative), targets, places)
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.cost(scale_logits(logits, self.positive, self.negative), targets, positions)
 
 
-def scale_sums(scores: torch.Tensor, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def scale_sums(logits: torch.Tensor, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Add up gradient and Hessian of the cost in the two scales over (R, V) logits; (6,) float64."""
-    parts = torch.stack([scores.clamp_min(0), scores.clamp_max(0)])  # (2, R, V): their sum is scores
-    chances = torch.einsum("s,srv->rv", scales.to(scores), parts).softmax(-1)
+    parts = torch.stack([logits.clamp_min(0), logits.clamp_max(0)])  # (2, R, V): their sum is the logits
+    chances = torch.einsum("s,srv->rv", scales.to(logits), parts).softmax(-1)
     means = torch.einsum("srv,rv->sr", parts, chances)
     hits = parts.gather(-1, targets.expand(2, -1).unsqueeze(-1)).squeeze(-1)
     squares = torch.einsum("srv,trv,rv->str", parts, parts, chances)
@@ -158,21 +158,21 @@ class ProgressLines:
 
 @torch.no_grad()
 def score_batch(
-    logits: Logits, tokens: np.ndarray, rows: np.ndarray, options: ScoreOptions
+    model: Logits, tokens: np.ndarray, rows: np.ndarray, options: ScoreOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score windows of one shape; returns the places (R,) of their targets and the nats (R,), on the CPU."""
+    """Score windows of one shape; returns its targets' positions and nats, (R,), on the CPU."""
     length, first = int(rows[0, 1] - rows[0, 0]), int(rows[0, 2])
     span = rows[:, :1] + np.arange(length + 1)  # (B, T + 1)
     chunk = torch.from_numpy(tokens[span].astype(np.int64)).to(options.device)
     inputs, targets = chunk[:, :-1], chunk[:, 1 + first :]
-    scores = logits(inputs, inputs == options.bos_id, first)  # (B, T - first, V)
-    places = torch.from_numpy(span[:, first:-1].ravel())
-    nats = options.cost(scores.float().flatten(0, 1), targets.flatten(), places)
-    return places, nats.float().cpu()
+    logits = model(inputs, inputs == options.bos_id, first)  # (B, T - first, V)
+    positions = torch.from_numpy(span[:, first:-1].ravel())
+    nats = options.cost(logits.float().flatten(0, 1), targets.flatten(), positions)
+    return positions, nats.float().cpu()
 
 
 def score_windows(
-    logits: Logits,
+    model: Logits,
     tokens: np.ndarray,
     windows: np.ndarray,
     options: ScoreOptions,
@@ -188,8 +188,8 @@ def score_windows(
     nats = torch.zeros(num_targets)
     batches = plan_batches(windows, options.batch_tokens)
     for index in range(options.rank, len(batches), options.world_size):
-        places, costs = score_batch(logits, tokens, windows[batches[index]], options)
-        nats[places] = costs
+        positions, costs = score_batch(model, tokens, windows[batches[index]], options)
+        nats[positions] = costs
         if progress:
             progress(index + 1, len(batches))
     return nats

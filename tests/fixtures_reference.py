@@ -1,4 +1,4 @@
-"""Slow, obvious scorers in float64, one target at a time: the oracle of the tests."""
+"""Slow, obvious scorers in float64, one target at a time: the oracle."""
 
 import math
 from typing import NamedTuple
@@ -8,14 +8,12 @@ import torch
 from torch import nn
 
 from scoring.adaptive import (
-    LoraOptions,
-    PhaseOptions,
-    SgdOptions,
     choose_chunk_tokens,
     phase_ends,
     plan_doc_batches,
     plan_documents,
 )
+from scoring.config import EvalConfig
 
 
 def visible_start(target: int, num_targets: int, context_len: int, stride: int) -> int:
@@ -87,15 +85,15 @@ class Slow(NamedTuple):
             return float(-row.log_softmax(0)[int(self.tokens[target + 1])])
 
 
-def learn_sgd(slow: Slow, sgd: SgdOptions, targets: list[int], lr: float, speeds: list[torch.Tensor]) -> None:
+def learn_sgd(slow: Slow, cfg: EvalConfig, targets: list[int], lr: float, speeds: list[torch.Tensor]) -> None:
     """Take SGD steps on the losses of targets, cut into rows of context_len that see nothing before them."""
     params = list(slow.model.parameters())
     length = min(slow.context_len, len(targets))
     rows = [targets[at : at + length] for at in range(0, len(targets) - length + 1, length)]
-    for _ in range(sgd.epochs):
-        for start in range(0, len(rows), sgd.batch_seqs):
+    for _ in range(cfg.sgd_epochs):
+        for start in range(0, len(rows), cfg.sgd_batch_seqs):
             losses = []
-            for row in rows[start : start + sgd.batch_seqs]:
+            for row in rows[start : start + cfg.sgd_batch_seqs]:
                 inputs, nexts = (
                     torch.from_numpy(slow.tokens[np.array(row) + i].astype(np.int64)) for i in (0, 1)
                 )
@@ -106,7 +104,7 @@ def learn_sgd(slow: Slow, sgd: SgdOptions, targets: list[int], lr: float, speeds
             norm = math.sqrt(sum(float((grad**2).sum()) for grad in grads))
             with torch.no_grad():
                 for param, grad, speed in zip(params, grads, speeds):
-                    speed.mul_(sgd.momentum).add_(grad * min(1.0, sgd.clip_norm / norm))
+                    speed.mul_(cfg.sgd_momentum).add_(grad * min(1.0, cfg.sgd_clip_norm / norm))
                     param.sub_(lr * speed)
 
 
@@ -124,30 +122,30 @@ def score_slow_plain(slow: Slow, spans: np.ndarray) -> np.ndarray:
     return np.array([slow.charge(start, target) for start, (_, _, target) in zip(starts, places)])
 
 
-def score_slow_sgd(slow: Slow, sgd: SgdOptions) -> np.ndarray:
+def score_slow_sgd(slow: Slow, cfg: EvalConfig) -> np.ndarray:
     """Score chunks of sliding windows; each trains all weights before the next is scored."""
     num_targets = len(slow.tokens) - 1
     chunks: dict[int, list[int]] = {}
     for target in range(num_targets):  # a window belongs to the chunk of the first target that it scores
         windows = max(target - slow.context_len, -1) // slow.stride + 1
         first = slow.context_len + (windows - 1) * slow.stride if windows else 0
-        chunks.setdefault(first // sgd.chunk_tokens, []).append(target)
+        chunks.setdefault(first // cfg.sgd_chunk_tokens, []).append(target)
     nats, speeds = np.zeros(num_targets), [torch.zeros_like(param) for param in slow.model.parameters()]
     for index, targets in enumerate(chunks.values()):
         for target in targets:
             start = visible_start(target, num_targets, slow.context_len, slow.stride)
             nats[target] = slow.charge(start, target)
         if index + 1 < len(chunks):
-            learn_sgd(slow, sgd, targets, sgd.lr * cosine(index, len(chunks)), speeds)
+            learn_sgd(slow, cfg, targets, cfg.sgd_lr * cosine(index, len(chunks)), speeds)
     return nats
 
 
 class SlowAdapter:
     """A document's correction of one module, added to its output: scale * x down up, AdamW written out."""
 
-    def __init__(self, module: nn.Module, start: torch.Tensor, lora: LoraOptions):
-        self.lora, self.steps, self.visit = lora, 0, 0
-        ups = start.new_zeros(len(start), lora.rank, module.out_features)
+    def __init__(self, module: nn.Module, start: torch.Tensor, cfg: EvalConfig):
+        self.cfg, self.steps, self.visit = cfg, 0, 0
+        ups = start.new_zeros(len(start), cfg.lora_rank, module.out_features)
         self.factors = [part.double().clone().requires_grad_() for part in (start, ups)]
         self.squares = [torch.zeros_like(factor) for factor in self.factors]
         self.handle = module.register_forward_hook(self.add)
@@ -155,22 +153,24 @@ class SlowAdapter:
     def add(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         down, up = (factor[self.visit] for factor in self.factors)
         self.visit = (self.visit + 1) % len(self.factors[0])
-        return output + self.lora.alpha / self.lora.rank * (inputs[0] @ down @ up)
+        return output + self.cfg.lora_alpha / self.cfg.lora_rank * (inputs[0] @ down @ up)
 
     def step(self, grads: list[torch.Tensor]) -> None:
         """Take one step of AdamW without momentum."""
         self.steps += 1
         with torch.no_grad():
             for factor, square, grad in zip(self.factors, self.squares, grads):
-                square.mul_(self.lora.beta2).add_((1 - self.lora.beta2) * grad**2)
-                root = (square / (1 - self.lora.beta2**self.steps)).sqrt() + 1e-10
-                factor.mul_(1 - self.lora.lr * self.lora.weight_decay).sub_(self.lora.lr * grad / root)
+                square.mul_(self.cfg.lora_beta2).add_((1 - self.cfg.lora_beta2) * grad**2)
+                root = (square / (1 - self.cfg.lora_beta2**self.steps)).sqrt() + 1e-10
+                factor.mul_(1 - self.cfg.lora_lr * self.cfg.lora_weight_decay).sub_(
+                    self.cfg.lora_lr * grad / root
+                )
 
 
-def score_slow_document(slow: Slow, span: tuple[int, int], lora: LoraOptions, adapters: list) -> np.ndarray:
+def score_slow_document(slow: Slow, span: tuple[int, int], cfg: EvalConfig, adapters: list) -> np.ndarray:
     """Score a document (lo, hi) chunk by chunk; each chunk but the last trains the adapters."""
     lo, hi = span
-    nats, chunk = np.zeros(hi - lo), choose_chunk_tokens(hi - lo, lora)
+    nats, chunk = np.zeros(hi - lo), choose_chunk_tokens(hi - lo, cfg)
     for start in range(lo, hi, chunk):
         begin, end = max(lo, start + chunk - slow.context_len), min(start + chunk, hi)
         nats[start - lo : end - lo] = [slow.charge(begin, target) for target in range(start, end)]
@@ -182,41 +182,41 @@ def score_slow_document(slow: Slow, span: tuple[int, int], lora: LoraOptions, ad
     return nats
 
 
-def learn_phase(slow: Slow, sgd: SgdOptions, targets: list[int]) -> None:
+def learn_phase(slow: Slow, cfg: EvalConfig, targets: list[int]) -> None:
     """Train on scored documents in the order of their scores, in rows that run on from one to the next."""
     length = min(slow.context_len, len(targets))
-    size = max(1, sgd.chunk_tokens // length) * length
+    size = max(1, cfg.sgd_chunk_tokens // length) * length
     targets = targets[: len(targets) // length * length]
     parts = [targets[at : at + size] for at in range(0, len(targets), size)]
     speeds = [torch.zeros_like(param) for param in slow.model.parameters()]
     for index, part in enumerate(parts):
-        learn_sgd(slow, sgd, part, sgd.lr * cosine(index, len(parts)), speeds)
+        learn_sgd(slow, cfg, part, cfg.sgd_lr * cosine(index, len(parts)), speeds)
 
 
 def score_slow_lora(
-    slow: Slow, lora: LoraOptions, phases: PhaseOptions, batch_tokens: int, starts: dict[str, torch.Tensor]
+    slow: Slow, cfg: EvalConfig, batch_tokens: int, starts: dict[str, torch.Tensor]
 ) -> np.ndarray:
     """Score documents, longest first, with adapters that begin at `starts` or where their lane ended."""
-    documents = plan_documents(slow.tokens, slow.bos_id, lora.max_doc_tokens)
+    documents = plan_documents(slow.tokens, slow.bos_id, cfg.lora_max_doc_tokens)
     lengths = np.diff(documents).ravel()
-    batches = plan_doc_batches(lengths, lora, slow.context_len, batch_tokens)
+    batches = plan_doc_batches(lengths, cfg, slow.context_len, batch_tokens)
     modules, carried = dict(slow.model.named_modules()), {}
     nats, done = np.zeros(len(slow.tokens) - 1), []
     for index, batch in enumerate(batches):
-        lane = index % lora.warm_lanes if lora.warm_lanes else -1
+        lane = index % cfg.lora_warm_lanes if cfg.lora_warm_lanes else -1
         ended = []
         for doc in batch:
             lo, hi = documents[doc]
             begin = carried.get(lane, starts)
-            adapters = [SlowAdapter(modules[name], begin[name], lora) for name in starts]
-            nats[lo:hi] = score_slow_document(slow, (lo, hi), lora, adapters)
+            adapters = [SlowAdapter(modules[name], begin[name], cfg) for name in starts]
+            nats[lo:hi] = score_slow_document(slow, (lo, hi), cfg, adapters)
             ended.append({name: adapter.factors[0].detach() for name, adapter in zip(starts, adapters)})
             done += range(lo, hi)
             for adapter in adapters:
                 adapter.handle.remove()
-        if lora.warm_lanes:
+        if cfg.lora_warm_lanes:
             carried[lane] = {name: sum(part[name] for part in ended) / len(ended) for name in starts}
-        if index + 1 in phase_ends(batches, phases):
-            learn_phase(slow, phases.sgd, done)
+        if cfg.mode == "phased" and index + 1 in phase_ends(batches, cfg.phase_docs, cfg.phase_count):
+            learn_phase(slow, cfg, done)
             carried = {}
     return nats

@@ -4,11 +4,13 @@ import gc
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from fixtures_numbers import assert_close_at_scale
+from fixtures_reference import contest_windows, score_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,11 +21,8 @@ from scoring.adaptive import (
     Callbacks,
     CausalityChecker,
     DocumentLora,
-    LoraOptions,
     LoraScorer,
-    PhaseOptions,
     ScoringRun,
-    SgdOptions,
     SgdTrainer,
     WindowSettings,
     count_visits,
@@ -35,26 +34,30 @@ from scoring.adaptive import (
     plan_documents,
     plan_pre_eval,
     score_lora,
+    score_phased,
     score_pre_eval,
     score_sgd,
     weights_digest,
 )
+from scoring.config import EvalConfig
 from scoring.ngram import OnlineRule, online_tilt
-from scoring.reference import contest_windows, score_reference
 from scoring.sliding import ScoreOptions, plan_windows, score_windows
 from train_gpt import CastLinear, build_model
 
 pytestmark = pytest.mark.numeric
 
 BOS = 1
-SGD = SgdOptions(lr=0.5, chunk_tokens=40, batch_seqs=2, epochs=2)
-LORA = LoraOptions(rank=2, alpha=4.0, sites=("head",), lr=0.05, chunk_tokens=6, batch_docs=3)
-PHASES = PhaseOptions(4, 2, SgdOptions(lr=0.5, epochs=1, chunk_tokens=32, batch_seqs=2))
+SGD = EvalConfig(sgd_lr=0.5, sgd_chunk_tokens=40, sgd_batch_seqs=2, sgd_epochs=2)
+LORA = EvalConfig(
+    lora_rank=2, lora_alpha=4.0, lora_sites="head", lora_lr=0.05, lora_chunk_tokens=6, lora_batch_docs=3
+)
+LORA = replace(LORA, sgd_lr=0.5, sgd_epochs=1, sgd_chunk_tokens=32, sgd_batch_seqs=2)  # of phases
+LORA = replace(LORA, phase_docs=4, phase_count=2)
 SCORERS = {
     "sgd": lambda model, session: score_sgd(model, session, SGD),
-    "lora": lambda model, session: score_lora(model, session, LORA, PhaseOptions()),
-    "warm": lambda model, session: score_lora(model, session, LORA._replace(warm_lanes=4), PhaseOptions()),
-    "phased": lambda model, session: score_lora(model, session, LORA, PHASES),
+    "lora": lambda model, session: score_lora(model, session, LORA),
+    "warm": lambda model, session: score_lora(model, session, replace(LORA, lora_warm_lanes=4)),
+    "phased": lambda model, session: score_phased(model, session, LORA),
 }
 
 
@@ -172,11 +175,11 @@ def test_the_judge_of_these_tests_sees_breaches():
 def test_sgd_scores_of_a_chunk_ignore_what_follows(tiny_model, chunk):
     """Score first: replacing chunks c + 1 and later leaves the scores of chunks 0 .. c bitwise alone."""
     tokens = make_text()
-    chunks = plan_chunks(plan_windows(len(tokens) - 1, 16, 4), SGD.chunk_tokens)
+    chunks = plan_chunks(plan_windows(len(tokens) - 1, 16, 4), SGD.sgd_chunk_tokens)
     assert len(chunks) == 4
     end = int(chunks[chunk][-1, 1])
     before, after = (
-        score_sgd(tiny_model, make_session(text), SGD._replace(lr=0.05)).nats
+        score_sgd(tiny_model, make_session(text), replace(SGD, sgd_lr=0.05)).nats
         for text in (tokens, replaced(tokens, end + 1))
     )
     assert torch.equal(before[:end], after[:end])
@@ -200,7 +203,7 @@ class Spy(nn.Module):
 def test_the_weights_that_score_a_chunk_do_not_depend_on_it():
     """Replace chunk 1 alone: chunks 0 and 1 are scored by the same weights as before, chunk 2 by others."""
     tokens = make_text()
-    chunks = plan_chunks(plan_windows(len(tokens) - 1, 16, 4), SGD.chunk_tokens)
+    chunks = plan_chunks(plan_windows(len(tokens) - 1, 16, 4), SGD.sgd_chunk_tokens)
     lo, hi = (int(chunks[i][-1, 1]) for i in (0, 1))
     changed = tokens.copy()
     changed[lo + 1 : hi + 1] = replaced(tokens, 0)[lo + 1 : hi + 1]
@@ -217,13 +220,12 @@ def test_the_weights_that_score_a_chunk_do_not_depend_on_it():
 def test_lora_scores_ignore_what_follows_in_the_document(tiny_model, start):
     """The same inside a document, one chunk after the other, tilt included."""
     tokens = make_text((60,))
-    lora = LORA._replace(sites=("q", "v", "mlp"))
+    lora = replace(LORA, lora_sites="q,v,mlp")
     before, after = (
         score_lora(
             tiny_model,
             make_session(text, cost=online_tilt(text, 1.0, (OnlineRule(1, 0.0, 1),))),
             lora,
-            PhaseOptions(),
         ).nats
         for text in (tokens, replaced(tokens, start + 1))
     )
@@ -233,22 +235,22 @@ def test_lora_scores_ignore_what_follows_in_the_document(tiny_model, start):
 
 def test_each_document_starts_afresh(tiny_model):
     """A document's score is that of the document alone: adapters forget, windows stop at its start."""
-    lora = LORA._replace(sites=("k", "o"), batch_docs=1)
+    lora = replace(LORA, lora_sites="k,o", lora_batch_docs=1)
     tokens = make_text((30, 40))
-    both = score_lora(tiny_model, make_session(tokens), lora, PhaseOptions()).nats
-    alone = score_lora(tiny_model, make_session(tokens[30:]), lora, PhaseOptions()).nats
+    both = score_lora(tiny_model, make_session(tokens), lora).nats
+    alone = score_lora(tiny_model, make_session(tokens[30:]), lora).nats
     assert torch.equal(both[30:], alone)
-    still = score_lora(tiny_model, make_session(tokens), lora._replace(lr=0.0), PhaseOptions()).nats
+    still = score_lora(tiny_model, make_session(tokens), replace(lora, lora_lr=0.0)).nats
     assert not torch.equal(both, still)
     assert torch.equal(both[:6], still[:6])  # the first chunk has nothing to learn from
 
 
 def test_the_company_in_a_batch_does_not_matter(tiny_model):
     """Documents of a batch share a forward pass and an optimizer, yet no weight."""
-    lora = LORA._replace(sites=("q", "mlp"), short_chunks=((8, 3),))
+    lora = replace(LORA, lora_sites="q,mlp", lora_short_chunks=((8, 3),))
     tokens = make_text()
     together, apart = (
-        score_lora(tiny_model, make_session(tokens), lora._replace(batch_docs=size), PhaseOptions()).nats
+        score_lora(tiny_model, make_session(tokens), replace(lora, lora_batch_docs=size)).nats
         for size in (4, 1)
     )
     # Costs of 10 nats. The step divides a gradient by its size: rounding of small ones comes out larger.
@@ -275,7 +277,7 @@ def test_scores_add_up_to_one_over_the_vocabulary():
 def test_noise_costs_its_entropy_or_more():
     """No legal scorer beats log V on uniform tokens; one that reads targets first does."""
     tokens = np.random.default_rng(0).integers(0, 12, 3001).astype(np.uint16)
-    sgd = SGD._replace(lr=0.2, epochs=10)
+    sgd = replace(SGD, sgd_lr=0.2, sgd_epochs=10)
     nats = score_sgd(Toy(), make_session(tokens), sgd).nats
     assert nats.mean() > math.log(12) - 4 * float(nats.std()) / math.sqrt(3000)
     assert nats.mean() > score_pre_eval(Toy(), make_session(tokens), sgd).nats.mean()
@@ -371,7 +373,7 @@ def test_memory_does_not_grow_with_the_number_of_documents(name):
 def test_a_giant_document_is_never_what_everybody_waits_for(lengths, world_size):
     """Dealt longest first, the ranks' steps differ by at most those of the one longest batch."""
     batches = plan_doc_batches(np.array(lengths), LORA, row_tokens=16, batch_tokens=64)
-    steps = [-(-max(lengths[doc] for doc in batch) // LORA.chunk_tokens) for batch in batches]
+    steps = [-(-max(lengths[doc] for doc in batch) // LORA.lora_chunk_tokens) for batch in batches]
     loads = [sum(steps[rank::world_size]) for rank in range(world_size)]
     assert max(loads) - min(loads) <= steps[0] == max(steps)
 
@@ -390,19 +392,20 @@ def test_the_model_is_as_before(tiny_model, name):
     elif name == "failure":
         session.checker.scored[30] = True  # as if somebody had scored it already
         with pytest.raises(ValueError, match="twice"):
-            score_lora(tiny_model, session, LORA._replace(sites=("q", "v", "mlp")), PHASES)
+            score_phased(tiny_model, session, replace(LORA, lora_sites="q,v,mlp"))
     else:
-        lora = LORA._replace(sites=("q", "v", "mlp"), warm_lanes=2 * (name == "warm"))
-        score_lora(tiny_model, session, lora, PHASES if name == "phased" else PhaseOptions())
+        lora = replace(LORA, lora_sites="q,v,mlp", lora_warm_lanes=2 * (name == "warm"))
+        score = score_phased if name == "phased" else score_lora
+        score(tiny_model, session, lora)
     assert weights_digest(tiny_model) == digest
     assert all(module.adapter is None for module in sites.values())
     assert all(param.requires_grad and param.grad is None for param in tiny_model.parameters())
 
 
 def test_frozen_weights_keep_every_bit(tiny_model):
-    """Blocks 0 and 1 are named by pattern; everything else moves."""
+    """Blocks 0 and 1 stay; everything else moves."""
     tokens = make_text((400,))
-    sgd = SgdOptions(lr=0.01, frozen=("blocks.0.*", "blocks.1.*"))
+    sgd = EvalConfig(sgd_lr=0.01, sgd_freeze_blocks=2)
     before = {name: param.detach().clone() for name, param in tiny_model.named_parameters()}
     trainer = SgdTrainer(tiny_model, sgd, make_session(tokens))
     trainer.train(tokens[:-1].reshape(-1, 16), tokens[1:].reshape(-1, 16), 1.0)
@@ -417,9 +420,8 @@ def test_sgd_steps_equal_a_plain_loop():
     fast, slow = Toy(), Toy()
     session = make_session(tokens)
     session.options = session.options._replace(batch_tokens=32)
-    SgdTrainer(fast, SgdOptions(lr=0.4, epochs=2, batch_seqs=5, clip_norm=0.5), session).train(
-        inputs, targets, 0.5
-    )
+    sgd = EvalConfig(sgd_lr=0.4, sgd_epochs=2, sgd_batch_seqs=5, sgd_clip_norm=0.5)
+    SgdTrainer(fast, sgd, session).train(inputs, targets, 0.5)
     speed = [torch.zeros_like(param) for param in slow.parameters()]
     for _ in range(2):
         for start in (0, 5):
@@ -453,14 +455,14 @@ def test_adapters_without_rank_or_rate_are_plain_scoring(tiny_model):
     """lr 0 runs the whole machinery and must not move a bit; without adapters nothing is left of it."""
     tiny_model.attention = "sdpa"  # the other CPU backend rounds otherwise where a backward pass may follow
     tokens = make_text()
-    lora = LORA._replace(sites=("q", "v", "mlp"))
-    still = score_lora(tiny_model, make_session(tokens), lora._replace(lr=0.0), PhaseOptions()).nats
-    none = score_lora(tiny_model, make_session(tokens), lora._replace(rank=0), PhaseOptions()).nats
+    lora = replace(LORA, lora_sites="q,v,mlp")
+    still = score_lora(tiny_model, make_session(tokens), replace(lora, lora_lr=0.0)).nats
+    none = score_lora(tiny_model, make_session(tokens), replace(lora, lora_rank=0)).nats
     assert torch.equal(still, none)
     model = nn.Module()
     table = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
     model.forward = lambda tokens, starts_doc, first: table[tokens[:, first:]]
-    none = score_lora(model, make_session(tokens), lora._replace(rank=0), PhaseOptions()).nats
+    none = score_lora(model, make_session(tokens), replace(lora, lora_rank=0)).nats
     plain = score_windows(model, tokens, plan_windows(len(tokens) - 1, 16, 4), ScoreOptions(BOS, 64))
     # A table of bigrams sees no context: every plan must give one score, to the rounding of a log-softmax.
     assert_close_at_scale(none, plain, units=4)
@@ -471,8 +473,8 @@ def test_document_windows_equal_the_float64_reference(tiny_model):
     tokens = make_text()
     rows = plan_documents(tokens, BOS)
     whole = score_windows(tiny_model, tokens, plan_document_windows(rows, 16, 4), ScoreOptions(BOS, 64))
-    lora = LORA._replace(rank=0, chunk_tokens=4, max_doc_tokens=0)
-    chunks = score_lora(tiny_model, make_session(tokens), lora, PhaseOptions()).nats
+    lora = replace(LORA, lora_rank=0, lora_chunk_tokens=4, lora_max_doc_tokens=0)
+    chunks = score_lora(tiny_model, make_session(tokens), lora).nats
     for lo, hi in rows:
         expected = score_reference(tiny_model, tokens[lo : hi + 1], 16, 4, BOS)
         assert_close_at_scale(whole[lo:hi], expected, units=16)  # costs of 10 nats
@@ -491,7 +493,7 @@ def test_adaptation_pays_on_text_that_repeats_itself(name):
     phrase = np.random.default_rng(3).permutation(np.arange(2, 12))
     document = np.concatenate([[BOS], np.tile(phrase, 6)])
     tokens = np.concatenate([*[document] * 24, [BOS]]).astype(np.uint16)
-    plain = score_lora(Toy(), make_session(tokens), LORA._replace(rank=0), PhaseOptions()).nats
+    plain = score_lora(Toy(), make_session(tokens), replace(LORA, lora_rank=0)).nats
     adapted = SCORERS[name](Toy(), make_session(tokens)).nats
     assert adapted.mean() < 0.9 * plain.mean()
     if name in ("warm", "phased"):  # more than what documents learn by themselves
@@ -502,9 +504,9 @@ def test_adaptation_pays_on_text_that_repeats_itself(name):
 def test_every_site_adapts(tiny_model, site):
     """Each choice reaches a module of the real model, and its adapters learn."""
     tokens = make_text((40,))
-    lora = LORA._replace(sites=(site,), lr=0.01)
-    moved = score_lora(tiny_model, make_session(tokens), lora, PhaseOptions()).nats
-    still = score_lora(tiny_model, make_session(tokens), lora._replace(lr=0.0), PhaseOptions()).nats
+    lora = replace(LORA, lora_sites=site, lora_lr=0.01)
+    moved = score_lora(tiny_model, make_session(tokens), lora).nats
+    still = score_lora(tiny_model, make_session(tokens), replace(lora, lora_lr=0.0)).nats
     assert not torch.equal(moved, still)
 
 
@@ -527,31 +529,31 @@ def slow_lora(model, document, lora):
     """Score one document of a bigram model with an adapter on its head: the loop and AdamW written out."""
     factors = [
         LoraScorer(model, make_session(document), lora).starts[0][0].clone(),
-        torch.zeros(lora.rank, 12),
+        torch.zeros(lora.lora_rank, 12),
     ]
     squares = [torch.zeros_like(factor) for factor in factors]
     tokens = torch.from_numpy(document.astype(np.int64))
     nats = []
-    for step, start in enumerate(range(0, len(document) - 1, lora.chunk_tokens), start=1):
-        targets = tokens[start + 1 : start + 1 + lora.chunk_tokens]
+    for step, start in enumerate(range(0, len(document) - 1, lora.lora_chunk_tokens), start=1):
+        targets = tokens[start + 1 : start + 1 + lora.lora_chunk_tokens]
         down, up = (factor.requires_grad_() for factor in factors)
         x = model.embed(tokens[start : start + len(targets)]).detach()
-        logits = x @ model.head.weight.detach().T + x @ down @ up * (lora.alpha / lora.rank)
+        logits = x @ model.head.weight.detach().T + x @ down @ up * (lora.lora_alpha / lora.lora_rank)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         nats.append(losses.detach())
         grads = torch.autograd.grad(losses.mean(), [down, up])
         factors = [factor.detach() for factor in (down, up)]
         for factor, square, grad in zip(factors, squares, grads):
-            square.mul_(lora.beta2).add_((1 - lora.beta2) * grad**2)
-            factor.mul_(1 - lora.lr * lora.weight_decay)
-            factor.sub_(lora.lr * grad / ((square / (1 - lora.beta2**step)).sqrt() + 1e-10))
+            square.mul_(lora.lora_beta2).add_((1 - lora.lora_beta2) * grad**2)
+            factor.mul_(1 - lora.lora_lr * lora.lora_weight_decay)
+            factor.sub_(lora.lora_lr * grad / ((square / (1 - lora.lora_beta2**step)).sqrt() + 1e-10))
     return torch.cat(nats)
 
 
 def test_adapters_learn_as_a_plain_loop_would():
     """Rate, decay, scale, chunks and order of score and step, one document against the rule written out."""
     tokens = make_text((45, 30))
-    fast = score_lora(Toy(), make_session(tokens), LORA, PhaseOptions()).nats
+    fast = score_lora(Toy(), make_session(tokens), LORA).nats
     for lo, hi in plan_documents(tokens, BOS):
         # Costs of 4 nats, through 15 steps that divide by the size of a gradient.
         assert_close_at_scale(fast[lo:hi], slow_lora(Toy(), tokens[lo : hi + 1], LORA), units=100)
@@ -560,10 +562,10 @@ def test_adapters_learn_as_a_plain_loop_would():
 def test_a_phase_makes_warm_adapters_start_afresh(monkeypatch):
     """What adapters learned beside the old weights is dropped with them, as in the contest's record."""
     monkeypatch.setattr(SgdTrainer, "train", lambda self, inputs, targets, lr_mul: None)
-    tokens, warm = make_text((30, 29, 28, 20, 19, 18)), LORA._replace(warm_lanes=1)
-    cold = score_lora(Toy(), make_session(tokens), LORA, PhaseOptions()).nats
-    kept = score_lora(Toy(), make_session(tokens), warm, PhaseOptions()).nats
-    dropped = score_lora(Toy(), make_session(tokens), warm, PhaseOptions(3)).nats
+    tokens, warm = make_text((30, 29, 28, 20, 19, 18)), replace(LORA, lora_warm_lanes=1)
+    cold = score_lora(Toy(), make_session(tokens), LORA).nats
+    kept = score_lora(Toy(), make_session(tokens), warm).nats
+    dropped = score_phased(Toy(), make_session(tokens), replace(warm, phase_docs=3, phase_count=1)).nats
     assert torch.equal(cold[:87], kept[:87])  # the first batch has nothing to start from
     assert torch.equal(cold, dropped) and not torch.equal(cold, kept)
 
@@ -579,7 +581,7 @@ def test_layers_that_recur_have_adapters_for_every_visit(tiny_config, alone):
         "blocks.1.mlp.up": 3,
         "blocks.1.mlp.down": 3,
     }
-    outcome = score_lora(model, make_session(make_text()), LORA._replace(sites=("q", "mlp")), PhaseOptions())
+    outcome = score_lora(model, make_session(make_text()), replace(LORA, lora_sites="q,mlp"))
     assert outcome.nats.isfinite().all()
 
 
@@ -666,19 +668,20 @@ def test_system_c_trains_on_what_its_log_says():
 @pytest.mark.reference("C10")
 def test_system_c_leaves_its_first_two_blocks_alone(tiny_model):
     """Bit for bit, through the very scorer."""
-    frozen = SgdOptions(lr=0.01, epochs=1, frozen=("blocks.0.*", "blocks.1.*"))
-    spy = Spy(tiny_model)
     before = weights_digest(tiny_model.blocks[0]), weights_digest(tiny_model.blocks[1])
-    seen = []
+    seen, scored = [], []
 
     def look(module, inputs):
         seen.append((weights_digest(tiny_model.blocks[0]), weights_digest(tiny_model.blocks[1])))
+        if not torch.is_grad_enabled():
+            scored.append(weights_digest(tiny_model))
 
-    hook = spy.register_forward_pre_hook(look)
-    score_pre_eval(spy, make_session(make_text()), frozen._replace(frozen=("inner.blocks.[01].*",)))
+    hook = tiny_model.register_forward_pre_hook(look)
+    frozen = EvalConfig(sgd_lr=0.01, sgd_epochs=1, sgd_freeze_blocks=2)
+    score_pre_eval(tiny_model, make_session(make_text()), frozen)
     hook.remove()
     assert set(seen) == {before}
-    assert len(set(spy.seen)) == 1 and spy.seen[0] != weights_digest(tiny_model)
+    assert len(set(scored)) == 1 and scored[0] != weights_digest(tiny_model)
 
 
 @pytest.mark.reference("C12")
@@ -706,7 +709,7 @@ def test_documents_cover_the_text():
 def test_batches_hold_documents_of_one_chunk_longest_first():
     """Long documents first, so that no rank ends with them; never more rows than the memory allows."""
     lengths = np.array([5, 100, 40, 8, 39, 300, 7, 41])
-    lora = LORA._replace(batch_docs=3, short_chunks=((8, 2),))
+    lora = replace(LORA, lora_batch_docs=3, lora_short_chunks=((8, 2),))
     batches = plan_doc_batches(lengths, lora, row_tokens=50, batch_tokens=120)
     assert [batch.tolist() for batch in batches] == [[5, 1], [7, 2, 4][:2], [4], [3, 6, 0]]
 
@@ -714,20 +717,20 @@ def test_batches_hold_documents_of_one_chunk_longest_first():
 def test_phases_come_after_the_batches_that_complete_their_documents():
     """Two phases over five documents end at two and five; the end of the text needs no phase."""
     batches = [np.arange(2), np.arange(2), np.arange(2), np.arange(2)]
-    assert phase_ends(batches, PhaseOptions(5, 2)) == [1, 3]
-    assert phase_ends(batches, PhaseOptions(8, 1)) == []
-    assert phase_ends(batches, PhaseOptions()) == []
+    assert phase_ends(batches, 5, 2) == [1, 3]
+    assert phase_ends(batches, 8, 1) == []
+    assert phase_ends(batches, 0, 1) == []
 
 
 def test_mistakes_are_named(tiny_model):
     """Patterns and sites that match nothing would silently do nothing."""
     session = make_session(make_text())
-    with pytest.raises(UserError, match=r"'blocks\.9\.\*'"):
-        score_sgd(tiny_model, session, SGD._replace(frozen=("blocks.9.*",)))
+    with pytest.raises(UserError, match=r"at most the number of blocks, found no weights of blocks\."):
+        score_sgd(tiny_model, session, replace(SGD, sgd_freeze_blocks=10))
     with pytest.raises(UserError, match=r"adapters on 'bias'.*q, k, v, o, mlp, head"):
-        score_lora(tiny_model, session, LORA._replace(sites=("q", "bias")), PhaseOptions())
+        score_lora(tiny_model, session, replace(LORA, lora_sites="q,bias"))
     with pytest.raises(UserError, match="chunk of 17 tokens"):
-        score_lora(tiny_model, session, LORA._replace(sites=("q",), chunk_tokens=17), PhaseOptions())
+        score_lora(tiny_model, session, replace(LORA, lora_sites="q", lora_chunk_tokens=17))
     session.options = session.options._replace(world_size=3)
     with pytest.raises(UserError, match="warm_lanes=4"):
-        score_lora(tiny_model, session, LORA._replace(sites=("q",), warm_lanes=4), PhaseOptions())
+        score_lora(tiny_model, session, replace(LORA, lora_sites="q", lora_warm_lanes=4))

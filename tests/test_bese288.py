@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fixtures_data import titled_texts
 from fixtures_model import TINY
+from fixtures_reference import contest_windows
 from test_architecture import recipe
 from test_audit import SOURCE, evidence, score_line, verdicts, write_folder
 from test_codec_kinds import needs_corpora, shared, shared_texts
@@ -30,7 +31,6 @@ from eval.logs import classify_bytes
 from formats.recipe import with_values
 from scoring.modes import LEGACY_TAIL, broken_rules, plan_tail
 from scoring.ngram import LEGACY_ALIGNMENT
-from scoring.reference import contest_windows
 from scoring.sliding import ScoreOptions, plan_windows, score_windows
 from train_gpt import Config, Environment, check_config, load_validation, run, score_model
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from fixtures_numbers import assert_close_at_scale
+from fixtures_reference import Slow, score_reference, score_slow_lora, score_slow_plain, score_slow_sgd
 
 from audit.probes import Event, coverage, order_of_events
 from common import UserError
 from data.validation import ValidationText
 from formats.recipe import with_values
 from scoring import ngram
-from scoring.adaptive import Callbacks, LoraScorer, PhaseOptions, ScoringRun, WindowSettings, plan_documents
-from scoring.modes import ScorerState, Scoring, lora_options, scoring_cost, sgd_options
+from scoring.adaptive import Callbacks, LoraScorer, ScoringRun, WindowSettings, plan_documents
+from scoring.modes import ScorerState, Scoring, scoring_cost
 from scoring.ngram import NO_HINT
-from scoring.reference import Slow, score_reference, score_slow_lora, score_slow_plain, score_slow_sgd
 from scoring.sliding import ScoreOptions
 from train_gpt import (
     CastLinear,
@@ -153,7 +153,7 @@ class Bigrams(torch.nn.Module):
 
 
 def slow_nats(model, settings, tokens: np.ndarray) -> np.ndarray:
-    """Score as settings say with scoring/reference.py, on a copy of the model in float64."""
+    """Score as settings say with fixtures_reference.py, on a copy of the model in float64."""
     tilt = scoring_cost(settings, tokens, model.scorer_state)
     tilt = tilt.cost if settings.fit_scales else tilt
     hints = [[] for _ in tokens[1:]]
@@ -168,14 +168,11 @@ def slow_nats(model, settings, tokens: np.ndarray) -> np.ndarray:
         whole = np.array([[0, len(tokens) - 1]])
         return score_slow_plain(slow, plan_documents(tokens, BOS) if settings.mode == "doc" else whole)
     if settings.mode == "sgd-ttt":
-        return score_slow_sgd(slow, sgd_options(settings))
+        return score_slow_sgd(slow, settings)
     options = ScoreOptions(BOS, BATCH_TOKENS)
     session = ScoringRun(tokens, WindowSettings(CONTEXT, STRIDE), options, None, Callbacks())
-    lora = lora_options(settings)
-    scorer = LoraScorer(model, session, lora)
-    phases = PhaseOptions(settings.phase_docs, settings.phase_count, sgd_options(settings))
-    phases = phases if settings.mode == "phased" else PhaseOptions()
-    return score_slow_lora(slow, lora, phases, BATCH_TOKENS, dict(zip(scorer.sites, scorer.starts)))
+    scorer = LoraScorer(model, session, settings)
+    return score_slow_lora(slow, settings, BATCH_TOKENS, dict(zip(scorer.sites, scorer.starts)))
 
 
 @pytest.mark.parametrize("bigrams", [False, True], ids=["gpt", "bigrams"])

@@ -9,6 +9,7 @@ from fixtures_numbers import assert_close_at_scale
 
 from common import UserError
 from quantizers import gptq as gptq_module
+from quantizers.config import METHODS
 from quantizers.gptq import (
     LARGEST_CODE,
     Calibrated,
@@ -38,6 +39,7 @@ from quantizers.grid import (
     fake_quantize,
     quantize,
 )
+from quantizers.methods import QUANTIZERS
 from quantizers.rate import StorageChoice, allocate, class_entropy_bits, entropy_bits, fit_rate
 
 pytestmark = pytest.mark.numeric
@@ -77,6 +79,11 @@ def plain_rounding(weight, grid):
         scale = float(torch.tensor(scale).half())
         values.append([max(-grid.largest, min(grid.largest, round(v / scale))) * scale for v in row])
     return torch.tensor(values)
+
+
+def test_every_method_of_a_recipe_has_its_quantizer():
+    """A row or a description that is forgotten would be a choice that fails when it is used."""
+    assert list(QUANTIZERS) == list(METHODS)
 
 
 @pytest.mark.parametrize("name", ["int8 quantile", "int6 sigmas", "int4 max", "int6 floor"])

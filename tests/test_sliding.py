@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from fixtures_numbers import assert_close_at_scale
+from fixtures_reference import score_reference, visible_start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.recipe import with_values
 from scoring.adaptive import Callbacks, ScoringRun, WindowSettings, weights_digest
-from scoring.modes import EVAL_MODES, Scoring, score_session, warm_up_scorer
-from scoring.reference import score_reference, visible_start
+from scoring.config import EVAL_MODES
+from scoring.modes import SCORERS, Scoring, score_session, warm_up_scorer
 from scoring.sliding import (
     CompiledWindows,
     Pace,
@@ -132,6 +133,11 @@ def scored_settings(mode):
 
 def session_of(tokens, events):
     return ScoringRun(tokens, WindowSettings(16, 4), ScoreOptions(BOS, 64), None, Callbacks(events.append))
+
+
+def test_every_mode_of_a_recipe_has_its_scorer():
+    """A row or a description that is forgotten would be a choice that fails when it is used."""
+    assert list(SCORERS) == list(EVAL_MODES)
 
 
 @pytest.mark.parametrize("mode", EVAL_MODES)

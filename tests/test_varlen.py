@@ -15,7 +15,8 @@ from test_attention import pretend
 import kernels.attention
 from formats.recipe import with_values
 from kernels.attention import Extent, MaskSpec, build_mask, extent_of, has_usual_docs, usual_docs
-from scoring.adaptive import Callbacks, LoraOptions, PhaseOptions, ScoringRun, WindowSettings, score_lora
+from scoring.adaptive import Callbacks, ScoringRun, WindowSettings, score_lora
+from scoring.config import EvalConfig
 from scoring.sliding import CompiledWindows, ScoreOptions, plan_windows, score_windows
 from train_gpt import Training, phase_at
 
@@ -97,7 +98,7 @@ def test_fillers_behind_short_documents_start_none(tiny_config, alone, launches)
     tokens = np.concatenate([*([BOS] + [9] * (length - 1) for length in lengths), [BOS]])
     session = ScoringRun(tokens, WindowSettings(96, 16), ScoreOptions(BOS, 64 * 96), alone, Callbacks())
     launches.clear()
-    outcome = score_lora(model, session, LoraOptions(rank=2, chunk_tokens=96), PhaseOptions())
+    outcome = score_lora(model, session, EvalConfig(lora_rank=2, lora_chunk_tokens=96))
     assert (outcome.nats > 0).all()
     batches = [launch for launch in launches if launch.num_tokens == 64 * 83]
     assert len(batches) == cfg.model.num_layers
@@ -116,7 +117,7 @@ def test_fillers_change_no_score(tiny_config, alone):
     def nats(documents: list[list[int]]) -> torch.Tensor:
         tokens = np.array([token for text in documents for token in text] + [BOS])
         session = ScoringRun(tokens, WindowSettings(64, 16), ScoreOptions(BOS, 4096), alone, Callbacks())
-        return score_lora(model, session, LoraOptions(rank=2, chunk_tokens=16), PhaseOptions()).nats
+        return score_lora(model, session, EvalConfig(lora_rank=2, lora_chunk_tokens=16)).nats
 
     torch.testing.assert_close(nats(texts), torch.cat([nats([text]) for text in texts]))
 

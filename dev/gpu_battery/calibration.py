@@ -7,7 +7,7 @@ from dev.gpu_battery.sizes import load_recipe
 from dev.gpu_battery.text import BOS_ID, write_tokens
 from dev.gpu_battery.timing import measure_fitting, memory_gib, open_ranks, wall_seconds
 from quantizers.gptq import CalibrationStats, calibrate
-from quantizers.methods import to_grid
+from quantizers.methods import solve
 from train_gpt import Config, Ranks, Training, collect_statistics, exported_grids
 
 SHARES = (1, 2, 4)  # a micro-batch whole, then in halves and quarters where it does not fit
@@ -53,7 +53,7 @@ def quantize_layer(cfg: Config, ranks: Ranks, stats: dict[str, CalibrationStats]
             made.append(calibrate(name, params[name], *roles, cfg.quant.damping))
 
         first = wall_seconds(factorize, ranks.device)
-        second = wall_seconds(lambda grid=grid, made=made: to_grid(made[0], grid, cfg.quant), ranks.device)
+        second = wall_seconds(lambda grid=grid, made=made: solve(made[0], grid, cfg.quant), ranks.device)
         shape = " x ".join(map(str, params[name].shape))
         found[name.removeprefix(LAYER)] = {"shape": shape, "factorize_s": first, "solve_s": second}
     seconds = sum(row["factorize_s"] + row["solve_s"] for row in found.values())

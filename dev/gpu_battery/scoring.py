@@ -14,7 +14,7 @@ from dev.gpu_battery.timing import measure_fitting, memory_gib, open_ranks, time
 from formats.recipe import with_values
 from kernels.machine import resolve_compile
 from scoring.adaptive import Callbacks, ScoringRun, SgdTrainer, WindowSettings, restored
-from scoring.modes import Scoring, sgd_options
+from scoring.modes import Scoring
 from scoring.sliding import ScoreOptions
 from train_gpt import Config, Ranks, build_model, score_model
 
@@ -83,15 +83,15 @@ def draw_documents(job: Job, cfg: Config, length: int) -> np.ndarray:
 
 def sgd_steps(job: Job, model: torch.nn.Module, cfg: Config, ranks: Ranks) -> dict:
     """Time SGD steps on all weights, rows of the context's length."""
-    sgd, length = sgd_options(cfg.eval), cfg.data.seq_len
-    tokens = draw_tokens(sgd.batch_seqs * length + 1, cfg.data.vocab_size, seed=2)
+    length, num_rows = cfg.data.seq_len, cfg.eval.sgd_batch_seqs
+    tokens = draw_tokens(num_rows * length + 1, cfg.data.vocab_size, seed=2)
     inputs, targets = (part.reshape(-1, length) for part in (tokens[:-1], tokens[1:]))
     options = ScoreOptions(BOS_ID, batch_tokens(cfg), ranks.device)
     session = ScoringRun(tokens, WindowSettings(length, cfg.eval.stride), options, ranks, Callbacks())
     with restored(model):
-        trainer = SgdTrainer(model, sgd, session)
+        trainer = SgdTrainer(model, cfg.eval, session)
         trainer.step(inputs, targets)
         times = times_ms(lambda: trainer.step(inputs, targets), ranks.device, size_of(job, "sgd_steps"))
     ms = sum(times) / len(times)
-    found = {"ms": ms, "steps": len(times), "rows": sgd.batch_seqs}
+    found = {"ms": ms, "steps": len(times), "rows": num_rows}
     return found | {"tokens_per_second": 1000 * inputs.size / ms} | memory_gib(ranks.device)
