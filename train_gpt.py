@@ -85,7 +85,6 @@ from kernels.context import ContextRule, attend_compressed, feature_projection
 from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
 from kernels.loss import blocked_loss
 from kernels.machine import resolve_compile, resolve_dtype
-from kernels.muon import NS_TABLES, AsyncWork, MuonSettings, Stack
 from quantizers.config import QuantConfig
 from quantizers.gptq import Calibrated, CalibrationStats, calibrate, collect_stats, combine_roles
 from quantizers.grid import Grid, Quantized, check_weight, stored_weights
@@ -158,6 +157,18 @@ POSITIONS = {
 # What may compute in 8 bits: queries, keys, values, output, gate and up, down. Embeddings, norms, head and
 # softmax stay in the compute dtype; masters, optimizer state, gradient sums and the loss in float32.
 FP8_MODULES = ("blocks.*.attn.[qkv]", "blocks.*.attn.out", "blocks.*.mlp.up", "blocks.*.mlp.down")
+
+# Newton-Schulz coefficients (a, b, c) by iteration; the last row repeats.
+NS_TABLES = {
+    "classic": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": (  # minimax for five iterations, arXiv 2505.16932
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+}
 
 # Initial output projections: their factor in a model of so many layers.
 OUT_INITS = {
@@ -289,11 +300,18 @@ class ModelConfig:
     fp8_lr_mul: float = option(1.0, "", "factor of every learning rate with them", low=0)
 
 
+# The optimizers of the block matrices and what they do; each has its row in MATRIX_OPTIMIZERS.
+UPDATE_RULES = {
+    "muon": "momentum, orthogonalized by Newton-Schulz",
+    "adamw": "AdamW, together with all other parameters",
+}
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """Learning rates and decays by group (see PARAM_RULES), Muon and AdamW."""
 
-    matrix_optimizer: str = option("muon", "", "of the block matrices", choices=("muon", "adamw"))
+    matrix_optimizer: str = option("muon", "", "of the block matrices", choices=tuple(UPDATE_RULES))
     matrix_lr: float = option(0.04, "MATRIX_LR", "Muon learning rate of the block matrices", low=0)
     embed_lr: float = option(0.6, "EMBED_LR", "AdamW learning rate of an untied embedding", low=0)
     tied_embed_lr: float = option(0.05, "TIED_EMBED_LR", "AdamW learning rate of a tied embedding", low=0)
@@ -481,6 +499,22 @@ def only_live(cfg: Config) -> Config:
 # ----------------------------------------------------------------------------------------------------------
 # All talk between processes goes through Ranks. There is one training clock, rank 0's, and every decision
 # that depends on time reads it, so ranks agree by construction.
+
+
+class AsyncWork(NamedTuple):
+    """A tensor on its way between ranks."""
+
+    tensor: Tensor
+    work: object | None = None  # torch.distributed's handle
+    scale: float = 1.0
+    source: Tensor | None = None  # kept alive while it is read
+
+    def wait(self) -> Tensor:
+        """Return the tensor when it is there."""
+        if self.work is None:
+            return self.tensor
+        self.work.wait()
+        return self.tensor if self.scale == 1.0 else self.tensor.mul_(self.scale)
 
 
 class Ranks:
@@ -1448,19 +1482,128 @@ class StepRates(NamedTuple):
     grad_clip_norm: float = 0.0
 
 
+def newton_schulz(stack: Tensor, num_steps: int, table: str = "classic") -> Tensor:
+    """Push the singular values of every (r, c) matrix in (n, r, c) towards 1 (arXiv 2409.20325; Muon).
+
+    X <- aX + (bA + cA^2)X with A = XX^T, from X / ||X||_F, in the stack's dtype.
+    """
+    wide = stack.size(1) <= stack.size(2)
+    x = stack if wide else stack.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    rows = NS_TABLES[table]
+    for step in range(num_steps):
+        a, b, c = rows[min(step, len(rows) - 1)]
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+class Muon:
+    """Momentum, orthogonalized (arXiv 2409.20325; contest pull request 399), with MuonEq-R and NorMuon."""
+
+    def __init__(self, cfg: OptimConfig, dtype: torch.dtype):
+        self.cfg, self.dtype = cfg, dtype  # of the products
+
+    def new_state(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return what survives a step of (n, r, c) weights, as (n, ...) tensors by name."""
+        return {"momentum": torch.zeros_like(weights), "row_squares": torch.zeros_like(weights[:, :, :1])}
+
+    def update(self, grad: Tensor, state: dict[str, Tensor], rates: StepRates, step: int) -> Tensor:
+        """Return what to subtract from the weights, times the learning rate, in their `step`-th step."""
+        momentum = state["momentum"]
+        momentum.mul_(rates.momentum).add_(grad)
+        direction = grad.add(momentum, alpha=rates.momentum)  # Nesterov
+        if self.cfg.row_norm:  # MuonEq-R, arXiv 2603.28254
+            direction /= direction.norm(dim=2, keepdim=True) + 1e-7
+        update = newton_schulz(direction.to(self.dtype), self.cfg.num_ns_steps, self.cfg.ns_table)
+        if self.cfg.normuon_beta2 > 0:
+            update = self.even_rows(update, state["row_squares"], step)
+        _, rows, cols = update.shape
+        return update * max(1.0, rows / cols) ** 0.5
+
+    def even_rows(self, update: Tensor, row_squares: Tensor, step: int) -> Tensor:
+        """Divide rows by their running root mean squares, keeping the norm (NorMuon, arXiv 2510.05491)."""
+        beta2 = self.cfg.normuon_beta2
+        row_squares.lerp_(update.square().mean(2, keepdim=True).to(row_squares.dtype), 1 - beta2)
+        scale = (row_squares / (1 - beta2**step)).add(1e-10).rsqrt()
+        evened = update * scale.to(update.dtype)
+        norms = [x.norm(dim=(1, 2), keepdim=True) for x in (update, evened)]
+        return evened * (norms[0] / (norms[1] + 1e-7))
+
+
+# Who updates the block matrices: a class like Muon, whose state a Stack shards and saves; None: AdamW.
+MATRIX_OPTIMIZERS = {"muon": Muon, "adamw": None}
+
+
+class Stack:
+    """Equal-shaped matrices that one optimizer updates together; each rank owns an equal, padded share."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, optimizer, ranks: Ranks):
+        self.params, self.lr, self.weight_decay = params, lr, weight_decay
+        self.optimizer, self.ranks = optimizer, ranks
+        self.size = math.ceil(len(params) / ranks.world_size)
+        self.state: dict[str, Tensor] = optimizer.new_state(params[0].new_zeros(self.size, *params[0].shape))
+        self.num_updates = 0
+        self.grad: Tensor | None = None  # this rank's share of the averaged gradient
+        self.pending: AsyncWork | None = None
+
+    def numel(self) -> int:
+        """Return the weights of a rank's share."""
+        return self.size * self.params[0].numel()
+
+    def padded(self, tensors: list[Tensor]) -> Tensor:
+        """Stack tensors, with zeros after them so that the ranks' shares are equal."""
+        zeros = [torch.zeros_like(tensors[0])] * (self.size * self.ranks.world_size - len(tensors))
+        return torch.stack([*tensors, *zeros])
+
+    def start_reduce(self) -> None:
+        """Begin to average the gradients over ranks."""
+        self.pending = self.ranks.start_scatter_average(self.padded([param.grad for param in self.params]))
+
+    def finish_reduce(self) -> Tensor:
+        """Return this rank's share of the averaged gradient, (n, r, c)."""
+        self.grad, self.pending = self.pending.wait(), None
+        return self.grad
+
+    def start_update(self, rates: StepRates) -> None:
+        """Compute the update of this rank's share and begin to all-gather it."""
+        self.num_updates += 1
+        update = self.optimizer.update(self.grad, self.state, rates, self.num_updates)
+        self.grad, self.pending = None, self.ranks.start_gather(update)
+
+    def finish_update(self, rates: StepRates) -> None:
+        """Take the step w <- w (1 - lr * decay) - lr * update."""
+        updates = self.pending.wait()[: len(self.params)].to(self.params[0].dtype)
+        self.pending = None
+        lr = self.lr * rates.lr_mul
+        torch._foreach_mul_(self.params, 1.0 - lr * rates.decay_mul * self.weight_decay)
+        torch._foreach_add_(self.params, list(updates.unbind()), alpha=-lr)
+
+    def state_dict(self) -> dict:
+        """Collect the state of all ranks: it does not depend on how many there are."""
+        gathered = {name: self.ranks.start_gather(share).wait() for name, share in self.state.items()}
+        whole = {name: stack[: len(self.params)].clone() for name, stack in gathered.items()}
+        return whole | {"num_updates": self.num_updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        share = slice(self.ranks.rank * self.size, (self.ranks.rank + 1) * self.size)
+        for name, mine in self.state.items():
+            mine.copy_(self.padded(list(state[name].unbind()))[share])
+        self.num_updates = state["num_updates"]
+
+
 class Optimizers:
-    """AdamW and Muon over one model, laid out by PARAM_RULES."""
+    """AdamW and the stacks of one model, laid out by PARAM_RULES."""
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         optim = cfg.optim
         self.ranks = ranks
-        self.dtype = model.compute_dtype
-        self.muon = MuonSettings(optim.num_ns_steps, optim.ns_table, optim.row_norm, optim.normuon_beta2)
+        optimizer = MATRIX_OPTIMIZERS[optim.matrix_optimizer]
         named = dict(model.named_parameters())
         groups: dict[tuple, list[nn.Parameter]] = {}
         for name, rule in match_rules(cfg, list(named)).items():
             rates = getattr(optim, rule.lr), getattr(optim, rule.weight_decay)
-            in_stack = rule.optimizer == "matrix" and optim.matrix_optimizer == "muon"
+            in_stack = rule.optimizer == "matrix" and optimizer is not None
             shape = named[name].shape if in_stack else None  # None: AdamW, shapes may differ
             groups.setdefault((shape, *rates), []).append(named[name])
         self.adamw = torch.optim.AdamW(
@@ -1474,11 +1617,11 @@ class Optimizers:
             fused=True,
         )
         stacks = [
-            Stack(params, lr, decay, ranks)
+            Stack(params, lr, decay, optimizer(optim, model.compute_dtype), ranks)
             for (shape, lr, decay), params in groups.items()
             if shape is not None
         ]
-        self.stacks = sorted(stacks, key=lambda stack: -stack.momentum.numel())  # largest stack first
+        self.stacks = sorted(stacks, key=Stack.numel, reverse=True)
 
     @torch.no_grad()
     def step(self, rates: StepRates) -> None:
@@ -1500,9 +1643,9 @@ class Optimizers:
         for stack in self.stacks:
             if stack.pending is not None:
                 stack.finish_reduce()
-            stack.start_update(rates.momentum, self.muon, self.dtype)
+            stack.start_update(rates)
         for stack in self.stacks:
-            stack.finish_update(rates.lr_mul, rates.decay_mul)
+            stack.finish_update(rates)
         self.zero_grad()
 
     def clip(self, adam_grads: list[Tensor], shares: list[Tensor], limit: float) -> None:

@@ -8,10 +8,12 @@ import torch
 from fixtures_numbers import assert_close_at_scale
 
 from formats.recipe import with_values
-from kernels.muon import Stack, newton_schulz
 from train_gpt import (
+    MATRIX_OPTIMIZERS,
+    UPDATE_RULES,
     Config,
     Ema,
+    Muon,
     OptimConfig,
     Optimizers,
     StepRates,
@@ -21,6 +23,7 @@ from train_gpt import (
     get_stages,
     learning_rate_mul,
     muon_momentum,
+    newton_schulz,
     step_rates,
 )
 
@@ -72,6 +75,49 @@ def test_muon_takes_the_same_steps_as_torch_muon(tiny_config, alone, weight_deca
     assert (moved - expected).norm() < 0.02 * expected.norm()
 
 
+class Sign:
+    """A matrix optimizer as an example: the sign of a running mean."""
+
+    def __init__(self, cfg, dtype):
+        self.cfg = cfg
+
+    def new_state(self, weights):
+        return {"mean": torch.zeros_like(weights)}
+
+    def update(self, grad, state, rates, step):
+        state["mean"].lerp_(grad, 1 - rates.momentum)
+        return (state["mean"] / (1 - rates.momentum**step)).sign()
+
+
+def test_a_matrix_optimizer_is_one_class_and_one_row(tiny_config, alone, monkeypatch):
+    """Its state is saved and restored, decay and clipping are applied, without a line of its own for it."""
+    monkeypatch.setitem(MATRIX_OPTIMIZERS, "muon", Sign)
+    cfg = with_values(tiny_config, {"optim.matrix_weight_decay": 0.1}, "test")
+    ends = []
+    for restores in (False, True):
+        model = build_model(cfg, alone.device)
+        weight = model.blocks[0].attn.q.weight
+        start = weight.detach().clone()
+        optimizers = Optimizers(model, cfg, alone)
+        set_gradients(model, seed=1)
+        expected = start * (1 - 0.04 * 0.1) - 0.04 * weight.grad.sign()
+        optimizers.step(StepRates(1.0, 0.9))
+        torch.testing.assert_close(weight.detach(), expected)
+        if restores:
+            state = copy.deepcopy(optimizers.state_dict())
+            optimizers = Optimizers(model, cfg, alone)
+            optimizers.load_state_dict(state)
+        set_gradients(model, seed=2)
+        optimizers.step(StepRates(1.0, 0.9, grad_clip_norm=0.5))
+        ends.append(weight.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_every_optimizer_of_a_recipe_has_its_row():
+    """A row or a description that is forgotten would be a choice that fails when it is used."""
+    assert list(MATRIX_OPTIMIZERS) == list(UPDATE_RULES)
+
+
 def test_global_norm_is_clipped_once_over_all_parameters(tiny_config, alone):
     """A clipped step with AdamW's scale-free first step hides clipping; Muon's momentum shows it."""
     cfg = tiny_config
@@ -82,7 +128,7 @@ def test_global_norm_is_clipped_once_over_all_parameters(tiny_config, alone):
     optimizers = Optimizers(model, cfg, alone)
     optimizers.step(StepRates(1.0, 0.0, grad_clip_norm=0.5))
     stack = next(stack for stack in optimizers.stacks if stack.params[0] is model.blocks[0].attn.q.weight)
-    torch.testing.assert_close(stack.momentum[0], before * (0.5 / total), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(stack.state["momentum"][0], before * (0.5 / total), rtol=1e-4, atol=1e-7)
 
 
 def test_weight_decay_shrinks_matrices_by_the_scheduled_rate(tiny_config, alone):
@@ -168,12 +214,11 @@ def test_muoneq_r_forgets_the_scale_of_rows(tiny_config, alone):
     torch.testing.assert_close(*ends, atol=1e-5, rtol=1e-4)
 
 
-def test_normuon_evens_rows_and_keeps_the_norm(alone):
+def test_normuon_evens_rows_and_keeps_the_norm():
     """After the first step every row of an update has the same length, the matrix the same norm."""
-    params = [torch.nn.Parameter(torch.zeros(8, 32)) for _ in range(3)]
-    stack = Stack(params, 1.0, 0.0, alone)
+    muon = Muon(OptimConfig(normuon_beta2=0.95), torch.float32)
     update = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)[:, None]
-    evened = stack.even_rows(update, 0.95)
+    evened = muon.even_rows(update, muon.new_state(update)["row_squares"], 1)
     lengths = evened.norm(dim=2)
     torch.testing.assert_close(lengths, lengths[:, :1].expand(3, 8), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(evened.norm(dim=(1, 2)), update.norm(dim=(1, 2)))
