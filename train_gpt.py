@@ -764,6 +764,11 @@ class CastLinear(nn.Linear):
         return y if self.adapter is None else y + self.adapter(x)
 
 
+def scale_output(linear: CastLinear, cfg: ModelConfig) -> None:
+    """Scale the initial weights of what writes into the residual stream as cfg.out_init says."""
+    linear.weight.mul_(OUT_INITS[cfg.out_init](cfg.num_layers))
+
+
 def rope_base_at(cfg: ModelConfig, seq_len: int) -> float:
     """Return the RoPE base for rows of seq_len tokens: NTK-scaled beyond rope_ref_len.
 
@@ -839,6 +844,9 @@ class AttnGate(nn.Module):
         self.kind = cfg.attn_gate
         self.gate = CastLinear(cfg.model_dim if self.kind == "dense" else self.WIDTH, cfg.num_heads)
 
+    def init_weights(self) -> None:
+        nn.init.normal_(self.gate.weight, std=0.005 if self.kind == "dense" else 0.0)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # (B, T, D), (B, T, H, K)
         scale, slope = {"out": (2.0, 1.0), "sparse": (1.0, 0.5), "dense": (1.0, 1.0)}[self.kind]
         score = self.gate(x[..., : self.gate.in_features].contiguous())  # (B, T, H)
@@ -872,6 +880,9 @@ class SelfAttention(nn.Module):
         self.attn_gate = AttnGate(cfg) if cfg.attn_gate != "none" else None
         if cfg.context_ratio and cfg.context_axis == "features":  # a constant: neither weight nor buffer
             self.projection = feature_projection(context_rule(cfg), layer, cfg.num_layers, self.head_dim)
+
+    def init_weights(self) -> None:
+        scale_output(self.out, self.cfg)
 
     def queries_and_keys(self, x: Tensor, context: ForwardContext, first: int = 0) -> tuple[Tensor, Tensor]:
         """Project, normalise and rotate: (B, T - first, H, K) and (B, T, G, K)."""
@@ -916,18 +927,23 @@ class MLP(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         hidden_dim = round(cfg.mlp_mult * cfg.model_dim)
-        self.kind, self.slope = cfg.mlp, cfg.leaky_slope
+        self.cfg = cfg
         self.up = CastLinear(
             cfg.model_dim, hidden_dim * (2 if cfg.mlp == "swiglu" else 1), cfg.biases == "all"
         )
         self.down = CastLinear(hidden_dim, cfg.model_dim, cfg.biases != "none")
 
+    def init_weights(self) -> None:
+        scale_output(self.down, self.cfg)
+
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)  # (B, T, F), swiglu (B, T, 2F)
-        if self.kind == "swiglu":
+        if self.cfg.mlp == "swiglu":
             value, gate = h.chunk(2, dim=-1)
             return self.down(F.silu(gate) * value)
-        return self.down(F.gelu(h) if self.kind == "gelu" else F.leaky_relu(h, self.slope).square())
+        return self.down(
+            F.gelu(h) if self.cfg.mlp == "gelu" else F.leaky_relu(h, self.cfg.leaky_slope).square()
+        )
 
 
 class Step(NamedTuple):
@@ -1020,7 +1036,12 @@ class BigramHash(nn.Module):
         super().__init__()
         self.table = nn.Embedding(cfg.bigram_buckets, cfg.bigram_dim)
         self.proj = CastLinear(cfg.bigram_dim, cfg.model_dim)
+        self.proj_scale = cfg.bigram_proj_scale
         self.strength = nn.Parameter(torch.tensor(0.05))
+
+    def init_weights(self) -> None:
+        self.table.weight.zero_()
+        self.proj.weight.mul_(self.proj_scale)
 
     def buckets(self, tokens: Tensor, starts_doc: Tensor) -> Tensor:
         """Hash (B, T) tokens to (B, T) bucket numbers; no bigram crosses a document's start."""
@@ -1044,6 +1065,9 @@ class ValueEmbed(nn.Module):
         self.proj = CastLinear(cfg.value_embed_dim, kv_dim)
         self.strength = nn.Parameter(torch.tensor(0.1))
         self.layer_scales = nn.Parameter(torch.ones(len(self.layers)))
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.table.weight, std=0.01)
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         """Return {layer: (B, T, G * K)}, what to add to each chosen layer's values."""
@@ -1179,11 +1203,11 @@ class GPT(nn.Module):
         self.readout = TiedHead(cfg.embed_dim or cfg.model_dim, vocab_size) if cfg.tie_embeddings else None
         self.softcap = AsymmetricSoftcap(cfg.logit_softcap) if cfg.asymmetric_softcap else None
         self.scorer_state = ScorerState()  # for the scorer; in the artifact beside the weights
-        self.init_weights()
+        self.draw_weights()
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw matrices as cfg.init says, what writes into the stream or the logits as cfg.out_init says."""
+    def draw_weights(self) -> None:
+        """Draw matrices as cfg.init says; then modules with an init_weights of their own set theirs."""
         cfg = self.cfg
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -1198,20 +1222,12 @@ class GPT(nn.Module):
         )
         if self.embed_proj is not None:
             nn.init.normal_(self.embed_proj.weight, std=cfg.embed_proj_init_std)
-        out_scale = OUT_INITS[cfg.out_init](cfg.num_layers)
         if self.head is not None and cfg.out_init == "zero":
             self.head.weight.zero_()
-        for block in self.blocks:
-            block.attn.out.weight.mul_(out_scale)
-            block.mlp.down.weight.mul_(out_scale)
-            if block.attn.attn_gate is not None:
-                dense = cfg.attn_gate == "dense"
-                nn.init.normal_(block.attn.attn_gate.gate.weight, std=0.005 if dense else 0.0)
-        if self.bigram is not None:
-            self.bigram.table.weight.zero_()
-            self.bigram.proj.weight.mul_(cfg.bigram_proj_scale)
-        if self.value_embed is not None:
-            nn.init.normal_(self.value_embed.table.weight, std=0.01)
+        # The value embedding last: the order of random draws is part of what a seed means.
+        for module in sorted(self.modules(), key=lambda module: module is self.value_embed):
+            if hasattr(module, "init_weights"):
+                module.init_weights()
 
     def embed_tokens(self, tokens: Tensor, starts_doc: Tensor) -> Tensor:
         """Embed (B, T) tokens with their neighbours: what enters the first block, (B, T, D)."""
