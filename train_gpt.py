@@ -50,12 +50,12 @@ from data.shards import TRAIN_GLOB, read_report
 from data.validation import ValidationText, read_validation, scored_tokens
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
+from formats.help import FieldHelp, describe_sections
 from formats.recipe import (
     changed_recipe,
     check_ranges,
     config_fields,
     config_value,
-    describe_fields,
     environment_values,
     flatten_recipe,
     format_toml,
@@ -311,7 +311,7 @@ UPDATE_RULES = {
 class OptimConfig:
     """Learning rates and decays by group (see PARAM_RULES), Muon and AdamW."""
 
-    matrix_optimizer: str = option("muon", "", "of the block matrices", choices=tuple(UPDATE_RULES))
+    matrix_optimizer: str = option("muon", "", "of the block matrices", choices=UPDATE_RULES)
     matrix_lr: float = option(0.04, "MATRIX_LR", "Muon learning rate of the block matrices", low=0)
     embed_lr: float = option(0.6, "EMBED_LR", "AdamW learning rate of an untied embedding", low=0)
     tied_embed_lr: float = option(0.05, "TIED_EMBED_LR", "AdamW learning rate of a tied embedding", low=0)
@@ -2729,11 +2729,12 @@ def describe_to_stdout(args, environment: Environment) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, resolve the config, run. A packed program takes live fields and actions."""
-    fields = describe_fields(Config) if PACKED_RECIPE is None else " ".join(config_fields(Config))
+    fields = describe_sections(Config) if PACKED_RECIPE is None else " ".join(config_fields(Config))
     parser = CommandParser(
         prog="train_gpt.py",
         description="Train, quantize, pack and score a model as one recipe says.",
         epilog=fields,
+        add_help=PACKED_RECIPE is not None,
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
     if Config().run.save_every >= 0:
@@ -2742,6 +2743,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     parser.add_argument("--score", type=Path, metavar="FILE", help="score an artifact instead of training")
     if PACKED_RECIPE is None:
+        about = "show this, or what a section or a field of the config means"
+        parser.add_argument("-h", "--help", action=FieldHelp, config=Config, help=about)
         parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
         parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule as JSON")
         parser.add_argument(

@@ -32,7 +32,8 @@ from eval.compare import check_same_documents, compare_documents, document_costs
 from eval.domains import format_domains, parse_domains, read_domain, score_domains
 from eval.logs import classify_bytes
 from eval.runs import Target, find_target, newest_run
-from formats.recipe import config_fields, describe_fields, parse_overrides, with_values
+from formats.help import describe_section
+from formats.recipe import config_fields, parse_overrides, with_values
 from scoring.adaptive import Callbacks, plan_documents
 from scoring.budget import format_ledger
 from scoring.config import EVAL_MODES, EvalConfig
@@ -335,11 +336,10 @@ def document_range(text: str) -> slice:
 
 def build_parser() -> CommandParser:
     """Declare the command line."""
-    fields = [line for line in describe_fields(Config).splitlines() if line.startswith("  eval.")]
     parser = CommandParser(
         prog="python -m eval",
         description=__doc__,
-        epilog="fields for --set, with their defaults before the artifact's:\n" + "\n".join(fields),
+        epilog="fields for --set; an artifact has its own defaults\n\n" + describe_section(Config, "eval"),
     )
     add = parser.add_argument
     add("target", nargs="?", type=Path, help="run folder, record folder or artifact; default: the newest run")

@@ -182,14 +182,3 @@ def format_toml(recipe: dict[str, dict]) -> str:
         for section, keys in recipe.items()
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def describe_fields(config) -> str:
-    """List every field with its default, environment name and meaning, for --help."""
-    rows = []
-    for name, item in config_fields(config).items():
-        limits = item.metadata
-        env = f" [{limits['env']}]" if limits["env"] else ""
-        choices = f" ({' | '.join(limits['choices'])})" if limits["choices"] else ""
-        rows.append(f"  {name} = {item.default!r}{env}: {limits['help']}{choices}")
-    return "fields (default, [environment name], meaning):\n" + "\n".join(rows)

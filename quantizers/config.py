@@ -18,7 +18,7 @@ METHODS = {
 class QuantConfig:
     """How weights are stored and how many bytes they may take."""
 
-    method: str = option("round", "", "how matrices become codes", choices=tuple(METHODS))
+    method: str = option("round", "", "how matrices become codes", choices=METHODS)
     matrix_bits: int = option(8, "", "of the block matrices' codes, one scale a row", low=1, high=8)
     embed_bits: int = option(8, "", "of the embedding's and head's codes", low=1, high=8)
     mlp_bits: int = option(0, "", "of the mlps' codes; 0: matrix_bits", low=0, high=8)

@@ -20,7 +20,7 @@ EVAL_MODES = {
 class EvalConfig:
     """How the artifact is scored and how long that may take."""
 
-    mode: str = option("chunked", "", "windows and adaptation of the scorer", choices=tuple(EVAL_MODES))
+    mode: str = option("chunked", "", "windows and adaptation of the scorer", choices=EVAL_MODES)
     context_len: int = option(0, "", "tokens a window may see; 0: data.seq_len", low=0)
     stride: int = option(64, "EVAL_STRIDE", "targets a sliding window scores", low=1)
     keep_tail: bool = option(False, "", "score the targets past the last whole window too")

@@ -6,6 +6,7 @@ import pytest
 from fixtures_model import ROOT
 
 from common import UserError
+from formats.help import describe_section, describe_sections, explain
 from formats.recipe import (
     config_fields,
     config_value,
@@ -15,7 +16,9 @@ from formats.recipe import (
     recipe_hash,
     with_values,
 )
-from train_gpt import Config, EvalConfig, check_config, load_config
+from quantizers.config import METHODS
+from scoring.config import EvalConfig
+from train_gpt import Config, check_config, load_config, main
 
 RECIPES = sorted(ROOT.glob("records/*/*/recipe.toml"))
 
@@ -120,3 +123,40 @@ def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().eval.stride = 3
     assert EvalConfig() == Config().eval
+
+
+def test_help_explains_every_section_and_every_field(capsys):
+    """What a newcomer types: --help, --help SECTION, --help FIELD, with or without the section."""
+    for name in ("", *(section.name for section in dataclasses.fields(Config)), *config_fields(Config)):
+        with pytest.raises(SystemExit) as ended:
+            main(["--help", name] if name else ["--help"])
+        said = capsys.readouterr().out
+        assert ended.value.code == 0 and (not name or said.startswith(f"{name}:"))
+        assert max(map(len, said.splitlines())) <= 110 or "recipes that change it" in said
+    for name in config_fields(Config):  # each in its section, and in the overview
+        assert name.partition(".")[2] in describe_sections(Config)
+        assert f"  {name.partition('.')[2]} = " in describe_section(Config, name.partition(".")[0])
+
+
+def test_help_on_a_field_says_range_unit_default_contest_name_and_recipes():
+    """Everything that is known of it; recipes that leave it at its default are not listed."""
+    said = explain(Config, "max_wallclock_seconds")
+    for part in ("default      600.0", "at least 0", "unit         seconds", "MAX_WALLCLOCK_SECONDS", "free"):
+        assert part in said
+    said = explain(Config, "quant.method")
+    assert "2026-04-30_ContextGrowth_3072: gptq" in said and "C_pr281" not in said
+    assert all(f"  {name} " in said and text in said for name, text in METHODS.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("num_layer", "Did you mean num_layers"),
+        ("zzz", "Sections are run, data"),
+        ("mode.", "expected a section or a field"),
+    ],
+)
+def test_help_on_what_is_no_field_says_what_is(name, message):
+    """A typo gets the nearest name."""
+    with pytest.raises(UserError, match=message):
+        explain(Config, name)

@@ -124,8 +124,10 @@ def _check_bounds(program: Program, name: str, value, settings: dict[str, ast.ex
 
 
 def _choices(program: Program, node: ast.expr) -> Fact:
-    """Return what a bound is; `tuple(TABLE)` and `(*TABLE, ...)` hold the table's keys."""
+    """Return what a bound is; `TABLE`, `tuple(TABLE)` and `(*TABLE, ...)` hold the table's keys."""
     match node:
+        case ast.Name() if isinstance(Scopes(program).look(node), Table):
+            return _choices(program, ast.Tuple([ast.Starred(node)]))
         case ast.Call(func=ast.Name(id="tuple"), args=[ast.Name() as name]):
             return _choices(program, ast.Tuple([ast.Starred(name)]))
         case ast.Tuple(elts=items) if any(isinstance(item, ast.Starred) for item in items):

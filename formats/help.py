@@ -1,0 +1,137 @@
+"""`--help`, `--help SECTION`, `--help FIELD`: what a config's field means, may be, and who changes it."""
+
+import argparse
+import dataclasses
+import difflib
+import textwrap
+from pathlib import Path
+
+from common import UserError
+from formats.recipe import config_fields, parse_value, read_recipe
+
+RECIPES = Path(__file__).resolve().parent.parent / "records"
+WIDTH = 100
+KINDS = {
+    bool: "0 or 1",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list: 3,4 or 1:2,3:4",
+}
+UNITS = {  # by the end of a field's name
+    "seconds": "seconds",
+    "s": "seconds",
+    "tokens": "tokens",
+    "len": "tokens",
+    "docs": "documents",
+    "bytes": "bytes",
+    "bits": "bits",
+    "dim": "channels",
+    "steps": "steps",
+    "iters": "steps",
+    "frac": "a fraction",
+    "epochs": "passes",
+}
+
+
+class FieldHelp(argparse.Action):
+    """`--help [NAME]`: the command's help, or that of a section or a field of its config."""
+
+    def __init__(self, option_strings, dest, config=None, **settings):
+        super().__init__(option_strings, dest, nargs="?", metavar="NAME", **settings)
+        self.config = config
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(explain(self.config, values) if values else parser.format_help().rstrip())
+        parser.exit()
+
+
+def explain(config, name: str) -> str:
+    """Explain a section, or a field by its name with or without the section."""
+    known = config_fields(config)
+    sections = {section.name: section.type for section in dataclasses.fields(config)}
+    if name in sections:
+        return describe_section(config, name)
+    matching = [full for full in known if name in (full, full.partition(".")[2])]
+    if len(matching) == 1:
+        return describe_field(matching[0], known[matching[0]])
+    if matching:
+        raise UserError(f"--help {name}: expected one field, found {' and '.join(matching)}. Name one.")
+    words = [*sections, *known, *(full.partition(".")[2] for full in known)]
+    near = difflib.get_close_matches(name, words, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Sections are {', '.join(sections)}."
+    raise UserError(f"--help {name}: expected a section or a field, found neither. {hint}")
+
+
+def describe_sections(config) -> str:
+    """List the sections with the names of their fields, for --help."""
+    lines = ["fields, as section.key=value (`--help SECTION` lists them, `--help FIELD` explains one):", ""]
+    for section in dataclasses.fields(config):
+        lines.append(f"  {section.name}: {section.type.__doc__.splitlines()[0]}")
+        names = " ".join(item.name for item in dataclasses.fields(section.type))
+        lines += [*textwrap.wrap(names, WIDTH, initial_indent=4 * " ", subsequent_indent=4 * " "), ""]
+    return "\n".join(lines).rstrip()
+
+
+def describe_section(config, name: str) -> str:
+    """List the fields of a section with default, meaning, range and the contest's name."""
+    section = next(section.type for section in dataclasses.fields(config) if section.name == name)
+    lines = [f"{name}: {section.__doc__.splitlines()[0]}"]
+    lines += ["field = default: meaning; range [the contest's name]", ""]
+    for item in dataclasses.fields(section):
+        env = f" [{item.metadata['env']}]" if item.metadata["env"] else ""
+        limits = "; ".join(filter(None, (item.metadata["help"], describe_range(item, brief=True))))
+        text = f"{item.name} = {format_value(item.default)}: {limits}{env}"
+        lines += textwrap.wrap(text, WIDTH, initial_indent=2 * " ", subsequent_indent=8 * " ")
+    return "\n".join(lines)
+
+
+def describe_field(name: str, item: dataclasses.Field) -> str:
+    """Explain a field: meaning, default, range, unit, the contest's name and the recipes that change it."""
+    packed = {True: "free", False: "fixed by the recipe", "auto": "free, unless the recipe sets it"}
+    unit = UNITS.get(item.name.rpartition("_")[2], "") if item.type in (int, float) else ""
+    rows = {
+        "default": format_value(item.default),
+        "values": describe_range(item),
+        "unit": unit,
+        "environment": item.metadata["env"] and f"{item.metadata['env']}, as in the contest",
+        "once packed": packed[item.metadata["live"]],
+    }
+    lines = [f"{name}: {item.metadata['help']}"]
+    lines += [f"  {label:<13}{value}" for label, value in rows.items() if value]
+    if isinstance(item.metadata["choices"], dict):
+        width = max(map(len, item.metadata["choices"]))
+        lines += [f"    {key:<{width}}  {text}" for key, text in item.metadata["choices"].items()]
+    found = recipes_with(name, item)
+    lines += ["  recipes that change it:"] if found else []
+    lines += [f"    {recipe}: {value}" for recipe, value in found.items()]
+    return "\n".join(lines)
+
+
+def describe_range(item: dataclasses.Field, brief: bool = False) -> str:
+    """Say what a field may be; briefly: only what its default does not show."""
+    low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
+    if choices:
+        return " | ".join(choices)
+    bounds = {(True, True): f"from {low} to {high}", (True, False): f"at least {low}"}
+    bounds |= {(False, True): f"at most {high}", (False, False): ""}
+    limit = bounds[low is not None, high is not None]
+    return limit if brief else ", ".join(filter(None, (KINDS[item.type], limit)))
+
+
+def format_value(value) -> str:
+    """Write a value as the command line takes it."""
+    if isinstance(value, tuple):
+        items = [":".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in value]
+        return ",".join(items) or "''"
+    return str(int(value)) if isinstance(value, bool) else str(value) or "''"
+
+
+def recipes_with(name: str, item: dataclasses.Field) -> dict[str, str]:
+    """Map the recipes in records/ that change a field from its default to its value there."""
+    found = {}
+    for path in sorted(RECIPES.glob("*/*/recipe.toml")):
+        value = parse_value(read_recipe(path).get(name, item.default), item.type)
+        if value != item.default:
+            found[str(path.parent.relative_to(RECIPES.parent))] = format_value(value)
+    return found
