@@ -12,6 +12,7 @@ import pytest
 import torch
 from fixtures_data import serve_fake_hub
 from fixtures_model import TINY, run_python
+from fixtures_packing import leave_stand_in
 
 import train_gpt
 from common import UserError
@@ -30,7 +31,7 @@ def run_folder(tiny_data, tmp_path_factory) -> Path:
     places = {"data.data_path": str(tiny_data), "data.tokenizer_path": str(tiny_data / "tokenizer.model")}
     values = {"run.out_dir": str(out), "run.run_id": "tiny", "run.save_every": 6, "run.val_loss_every": 3}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "weigh_code", lambda folder: (1, ""))  # packing is not the matter here
+        patch.setattr(train_gpt, "weigh_code", leave_stand_in)
         train_gpt.run(with_values(Config(), TINY | places | values, "test"), Environment({}))
     return out / "tiny"
 

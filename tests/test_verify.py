@@ -235,7 +235,7 @@ def test_shared_tokenizers_pass_on_shared_text(name, token_bytes, capsys):
 
 
 def test_a_run_carries_the_digest_of_the_report_beside_its_shards(
-    tiny_config, tiny_data, tmp_path, monkeypatch
+    tiny_config, tiny_data, tmp_path, stand_in_program
 ):
     """A reader of a result must find which proof of its tokenizer it rests on; a false one stops the run."""
     folder = tmp_path / "data"
@@ -243,7 +243,6 @@ def test_a_run_carries_the_digest_of_the_report_beside_its_shards(
     report = verify_codec(load_codec(folder / "tokenizer.model"), DOCUMENTS)
     write_json(folder / "tokenizer_report.json", report)
     cfg = with_values(tiny_config, {"data.data_path": str(folder), "run.iterations": 1}, "test")
-    monkeypatch.setattr(train_gpt, "weigh_code", lambda folder: (1, ""))
     train_gpt.run(cfg, train_gpt.Environment({}))
     run = Path(cfg.run.out_dir) / cfg.run.run_id
     assert json.loads((run / "result.json").read_text())["tokenizer_report"] == report["digest"]
