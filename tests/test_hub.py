@@ -21,6 +21,11 @@ from formats.recipe import with_values
 from scoring.generate import Sampling
 from train_gpt import ARTIFACT_NAME, CHECKPOINT_NAME, Config, Environment
 
+SAMPLE_WITHOUT_PAUSES = """
+import runpy, time
+time.sleep = lambda seconds: None
+runpy.run_module("eval.sample", run_name="__main__", alter_sys=True)
+"""
 SAVED = {"config.json", "model.safetensors", "stats.json", "loss.svg", "tokenizer.model"}
 
 
@@ -132,11 +137,11 @@ def test_a_hub_id_downloads_loads_and_generates(saved, tmp_path):
 
 @pytest.mark.parametrize("state", ["unknown", "offline", "unreachable"])
 def test_a_hub_without_the_model_is_one_error_that_says_what_helps(tmp_path, state):
-    """An unknown id, no network by choice, no server."""
+    """An unknown id, no network by choice, no server: the client's five tries go without their pauses."""
     extra = {"offline": {"HF_HUB_OFFLINE": "1"}, "unreachable": {"HF_ENDPOINT": "http://127.0.0.1:9"}}
     with serve_fake_hub() as hub:
         env = hub_environment(hub, tmp_path) | extra.get(state, {})
-        result = run_python("-m", "eval.sample", "someone/none", env=env)
+        result = run_python("-c", SAMPLE_WITHOUT_PAUSES, "someone/none", env=env)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert ("Check the spelling" if state == "unknown" else "HF_ENDPOINT") in result.stderr
 
