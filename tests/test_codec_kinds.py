@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fixtures_data import SIZES, small_texts, train_small_kind
+from fixtures_model import recipe, shape_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_architecture import recipe, shape_of
 
 from common import UserError
 from data.codecs import load_codec

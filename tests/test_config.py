@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from fixtures_model import ROOT
+from fixtures_model import RECIPES, ROOT
 
 from common import UserError
 from formats.recipe import (
@@ -16,8 +16,6 @@ from formats.recipe import (
     with_values,
 )
 from train_gpt import Config, EvalConfig, check_config, load_config
-
-RECIPES = sorted(ROOT.glob("records/*/*/recipe.toml"))
 
 
 def test_later_sources_win(tmp_path):

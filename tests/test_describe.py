@@ -3,14 +3,13 @@
 import json
 
 import pytest
-from fixtures_model import ROOT, run_python
+from fixtures_model import RECIPES, ROOT, run_python
 
 import train_gpt
 from common import UserError
 
 B = ROOT / "records/reference_systems/B_bese288/recipe.toml"
 C = ROOT / "records/reference_systems/C_pr281/recipe.toml"
-RECIPES = sorted((ROOT / "records").glob("*/*/recipe.toml"))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_data import small_texts
-from test_sliding import bigram_logits
+from fixtures_model import bigram_logits
 
 from common import UserError
 from eval.domains import domain_documents, format_domains, parse_domains, read_domain, score_domains
