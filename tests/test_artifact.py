@@ -1,27 +1,22 @@
 """Quantization and the artifact file: round trips, the ledger, damage."""
 
 import copy
-import hashlib
 import importlib.util
-import json
 import random
 import shutil
 import struct
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from fixtures_artifact import put_together, take_apart
 from fixtures_model import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import UserError
 from formats.artifact import (
-    ARTIFACT_MAGIC,
     ARTIFACT_PREFIX,
-    ARTIFACT_VERSION,
-    CHECKSUM_BYTES,
     PLAIN_CODECS,
     STREAM_CODECS,
     ArtifactError,
@@ -305,26 +300,6 @@ def test_a_flipped_bit_anywhere_is_refused(artifact):
         damaged[position] ^= 1 << position % 8
         with pytest.raises(ArtifactError):
             unpack_artifact(bytes(damaged), path)
-
-
-def take_apart(blob: bytes) -> tuple[dict, bytes]:
-    """Return an artifact's header and its streams back to back."""
-    _, _, stored, _ = ARTIFACT_PREFIX.unpack_from(blob)
-    header = json.loads(zlib.decompress(blob[ARTIFACT_PREFIX.size : ARTIFACT_PREFIX.size + stored]))
-    return header, blob[ARTIFACT_PREFIX.size + stored : -CHECKSUM_BYTES]
-
-
-def sign(body: bytes) -> bytes:
-    """Add the checksum that a body asks for."""
-    return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES]
-
-
-def put_together(header: dict, streams: bytes) -> bytes:
-    """Return a file of this header and these streams with lengths and checksum made right."""
-    raw = json.dumps(header).encode()
-    packed = zlib.compress(raw, 9)
-    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed), len(raw))
-    return sign(prefix + packed + streams)
 
 
 def forge(path, change) -> None:

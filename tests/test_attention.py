@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fixtures_attention import PACKAGES, dense_kernel, install
+from fixtures_attention import PACKAGES, dense_kernel, install, pretend
 
 import kernels.attention
 from common import UserError
@@ -66,13 +66,6 @@ def once_fast(names: dict) -> list:
     """Tracing takes half a second: the masks of neither and of both fast, those of one alone slow."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in ("window", "documents") else name
             for name in names]  # fmt: skip
-
-
-def pretend(monkeypatch, backend: str) -> None:
-    """Install a package's stand-in and let its backend run here."""
-    install(monkeypatch, backend)
-    here = BACKENDS[backend]._replace(devices=("cpu",), dtypes=(torch.float32, torch.float64))
-    monkeypatch.setitem(BACKENDS, backend, here)
 
 
 # What attention is

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from fixtures_attention import PACKAGES, install, torch_varlen_kernel
-from test_attention import pretend
+from fixtures_attention import PACKAGES, install, pretend, torch_varlen_kernel
 
 import kernels.attention
 from formats.recipe import with_values

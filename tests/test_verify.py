@@ -3,13 +3,12 @@
 import copy
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_data import SIZES, small_texts
+from fixtures_data import SIZES, corpora, needs_corpora, shared, small_texts
 
 import data.tokenizer
 import train_gpt
@@ -215,9 +214,7 @@ def test_the_report_command_compares_tokenizers_on_one_text(trained, source, cap
     assert [row[4] for row in cells[2:]] == [f"{row['bytes_per_token']:.4f}" for row in rows]
 
 
-@pytest.mark.skipif(
-    "GOLF_CORPORA" not in os.environ, reason="GOLF_CORPORA does not name a folder of shared text"
-)
+@needs_corpora
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "token_bytes"),
@@ -228,8 +225,7 @@ def test_the_report_command_compares_tokenizers_on_one_text(trained, source, cap
 )  # fmt: skip
 def test_shared_tokenizers_pass_on_shared_text(name, token_bytes, capsys):
     """Every tokenizer of the contest and the reference systems, on 4.2 MB of C4."""
-    folder = Path(os.environ["GOLF_CORPORA"])
-    arguments = ["--tokenizer", str(folder / "tokenizers" / name), "--input", str(folder / "c4_val.jsonl")]
+    arguments = ["--tokenizer", str(shared(name)), "--input", str(corpora() / "c4_val.jsonl")]
     assert data.tokenizer.main(["verify", *arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["token_bytes"] == token_bytes
 
