@@ -250,7 +250,9 @@ def test_no_switch_looks_ahead(tiny_config, values):
 
 
 @pytest.mark.parametrize(
-    "values", [*SWITCHES, {"model.context_ratio": 2}], ids=lambda values: ",".join(map(str, values.items()))
+    "values",
+    [{}, *SWITCHES, {"model.context_ratio": 2}],
+    ids=lambda values: ",".join(map(str, values.items())) or "plain",
 )
 @pytest.mark.parametrize("backend", ["sdpa", "blocked", "math"])
 def test_predicting_late_positions_alone_changes_nothing(tiny_config, values, backend):
