@@ -6,6 +6,7 @@ import pytest
 import torch
 from fixtures_data import SIZES, titled_texts, train_small_kind, train_small_tokenizer
 from fixtures_model import TINY, TINY_VOCAB, make_documents
+from fixtures_packing import leave_stand_in
 from hypothesis import settings
 
 import train_gpt
@@ -87,29 +88,10 @@ def tiny_config(tiny_data, tmp_path) -> Config:
     return with_values(Config(), TINY | paths, "test")
 
 
-@pytest.fixture(scope="session")
-def packed_program() -> list[tuple[bytes, str]]:
-    """The packed source that runs in this process share, once there is one."""
-    return []
-
-
-@pytest.fixture(autouse=True)
-def pack_once(monkeypatch, packed_program) -> None:
-    """Folding takes seconds: runs inside the tests weigh one packed program, whatever their recipe.
-
-    The command line, and what test_pack.py and test_fold.py say of packing, are untouched.
-    """
-    weigh = train_gpt.weigh_code
-
-    def weigh_once(folder: Path) -> tuple[int, str]:
-        if not packed_program:
-            _, note = weigh(folder)
-            packed_program.append(((folder / "train_gpt.py").read_bytes(), note))
-        program, note = packed_program[0]
-        (folder / "train_gpt.py").write_bytes(program)
-        return len(program), note
-
-    monkeypatch.setattr(train_gpt, "weigh_code", weigh_once)
+@pytest.fixture
+def stand_in_program(monkeypatch) -> None:
+    """Let runs in this process weigh a stand-in: without this fixture each packs its source, for seconds."""
+    monkeypatch.setattr(train_gpt, "weigh_code", leave_stand_in)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from kernels.attention import AttentionMask, math_attention, visible_keys
+from kernels.attention import BACKENDS, AttentionMask, math_attention, visible_keys
 
 
 def dense_kernel(q, k, v, *, causal, window_size):
@@ -105,3 +105,10 @@ def install(monkeypatch, backend: str) -> None:
         module.__path__ = []
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
+
+
+def pretend(monkeypatch, backend: str) -> None:
+    """Install a package's stand-in and let its backend run here."""
+    install(monkeypatch, backend)
+    here = BACKENDS[backend]._replace(devices=("cpu",), dtypes=(torch.float32, torch.float64))
+    monkeypatch.setitem(BACKENDS, backend, here)

@@ -1,13 +1,17 @@
-"""What the data tests share: small text, a small lossless tokenizer, and a hub on this machine."""
+"""What the data tests share: small and shared text, small tokenizers, and a hub on this machine."""
 
 import hashlib
 import http.server
+import json
+import os
 import random
 import re
 import threading
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from data.train_tokenizer import TRAINERS, train_tokenizer
 
@@ -18,6 +22,27 @@ WORDS = (
     "def return import class value number 1024 16 = + ; "
     "caf\u00e9 na\u00efve \u4e2d\u6587 \U0001f600 e\u0301 x\u3000y"
 )
+
+
+needs_corpora = pytest.mark.skipif(
+    "GOLF_CORPORA" not in os.environ, reason="GOLF_CORPORA does not name a folder of shared text"
+)
+
+
+def corpora() -> Path:
+    """The folder of shared text and tokenizers, for tests that `needs_corpora` marks."""
+    return Path(os.environ["GOLF_CORPORA"])
+
+
+def shared(name: str) -> Path:
+    """The path of a shared tokenizer."""
+    return corpora() / "tokenizers" / name
+
+
+def shared_texts() -> list[str]:
+    """The documents of the shared validation text: 4.2 MB of C4."""
+    with open(corpora() / "c4_val.jsonl", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
 
 
 def small_texts(num_texts: int = 60, seed: int = 0) -> list[str]:

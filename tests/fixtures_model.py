@@ -1,15 +1,17 @@
-"""The tiny configuration of the tests, and how to run commands."""
+"""The tiny configuration and the recipes of the tests, small models, and how to run commands."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from formats.recipe import config_fields, config_value
-from train_gpt import Config
+from train_gpt import GPT, Config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(ROOT.glob("records/*/*/recipe.toml"))
 TINY_VOCAB = 300
 TINY = {
     "run.compile": "off",
@@ -38,6 +40,34 @@ def make_documents(count: int, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     words = ["".join(rng.choice(list("abcdefgh"), size=rng.integers(2, 7))) for _ in range(200)]
     return [" ".join(rng.choice(words, size=rng.integers(20, 60))) + f". {seed}-{i}\n" for i in range(count)]
+
+
+def recipe(name: str) -> Config:
+    """Load a recipe of records/ by its folders."""
+    return load_config(str(ROOT / "records" / name / "recipe.toml"), {}, [])
+
+
+def shape_of(cfg: Config) -> GPT:
+    """Build a model without memory."""
+    with torch.device("meta"):
+        return GPT(cfg.model, cfg.data.vocab_size)
+
+
+def build_random(cfg: Config) -> GPT:
+    """Build a tiny model whose every weight is a fixed wave, so that no branch is silent."""
+    torch.manual_seed(0)
+    model = GPT(cfg.model, 300)
+    with torch.no_grad():
+        for param in model.parameters():
+            wave = torch.sin(1.7 * torch.arange(param.numel()).float() + param.ndim + 0.5)
+            param.add_(0.3 * wave.view(param.shape))
+    return model
+
+
+def bigram_logits(vocab_size=11, seed=0):
+    """A scorer without weights: a random table of next-token logits."""
+    table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed))
+    return lambda tokens, starts_doc, first: table[tokens[:, first:]]
 
 
 def as_overrides(cfg: Config) -> list[str]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures_model import ROOT
+from fixtures_model import build_random, recipe, shape_of
 from fixtures_numbers import assert_close_at_scale
 
 from common import UserError
@@ -18,7 +18,6 @@ from train_gpt import (
     StepRates,
     check_config,
     layer_plan,
-    load_config,
     match_rules,
     num_skips,
     recur_passes_at,
@@ -89,27 +88,6 @@ SWITCHES = [
     {"model.logit_softcap": 0.0},
     {"model.asymmetric_softcap": True},
 ]
-
-
-def recipe(name: str) -> Config:
-    return load_config(str(ROOT / "records" / name / "recipe.toml"), {}, [])
-
-
-def shape_of(cfg: Config) -> GPT:
-    """Build a model without memory."""
-    with torch.device("meta"):
-        return GPT(cfg.model, cfg.data.vocab_size)
-
-
-def build_random(cfg: Config) -> GPT:
-    """Build a tiny model whose every weight is a fixed wave, so that no branch is silent."""
-    torch.manual_seed(0)
-    model = GPT(cfg.model, 300)
-    with torch.no_grad():
-        for param in model.parameters():
-            wave = torch.sin(1.7 * torch.arange(param.numel()).float() + param.ndim + 0.5)
-            param.add_(0.3 * wave.view(param.shape))
-    return model
 
 
 @pytest.mark.parametrize("name, expected", COUNTS.items())
@@ -272,7 +250,9 @@ def test_no_switch_looks_ahead(tiny_config, values):
 
 
 @pytest.mark.parametrize(
-    "values", [*SWITCHES, {"model.context_ratio": 2}], ids=lambda values: ",".join(map(str, values.items()))
+    "values",
+    [{}, *SWITCHES, {"model.context_ratio": 2}],
+    ids=lambda values: ",".join(map(str, values.items())) or "plain",
 )
 @pytest.mark.parametrize("backend", ["sdpa", "blocked", "math"])
 def test_predicting_late_positions_alone_changes_nothing(tiny_config, values, backend):

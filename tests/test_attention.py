@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fixtures_attention import PACKAGES, dense_kernel, install
+from fixtures_attention import PACKAGES, dense_kernel, install, pretend
 
 import kernels.attention
 from common import UserError
@@ -62,11 +62,10 @@ def with_gradients(backend: str, spec: MaskSpec, heads: tuple[int, int], compile
     return [y, *torch.autograd.grad(y, (q, k, v), dy)]
 
 
-def pretend(monkeypatch, backend: str) -> None:
-    """Install a package's stand-in and let its backend run here."""
-    install(monkeypatch, backend)
-    here = BACKENDS[backend]._replace(devices=("cpu",), dtypes=(torch.float32, torch.float64))
-    monkeypatch.setitem(BACKENDS, backend, here)
+def once_fast(names: dict) -> list:
+    """Tracing takes half a second: the masks of neither and of both fast, those of one alone slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in ("window", "documents") else name
+            for name in names]  # fmt: skip
 
 
 # What attention is
@@ -121,7 +120,7 @@ def test_blocks_need_no_whole_number(seq_len):
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", once_fast(SPECS))
 @pytest.mark.parametrize("backend", [*ON_CPU, "math"])
 def test_traced_as_one_graph_it_computes_the_same(backend, name):
     """Training compiles with fullgraph=True: a mask that breaks the graph stops the run."""
@@ -217,15 +216,25 @@ def test_too_many_documents_stop_the_program(compiled):
 # Kernels from elsewhere
 
 
+def assert_package_equals_math(monkeypatch, backend: str, name: str, compiled: bool) -> None:
+    expected = with_gradients("math", SPECS[name], (4, 2))
+    pretend(monkeypatch, backend)
+    found = with_gradients(backend, SPECS[name], (4, 2), compiled)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("backend", PACKAGES)
 def test_packages_get_what_they_expect(monkeypatch, backend, name):
-    """Argument names, shapes, windows and offsets, in one graph, against stand-ins with their signatures."""
-    expected = with_gradients("math", SPECS[name], (4, 2))
-    pretend(monkeypatch, backend)
-    for compiled in (False, True):
-        found = with_gradients(backend, SPECS[name], (4, 2), compiled)
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    """Argument names, shapes, windows and offsets, against stand-ins with their signatures."""
+    assert_package_equals_math(monkeypatch, backend, name, compiled=False)
+
+
+@pytest.mark.parametrize("name", once_fast(SPECS))
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_packages_are_called_from_one_graph(monkeypatch, backend, name):
+    """The same, traced: a wrapper that breaks the graph stops a compiled training."""
+    assert_package_equals_math(monkeypatch, backend, name, compiled=True)
 
 
 def test_torch_varlen_repeats_heads_where_it_must(monkeypatch):

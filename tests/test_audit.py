@@ -12,37 +12,14 @@ from pathlib import Path
 
 import brotli
 import pytest
+from fixtures_audit import BYTES_PER_TOKEN, SOURCE, evidence, score_line, verdicts, write_folder
 
 from audit.__main__ import audit_folder, main
 from audit.table import CHECKS
 from eval.logs import headlines, parse_log
 from pack.program import wrap
 
-BYTES_PER_TOKEN = 151_080_000 / 62_021_632
 SCORES = {1337: 1.15012345, 42: 1.15112345, 2025: 1.14912345}
-SOURCE = """import os
-import numpy as np
-import torch
-
-
-class Hyperparameters:
-    num_layers = int(os.environ.get("NUM_LAYERS", 9))
-    ngram_order = int(os.environ.get("NGRAM_ORDER", 0))
-
-
-def main():
-    args = Hyperparameters()
-    weights = torch.zeros(args.num_layers)
-    torch.save(weights, "final_model.pt")
-
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-def score_line(label, bpb, per_token=BYTES_PER_TOKEN, extra=""):
-    return f"{label} val_loss:{bpb * math.log(2) * per_token:.8f} val_bpb:{bpb:.8f}{extra}\n"
 
 
 def make_log(seed, bpb=None, **changes):
@@ -78,26 +55,6 @@ def clean_files():
         "submission.json": submission,
         "README.md": f"# Clean\n\nMean val_bpb {mean:.5f} over three seeds.\n",
     }
-
-
-def write_folder(root: Path, files: dict, track="track_10min_16mb", name="2026-05-01_Clean") -> Path:
-    folder = root / track / name
-    for path, content in files.items():
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(content) if isinstance(content, dict) else content
-        target.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
-
-
-def verdicts(folder: Path) -> dict[str, str]:
-    return {check.id: finding.verdict for check, finding in audit_folder(folder)}
-
-
-def evidence(folder: Path, check_id: str) -> str:
-    return next(
-        "; ".join(finding.evidence) for check, finding in audit_folder(folder) if check.id == check_id
-    )
 
 
 def wrap_source(source: str) -> str:

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_data import titled_texts
-from fixtures_model import TINY
+from fixtures_audit import SOURCE, evidence, score_line, verdicts, write_folder
+from fixtures_data import needs_corpora, shared, shared_texts, titled_texts
+from fixtures_model import TINY, recipe
 from fixtures_reference import contest_windows
-from test_architecture import recipe
-from test_audit import SOURCE, evidence, score_line, verdicts, write_folder
-from test_codec_kinds import needs_corpora, shared, shared_texts
 
 import data.prepare
 import data.tokenizer

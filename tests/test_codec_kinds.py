@@ -1,7 +1,6 @@
 """Byte, byte-level BPE, BESE and CaseOps codecs: what comes back, what each token counts, vectors."""
 
 import json
-import os
 import sys
 from base64 import b64encode
 from itertools import islice, pairwise, product
@@ -9,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_data import SIZES, small_texts, train_small_kind
+from fixtures_data import SIZES, needs_corpora, shared, shared_texts, small_texts, train_small_kind
+from fixtures_model import recipe, shape_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_architecture import recipe, shape_of
 
 from common import UserError
 from data.codecs import load_codec
@@ -44,18 +43,6 @@ TEXTS = (
     | st.lists(st.sampled_from(small_texts(4)), max_size=2).map("".join)
 )
 PROPERTY = settings(deadline=None, max_examples=100)
-needs_corpora = pytest.mark.skipif(
-    "GOLF_CORPORA" not in os.environ, reason="GOLF_CORPORA does not name a folder of shared text"
-)
-
-
-def shared(name: str) -> Path:
-    return Path(os.environ["GOLF_CORPORA"]) / "tokenizers" / name
-
-
-def shared_texts() -> list[str]:
-    with open(Path(os.environ["GOLF_CORPORA"]) / "c4_val.jsonl", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
 
 
 # ---- Every kind -------------------------------------------------------------------------------------

@@ -1,13 +1,9 @@
 """Codecs: text comes back byte for byte, and every byte is counted once."""
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import sentencepiece
-from fixtures_data import small_texts
+from fixtures_data import needs_corpora, shared, shared_texts, small_texts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -166,15 +162,10 @@ def test_tokenizer_files_that_cannot_be_used_are_user_errors(lossless_model, tmp
         load_codec(lossless_model, vocab_size=1024)
 
 
-@pytest.mark.skipif(
-    "GOLF_CORPORA" not in os.environ, reason="GOLF_CORPORA does not name a folder of shared text"
-)
+@needs_corpora
 def test_the_contests_tokenizer_counts_the_known_bytes_of_shared_text():
     """The contest's rule loses 184 of these bytes to normalisation; another count is another score."""
-    folder = Path(os.environ["GOLF_CORPORA"])
-    codec = load_codec(folder / "tokenizers" / "fineweb_1024_bpe.model", vocab_size=1024)
-    with open(folder / "c4_val.jsonl", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
+    codec, texts = load_codec(shared("fineweb_1024_bpe.model"), vocab_size=1024), shared_texts()
     counted = 0
     for ids in codec.encode_batch(texts, num_threads=2):
         counted += int(codec.token_bytes(np.concatenate([[codec.bos_id], ids])).sum())

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from fixtures_model import ROOT
+from fixtures_model import RECIPES, ROOT
 
 from common import UserError
 from formats.help import describe_section, describe_sections, explain
@@ -19,8 +19,6 @@ from formats.recipe import (
 from quantizers.config import METHODS
 from scoring.config import EvalConfig
 from train_gpt import Config, check_config, load_config, main
-
-RECIPES = sorted(ROOT.glob("records/*/*/recipe.toml"))
 
 
 def test_later_sources_win(tmp_path):

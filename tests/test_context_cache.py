@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fixtures_model import build_random, recipe
 from fixtures_numbers import assert_close_at_scale
-from test_architecture import build_random, recipe
 
 from eval.decode import can_cache, decoding
 from formats.recipe import with_values

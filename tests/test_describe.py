@@ -3,25 +3,38 @@
 import json
 
 import pytest
-from fixtures_model import ROOT, run_python
+from fixtures_model import RECIPES, ROOT, run_python
 
 import train_gpt
+from common import UserError
 
 B = ROOT / "records/reference_systems/B_bese288/recipe.toml"
 C = ROOT / "records/reference_systems/C_pr281/recipe.toml"
-RECIPES = sorted((ROOT / "records").glob("*/*/recipe.toml"))
 
 
-def describe(*args) -> dict:
-    result = run_python("train_gpt.py", "--describe", *args)
+@pytest.fixture
+def describe(capsys):
+    """Run the command in this process; returns its JSON object."""
+
+    def command(*args) -> dict:
+        capsys.readouterr()
+        train_gpt.main(["--describe", *map(str, args)])
+        return json.loads(capsys.readouterr().out)
+
+    return command
+
+
+def test_the_command_prints_one_line_of_json():
+    """Programs read standard output: nothing else may reach it, from the first import on."""
+    result = run_python("train_gpt.py", "--describe", "model.num_layers=7")
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 1
-    return json.loads(result.stdout)
+    assert json.loads(result.stdout)["config"]["model"]["num_layers"] == 7
 
 
 @pytest.mark.reference("B10")
 @pytest.mark.reference("B11")
-def test_schedule_rows_follow_the_published_log_of_system_b():
+def test_schedule_rows_follow_the_published_log_of_system_b(describe):
     """Learning-rate factor by elapsed time, momentum by step; overrides apply."""
     steps, times = "2500,2600,5000", "205038,255143,548881"
     found = describe("--recipe", B, "--steps", steps, "--elapsed-ms", times, "data.vocab_size=300")
@@ -34,7 +47,7 @@ def test_schedule_rows_follow_the_published_log_of_system_b():
 
 
 @pytest.mark.reference("C5")
-def test_schedule_rows_follow_the_published_log_of_system_c():
+def test_schedule_rows_follow_the_published_log_of_system_c(describe):
     """Warmdown of 3,000 steps at the average pace."""
     found = describe(
         "--recipe", C, "--steps", "7000,7500,8000,9000", "--elapsed-ms", "459392,492293,525214,591423"
@@ -68,7 +81,7 @@ def test_estimated_bytes_follow_the_codes():
 
 
 @pytest.mark.reference("D11")
-def test_a_large_model_is_described_without_memory():
+def test_a_large_model_is_described_without_memory(describe):
     """373 million parameters on the meta device: no weight is allocated."""
     folder = ROOT / "records/reference_systems/D_exp01/recipe.toml"
     found = describe("--recipe", folder, "--steps", "0,4000,4999,5000")
@@ -77,7 +90,7 @@ def test_a_large_model_is_described_without_memory():
     assert rates[:2] == [0.0, 1e-3] and rates[1] == rates[2] > rates[3]
 
 
-def test_schedule_rows_follow_the_stages():
+def test_schedule_rows_follow_the_stages(describe):
     """Row length, tokens and clip of a curriculum by step."""
     folder = ROOT / "records/reference_systems/E_yxanul197_ultra10/recipe.toml"
     rows = describe("--recipe", folder, "--steps", "1999,2000,139999,140000")["schedule"]
@@ -88,5 +101,5 @@ def test_schedule_rows_follow_the_stages():
 
 def test_times_must_match_steps():
     """A silent zip would drop rows."""
-    result = run_python("train_gpt.py", "--describe", "--steps", "1,2", "--elapsed-ms", "5")
-    assert result.returncode == 1 and "expected 2 times" in result.stderr
+    with pytest.raises(UserError, match="expected 2 times"):
+        train_gpt.main(["--describe", "--steps", "1,2", "--elapsed-ms", "5"])

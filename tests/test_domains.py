@@ -3,22 +3,19 @@
 import gzip
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fixtures_data import small_texts
-from test_sliding import bigram_logits
+from fixtures_data import corpora, needs_corpora, small_texts
+from fixtures_model import bigram_logits
 
 from common import UserError
 from eval.domains import domain_documents, format_domains, parse_domains, read_domain, score_domains
 from scoring.sliding import ScoreOptions
 
 pytestmark = pytest.mark.numeric
-
-CORPORA = os.environ.get("GOLF_CORPORA")
 
 
 def write_lines(path: Path, values: list) -> Path:
@@ -102,14 +99,14 @@ def test_surprise_ratios_average_to_one(files, lossless_codec):
     assert [line.split()[0] for line in format_domains(rows).splitlines()] == ["domain", *files]
 
 
-@pytest.mark.skipif(not CORPORA, reason="GOLF_CORPORA does not name a folder of shared text")
+@needs_corpora
 @pytest.mark.reference("E17")
 @pytest.mark.parametrize(
     ("file", "count"), [("c4_val.jsonl", 2000), ("gsm8k_test.jsonl", 1319), ("HumanEval.jsonl.gz", 164)]
 )
 def test_system_es_domains_have_their_counts(file, count):
     """All documents of the three files, not a sample."""
-    assert sum(1 for _ in domain_documents(Path(CORPORA, file))) == count
+    assert sum(1 for _ in domain_documents(corpora() / file)) == count
 
 
 def test_a_normalising_case_ops_model_counts_the_original_bytes(normalising_case_ops, tmp_path):

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fixtures_data import FakeHub, serve_fake_hub
+from fixtures_model import ROOT
 
 from common import UserError
 from data.download import Hub, download, find_source, hub_from_environment, local_path, plan_items
 from data.shards import write_shard
 
-ROOT = Path(__file__).resolve().parents[1]
 DATASET = "datasets/fineweb10B_sp1024"
 VAL = f"{DATASET}/fineweb_val_000000.bin"
 TRAIN = f"{DATASET}/fineweb_train_000000.bin"

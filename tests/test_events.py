@@ -79,7 +79,7 @@ def test_events_hold_what_was_written(tmp_path, step):
     assert second == {1: 13.5, 2: step + 1, 5: {"val/val_loss": 0.25}}
 
 
-def test_a_run_writes_what_its_metrics_say(tiny_config):
+def test_a_run_writes_what_its_metrics_say(tiny_config, stand_in_program):
     """The same losses as metrics.jsonl; none without the switch; a new run of the name starts anew."""
     cfg = with_values(tiny_config, {"watch.tensorboard": True}, "test")
     for _ in range(2):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fixtures_model import run_python
+from fixtures_model import RECIPES, ROOT, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +18,6 @@ from formats.recipe import format_toml
 from pack.program import bundle, pack, read_recipe
 from pack.specialize import specialize, specialize_tree
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted(ROOT.glob("records/*/*/recipe.toml"))
 HEADER = """
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple

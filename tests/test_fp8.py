@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
+from fixtures_model import recipe, shape_of
 from fixtures_numbers import assert_close_at_scale
-from test_architecture import recipe, shape_of
 
 import train_gpt
 from common import UserError
 from formats.recipe import with_values
 from formats.state import map_leaves
 from kernels.fp8 import BACKWARD, FORWARD, LARGEST, Fp8Gemm, Fp8Rule, Fp8State, require_fp8, to_fp8
-from train_gpt import Environment, Ranks, Training, fp8_linears
+from train_gpt import Training, fp8_linears
 
 pytestmark = pytest.mark.numeric
 
@@ -122,12 +122,12 @@ def test_forward_and_backward_are_the_slow_obvious_products():
     assert not torch.allclose(y, x @ weight.T, atol=1e-3)
 
 
-def test_emulated_training_stays_near_the_exact_and_resumes(tiny_config):
+def test_emulated_training_stays_near_the_exact_and_resumes(tiny_config, alone):
     """Twelve steps with calibration; state in the checkpoint; scored models compute exactly."""
     values = {"model.fp8_calibration_steps": 2, "model.fp8_history": 3, "run.iterations": 12}
     losses = {}
     for fp8 in ("off", "emulate"):
-        training = Training(with_values(tiny_config, values | {"model.fp8": fp8}, "test"), one_process(), 0)
+        training = Training(with_values(tiny_config, values | {"model.fp8": fp8}, "test"), alone, 0)
         (phase,) = train_gpt.get_phases(training.cfg)
         losses[fp8] = []
         for step in range(12):
@@ -151,17 +151,13 @@ def test_emulated_training_stays_near_the_exact_and_resumes(tiny_config):
     assert torch.equal(training.model.eval()(tokens, tokens == 0), plain.eval()(tokens, tokens == 0))
 
 
-def one_process() -> Ranks:
-    return Ranks(Environment({}), "cpu")
-
-
-def test_what_cannot_be_8_bit_is_refused(tiny_config):
+def test_what_cannot_be_8_bit_is_refused(tiny_config, alone):
     """The option that helps is named."""
     odd = with_values(tiny_config, {"model.fp8": "emulate", "model.num_kv_heads": 1}, "test")
     with pytest.raises(UserError, match=r"attn\.k is 8 x 32, expected multiples of 16.*model\.fp8=off"):
-        Training(odd, one_process(), 0)
+        Training(odd, alone, 0)
     with pytest.raises(UserError, match=r"CUDA device of capability.*model\.fp8=emulate"):
-        Training(with_values(tiny_config, {"model.fp8": "gemm"}, "test"), one_process(), 0)
+        Training(with_values(tiny_config, {"model.fp8": "gemm"}, "test"), alone, 0)
 
 
 @pytest.mark.gpu

@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from fixtures_artifact import put_together, sign, take_apart
 from fixtures_model import TINY
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_artifact import put_together, sign, take_apart
 
 from common import UserError
 from formats.artifact import CHECKSUM_BYTES, LARGEST_FILE, PLAIN_CODECS, ArtifactError, compress

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fixtures_data import serve_fake_hub
 from fixtures_model import TINY, run_python
+from fixtures_packing import leave_stand_in
 
 import train_gpt
 from common import UserError
@@ -20,6 +21,11 @@ from formats.recipe import with_values
 from scoring.generate import Sampling
 from train_gpt import ARTIFACT_NAME, CHECKPOINT_NAME, Config, Environment
 
+SAMPLE_WITHOUT_PAUSES = """
+import runpy, time
+time.sleep = lambda seconds: None
+runpy.run_module("eval.sample", run_name="__main__", alter_sys=True)
+"""
 SAVED = {"config.json", "model.safetensors", "stats.json", "loss.svg", "tokenizer.model"}
 
 
@@ -30,7 +36,7 @@ def run_folder(tiny_data, tmp_path_factory) -> Path:
     places = {"data.data_path": str(tiny_data), "data.tokenizer_path": str(tiny_data / "tokenizer.model")}
     values = {"run.out_dir": str(out), "run.run_id": "tiny", "run.save_every": 6, "run.val_loss_every": 3}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "weigh_code", lambda folder: (1, ""))  # packing is not the matter here
+        patch.setattr(train_gpt, "weigh_code", leave_stand_in)
         train_gpt.run(with_values(Config(), TINY | places | values, "test"), Environment({}))
     return out / "tiny"
 
@@ -131,11 +137,11 @@ def test_a_hub_id_downloads_loads_and_generates(saved, tmp_path):
 
 @pytest.mark.parametrize("state", ["unknown", "offline", "unreachable"])
 def test_a_hub_without_the_model_is_one_error_that_says_what_helps(tmp_path, state):
-    """An unknown id, no network by choice, no server."""
+    """An unknown id, no network by choice, no server: the client's five tries go without their pauses."""
     extra = {"offline": {"HF_HUB_OFFLINE": "1"}, "unreachable": {"HF_ENDPOINT": "http://127.0.0.1:9"}}
     with serve_fake_hub() as hub:
         env = hub_environment(hub, tmp_path) | extra.get(state, {})
-        result = run_python("-m", "eval.sample", "someone/none", env=env)
+        result = run_python("-c", SAMPLE_WITHOUT_PAUSES, "someone/none", env=env)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert ("Check the spelling" if state == "unknown" else "HF_ENDPOINT") in result.stderr
 

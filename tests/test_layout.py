@@ -6,9 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from fixtures_model import run_python
+from fixtures_model import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parent.parent
 TRAINER = "train_gpt"
 # Each room may import those that it names, and what they may import; nothing else.
 ROOMS = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_architecture import recipe
+from fixtures_model import recipe
 
 from formats.recipe import with_values
 from quantizers.methods import build_grid

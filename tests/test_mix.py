@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from fixtures_model import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from common import UserError
 from pack.mix import DECODER_NAME, MAX_LENGTH, decode, decoder_text, encode
 from pack.program import PackingError, escape, pack, spell_ascii, unwrap, wrap
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "def double(number):\n\treturn number + number\nprint(double(21), __name__)\n"
 ASCII = st.text(st.characters(max_codepoint=127), max_size=60)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zstandard
 from fixtures_data import small_texts
+from fixtures_model import ROOT
 
 from common import UserError, run_command, sha256_file
 from data.codecs import load_codec
@@ -22,7 +23,6 @@ from data.prepare import Document, ShardWriter, main, read_documents, write_data
 from data.selection import difficulty, is_good
 from data.shards import find_shards, read_manifest, read_shard, write_shard
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXTS = small_texts(70, seed=1)
 
 

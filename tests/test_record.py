@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixtures_audit import verdicts
 from fixtures_model import TINY, make_documents, run_python
 
-from audit.__main__ import audit_folder
 from common import UserError, read_json, sha256_file, write_json
 from data.codecs import load_codec
 from data.prepare import Document, write_dataset
@@ -127,10 +127,6 @@ def old(tmp_path):
         (tmp_path / "old").mkdir(exist_ok=True)
         (tmp_path / "old" / f"train_seed{seed}.log").write_text(log_of(seed, SEEDS[seed] + 0.3))
     return tmp_path / "old"
-
-
-def verdicts(folder: Path, against: list[Path] | None = None) -> dict[str, str]:
-    return {check.id: finding.verdict for check, finding in audit_folder(folder, against)}
 
 
 def test_finished_runs_become_a_folder_that_passes_its_own_audit(made, old):

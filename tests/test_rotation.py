@@ -51,7 +51,9 @@ def test_seven_checkpoints_become_the_best_and_two_others(tmp_path, best):
     assert (tmp_path / BEST_NAME).read_bytes() == f"state {best}".encode()
 
 
-def test_a_run_keeps_its_best_checkpoint_and_resumes_from_a_numbered_one(tiny_config, tmp_path):
+def test_a_run_keeps_its_best_checkpoint_and_resumes_from_a_numbered_one(
+    tiny_config, tmp_path, stand_in_program
+):
     """At most two of six; a run that starts anew drops the old ones, a resumed one goes on with them."""
     values = {"run.save_every": 1, "run.val_loss_every": 1, "watch.keep_checkpoints": 2, "run.iterations": 6}
     cfg = with_values(tiny_config, values, "test")

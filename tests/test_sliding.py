@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from fixtures_model import bigram_logits
 from fixtures_numbers import assert_close_at_scale
 from fixtures_reference import score_reference, visible_start
 from hypothesis import given, settings
@@ -28,12 +29,6 @@ from train_gpt import EvalConfig, load_validation, score_model
 pytestmark = pytest.mark.numeric
 
 BOS = 1
-
-
-def bigram_logits(vocab_size=11, seed=0):
-    """A scorer without weights: a random table of next-token logits."""
-    table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed))
-    return lambda tokens, starts_doc, first: table[tokens[:, first:]]
 
 
 @given(st.integers(1, 400), st.integers(1, 64), st.integers(0, 64), st.booleans())

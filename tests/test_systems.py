@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures_model import build_random, recipe, shape_of
 from fixtures_numbers import assert_close_at_scale
-from test_architecture import build_random, recipe, shape_of
 
 from data.codecs import load_codec
 from data.prepare import Document, write_dataset

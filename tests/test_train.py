@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -14,17 +13,20 @@ import pytest
 import torch
 from fixtures_model import TINY, as_overrides, run_python
 from fixtures_numbers import assert_close_at_scale
+from fixtures_packing import UNPACKED, UNPACKED_ENVIRONMENT
 
 import kernels.attention
 import train_gpt
 from common import UserError, read_json
 from data.shards import HEADER_BYTES
+from eval.__main__ import main as evaluate
 from formats.recipe import with_values
 from formats.state import read_state
 from quantizers.grid import dequantize, quantize, stored_weights
 from scoring.budget import BudgetError
 from train_gpt import (
     CHECKPOINT_NAME,
+    Config,
     Environment,
     Log,
     Training,
@@ -38,6 +40,12 @@ from train_gpt import (
 
 ALONE = Environment({})
 
+# Runs in this process; those of the command line, in processes of their own, pack their source.
+pytestmark = pytest.mark.usefixtures("stand_in_program")
+
+
+TWENTY = {"run.iterations": 20, "optim.grad_clip_norm": 1.0}
+
 
 def losses(folder) -> list[float]:
     """Read the training losses of a run folder."""
@@ -46,18 +54,24 @@ def losses(folder) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def finished_run(tiny_data, tmp_path_factory):
-    """One whole run through the command line: (overrides, run folder, process result)."""
-    out = tmp_path_factory.mktemp("runs")
+def whole_config(tiny_data, tmp_path_factory) -> Config:
+    """The configuration of the one whole run: average, sliding score, six bits."""
     values = TINY | {
         "data.data_path": str(tiny_data), "data.tokenizer_path": str(tiny_data / "tokenizer.model"),
-        "run.out_dir": str(out), "run.run_id": "whole", "average.ema_decay": 0.9, "eval.mode": "sliding",
-        "eval.keep_tail": True, "quant.matrix_bits": 6, "quant.codec": "zstd", "quant.scale_floor": False,
+        "run.out_dir": str(tmp_path_factory.mktemp("runs")), "run.run_id": "whole",
+        "average.ema_decay": 0.9, "eval.mode": "sliding", "eval.keep_tail": True,
+        "quant.matrix_bits": 6, "quant.codec": "zstd", "quant.scale_floor": False,
     }  # fmt: skip
-    overrides = as_overrides(with_values(train_gpt.Config(), values, "test"))
+    return with_values(Config(), values, "test")
+
+
+@pytest.fixture(scope="module")
+def finished_run(whole_config):
+    """One whole run through the command line, packing included: (overrides, run folder, process result)."""
+    overrides = as_overrides(whole_config)
     result = run_python("train_gpt.py", *overrides)
     assert result.returncode == 0, result.stderr
-    return overrides, out / "whole", result
+    return overrides, Path(whole_config.run.out_dir) / "whole", result
 
 
 def test_the_log_has_the_lines_that_contest_tools_parse(finished_run):
@@ -120,7 +134,7 @@ def test_a_fresh_process_reproduces_the_score(finished_run):
     assert abs(score["val_bpb"] - read_json(folder / "result.json")["score"]["val_bpb"]) < 1e-6
 
 
-def test_a_recorded_score_that_is_not_reproduced_fails_eval(finished_run, tmp_path):
+def test_a_recorded_score_that_is_not_reproduced_fails_eval(finished_run, tmp_path, capsys):
     """make eval exits non-zero when the number differs, or when the artifact is another file."""
     _, folder, _ = finished_run
     forged = tmp_path / "forged"
@@ -128,12 +142,12 @@ def test_a_recorded_score_that_is_not_reproduced_fails_eval(finished_run, tmp_pa
     result = read_json(forged / "result.json")
     result["score"]["val_bpb"] += 1e-4
     (forged / "result.json").write_text(json.dumps(result))
-    process = run_python("-m", "eval", forged)
-    assert process.returncode == 1 and "not reproduced" in process.stderr
+    assert evaluate([str(forged)]) == 1
+    assert "not reproduced" in capsys.readouterr().err
     with open(forged / "artifact.bin", "ab") as file:
         file.write(b"x")
-    process = run_python("-m", "eval", forged)
-    assert process.returncode == 1 and "not the file that result.json describes" in process.stderr
+    with pytest.raises(UserError, match=r"not the file that result\.json describes"):
+        evaluate([str(forged)])
 
 
 @pytest.mark.packs
@@ -158,36 +172,31 @@ def test_the_packed_program_trains_and_scores_like_the_source_bit_for_bit(finish
     assert first["val_bpb"] == second["val_bpb"]
 
 
-def test_the_artifact_holds_the_averaged_weights(finished_run, alone):
+def test_the_artifact_holds_the_averaged_weights(finished_run, whole_config, alone):
     """EMA must be what is exported: the same run without it ends in other weights."""
-    overrides, folder, _ = finished_run
-    result = run_python("train_gpt.py", *overrides, "average.ema_decay=0", "run.run_id=raw")
-    assert result.returncode == 0, result.stderr
+    _, folder, _ = finished_run
+    train_gpt.run(with_values(whole_config, {"average.ema_decay": 0.0, "run.run_id": "raw"}, "test"), ALONE)
     raw = folder.parent / "raw"
     assert losses(raw) == losses(folder)
     averaged, last = (
-        load_artifact(path / "artifact.bin", train_gpt.Config(), alone.device)[0].state_dict()
-        for path in (folder, raw)
+        load_artifact(path / "artifact.bin", Config(), alone.device)[0].state_dict() for path in (folder, raw)
     )
     assert all(not torch.equal(averaged[name], last[name]) for name in averaged if name.endswith("weight"))
 
 
-@pytest.mark.packs
 @pytest.mark.numeric
-def test_two_ranks_train_like_one(finished_run):
+def test_two_ranks_train_like_one(whole_config):
     """The same global batch for any number of ranks; float32 throughout, Newton-Schulz included."""
-    overrides, folder, _ = finished_run
-    twenty = ["run.iterations=20", "optim.grad_clip_norm=1.0"]
-    one = run_python("train_gpt.py", *overrides, *twenty, "run.run_id=one")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
-    two = run_python(
-        *launcher, *overrides, *twenty, "run.run_id=two", env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert one.returncode == two.returncode == 0, two.stderr
-    ones, twos = (losses(folder.parent / name) for name in ("one", "two"))
+    one, two = (with_values(whole_config, TWENTY | {"run.run_id": name}, "test") for name in ("one", "two"))
+    train_gpt.run(one, ALONE)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", UNPACKED]
+    result = run_python(*launcher, *as_overrides(two), env=UNPACKED_ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    folders = [Path(cfg.run.out_dir) / cfg.run.run_id for cfg in (one, two)]
+    ones, twos = map(losses, folders)
     assert len(ones) == len(twos) == 20
     assert_close_at_scale(twos, ones, units=32)  # losses of 6 nats, sums over ranks in another order
-    a, b = (read_json(folder.parent / name / "result.json")["score"]["val_bpb"] for name in ("one", "two"))
+    a, b = (read_json(folder / "result.json")["score"]["val_bpb"] for folder in folders)
     assert a == pytest.approx(b, abs=1e-3)
 
 
@@ -440,13 +449,14 @@ def test_a_failed_run_leaves_no_result_of_an_older_one(tiny_config):
     assert not (folder / "result.json").exists() and not (folder / "artifact.bin").exists()
 
 
-def test_errors_are_one_message_and_a_status(tmp_path):
+def test_errors_are_one_message_and_a_status(capsys):
     """No traceback for what a user can break."""
     result = run_python("train_gpt.py", "model.num_layer=3")
     assert result.returncode == 1
     assert result.stderr.startswith("error: command line: unknown field") and "Traceback" not in result.stderr
-    result = run_python("train_gpt.py", "--recipee", "x")
-    assert result.returncode == 2 and "Did you mean --recipe?" in result.stderr
+    with pytest.raises(SystemExit, match="2"):
+        train_gpt.main(["--recipee", "x"])
+    assert "Did you mean --recipe?" in capsys.readouterr().err
 
 
 def test_a_world_size_that_does_not_divide_the_micro_batches_is_refused(tiny_config):
@@ -458,9 +468,9 @@ def test_a_world_size_that_does_not_divide_the_micro_batches_is_refused(tiny_con
 def test_loading_needs_only_the_artifact(finished_run, alone):
     """Settings come from the file: defaults of another shape must not leak in."""
     _, folder, _ = finished_run
-    model, cfg, _ = load_artifact(folder / "artifact.bin", train_gpt.Config(), alone.device)
+    model, cfg, _ = load_artifact(folder / "artifact.bin", Config(), alone.device)
     assert (cfg.model.num_layers, cfg.eval.mode, cfg.data.seq_len) == (3, "sliding", 16)
-    assert cfg.run == train_gpt.Config().run
+    assert cfg.run == Config().run
     assert sum(param.numel() for param in model.parameters()) > 10_000
 
 

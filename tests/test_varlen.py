@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from fixtures_attention import PACKAGES, install, torch_varlen_kernel
-from test_attention import pretend
+from fixtures_attention import PACKAGES, install, pretend, torch_varlen_kernel
 
 import kernels.attention
 from formats.recipe import with_values
@@ -90,21 +89,21 @@ def test_training_text_of_very_short_documents_trains(tiny_config, alone, launch
 
 
 def test_fillers_behind_short_documents_start_none(tiny_config, alone, launches):
-    """64 documents of 20 to 83 tokens in one batch: 64 pieces, although every filler is a BOS."""
+    """32 documents of 20 to 51 tokens in one batch: 32 pieces, although every filler is a BOS."""
     cfg = in_documents(tiny_config)
     model = Training(cfg, alone, BOS).model.eval()
     model.attention = "varlen"
-    lengths = np.arange(20, 84)
+    lengths = np.arange(20, 52)
     tokens = np.concatenate([*([BOS] + [9] * (length - 1) for length in lengths), [BOS]])
-    session = ScoringRun(tokens, WindowSettings(96, 16), ScoreOptions(BOS, 64 * 96), alone, Callbacks())
+    session = ScoringRun(tokens, WindowSettings(96, 16), ScoreOptions(BOS, 32 * 96), alone, Callbacks())
     launches.clear()
     outcome = score_lora(model, session, EvalConfig(lora_rank=2, lora_chunk_tokens=96))
     assert (outcome.nats > 0).all()
-    batches = [launch for launch in launches if launch.num_tokens == 64 * 83]
+    batches = [launch for launch in launches if launch.num_tokens == 32 * 51]
     assert len(batches) == cfg.model.num_layers
     for launch in batches:
-        assert launch.lengths == [83] * 64
-        assert launch.max_len == 83
+        assert launch.lengths == [51] * 32
+        assert launch.max_len == 51
 
 
 def test_fillers_change_no_score(tiny_config, alone):

@@ -3,13 +3,12 @@
 import copy
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_data import SIZES, small_texts
+from fixtures_data import SIZES, corpora, needs_corpora, shared, small_texts
 
 import data.tokenizer
 import train_gpt
@@ -215,9 +214,7 @@ def test_the_report_command_compares_tokenizers_on_one_text(trained, source, cap
     assert [row[4] for row in cells[2:]] == [f"{row['bytes_per_token']:.4f}" for row in rows]
 
 
-@pytest.mark.skipif(
-    "GOLF_CORPORA" not in os.environ, reason="GOLF_CORPORA does not name a folder of shared text"
-)
+@needs_corpora
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "token_bytes"),
@@ -228,14 +225,13 @@ def test_the_report_command_compares_tokenizers_on_one_text(trained, source, cap
 )  # fmt: skip
 def test_shared_tokenizers_pass_on_shared_text(name, token_bytes, capsys):
     """Every tokenizer of the contest and the reference systems, on 4.2 MB of C4."""
-    folder = Path(os.environ["GOLF_CORPORA"])
-    arguments = ["--tokenizer", str(folder / "tokenizers" / name), "--input", str(folder / "c4_val.jsonl")]
+    arguments = ["--tokenizer", str(shared(name)), "--input", str(corpora() / "c4_val.jsonl")]
     assert data.tokenizer.main(["verify", *arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["token_bytes"] == token_bytes
 
 
 def test_a_run_carries_the_digest_of_the_report_beside_its_shards(
-    tiny_config, tiny_data, tmp_path, monkeypatch
+    tiny_config, tiny_data, tmp_path, stand_in_program
 ):
     """A reader of a result must find which proof of its tokenizer it rests on; a false one stops the run."""
     folder = tmp_path / "data"
@@ -243,7 +239,6 @@ def test_a_run_carries_the_digest_of_the_report_beside_its_shards(
     report = verify_codec(load_codec(folder / "tokenizer.model"), DOCUMENTS)
     write_json(folder / "tokenizer_report.json", report)
     cfg = with_values(tiny_config, {"data.data_path": str(folder), "run.iterations": 1}, "test")
-    monkeypatch.setattr(train_gpt, "weigh_code", lambda folder: (1, ""))
     train_gpt.run(cfg, train_gpt.Environment({}))
     run = Path(cfg.run.out_dir) / cfg.run.run_id
     assert json.loads((run / "result.json").read_text())["tokenizer_report"] == report["digest"]
