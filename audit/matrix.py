@@ -1,7 +1,7 @@
 """The library of miniature violations: `python -m audit --cases` prints the case x check matrix.
 
-Each case in cases/ is a program that breaks one rule; its twin, NAME_fixed, is the same file with LEGAL = True
-and does the same thing legally.
+Each case in cases/ is a program that breaks one rule. Its twin, NAME_fixed, does the same thing legally: the
+same file with LEGAL = True.
 """
 
 import shutil
