@@ -22,14 +22,15 @@ from pack.program import (
     IMPORTS_LABEL,
     PackingError,
     best_method,
-    bundled_statements,
+    bundle,
     has_library,
     minify,
-    read_recipe,
-    specialize_statements,
+    read_sections,
+    specialize,
     to_source,
     wrap,
 )
+from pack.specialize.syntax import is_text
 
 BANNER_RULE = re.compile(r"# -{20,}$")
 BANNER_NAME = re.compile(r"# (\d+ .*\S)\s*$")
@@ -68,27 +69,22 @@ def sections(source: str) -> list[tuple[str, int]]:
     return found
 
 
-def section_at(found: list[tuple[str, int]], line: int) -> str:
-    """Name the section that a line of the entry belongs to."""
-    return [name for name, start in found if start <= line][-1]
-
-
 def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     """Pack the program whole and without each part, and measure."""
     entry = entry.resolve()
     found = sections(entry.read_text(encoding="utf-8"))
-    statements = bundled_statements(entry, entry.parent)
-    source = to_source([statement.node for statement in statements])
+    statements = bundle(entry, entry.parent)
+    source = to_source(statements)
     bundled_bytes, labels = len(source.encode()), {statement.label for statement in statements}
     if recipe_path is not None:
-        statements = specialize_statements(statements, read_recipe(recipe_path))
-        source = to_source([statement.node for statement in statements])
+        statements = specialize(statements, read_sections(recipe_path))
+        source = to_source(statements)
     minified = minify(source) if has_library("python_minifier") else source
     pieces = top_level_pieces(minified)
     owners = [
-        section_at(found, node.lineno) if label == entry.name else label
+        [name for name, start in found if start <= node.lineno][-1] if label == entry.name else label
         for label, node in statements
-        if not (vanishes(node) or isinstance(node, Import))
+        if not (is_text(node) or isinstance(node, Import))  # minifying removes texts
     ]
     owners = [IMPORTS_LABEL] * (len(pieces) - len(owners)) + owners
     whole = packed_bytes(pieces)
@@ -100,11 +96,6 @@ def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     packed = len(wrap(minified, best_method()))
     sizes = (source_bytes, bundled_bytes, len(source.encode()), len(minified.encode()), packed)
     return SizeReport(parts, lines, *sizes)
-
-
-def vanishes(node: ast.stmt) -> bool:
-    """Whether minifying removes a statement: a literal on its own."""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def top_level_pieces(text: str) -> list[str]:
