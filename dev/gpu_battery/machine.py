@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dev.gpu_battery.job import Job
-from dev.gpu_battery.sizes import size_of
+from dev.gpu_battery.sizes import get_size
 from dev.gpu_battery.timing import (
     NOT_ON_CPU,
     measure_fitting,
@@ -40,12 +40,12 @@ def run(job: Job) -> None:
     measure_fitting(job, "copy", lambda: copies(job, device), device)
     measure_fitting(job, "square", lambda: square(job, device), device)
     job.measure("clocks_busy", clocks)
-    for outputs in size_of(job, "product_outputs"):
-        shape = (size_of(job, "product_tokens"), size_of(job, "product_width"), outputs)
+    for outputs in get_size(job, "product_outputs"):
+        shape = (get_size(job, "product_tokens"), get_size(job, "product_width"), outputs)
         forms = {"bf16": bf16_products, "fp8": fp8_products, "fp8_linear": fp8_linear}
         for name, form in forms.items():
             measure_fitting(job, f"{name}_{outputs}", partial(form, shape, device), device)
-    job.measure("empty_kernel", lambda: empty_kernel(size_of(job, "empty_blocks"), device))
+    job.measure("empty_kernel", lambda: empty_kernel(get_size(job, "empty_blocks"), device))
 
 
 def versions() -> dict:
@@ -95,7 +95,7 @@ def clocks() -> dict | str:
 
 def copies(job: Job, device: torch.device) -> dict:
     """Copy inside the device, counting bytes read and written, and between host and device."""
-    num_bytes = size_of(job, "copy_bytes")
+    num_bytes = get_size(job, "copy_bytes")
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     facts = {"device_gb_s": 2 * num_bytes / timed(lambda: target.copy_(source), device)["ms"] / 1e6}
@@ -117,7 +117,7 @@ def rated(action: Callable[[], object], flops: float, device: torch.device, peak
 
 def square(job: Job, device: torch.device) -> dict:
     """Multiply large square matrices of random bf16: the ceiling in practice. Zeros would be faster."""
-    n = size_of(job, "square")
+    n = get_size(job, "square")
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     return {"n": n} | rated(lambda: a @ b, 2.0 * n**3, device)
 

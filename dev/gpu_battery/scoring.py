@@ -8,7 +8,7 @@ import torch
 
 from data.validation import ValidationText
 from dev.gpu_battery.job import Job
-from dev.gpu_battery.sizes import load_recipe, size_of
+from dev.gpu_battery.sizes import get_size, load_recipe
 from dev.gpu_battery.text import BOS_ID, draw_tokens
 from dev.gpu_battery.timing import measure_fitting, memory_gib, open_ranks, times_ms
 from formats.recipe import with_values
@@ -35,14 +35,14 @@ def run(job: Job) -> None:
         if not 0 < found.get("nats", 1.0) < 2 * math.log(cfg.data.vocab_size) + 5:
             job.fault(name, f"expected the loss of random weights, found {found['nats']} nats a token")
 
-    tokens = draw_tokens(size_of(job, "window_tokens") + 1, cfg.data.vocab_size, seed=1)
+    tokens = draw_tokens(get_size(job, "window_tokens") + 1, cfg.data.vocab_size, seed=1)
     measure("chunked", {"eval.mode": "chunked"}, tokens)
     measure("lora_first", LORA, draw_documents(job, cfg, 2 * cfg.eval.lora_chunk_tokens), False)
-    for length in size_of(job, "lora_lengths"):
+    for length in get_size(job, "lora_lengths"):
         measure(f"lora_{length}", LORA, draw_documents(job, cfg, length), False)
     measure_fitting(job, "sgd", lambda: sgd_steps(job, model, cfg, ranks), ranks.device)
-    measure("sliding", {"eval.mode": "sliding"}, tokens[: size_of(job, "sliding_targets") + 1])
-    if resolve_compile(size_of(job, "compile"), ranks.device):
+    measure("sliding", {"eval.mode": "sliding"}, tokens[: get_size(job, "sliding_targets") + 1])
+    if resolve_compile(get_size(job, "compile"), ranks.device):
         measure("chunked_compiled", {"eval.mode": "chunked", "run.compile": "on"}, tokens)
     else:
         job.record("chunked_compiled", "not compiled")
@@ -74,7 +74,7 @@ def score_tokens(
 def draw_documents(job: Job, cfg: Config, length: int) -> np.ndarray:
     """Draw one batch of documents of nearly equal length, and the BOS that ends the last."""
     rng = np.random.default_rng(length)
-    count = max(1, min(size_of(job, "lora_docs"), batch_tokens(cfg) // length))
+    count = max(1, min(get_size(job, "lora_docs"), batch_tokens(cfg) // length))
     lengths = rng.integers(max(length * 9 // 10, 2), length + 1, count)
     tokens = rng.integers(BOS_ID + 1, cfg.data.vocab_size, lengths.sum() + 1)
     tokens[np.concatenate([[0], np.cumsum(lengths)])] = BOS_ID
@@ -91,7 +91,7 @@ def sgd_steps(job: Job, model: torch.nn.Module, cfg: Config, ranks: Ranks) -> di
     with restored(model):
         trainer = SgdTrainer(model, sgd, session)
         trainer.step(inputs, targets)
-        times = times_ms(lambda: trainer.step(inputs, targets), ranks.device, size_of(job, "sgd_steps"))
+        times = times_ms(lambda: trainer.step(inputs, targets), ranks.device, get_size(job, "sgd_steps"))
     ms = sum(times) / len(times)
     found = {"ms": ms, "steps": len(times), "rows": sgd.batch_seqs}
     return found | {"tokens_per_second": 1000 * inputs.size / ms} | memory_gib(ranks.device)
