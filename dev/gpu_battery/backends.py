@@ -90,12 +90,8 @@ def make_cases(job: Job) -> list[BackendCase]:
         BackendCase("grouped", grouped, whole),
         BackendCase("packed", grouped, packed, documents=True, longest=segment),
         BackendCase("packed_unbounded", grouped, packed, documents=True),  # of T tokens each
-        BackendCase(
-            "short_documents", grouped, segment_starts(many, segment), documents=True, longest=segment
-        ),
-        BackendCase(
-            "fillers", grouped, filled, documents=True
-        ),  # each filler a document, as BOS as filler makes them
+        BackendCase("short_documents", grouped, segment_starts(many, segment), 0, True, segment),
+        BackendCase("fillers", grouped, filled, documents=True),  # each a document, as BOS as filler makes
     ]
 
 

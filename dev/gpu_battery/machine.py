@@ -123,15 +123,15 @@ def square(job: Job, device: torch.device) -> dict:
 
 
 def random_operands(shape: tuple[int, int, int], device: torch.device) -> tuple:
-    """Draw x (M, K), weight (N, K) and the output's gradient (M, N) in bf16."""
+    """Draw x (M, K), weight (N, K) and the output's gradient (M, N) in bf16; the operations of a product."""
     m, k, n = shape
-    return tuple(torch.randn(size, device=device, dtype=torch.bfloat16) for size in ((m, k), (n, k), (m, n)))
+    sizes = ((m, k), (n, k), (m, n))
+    return *(torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes), 2.0 * m * k * n
 
 
 def bf16_products(shape: tuple[int, int, int], device: torch.device) -> dict:
     """Time the three products of a Linear."""
-    x, weight, dy = random_operands(shape, device)
-    flops = 2.0 * shape[0] * shape[1] * shape[2]
+    x, weight, dy, flops = random_operands(shape, device)
     actions = {"forward": lambda: x @ weight.t(), "dgrad": lambda: dy @ weight, "wgrad": lambda: dy.t() @ x}
     return {name: rated(action, flops, device) for name, action in actions.items()}
 
@@ -140,8 +140,8 @@ def fp8_products(shape: tuple[int, int, int], device: torch.device) -> dict | st
     """Time the same with 8-bit operands that lie as the device wants them: the second by columns."""
     if device.type != "cuda":
         return NOT_ON_CPU
-    x, weight, dy = random_operands(shape, device)
-    flops, one = 2.0 * shape[0] * shape[1] * shape[2], torch.ones((), device=device)
+    x, weight, dy, flops = random_operands(shape, device)
+    one = torch.ones((), device=device)
     x8, w8, dy8 = x.to(FORWARD), weight.to(FORWARD), dy.to(BACKWARD)
     pairs = {
         "forward": (x8, w8.t()),
@@ -163,7 +163,7 @@ def fp8_linear(shape: tuple[int, int, int], device: torch.device) -> dict | str:
     """Time forward and backward of the project's 8-bit Linear, eager, against the bf16 one."""
     if device.type != "cuda":
         return NOT_ON_CPU
-    x, weight, dy = random_operands(shape, device)
+    x, weight, dy, _ = random_operands(shape, device)
     x.requires_grad_()
     weight.requires_grad_()
     scales, seen = torch.ones(3, device=device), torch.zeros(3, device=device)

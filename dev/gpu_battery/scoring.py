@@ -4,7 +4,6 @@ import math
 from functools import partial
 
 import numpy as np
-import torch
 
 from data.validation import ValidationText
 from dev.gpu_battery.job import Job
@@ -16,7 +15,7 @@ from kernels.machine import resolve_compile
 from scoring.adaptive import Callbacks, ScoringRun, SgdTrainer, WindowSettings, restored
 from scoring.modes import Scoring, sgd_options
 from scoring.sliding import ScoreOptions
-from train_gpt import Config, Ranks, build_model, score_model
+from train_gpt import GPT, Config, Ranks, build_model, score_model
 
 LORA = {"eval.mode": "lora-ttt", "eval.lora_warm_lanes": 0}
 
@@ -30,7 +29,9 @@ def run(job: Job) -> None:
 
     def measure(name: str, changes: dict, tokens: np.ndarray, warms_up: bool = True) -> None:
         changed = with_values(cfg, {"run.compile": "off"} | changes, "battery")
-        action = partial(score_tokens, model, changed, text_of(tokens), ranks, warms_up)
+        sizes = np.ones(len(tokens) - 1, dtype=np.int64)  # a byte each
+        text = ValidationText(tokens, sizes, BOS_ID, "", "", "", None)
+        action = partial(score_text, model, changed, text, ranks, warms_up)
         found = measure_fitting(job, name, action, ranks.device) or {}
         if not 0 < found.get("nats", 1.0) < 2 * math.log(cfg.data.vocab_size) + 5:
             job.fault(name, f"expected the loss of random weights, found {found['nats']} nats a token")
@@ -53,22 +54,11 @@ def batch_tokens(cfg: Config) -> int:
     return cfg.run.val_batch_tokens // cfg.data.micro_batches
 
 
-def text_of(tokens: np.ndarray) -> ValidationText:
-    """Make a validation text of tokens, a byte each."""
-    return ValidationText(tokens, np.ones(len(tokens) - 1, dtype=np.int64), BOS_ID, "", "", "", None)
-
-
-def score_tokens(
-    model: torch.nn.Module, cfg: Config, text: ValidationText, ranks: Ranks, warms_up: bool
-) -> dict:
+def score_text(model: GPT, cfg: Config, text: ValidationText, ranks: Ranks, warms_up: bool) -> dict:
     """Score a text as a run does; its clock starts after the warm-up."""
     score = score_model(model, cfg, text, ranks, Scoring(warms_up=warms_up))
-    return {
-        "seconds": score.seconds,
-        "targets": score.num_tokens,
-        "nats": score.val_loss,
-        "tokens_per_second": score.num_tokens / score.seconds,
-    } | memory_gib(ranks.device)
+    found = {"seconds": score.seconds, "targets": score.num_tokens, "nats": score.val_loss}
+    return found | {"tokens_per_second": score.num_tokens / score.seconds} | memory_gib(ranks.device)
 
 
 def draw_documents(job: Job, cfg: Config, length: int) -> np.ndarray:
@@ -81,7 +71,7 @@ def draw_documents(job: Job, cfg: Config, length: int) -> np.ndarray:
     return tokens.astype(np.uint16)
 
 
-def sgd_steps(job: Job, model: torch.nn.Module, cfg: Config, ranks: Ranks) -> dict:
+def sgd_steps(job: Job, model: GPT, cfg: Config, ranks: Ranks) -> dict:
     """Time SGD steps on all weights, rows of the context's length."""
     sgd, length = sgd_options(cfg.eval), cfg.data.seq_len
     tokens = draw_tokens(sgd.batch_seqs * length + 1, cfg.data.vocab_size, seed=2)
