@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
+from common import UserError, format_table
 from data.codecs import TokenCodec
 from data.documents import (
     Document,
@@ -26,6 +26,8 @@ from scoring.adaptive import plan_document_windows, plan_documents
 from scoring.bpb import BpbMeter
 from scoring.sliding import Logits, ScoreOptions, score_windows
 
+COLUMNS = {"domain": "<16", "documents": ">10,", "tokens": ">12,", "bytes": ">12,", "loss": ">9.4f"}
+COLUMNS |= {"perplexity": ">12.2f", "bpb": ">9.4f", "surprise": ">10.3f"}
 # Keys of a JSON line -> its text: plain documents; GSM8K and HumanEval as system E writes them.
 LAYOUTS = {
     ("text",): "{text}",
@@ -131,11 +133,4 @@ def score_domains(
 
 def format_domains(scores: list[DomainScore]) -> str:
     """Draw the table, one row a domain."""
-    title = f"{'domain':<16}{'documents':>10}{'tokens':>12}{'bytes':>12}{'loss':>9}{'perplexity':>12}"
-    rows = [title + f"{'bpb':>9}{'surprise':>10}"]
-    rows += [
-        f"{row.domain:<16}{row.documents:>10,}{row.tokens:>12,}{row.bytes:>12,}{row.val_loss:>9.4f}"
-        f"{row.perplexity:>12.2f}{row.val_bpb:>9.4f}{row.surprise_ratio:>10.3f}"
-        for row in scores
-    ]
-    return "\n".join(rows)
+    return format_table(COLUMNS, scores)

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from common import run_command
+from common import format_table, run_command
 from pack.names import Import
 from pack.program import (
     ENTRY,
@@ -130,15 +130,10 @@ def source_texts(entry: Path, found: list[tuple[str, int]], labels: set[str]) ->
 
 def format_report(report: SizeReport) -> str:
     """Lay the report out as a table."""
-    rows = [("part", "lines", "source bytes", "packed bytes")]
-    rows += [
-        (part.name, f"{part.lines:,}", f"{part.source_bytes:,}", f"{part.packed_bytes:,}")
-        for part in report.parts
-    ]
-    rows.append(("total", f"{report.lines:,}", f"{report.source_bytes:,}", f"{report.packed_bytes:,}"))
+    rows = [*report.parts, ("total", report.lines, report.source_bytes, report.packed_bytes)]
     width = max(len(row[0]) for row in rows)
-    table = [f"{name:<{width}} {lines:>7} {source:>13} {packed:>13}" for name, lines, source, packed in rows]
-    return "\n".join(table) + (
+    columns = {"part": f"<{width}", "lines": ">8,", "source bytes": ">14,", "packed bytes": ">14,"}
+    return format_table(columns, rows) + (
         f"\nlines:{report.lines} source_bytes:{report.source_bytes} bundled_bytes:{report.bundled_bytes} "
         f"folded_bytes:{report.folded_bytes} minified_bytes:{report.minified_bytes} "
         f"packed_bytes:{report.packed_bytes}"
