@@ -334,8 +334,9 @@ def test_recorded_costs_are_found_in_the_text():
     assert found[0] == (5, 20)
 
 
-def write_record(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n[1]\n")
+def write_record(folder, rows):
+    folder.mkdir()
+    (folder / "recorded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n[1]\n")
 
 
 def test_recorded_costs_are_compared_up_to_the_cut(tmp_path):
