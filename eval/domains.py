@@ -5,6 +5,7 @@ or alone in its batch: there is no padding, so none can be counted.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,15 +13,7 @@ import numpy as np
 
 from common import UserError, format_table
 from data.codecs import TokenCodec
-from data.documents import (
-    Document,
-    batched,
-    check_inputs,
-    parse_object,
-    read_documents,
-    read_lines,
-    require_utf8,
-)
+from data.documents import Document, batched, check_inputs, read_documents, read_jsonl, require_utf8
 from data.prepare import encode_documents, encode_for_sidecar
 from scoring.adaptive import plan_document_windows, plan_documents
 from scoring.bpb import BpbMeter
@@ -69,13 +62,10 @@ def parse_domains(choices: list[str]) -> dict[str, Path]:
 
 def domain_documents(path: Path) -> Iterator[Document]:
     """Yield the documents of a file; JSON lines may have the keys of any of LAYOUTS."""
-    if ".jsonl" not in path.suffixes:
+    if ".jsonl" in path.suffixes:
+        yield from read_jsonl(path, layout_text)
+    else:
         yield from read_documents([path])
-        return
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
-            place = f"{path}:{number}"
-            yield Document(layout_text(parse_object(line, place), place), place)
 
 
 def layout_text(value: dict, place: str) -> str:
@@ -89,12 +79,11 @@ def layout_text(value: dict, place: str) -> str:
 
 def read_domain(name: str, path: Path, codec: TokenCodec) -> Domain:
     """Encode a domain's file with a model's tokenizer."""
+    encode = encode_for_sidecar if codec.needs_sidecar else partial(encode_documents, num_threads=1)
     parts, num_documents = [], 0
     for batch in batched(domain_documents(path)):
         num_documents += len(batch)
-        parts.append(
-            encode_for_sidecar(codec, batch) if codec.needs_sidecar else encode_documents(codec, 1, batch)
-        )
+        parts.append(encode(codec, batch=batch))
     if not parts:
         raise UserError(f"{path}: expected documents, found none.")
     ids, sizes = (np.concatenate(part) for part in zip(*parts))
@@ -116,19 +105,12 @@ def score_domains(
         meter.add(score_windows(logits, domain.tokens, windows, options).numpy(), domain.target_bytes)
         scored.append((domain, meter))
     perplexities = np.exp([meter.val_loss for _, meter in scored])
-    return [
-        DomainScore(
-            domain.name,
-            domain.num_documents,
-            meter.num_tokens,
-            meter.num_bytes,
-            meter.val_loss,
-            float(perplexity),
-            meter.val_bpb,
-            float(perplexity / perplexities.mean()),
-        )
-        for (domain, meter), perplexity in zip(scored, perplexities)
-    ]
+    rows = []
+    for (domain, meter), perplexity, ratio in zip(scored, perplexities, perplexities / perplexities.mean()):
+        counts = (domain.num_documents, meter.num_tokens, meter.num_bytes)
+        scores = (meter.val_loss, float(perplexity), meter.val_bpb, float(ratio))
+        rows.append(DomainScore(domain.name, *counts, *scores))
+    return rows
 
 
 def format_domains(scores: list[DomainScore]) -> str:
