@@ -73,6 +73,13 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def format_table(columns: dict[str, str], rows: list[tuple]) -> str:
+    """Lay rows out below the titles of their columns, which map to formats like "<20" and ">12,.1f"."""
+    pads = [spec.replace("+", "").partition(".")[0].rstrip(",") for spec in columns.values()]
+    lines = ["".join(map(format, columns, pads))]
+    return "\n".join(lines + ["".join(map(format, row, columns.values())) for row in rows])
+
+
 @contextmanager
 def atomic_file(path: str | Path):
     """Yield a binary file that takes the name `path` only when the block ends well."""

@@ -32,7 +32,7 @@ def probe_artifact(path: Path) -> dict[str, Finding]:
     return {check: Finding(verdict, [*evidence, which]) for check, (verdict, evidence) in found.items()}
 
 
-def candidate_sum(logits, prefix: np.ndarray, vocab_size: int) -> float:
+def sum_candidates(logits, prefix: np.ndarray, vocab_size: int) -> float:
     """Sum the probabilities of all tokens after a prefix, each scored with itself in the window."""
     rows = torch.from_numpy(np.append(prefix, 0).astype(np.int64)).repeat(vocab_size, 1)  # (V, T)
     candidates = torch.arange(vocab_size)
@@ -44,7 +44,7 @@ def candidate_sum(logits, prefix: np.ndarray, vocab_size: int) -> float:
 def sums_to_one(logits, stream: np.ndarray, vocab_size: int) -> Finding:
     """K12 as `probes.sums_to_one`, all candidates in one batch."""
     positions = (1, CONTEXT_LEN // 2, CONTEXT_LEN)
-    sums = [candidate_sum(logits, stream[:position], vocab_size) for position in positions]
+    sums = [sum_candidates(logits, stream[:position], vocab_size) for position in positions]
     worst = max(sums, key=lambda total: abs(total - 1))
     text = f"probabilities sum to {worst:.6f} at worst; {len(sums)} positions, {vocab_size} candidates each"
     return Finding("PASS" if abs(worst - 1) <= probes.SUM_TOLERANCE else "FAIL", [text])
@@ -60,15 +60,13 @@ def probe_scorer(logits, vocab_size: int) -> dict[str, Finding]:
     cuts = probes.cut_points(NUM_TOKENS, (CONTEXT_LEN, CONTEXT_LEN + STRIDE))
     documents = [np.concatenate([[BOS_ID], source.draw(9, seed)]).astype(np.uint16) for seed in range(2, 6)]
     windows = plan_windows(NUM_TOKENS - 1, CONTEXT_LEN, STRIDE)
-    whole_chunks = 1 + 2 * CONTEXT_LEN
+    chunked = probes.windowed(logits, CONTEXT_LEN, 0, BOS_ID)
     return {
         "K12": sums_to_one(logits, stream, vocab_size),
         "K13": probes.future_flip(score, stream, cuts),
         "K14": probes.prefix_truncation(score, stream, cuts, tail=STRIDE),
         "K16": probes.coverage(probes.window_events(windows), NUM_TOKENS - 1),
         "K19": probes.document_order(score, documents),
-        "K20": probes.memory_of_a_copy(
-            probes.windowed(logits, CONTEXT_LEN, 0, BOS_ID), stream[:whole_chunks]
-        ),
+        "K20": probes.memory_of_a_copy(chunked, stream[: 1 + 2 * CONTEXT_LEN]),
         "K22": probes.entropy_floor(score, source, 20 * NUM_TOKENS),
     }

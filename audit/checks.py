@@ -7,6 +7,7 @@ SUSPECT a pattern or fingerprint that a person should look at, NOT RUN says why 
 import itertools
 import math
 import re
+from functools import partialmethod
 from typing import NamedTuple
 
 from audit.folder import ARTIFACTS, Case
@@ -22,14 +23,7 @@ from eval.logs import (
     settings_hash,
     stable_config,
 )
-from eval.stats import (
-    ALPHA,
-    FRONTIER_ALPHA,
-    MARGIN_NATS,
-    nats_to_bpb,
-    summarize,
-    welch,
-)
+from eval.stats import ALPHA, FRONTIER_ALPHA, MARGIN_NATS, nats_to_bpb, summarize, welch
 
 VERDICTS = ("PASS", "NOT RUN", "SUSPECT", "FAIL")  # from best to worst
 MAX_EVIDENCE = 8
@@ -102,6 +96,10 @@ class Notes:
     def add(self, verdict: str, text: str) -> None:
         self.rows.append((verdict, text))
 
+    fail = partialmethod(add, "FAIL")
+    suspect = partialmethod(add, "SUSPECT")
+    good = partialmethod(add, "PASS")
+
     def finding(self, nothing: str) -> Finding:
         """Sum up; `nothing` is the reason when there was nothing to look at."""
         if not self.rows:
@@ -119,14 +117,14 @@ def check_unwrapped(case: Case) -> Finding:
     """K1: the whole program can be read, and which files it is."""
     program, notes = case.program, Notes()
     for text in program.opaque:
-        notes.add("SUSPECT", text)
+        notes.suspect(text)
     for text in program.newer:
         notes.add("NOT RUN", f"{text}: needs the parser of Python 3.12")
     if program.layers:
         files = ", ".join(f"{path} {size:,} bytes" for path, size in program.code.items())
-        notes.add("PASS", f"{len(program.layers)} layers; code: {files}")
+        notes.good(f"{len(program.layers)} layers; code: {files}")
     for path, size in program.data.items():
-        notes.add("SUSPECT", f"the program names {path}, {size:,} bytes that no ledger counts")
+        notes.suspect(f"the program names {path}, {size:,} bytes that no ledger counts")
     return notes.finding(program.error or "no program")
 
 
@@ -134,27 +132,20 @@ def check_reachable(case: Case) -> Finding:
     """K2: suspicious patterns in code that the configuration leaves alive."""
     program, notes = case.program, Notes()
     for found in suspicions(program):
-        notes.add("SUSPECT", f"{found.what} ({found.where}); {found.rule}")
-    declared = case.readme + "".join(
-        case.folder.text(path)
-        for path in [*case.folder.named("requirements*.txt"), *case.folder.named("*.sh")]
-    )
+        notes.suspect(f"{found.what} ({found.where}); {found.rule}")
+    declared = case.declared
     for command in sorted(external_commands(program)):
         if command != "?" and command not in declared:
-            notes.add(
-                "SUSPECT", f"starts the program `{command}`, which README and requirements do not mention"
-            )
+            notes.suspect(f"starts the program `{command}`, which README and requirements do not mention")
     for log in case.logs:
         gates = [name for name in ("within_gate", "word_gate") if log.facts.get(name)]
         if gates:
-            notes.add(
-                "SUSPECT", f"{log.name}: {', '.join(gates)} > 0: hints gated by the token to predict (C1)"
-            )
+            notes.suspect(f"{log.name}: {', '.join(gates)} > 0: hints gated by the token to predict (C1)")
     if program.newer:
         notes.add("NOT RUN", f"{program.newer[0]}: needs the parser of Python 3.12")
     if program.live:
         basis = "the configuration in the log" if case.logs and case.logs[0].config else "the defaults"
-        notes.add("PASS", f"{len(program.live):,} live nodes, {program.num_dead:,} dead under {basis}")
+        notes.good(f"{len(program.live):,} live nodes, {program.num_dead:,} dead under {basis}")
     return notes.finding(program.error or "no program")
 
 
@@ -168,11 +159,11 @@ def check_implied_bytes(case: Case) -> Finding:
         ratios = [score.bytes_per_token for score in log.scores if score.bytes_per_token]
         if ratios and max(ratios) > min(ratios) * (1 + SAME_RATIO):
             text = f"{min(ratios):.4f} and {max(ratios):.4f} bytes a token in one log: two denominators"
-            notes.add("FAIL", f"{log.name}: {text}")
+            notes.fail(f"{log.name}: {text}")
         scored, whole = (log.facts.get(name, 0) for name in ("scored_bytes", "val_bytes"))
         if scored > whole > 0:
             text = f"scored {scored:,.0f} bytes of a text of {whole:,.0f}: targets count more than once (C4)"
-            notes.add("FAIL", f"{log.name}: {text}")
+            notes.fail(f"{log.name}: {text}")
     if not case.track.has_contest_text:
         return notes.finding(f"{case.track.name} does not score the contest's validation text")
     for log in case.logs:
@@ -197,12 +188,10 @@ def check_fingerprint(case: Case) -> Finding:
             remark = ": hardly the 50,000 documents" if is_subset else known
             notes.add("SUSPECT" if is_subset else "PASS", f"{log.name}: val_tokens {tokens:,.0f}{remark}")
         if shards == LOCAL_PREP_SHARDS:
-            notes.add("SUSPECT", f"{log.name}: train_shards {shards:.0f}: a local preparation may train on "
+            notes.suspect(f"{log.name}: train_shards {shards:.0f}: a local preparation may train on "
                       "validation documents (#2127); show the shard hashes")  # fmt: skip
         if any(DOUBLED_PATH.search(value) for value in log.config.values()):
-            notes.add(
-                "SUSPECT", f"{log.name}: a doubled datasets/datasets path, as local preparations leave it"
-            )
+            notes.suspect(f"{log.name}: a doubled datasets/datasets path, as local preparations leave it")
     return notes.finding("no log states val_tokens")
 
 
@@ -218,10 +207,8 @@ def check_clock(case: Case) -> Finding:
             notes.add(verdict, f"{log.name}: training stopped at {stop / 1000:.3f} s of {limit:.0f}")
             hessians = log.facts.get("hessian_s", 0.0)
             if hessians and stop + 1000 * hessians > 1000 * limit + STOP_TOLERANCE_MS:
-                text = (
-                    f"{stop / 1000:.1f} s + {hessians:.1f} s of Hessians on training data: over {limit:.0f}"
-                )
-                notes.add("SUSPECT", f"{log.name}: {text}")
+                spent = f"{stop / 1000:.1f} s + {hessians:.1f} s of Hessians on training data"
+                notes.suspect(f"{log.name}: {spent}: over {limit:.0f}")
         score = lines.get(log.name)
         spent = log.facts.get("eval_s") or (score and score.seconds)
         limit = track.eval_limit(score and log.implied_bytes(score))
@@ -229,7 +216,7 @@ def check_clock(case: Case) -> Finding:
             verdict = "PASS" if spent <= limit else "FAIL" if log in claimed else "SUSPECT"
             notes.add(verdict, f"{log.name}: scoring took {spent:.1f} s of {limit:.0f}")
         if re.search(r"precompute_outside:?\s*True", log.text):
-            notes.add("SUSPECT", f"{log.name}: hints precomputed outside the timer")
+            notes.suspect(f"{log.name}: hints precomputed outside the timer")
     reason = "no log states times" if track.train_s else f"{track.name} has no time limit"
     return notes.finding(reason)
 
@@ -266,25 +253,19 @@ def check_sizes(case: Case) -> Finding:
             notes.add("FAIL" if is_over else "SUSPECT", f"{text}: over {limit:,}")
         elif shipped > limit:
             code = facts.get("code_bytes", total - facts["model_bytes"])
-            notes.add("SUSPECT", f"{text}: the log counts {code:,.0f} bytes of code, which no file here has")
+            notes.suspect(f"{text}: the log counts {code:,.0f} bytes of code, which no file here has")
         else:
-            notes.add("PASS", text)
+            notes.good(text)
     for key, value in size_claims(case):
         if value > limit:
-            notes.add("FAIL", f"submission.json: {key} {value:,.0f} is over {limit:,}")
+            notes.fail(f"submission.json: {key} {value:,.0f} is over {limit:,}")
         elif key.startswith("bytes_total") and models:
-            totals = [
-                facts[name]
-                for facts in logged.values()
-                for name in ("total_bytes", "model_bytes")
-                if name in facts
-            ]
+            names = ("total_bytes", "model_bytes")
+            totals = [facts[name] for facts in logged.values() for name in names if name in facts]
             totals += [model + program.code_bytes for model in models]
-            near = min((abs(value / total - 1) for total in totals), default=1.0)
-            verdict = "PASS" if near <= 0.001 else "SUSPECT"
-            notes.add(
-                verdict, f"submission.json: {key} {value:,.0f}, {near:.2%} from the nearest logged size"
-            )
+            near = min(abs(value / total - 1) for total in totals)
+            text = f"submission.json: {key} {value:,.0f}, {near:.2%} from the nearest logged size"
+            notes.add("PASS" if near <= 0.001 else "SUSPECT", text)
     for path, size in on_disk.items():
         total = size + program.code_bytes
         notes.add("FAIL" if total > limit else "PASS", f"{path} and code on disk: {total:,} bytes")
@@ -295,13 +276,7 @@ def size_claims(case: Case) -> list[tuple[str, float]]:
     """Return (key, bytes) of the sizes that submission.json states."""
     facts = case.submission or {}
     found = [(key, facts.get(key)) for key in ("bytes_total", "artifact_bytes_mean", "artifact_bytes_max")]
-    results = facts.get("seed_results")
-    if isinstance(results, dict):
-        found += [
-            (f"seed {k} artifact_bytes", v.get("artifact_bytes"))
-            for k, v in results.items()
-            if isinstance(v, dict)
-        ]
+    found += [(f"seed {key} artifact_bytes", row.get("artifact_bytes")) for key, row in seed_rows(case)]
     return [(key, float(value)) for key, value in found if isinstance(value, int | float) and value > 0]
 
 
@@ -313,10 +288,10 @@ def check_tokenizer(case: Case) -> Finding:
     notes = Notes()
     for path in case.folder.named("*.json"):
         if f'"{BESE_TYPE}"' in case.folder.text(path):
-            notes.add("SUSPECT", f"{path}: {BeseCodec.loses}: no text comes back, scores compare with none")
+            notes.suspect(f"{path}: {BeseCodec.loses}: no text comes back, scores compare with none")
     for log in case.logs:
         for reason in reservations(log, "not_comparable"):
-            notes.add("SUSPECT", f"{log.name}: not comparable: {reason}")
+            notes.suspect(f"{log.name}: not comparable: {reason}")
     return notes.finding(NEEDS_DATA)
 
 
@@ -329,16 +304,17 @@ def headline_claims(case: Case) -> list[tuple[str, float]]:
     return [(key, facts[key]) for key in HEADLINE_KEYS if isinstance(facts.get(key), float)]
 
 
+def seed_rows(case: Case) -> list[tuple[str, dict]]:
+    """Return (key, facts) of the seeds whose results submission.json lists."""
+    results = (case.submission or {}).get("seed_results")
+    rows = results.items() if isinstance(results, dict) else ()
+    return [(key, row) for key, row in rows if isinstance(row, dict)]
+
+
 def seed_claims(case: Case) -> list[tuple[int, float]]:
     """Return (seed, val_bpb) as submission.json lists them."""
-    results = (case.submission or {}).get("seed_results")
-    if not isinstance(results, dict):
-        return []
-    return [
-        (read_seed(seed), row["val_bpb"])
-        for seed, row in results.items()
-        if read_seed(seed) is not None and isinstance(row, dict) and isinstance(row.get("val_bpb"), float)
-    ]
+    found = [(read_seed(key), row.get("val_bpb")) for key, row in seed_rows(case)]
+    return [(seed, value) for seed, value in found if seed is not None and isinstance(value, float)]
 
 
 def listed_seeds(case: Case) -> set[int]:
@@ -353,22 +329,22 @@ def check_claims(case: Case) -> Finding:
     notes = Notes()
     scored = [log for log in case.logs if log.scores]
     if case.submission is None:
-        notes.add("SUSPECT", case.submission_error)
+        notes.suspect(case.submission_error)
     claims = headline_claims(case)
     if case.submission is not None and not claims:
-        notes.add("SUSPECT", "submission.json states no val_bpb")
+        notes.suspect("submission.json states no val_bpb")
     if not scored:
-        notes.add("SUSPECT", "no log with a final score: nothing supports the claim")
+        notes.suspect("no log with a final score: nothing supports the claim")
     for key, value in claims:
         if scored:
             notes.add(*support(case, key, value, scored))
         if case.readme and not stated(value, case.readme):
-            notes.add("SUSPECT", f"README.md does not state {key} {value}")
+            notes.suspect(f"README.md does not state {key} {value}")
     for seed, value in seed_claims(case) if scored else []:
         notes.add(*support_seed(seed, value, scored))
     for log in claimed_logs(case):
         for reason in reservations(log, "invalid"):
-            notes.add("FAIL", f"{log.name} calls its score invalid: {reason}")
+            notes.fail(f"{log.name} calls its score invalid: {reason}")
     _check_seeds(case, scored, notes)
     _check_configs(case, notes)
     return notes.finding("no claim and no log")
@@ -393,13 +369,10 @@ def support(case: Case, key: str, value: float, scored: list[RunLog]) -> tuple[s
     distance, score, name = min(printed, key=lambda row: row[0])
     if distance <= SAME_BPB:
         others = [line.val_bpb for line in headlines(scored).values()]
-        is_best = len(others) > 1 and score.val_bpb <= min(others) + SAME_BPB
-        chosen = f": the best of {len(others)} runs, not their mean {summarize(others).mean:.8f}"
-        return (
-            ("SUSPECT", f"{key} {value} is {name}{chosen}")
-            if is_best
-            else ("PASS", f"{key} {value} is {name}")
-        )
+        if len(others) == 1 or score.val_bpb > min(others) + SAME_BPB:
+            return "PASS", f"{key} {value} is {name}"
+        chosen = f"the best of {len(others)} runs, not their mean {summarize(others).mean:.8f}"
+        return "SUSPECT", f"{key} {value} is {name}: {chosen}"
     text = f"{key} {value}: the nearest score in the logs is {score.val_bpb} ({name}, {score.label})"
     if distance <= OTHER_BPB or stated(score.val_bpb, case.readme):
         return "SUSPECT", text + (", which README.md states too" if distance > OTHER_BPB else "")
@@ -417,9 +390,8 @@ def label_means(scored: list[RunLog], num_seeds: int) -> dict[str, list[tuple[fl
         groups = [tuple(values)]
         if 1 < num_seeds < len(values) <= 10:
             groups += itertools.combinations(values, num_seeds)
-        found[label] = [
-            (math.fsum(v for _, v in group) / len(group), tuple(n for n, _ in group)) for group in groups
-        ]
+        columns = [tuple(zip(*group)) for group in groups]
+        found[label] = [(math.fsum(scores) / len(scores), names) for names, scores in columns]
     return found
 
 
@@ -430,10 +402,8 @@ def support_seed(seed: int, value: float, scored: list[RunLog]) -> tuple[str, st
     distance, nearest = min(printed, key=lambda row: row[0])
     where = f"; a log of seed {nearest} prints it" if distance <= SAME_BPB else ""
     if own is None:
-        return (
-            "PASS" if where and nearest is None else "SUSPECT",
-            f"seed {seed}: {value}: no log of that seed{where}",
-        )
+        verdict = "PASS" if where and nearest is None else "SUSPECT"
+        return verdict, f"seed {seed}: {value}: no log of that seed{where}"
     if own <= SAME_BPB:
         return "PASS", f"seed {seed}: {value} is in a log of that seed"
     verdict = "FAIL" if own > OTHER_BPB else "SUSPECT"
@@ -456,13 +426,12 @@ def _check_seeds(case: Case, scored: list[RunLog], notes: Notes) -> None:
         named = FILE_SEED.search(log.name)
         if named and log.seed is not None and int(named[1]) != log.seed:
             claimed = int(named[1]) in listed
-            text = f"{log.name} ran seed {log.seed}" + (
-                f"; submission.json lists {named[1]}" if claimed else ""
-            )
-            notes.add("FAIL" if claimed and int(named[1]) not in logged else "SUSPECT", text)
+            lists = f"; submission.json lists {named[1]}" if claimed else ""
+            verdict = "FAIL" if claimed and int(named[1]) not in logged else "SUSPECT"
+            notes.add(verdict, f"{log.name} ran seed {log.seed}{lists}")
     missing = sorted(listed - logged) if logged else []
     if missing:
-        notes.add("SUSPECT", f"submission.json lists seeds {missing}; the logs ran {sorted(logged)}")
+        notes.suspect(f"submission.json lists seeds {missing}; the logs ran {sorted(logged)}")
 
 
 def _check_configs(case: Case, notes: Notes) -> None:
@@ -472,20 +441,17 @@ def _check_configs(case: Case, notes: Notes) -> None:
     if len(hashes) > 1:
         configs = [stable_config(log) for log in claimed]
         keys = sorted({key for config in configs for key in config if len({c.get(key) for c in configs}) > 1})
-        notes.add(
-            "SUSPECT", f"{len(hashes)} configurations behind one claim; they differ in {', '.join(keys[:6])}"
-        )
+        notes.suspect(f"{len(hashes)} configurations behind one claim; they differ in {', '.join(keys[:6])}")
     elif claimed:
-        notes.add("PASS", f"one configuration, {hashes.pop()}, in {len(claimed)} logs")
+        notes.good(f"one configuration, {hashes.pop()}, in {len(claimed)} logs")
 
 
 def seed_scores(case: Case) -> dict[object, ScoreLine]:
     """Return seed -> headline over the logs with the configuration of a claimed one."""
     claimed = claimed_logs(case)
     hashes = {settings_hash(log) for log in claimed}
-    family = claimed + [
-        log for log in case.logs if log.scores and log.config and settings_hash(log) in hashes
-    ]
+    like = [log for log in case.logs if log.scores and log.config and settings_hash(log) in hashes]
+    family = claimed + like
     lines = headlines(family)
     return {log.name if log.seed is None else log.seed: lines[log.name] for log in reversed(family)}
 
@@ -502,7 +468,7 @@ def check_statistics(case: Case) -> Finding:
     sample = summarize(values)
     spread = "" if sample.std is None else f", std {sample.std:.8f}"
     if sample.n < 3:
-        notes.add("SUSPECT", f"{sample.n} seed(s): mean {sample.mean:.8f}{spread}; the contest expects three")
+        notes.suspect(f"{sample.n} seed(s): mean {sample.mean:.8f}{spread}; the contest expects three")
     printed = (case.submission or {}).get("val_bpb_std")
     if isinstance(printed, float) and sample.std:
         population = sample.std * math.sqrt((sample.n - 1) / sample.n)
@@ -517,12 +483,12 @@ def check_statistics(case: Case) -> Finding:
         ratio = summarize([score.bytes_per_token for score in scores]).mean
         margin = nats_to_bpb(MARGIN_NATS, ratio)
         strict, plain = welch(values, case.against, margin), welch(values, case.against)
-        facts = (
-            f"Welch t {strict.t:.3f}, df {strict.df:.2f}, p {strict.p:.3g}; without margin p {plain.p:.3g}"
-        )
-        verdict = "PASS" if strict.p < ALPHA else "SUSPECT"
+        facts = f"Welch t {strict.t:.3f}, df {strict.df:.2f}, p {strict.p:.3g}"
         remark = f", under the {FRONTIER_ALPHA} of late rows" if plain.p < FRONTIER_ALPHA else ""
-        notes.add(verdict, f"margin {MARGIN_NATS} nats = {margin:.6f} bpb: {facts}{remark}")
+        text = (
+            f"margin {MARGIN_NATS} nats = {margin:.6f} bpb: {facts}; without margin p {plain.p:.3g}{remark}"
+        )
+        notes.add("PASS" if strict.p < ALPHA else "SUSPECT", text)
     else:
         notes.add("NOT RUN", "Welch's test needs two scores on each side")
     return notes.finding("no scores")
@@ -535,43 +501,37 @@ def check_package(case: Case) -> Finding:
     """K24: names, files, JSON keys, a program that compiles, declared packages."""
     folder, program, notes = case.folder, case.program, Notes()
     if not FOLDER_NAME.fullmatch(folder.root.name):
-        notes.add("SUSPECT", f"folder name {folder.root.name!r}: expected YYYY-MM-DD_Name without spaces")
-    for name in (
-        ("README.md", "recipe.toml")
-        if case.is_recipe_only
-        else ("README.md", "submission.json", "train_gpt.py")
-    ):
+        notes.suspect(f"folder name {folder.root.name!r}: expected YYYY-MM-DD_Name without spaces")
+    needed = ("recipe.toml",) if case.is_recipe_only else ("submission.json", "train_gpt.py")
+    for name in ("README.md", *needed):
         if name not in folder.files:
-            notes.add("SUSPECT", f"{name} is missing")
+            notes.suspect(f"{name} is missing")
     if case.is_recipe_only:
-        notes.add("PASS", "a recipe, not a record: recipe.toml and README.md")
+        notes.good("a recipe, not a record: recipe.toml and README.md")
         return notes.finding("")
     if case.submission_error and "no submission.json" not in case.submission_error:
-        notes.add("FAIL", case.submission_error)
+        notes.fail(case.submission_error)
     missing = [key for key in MINIMAL_KEYS if key not in (case.submission or dict.fromkeys(MINIMAL_KEYS))]
     if missing:
-        notes.add("SUSPECT", f"submission.json has no {', '.join(missing)}")
+        notes.suspect(f"submission.json has no {', '.join(missing)}")
     if not program.entry or program.error:
-        notes.add("FAIL", f"program: {program.error}: it cannot run within the folder")
+        notes.fail(f"program: {program.error}: it cannot run within the folder")
     elif folder.files[program.entry].size == 0:
-        notes.add("FAIL", f"{program.entry} is empty: it cannot run within the folder")
+        notes.fail(f"{program.entry} is empty: it cannot run within the folder")
     for name, file in folder.files.items():
         if file.kind != "file":
-            notes.add("SUSPECT", f"{name} is a {file.kind}: links and devices are not followed")
+            notes.suspect(f"{name} is a {file.kind}: links and devices are not followed")
         if name.rpartition("/")[2] in (".DS_Store", "Thumbs.db") or "__pycache__" in name:
-            notes.add("SUSPECT", f"{name} does not belong into a pull request")
-    declared = case.readme + "".join(folder.text(path) for path in folder.named("requirements*.txt"))
-    declared += "".join(folder.text(path) for path in folder.named("*.sh"))
-    loose = declared.lower().replace("-", "_")
-    unknown = sorted(n for n in third_party_imports(program) - BASE_PACKAGES if not _declares(loose, n))
+            notes.suspect(f"{name} does not belong into a pull request")
+    loose = case.declared.lower().replace("-", "_")
+    unknown = sorted(
+        name
+        for name in third_party_imports(program) - BASE_PACKAGES
+        if not any(other in loose for other in (name.lower(), *OTHER_NAMES.get(name, ())))
+    )
     if unknown:
-        notes.add("SUSPECT", f"imports {', '.join(unknown)}: neither requirements.txt nor README names them")
+        notes.suspect(f"imports {', '.join(unknown)}: neither requirements.txt nor README names them")
     for note in dict.fromkeys(folder.notes):
-        notes.add("SUSPECT", note)
-    notes.add("PASS", f"{len(folder.files)} files, {sum(f.size for f in folder.files.values()):,} bytes")
+        notes.suspect(note)
+    notes.good(f"{len(folder.files)} files, {sum(f.size for f in folder.files.values()):,} bytes")
     return notes.finding("")
-
-
-def _declares(text: str, package: str) -> bool:
-    """Whether a text names a package, by its import name or another that people use for it."""
-    return any(name in text for name in (package.lower(), *OTHER_NAMES.get(package, ())))

@@ -79,22 +79,13 @@ class SubmissionFolder:
             if stat.S_ISDIR(info.st_mode):
                 yield from self._scan(Path(entry.path), depth + 1)
             else:
-                kind = (
-                    "link"
-                    if stat.S_ISLNK(info.st_mode)
-                    else "file"
-                    if stat.S_ISREG(info.st_mode)
-                    else "other"
-                )
+                kind = {stat.S_IFLNK: "link", stat.S_IFREG: "file"}.get(stat.S_IFMT(info.st_mode), "other")
                 yield File(path, info.st_size, kind)
 
     def named(self, pattern: str) -> list[str]:
         """Return the regular files whose path matches a glob pattern, sorted."""
-        return [
-            path
-            for path, file in sorted(self.files.items())
-            if file.kind == "file" and PurePosixPath(path).match(pattern)
-        ]
+        files = sorted(path for path, file in self.files.items() if file.kind == "file")
+        return [path for path in files if PurePosixPath(path).match(pattern)]
 
     def read(self, path: str) -> bytes:
         """Return a regular file's bytes; of one over MAX_TEXT its first and last halves."""
@@ -128,15 +119,20 @@ class Case(NamedTuple):
     against: list[float] | None  # scores of the row to beat
 
     @property
+    def declared(self) -> str:
+        """What README, requirements and scripts say."""
+        files = [*self.folder.named("requirements*.txt"), *self.folder.named("*.sh")]
+        return self.readme + "".join(map(self.folder.text, files))
+
+    @property
     def is_recipe_only(self) -> bool:
         return set(self.folder.files) <= RECIPE_FILES and "recipe.toml" in self.folder.files
 
 
 def read_submission(folder: SubmissionFolder) -> tuple[dict | None, str]:
     """Return (submission.json or its only variant, error)."""
-    names = folder.named("submission.json") or [
-        name for name in folder.named("submission*.json") if "/" not in name
-    ]
+    variants = [name for name in folder.named("submission*.json") if "/" not in name]
+    names = folder.named("submission.json") or variants
     if not names:
         return None, "no submission.json"
     try:

@@ -1,6 +1,7 @@
 """The library of miniature violations: `python -m audit --cases` prints the case x check matrix.
 
-Each case in cases/ is a program that breaks one rule; its twin, NAME_fixed.py, does the same thing legally.
+Each case in cases/ is a program that breaks one rule. Its twin, NAME_fixed, does the same thing legally: the
+same file with LEGAL = True.
 """
 
 import shutil
@@ -52,12 +53,19 @@ CASES = (
 )
 
 
+def program_text(name: str) -> str:
+    """Return the program of a case, or as NAME_fixed that of its legal twin."""
+    text = (FOLDER / f"{name.removesuffix('_fixed')}.py").read_text(encoding="utf-8")
+    return text.replace("\nLEGAL = False\n", "\nLEGAL = True\n") if name.endswith("_fixed") else text
+
+
 def run_case(name: str) -> dict[str, Finding]:
     """Attack one case, in a folder that holds it and toy.py alone."""
     with tempfile.TemporaryDirectory() as folder:
-        for file in ("toy", name):
-            shutil.copy(FOLDER / f"{file}.py", folder)
-        return run_program(Path(folder) / f"{name}.py")
+        shutil.copy(FOLDER / "toy.py", folder)
+        program = Path(folder) / f"{name}.py"
+        program.write_text(program_text(name), encoding="utf-8")
+        return run_program(program)
 
 
 def print_matrix(rows: list[MatrixRow]) -> int:

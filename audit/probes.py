@@ -176,9 +176,8 @@ def coverage(events: list[Event], num_targets: int) -> Finding:
             times[lo:hi] += 1
     wrong = np.flatnonzero(times != 1)
     if len(wrong):
-        text = f"{len(wrong)} of {num_targets} targets are not scored once"
-        text += f"; target {wrong[0]}: {times[wrong[0]]} times"
-        return Finding("FAIL", [text])
+        first = f"target {wrong[0]}: {times[wrong[0]]} times"
+        return Finding("FAIL", [f"{len(wrong)} of {num_targets} targets are not scored once; {first}"])
     return Finding("PASS", [f"{num_targets} targets, one score each"])
 
 
@@ -204,9 +203,8 @@ def document_order(score: Scorer, documents: list[np.ndarray], tolerance: float 
     worst = max(abs(forward[i] - backward[i]) for i in forward)
     is_same = worst <= tolerance * max(len(document) for document in documents)
     text = f"the nats of a document move by at most {worst:.2e} when the order is reversed"
-    return Finding(
-        "PASS", [text + ("" if is_same else ": the scorer carries something from one to the next")]
-    )
+    carries = "" if is_same else ": the scorer carries something from one to the next"
+    return Finding("PASS", [text + carries])
 
 
 def memory_of_a_copy(

@@ -15,16 +15,7 @@ MAX_LAYERS = 12
 MAX_SOURCE = 1_000_000  # bytes of one layer
 MAX_NODES = 120_000  # syntax nodes of all layers; the contest's largest program has 37,000
 CODE_SUFFIXES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".so", ".pyc", ".sh", ".ptx"}
-TEXT_SUFFIXES = {
-    ".md",
-    ".log",
-    ".txt",
-    ".json",
-    ".toml",
-    ".yml",
-    ".yaml",
-    ".png",
-}  # opened or not: no payload
+TEXT_SUFFIXES = {".md", ".log", ".txt", ".json", ".toml", ".yml", ".yaml", ".png"}  # no payload if opened
 TOKENIZER_SUFFIXES = {".model", ".vocab"}  # data by the contest's practice, not counted
 OPAQUE_CALLS = ("marshal.loads", "types.CodeType", "types.FunctionType")
 ENVIRONMENT = re.compile(r"(?:^|[\s`])([A-Z][A-Z0-9_]+)=([^\s`\\]+)")
@@ -46,10 +37,6 @@ class Program(NamedTuple):
     @property
     def code_bytes(self) -> int:
         return sum(self.code.values())
-
-    @property
-    def is_wrapped(self) -> bool:
-        return len(self.layers) > 1
 
 
 class Unwrapped:
@@ -171,10 +158,8 @@ def _local_files(folder: SubmissionFolder, node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Import):
         modules = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
-        modules = [
-            node.module or "",
-            *(f"{node.module or ''}.{alias.name}".lstrip(".") for alias in node.names),
-        ]
+        package = node.module or ""
+        modules = [package, *(f"{package}.{alias.name}".lstrip(".") for alias in node.names)]
     for module in modules:
         path = module.replace(".", "/")
         yield from (file for file in (f"{path}.py", f"{path}/__init__.py") if file in folder.files)
@@ -246,16 +231,15 @@ def suspicions(program: Program) -> list[Suspicion]:
             found[what, layer, node.lineno] = Suspicion(what, where, rule)
     for function_name, where in train_on_val(program):
         what = f"{function_name} takes a gradient on validation tokens before the artifact is written"
-        found[what, where] = Suspicion(
-            what, where, "C3; README: CANNOT access validation data during training"
-        )
+        rule = "C3; README: CANNOT access validation data during training"
+        found[what, where] = Suspicion(what, where, rule)
     return list(found.values())
 
 
 def _patterns(node: ast.AST) -> Iterator[tuple[str, str]]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor):
-        mixed = [side for side in (node.left, node.right) if _multiplies_target(side)]
-        if mixed:
+        products = [x for x in ast.walk(node) if isinstance(x, ast.BinOp) and isinstance(x.op, ast.Mult)]
+        if any(_names(product, TARGET_NAME) for product in products):
             yield "a hash key holds the target", "C2: only the true token is looked up, nothing is normalized"
     if isinstance(node, ast.Import | ast.ImportFrom):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -263,20 +247,9 @@ def _patterns(node: ast.AST) -> Iterator[tuple[str, str]]:
             yield f"imports {name}", "README: no external downloads or network calls during evaluation"
 
 
-def _multiplies_target(node: ast.expr) -> bool:
-    return any(
-        isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Mult) and _names(inner, TARGET_NAME)
-        for inner in ast.walk(node)
-    )
-
-
 def _names(node: ast.AST, pattern: re.Pattern) -> bool:
     """Whether a name or attribute below a node matches."""
-    return any(
-        (isinstance(inner, ast.Name) and pattern.search(inner.id) is not None)
-        or (isinstance(inner, ast.Attribute) and pattern.search(inner.attr) is not None)
-        for inner in ast.walk(node)
-    )
+    return any(pattern.search(last_name(inner)) for inner in ast.walk(node))
 
 
 def external_commands(program: Program) -> set[str]:
@@ -284,10 +257,9 @@ def external_commands(program: Program) -> set[str]:
     found = set()
     for _, _, node in program.live:
         if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in COMMANDS:
-            words = (
-                node.args[0].elts if isinstance(node.args[0], ast.List) and node.args[0].elts else node.args
-            )
-            first = words[0]
+            first = node.args[0]
+            if isinstance(first, ast.List) and first.elts:
+                first = first.elts[0]
             found.add(first.value.split(" ")[0] if isinstance(first, ast.Constant) else "?")
     return found - HARMLESS_COMMANDS
 
@@ -304,24 +276,21 @@ def train_on_val(program: Program) -> list[tuple[str, str]]:
     named: dict[str, list] = {}
     for function in by_function:
         named.setdefault(function.name if function else "<module>", []).append(function)
-    calls = {function: _calls(items) for function, items in by_function.items()}
+    calls = {
+        function: [(last_name(n.func), n.lineno) for _, _, n in items if isinstance(n, ast.Call)]
+        for function, items in by_function.items()
+    }
+    stored = {f: [i.node.lineno for i in items if _is_write(i.node)] for f, items in by_function.items()}
     trains = _reaching({f for f, items in by_function.items() if _learns_from_val(items)}, calls)
-    writes = _reaching({f for f, items in by_function.items() if _writes_bytes(items)}, calls)
-    found = []
+    writes = _reaching({f for f, lines in stored.items() if lines}, calls)
+    found = set()
     for function, items in by_function.items():
-        first = [(line, name) for name, line in calls[function] if trains & set(named.get(name, ()))]
         last = [line for name, line in calls[function] if writes & set(named.get(name, ()))]
-        last += [item.node.lineno for item in items if _is_write(item.node)]
-        early = [(line, name) for line, name in first if any(line < other for other in last)]
-        found += [
-            (name, f"{items[0].layer}:{line}") for line, name in early if function not in trains - {function}
-        ]
-    return sorted(set(found))
-
-
-def _calls(items: list[Live]) -> list[tuple[str, int]]:
-    nodes = [item.node for item in items if isinstance(item.node, ast.Call)]
-    return [(last_name(node.func), node.lineno) for node in nodes]
+        latest = max(last + stored[function], default=0)
+        for name, line in calls[function]:
+            if line < latest and trains & set(named.get(name, ())):
+                found.add((name, f"{items[0].layer}:{line}"))
+    return sorted(found)
 
 
 def _reaching(seeds: set, calls: dict) -> set:
@@ -329,10 +298,8 @@ def _reaching(seeds: set, calls: dict) -> set:
     found = set(seeds)
     while True:
         names = {function.name for function in found if function}
-        more = {
-            f for f, called in calls.items() if f not in found and any(name in names for name, _ in called)
-        }
-        if not more:
+        more = {f for f, called in calls.items() if any(name in names for name, _ in called)}
+        if more <= found:
             return found
         found |= more
 
@@ -344,40 +311,31 @@ def _is_write(node: ast.AST) -> bool:
     return ast.unparse(node.func) == "torch.save" or (last_name(node.func) == "open" and modes == ["wb"])
 
 
-def _writes_bytes(items: list[Live]) -> bool:
-    return any(_is_write(item.node) for item in items)
-
-
 def _learns_from_val(items: list[Live]) -> bool:
     """Whether a `.backward()` here works on a loss that local assignments derive from val tokens."""
-    losses = [
-        item.node.func.value
-        for item in items
-        if isinstance(item.node, ast.Call)
-        and isinstance(item.node.func, ast.Attribute)
-        and item.node.func.attr == "backward"
-    ]
-    if not losses:
-        return False
-    assigned = [
-        (target, item.node.value)
-        for item in items
-        if isinstance(item.node, ast.Assign | ast.AnnAssign) and item.node.value is not None
-        for target in (item.node.targets if isinstance(item.node, ast.Assign) else [item.node.target])
-    ]
-    loops = [(item.node.target, item.node.iter) for item in items if isinstance(item.node, ast.For)]
+    losses, bound = [], []
+    for node in (item.node for item in items):
+        match node:
+            case ast.Call(func=ast.Attribute(value=loss, attr="backward")):
+                losses.append(loss)
+            case ast.Assign():
+                bound += [(target, node.value) for target in node.targets]
+            case ast.AnnAssign() if node.value is not None:
+                bound.append((node.target, node.value))
+            case ast.For():
+                bound.append((node.target, node.iter))
     tainted: set[str] = set()
-    while True:
-        more = set()
-        for target, value in assigned + loops:
-            if _names(value, VAL_NAME) or tainted & {
-                n.id for n in ast.walk(value) if isinstance(n, ast.Name)
-            }:
-                more |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
+
+    def is_tainted(node: ast.expr) -> bool:
+        return _names(node, VAL_NAME) or bool(tainted & _plain_names(node))
+
+    while losses:
+        more = set().union(*(_plain_names(target) for target, value in bound if is_tainted(value)))
         if more <= tainted:
             break
         tainted |= more
-    return any(
-        _names(loss, VAL_NAME) or tainted & {n.id for n in ast.walk(loss) if isinstance(n, ast.Name)}
-        for loss in losses
-    )
+    return any(map(is_tainted, losses))
+
+
+def _plain_names(node: ast.expr) -> set[str]:
+    return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}

@@ -73,9 +73,8 @@ def last_name(node: ast.AST) -> str:
 
 
 def _reads_environment(node: ast.AST) -> bool:
-    return any(
-        isinstance(inner, ast.Attribute) and inner.attr in ("environ", "getenv") for inner in ast.walk(node)
-    )
+    attributes = (inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute))
+    return any(name in ("environ", "getenv") for name in attributes)
 
 
 def evaluate(node: ast.expr, settings: dict[str, Any], environment: dict[str, str] | None = None) -> Any:
@@ -141,25 +140,18 @@ def live_nodes(layers: dict[str, ast.Module], settings: dict[str, Any]) -> list[
         name = last_name(node)
         if name and name not in mentioned:
             mentioned.add(name)
-            todo += [
-                Live(home, body, child)
-                for home, body in waiting.pop(name, [])
-                for child in _body(body, settings)
-            ]
+            for home, body in waiting.pop(name, []):
+                todo += [Live(home, body, child) for child in _statements(body.body, settings)]
         for child in _live_children(node, settings):
             if not isinstance(child, Function):
                 todo.append(Live(layer, function, child))
                 continue
             todo += [Live(layer, function, part) for part in [*child.decorator_list, child.args]]
             if child.name in mentioned or child.name.startswith("__") or child.decorator_list:
-                todo += [Live(layer, child, part) for part in _body(child, settings)]
+                todo += [Live(layer, child, part) for part in _statements(child.body, settings)]
             else:
                 waiting.setdefault(child.name, []).append((layer, child))
     return found
-
-
-def _body(function: Function, settings: dict[str, Any]) -> Iterator[ast.stmt]:
-    return _statements(function.body, settings)
 
 
 def _live_children(node: ast.AST, settings: dict[str, Any]) -> Iterator[ast.AST]:

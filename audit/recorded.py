@@ -32,9 +32,9 @@ class Losses(NamedTuple):
         return all(self.costs)
 
 
-def read_losses(path: Path, tokens: np.ndarray) -> Losses:
-    """Read a record; lines that are none are passed over (the program can write there)."""
-    targets = tokens[1:].tolist()
+def read_losses(folder: Path, tokens: np.ndarray) -> Losses:
+    """Read a run's record; lines that are none are passed over (the program can write there)."""
+    path, targets = folder / "recorded.jsonl", tokens[1:].tolist()
     places = {tuple(targets[i : i + RUN_TOKENS]): i for i in range(len(targets) - RUN_TOKENS + 1)}
     costs: list[list[float]] = [[] for _ in targets]
     rows: list[list] = [[] for _ in targets]
@@ -74,11 +74,8 @@ def explains(losses: Losses, printed: float) -> bool:
     """Whether some one of the costs of each target, the same in turn for all, has the printed mean."""
     depth = max(len(row) for row in losses.costs)
     turns = [*range(min(depth, 64)), *range(-1, -min(depth, 64) - 1, -1)]
-    means = [
-        np.mean([row[turn] if -len(row) <= turn < len(row) else row[-1] for row in losses.costs])
-        for turn in turns
-    ]
-    return bool(np.abs(np.array(means) - printed).min() <= TAIL_TOLERANCE)
+    chosen = [[row[i] if -len(row) <= i < len(row) else row[-1] for row in losses.costs] for i in turns]
+    return bool(np.abs(np.mean(chosen, axis=1) - printed).min() <= TAIL_TOLERANCE)
 
 
 def compare(before: Losses, after: Losses, num_targets: int, text: str) -> Finding:

@@ -6,12 +6,11 @@ token by token. Of others only what they print is known: their artifacts, their 
 
 import ast
 import contextlib
-import hashlib
 import math
 import re
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +21,10 @@ from audit import probes
 from audit.checks import Finding
 from audit.folder import SubmissionFolder
 from audit.program import HARMLESS_COMMANDS, Unwrapped
-from audit.recorded import Losses, compare, compare_rows, explains, read_losses
+from audit.recorded import compare, compare_rows, explains, read_losses
 from audit.sandbox import Box, Limits, Ran, Server, namespace_command, read_trace
 from audit.world import World, make_world, target_bytes, write_world
-from common import UserError
+from common import UserError, sha256_file
 from eval.logs import ScoreLine, headlines, parse_log
 
 NUM_TRAIN, NUM_TARGETS = 40_000, 2048  # targets: a multiple of every window in use
@@ -149,11 +148,9 @@ def harness_fields(tree: ast.Module) -> dict[str, object]:
         name = targets[0].id if isinstance(targets[0], ast.Name) else ""
         if name == "PACKED_RECIPE" and isinstance(node.value, ast.Dict | ast.Constant):
             found[name] = ast.literal_eval(node.value)
-        elif (
-            name and isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and node.value.args
-        ):
-            default = node.value.args[0]
-            found |= {name: default.value} if isinstance(default, ast.Constant) else {}
+        match node:
+            case ast.AnnAssign(value=ast.Call(args=[ast.Constant(value=default), *_])) if name:
+                found[name] = default
     return found if "PACKED_RECIPE" in found else {}
 
 
@@ -205,10 +202,7 @@ def check_bytes(world: World, score: ScoreLine) -> Finding:
 
 def digests(ran: Ran) -> dict[str, str]:
     """Return the hashes of a run's artifacts by their paths in its folder."""
-    return {
-        str(path.relative_to(ran.folder)): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        for path in find_artifacts(ran)
-    }
+    return {str(path.relative_to(ran.folder)): sha256_file(path)[:12] for path in find_artifacts(ran)}
 
 
 def noise_checks(scene: Scene, score: ScoreLine, noisy: Ran) -> dict[str, Finding]:
@@ -313,9 +307,8 @@ def serve_probes(scene: Scene, score: ScoreLine) -> dict[str, Finding]:
         return absent("the program left no artifact")
     try:
         with contextlib.closing(scene.serve()) as server:
-            found = (
-                probe_server(scene, server, score) if server.facts["protocol"] else black_box(scene, score)
-            )
+            judge = probe_server if server.facts["protocol"] else judge_outputs
+            found = judge(scene, server, score)
     except UserError as error:
         found = absent(str(error))
         found["K17"] = Finding("FAIL", [f"the artifact alone gives no score: {error}"])
@@ -324,9 +317,9 @@ def serve_probes(scene: Scene, score: ScoreLine) -> dict[str, Finding]:
     return found
 
 
-def absent(why: str) -> dict[str, Finding]:
+def absent(why: str, numbers: Iterable[int] = (*range(12, 18), 19, 20)) -> dict[str, Finding]:
     """Return NOT RUN for every check that needs scores of targets."""
-    return {f"K{number}": Finding("NOT RUN", [why]) for number in (12, 13, 14, 15, 16, 17, 19, 20)}
+    return {f"K{number}": Finding("NOT RUN", [why]) for number in numbers}
 
 
 def probe_server(scene: Scene, server: Server, printed: ScoreLine) -> dict[str, Finding]:
@@ -334,7 +327,6 @@ def probe_server(scene: Scene, server: Server, printed: ScoreLine) -> dict[str, 
     world, facts = scene.world, server.facts
     window, whole = facts.get("window", 0), facts.get("whole", 1)
     nats, events = server.ask(world.val)
-
     if len(nats) != NUM_TARGETS:
         text = f"{len(nats)} scores for {NUM_TARGETS} targets"
         return absent(text) | {"K16": Finding("FAIL", [text])}
@@ -406,7 +398,7 @@ def sums_in_time(score: Callable, stream: np.ndarray, plan: AttackPlan) -> Findi
     return probes.sums_to_one(score, stream, positions, plan.vocab_size)
 
 
-def black_box(scene: Scene, printed: ScoreLine) -> dict[str, Finding]:
+def judge_outputs(scene: Scene, _: Server, printed: ScoreLine) -> dict[str, Finding]:
     """K12-K17 of a program of which only its output, its files and its calls of F.cross_entropy are known."""
     found = absent(PER_TARGET)
     found |= recorded_checks(scene, printed) if scene.plan.shims else {}
@@ -415,33 +407,25 @@ def black_box(scene: Scene, printed: ScoreLine) -> dict[str, Finding]:
     return found | {"K17": check_replay(scene, printed)}
 
 
-def recorded_losses(ran: Ran, tokens: np.ndarray) -> Losses:
-    """Read what a run recorded."""
-    return read_losses(ran.folder / "recorded.jsonl", tokens)
-
-
 def recorded_checks(scene: Scene, printed: ScoreLine) -> dict[str, Finding]:
     """K12-K16 from the recorded costs of this run and of two with another second half, or none."""
     val = scene.world.val
-    losses = recorded_losses(scene.base, val)
+    losses = read_losses(scene.base.folder, val)
     if not losses.is_complete or not explains(losses, printed.val_loss):
-        why = "the printed loss is not made of costs that F.cross_entropy computes"
-        return {f"K{number}": Finding("NOT RUN", [why]) for number in (12, 13, 14, 15, 16)}
+        return absent("the printed loss is not made of costs that F.cross_entropy computes", range(12, 17))
     cut = NUM_TARGETS // 2 + 8  # within a window
     other = np.concatenate([val[:cut], scene.world.draw(len(val) - cut, seed=8)])
     other[cut] = val[cut] % (scene.plan.vocab_size - 3) + 3  # another word
-    flipped = recorded_losses(scene.run(other), other)
+    flipped = read_losses(scene.run(other).folder, other)
     head = val[: NUM_TARGETS // 2 + 1]
-    short = recorded_losses(scene.run(head), head)
+    short = read_losses(scene.run(head).folder, head)
     learned = f"{losses.num_learned} targets of the text had gradients taken on them"
-    order = Finding("PASS", [learned])
-    if losses.num_learned:
-        order = Finding("NOT RUN", [f"{learned}; whether after their scores, K13 says"])
+    unordered = Finding("NOT RUN", [f"{learned}; whether after their scores, K13 says"])
     return {
         "K12": compare_rows(losses, flipped, cut - 1),
         "K13": compare(losses, flipped, cut - 1, f"another text from {cut} on"),
         "K14": compare(losses, short, len(head) - 1, f"the first {len(head)} tokens alone"),
-        "K15": order,
+        "K15": unordered if losses.num_learned else Finding("PASS", [learned]),
         "K16": Finding("PASS", [f"{NUM_TARGETS} targets have costs whose mean is the printed loss"]),
     }
 

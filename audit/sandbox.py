@@ -221,9 +221,8 @@ class Box:
         lines: list[tuple[float, str]] = []
         ended = collect(process, lines, limits, self.uid)
         end(process)
-        return Ran(
-            process.wait(), ended, lines, read_trace(folder), folder, round(time.monotonic() - started, 3)
-        )
+        seconds = round(time.monotonic() - started, 3)
+        return Ran(process.wait(), ended, lines, read_trace(folder), folder, seconds)
 
     def serve(self, data: Path, artifact: Path, settings: dict[str, str], limits: Limits, **more) -> "Server":
         """Start the program's scorer on an artifact; train shards are not in its world."""

@@ -86,10 +86,6 @@ def _unzlib(data: bytes, wbits: int = zlib.MAX_WBITS) -> bytes:
     return _bounded(stream.decompress(data, MAX_OUTPUT), stream.eof)
 
 
-def _ungzip(data: bytes) -> bytes:
-    return _unzlib(data, 16 + zlib.MAX_WBITS)
-
-
 def _unbz2(data: bytes) -> bytes:
     stream = bz2.BZ2Decompressor()
     return _bounded(stream.decompress(data, MAX_OUTPUT), stream.eof)
@@ -113,7 +109,7 @@ def _unzstd(data: bytes) -> bytes:
 DECODERS: dict[str, Callable] = {
     "lzma.decompress": _unlzma,
     "zlib.decompress": _unzlib,
-    "gzip.decompress": _ungzip,
+    "gzip.decompress": lambda data: _unzlib(data, 16 + zlib.MAX_WBITS),
     "bz2.decompress": _unbz2,
     "brotli.decompress": _unbrotli,
     "zstandard.decompress": _unzstd,
@@ -254,27 +250,22 @@ class Constants:
             method, owner = node.func.attr, node.func.value
             if method in ("read", "read_text", "read_bytes"):
                 return self._file(owner, depth)
-            if method == "decompress" and isinstance(
-                owner, ast.Call
-            ):  # zstandard.ZstdDecompressor().decompress
+            if method == "decompress" and isinstance(owner, ast.Call):  # zstandard.ZstdDecompressor()
                 function = DECODERS.get(self.dotted(owner.func).partition(".")[0] + ".decompress")
             elif method in METHODS:
                 function, arguments = METHODS[method], [self.value(owner, depth)]
         if function is None:
             raise Unknown(f"call of {name or 'a computed function'}")
         arguments += [self.value(item, depth) for item in node.args]
-        return function(
-            *arguments, **{key.arg: self.value(key.value, depth) for key in node.keywords if key.arg}
-        )
+        options = {key.arg: self.value(key.value, depth) for key in node.keywords if key.arg}
+        return function(*arguments, **options)
 
     def _file(self, opened: ast.expr, depth: int) -> bytes:
         """The bytes behind open(NAME).read() and Path(NAME).read_text()."""
-        is_open = isinstance(opened, ast.Call) and self.dotted(opened.func) in (
-            "open",
-            "io.open",
-            "pathlib.Path",
-        )
-        return self.read(str(self.value(opened.args[0] if is_open and opened.args else opened, depth)))
+        opens = ("open", "io.open", "pathlib.Path")
+        if isinstance(opened, ast.Call) and opened.args and self.dotted(opened.func) in opens:
+            opened = opened.args[0]
+        return self.read(str(self.value(opened, depth)))
 
 
 def _import_names(tree: ast.Module) -> Iterator[tuple[str, str]]:

@@ -13,8 +13,8 @@ import numpy as np
 from audit.probes import Source, text_source
 from data.shards import write_shard
 
-UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2
-FIRST_WORD = 3
+BOS_ID = 1
+FIRST_WORD = 3  # after the ids of "unknown", BOS and EOS
 MAX_WORDS = 61  # ids that the text uses; larger vocabularies hold the rest unused
 DOCUMENT_TOKENS = 40  # mean
 LETTERS = "etaoinshrdlu"
@@ -79,9 +79,8 @@ def piece_texts(vocab_size: int) -> list[str]:
         for _ in range(2 + word % 2 if vocab_size < 100 else 4):
             rest, letter = divmod(rest, len(LETTERS))
             letters += LETTERS[letter]
-        names.append(
-            ("\u2581" if word % 2 else "") + letters + LETTERS[word // 2 % len(LETTERS)] * (word % 3)
-        )
+        letters += LETTERS[word // 2 % len(LETTERS)] * (word % 3)
+        names.append("\u2581" * (word % 2) + letters)
     return names
 
 

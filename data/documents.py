@@ -6,7 +6,7 @@ Files pass through as streams, so they may be larger than memory.
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,17 +82,8 @@ def read_txt(path: Path) -> Iterator[Document]:
         yield Document(text, str(path))
 
 
-def read_jsonl(path: Path) -> Iterator[Document]:
-    """Yield the "text" of each line of JSON; blank lines are no documents."""
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
-            place = f"{path}:{number}"
-            yield Document(parse_line(line, place), place)
-
-
-def parse_line(line: bytes, place: str) -> str:
-    """Take the text out of one line of JSON; raise UserErrors that name the place."""
-    value = parse_object(line, place)
+def get_text(value: dict, place: str) -> str:
+    """Take the text out of the object of one line; raise a UserError that names the place."""
     if not isinstance(value.get("text"), str):
         raise UserError(
             f'{place}: expected a JSON object with a string under "text", found keys {sorted(value)}.'
@@ -124,6 +115,14 @@ def require_utf8(text: str, place: str) -> str:
             "cannot express. Repair or remove the line."
         ) from error
     return text
+
+
+def read_jsonl(path: Path, write: Callable[[dict, str], str] = get_text) -> Iterator[Document]:
+    """Yield the text that `write` finds in the object of each line; blank lines are no documents."""
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            place = f"{path}:{number}"
+            yield Document(write(parse_object(line, place), place), place)
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

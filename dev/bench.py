@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 
-from common import run_command
+from common import format_table, run_command
 from data.builtin import find_modules, make_corpus, parse_modules, write_document
 from data.codecs import load_codec
 from data.doctor import Dataset, check_overlap
@@ -283,12 +283,12 @@ def print_table(rows: list[Measurement]) -> None:
     """Print the rows for people."""
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads; medians")
-    print(f"{'part':<28}{'value':>14} {'unit':<9}{'yardstick':>14}  {'(what)':<24}{'ratio':>8}")
-    for row in rows:
-        print(
-            f"{row.part:<28}{row.value:>14,.1f} {row.unit:<9}{row.yardstick_value:>14,.1f}  "
-            f"{row.yardstick:<24}{row.ratio:>8.3f}"
-        )
+    columns = {"part": "<28", "value": ">14,.1f", " unit": "<10", "yardstick": ">14,.1f", "  (what)": "<26"}
+    cells = [
+        (row.part, row.value, f" {row.unit}", row.yardstick_value, f"  {row.yardstick}", row.ratio)
+        for row in rows
+    ]
+    print(format_table(columns | {"ratio": ">8.3f"}, cells))
 
 
 def main(argv: list[str] | None = None) -> None:

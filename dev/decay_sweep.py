@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train_gpt
-from common import CommandParser, UserError, read_json, run_command
+from common import CommandParser, UserError, format_table, read_json, run_command
 from formats.recipe import config_hash, with_values
 from scoring.budget import BudgetError
 from train_gpt import Config, Environment, load_config, place_values, read_environment
 
 KNOBS = ("optim.matrix_weight_decay", "optim.embed_weight_decay", "optim.scalar_weight_decay")
+COLUMNS = {"decay": ">10.5g", "bytes": ">12,", "artifact": ">12,", "val_loss": ">10.4f", "val_bpb": ">10.4f"}
+COLUMNS |= {"": ""}  # an arrow
 PLACES = ("data.data_path", "data.tokenizer_path")  # what a finished run must share besides its recipe
 
 
@@ -82,16 +84,9 @@ def bisect_decay(measure: Callable[[float], Point], target_bytes: int, high: flo
     return best
 
 
-def format_table(points: list[Point], best: Point | None) -> str:
+def format_points(points: list[Point], best: Point | None) -> str:
     """Lay out the points by decay; the one that bisection chose has an arrow."""
-    lines = [f"{'decay':>10}{'bytes':>12}{'artifact':>12}{'val_loss':>10}{'val_bpb':>10}"]
-    for point in sorted(set(points)):
-        mark = " <-" if point == best else ""
-        lines.append(
-            f"{point.decay:>10.5g}{point.total_bytes:>12,}{point.model_bytes:>12,}"
-            f"{point.val_loss:>10.4f}{point.val_bpb:>10.4f}{mark}"
-        )
-    return "\n".join(lines)
+    return format_table(COLUMNS, [(*point, " <-" if point == best else "") for point in sorted(set(points))])
 
 
 def parse_decays(text: str) -> list[float]:
@@ -134,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         best = bisect_decay(measure, args.target_bytes, args.high, args.rounds)
     rows = {"points": [point._asdict() for point in points], "best": best and best._asdict()}
-    print(json.dumps(rows) if args.json else format_table(points, best))
+    print(json.dumps(rows) if args.json else format_points(points, best))
 
 
 if __name__ == "__main__":

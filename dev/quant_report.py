@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import CommandParser, run_command
+from common import CommandParser, format_table, run_command
 from dev.trained import Trained, open_checkpoint
 from formats.artifact import compress
 from formats.codes_encode import encode_codes, encode_halves
@@ -35,6 +35,9 @@ from train_gpt import (
     quantize_model,
     score_model,
 )
+
+COLUMNS = {"shape": ">13", "bits": ">7.2f", "clip": ">7.1f", "bytes": ">11,", "/entropy": ">9.3f"}
+COLUMNS |= {"weight": ">9.4f", "output": ">9.4f", "bpb cost": ">+10.5f"}
 
 
 class TensorReport(NamedTuple):
@@ -147,17 +150,11 @@ def print_table(report: dict) -> None:
         f"{report['artifact_bytes']:,} bytes"
     )
     width = max(map(len, (row["name"] for row in report["tensors"])), default=6)
-    print(
-        f"{'tensor':<{width}} {'shape':>12} {'bits':>6} {'clip':>6} {'bytes':>10} {'/entropy':>8} "
-        f"{'weight':>8} {'output':>8} {'bpb cost':>9}"
-    )
-    for row in report["tensors"]:
-        shape = "x".join(map(str, row["shape"]))
-        print(
-            f"{row['name']:<{width}} {shape:>12} {row['bits']:>6.2f} {row['clip']:>6.1f} {row['bytes']:>10,} "
-            f"{row['entropy_ratio']:>8.3f} {row['weight_error']:>8.4f} {row['output_error']:>8.4f} "
-            f"{row['val_bpb_cost']:>+9.5f}"
-        )
+    cells = [
+        (name, "x".join(map(str, shape)), *numbers)
+        for name, shape, *numbers in (row.values() for row in report["tensors"])
+    ]
+    print(format_table({"tensor": f"<{width}"} | COLUMNS, cells))
     total = np.sum([[row["bytes"], row["val_bpb_cost"]] for row in report["tensors"]], axis=0)
     print(f"sum: {total[0]:,.0f} bytes, {total[1]:+.5f} bpb")
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import CommandParser, UserError, run_command, sha256_file
 from data.validation import ValidationText, check_tokenizer
-from eval.breakdown import Windows, as_facts, break_down, cost_of, format_tables
+from eval.breakdown import Windows, as_facts, break_down, format_tables, get_costs
 from eval.compare import check_same_documents, compare_documents, document_costs, format_comparison
 from eval.domains import format_domains, parse_domains, read_domain, score_domains
 from eval.logs import classify_bytes
@@ -195,7 +195,7 @@ def implied_bytes(score: Score) -> float:
     return score.val_loss / math.log(2) * score.num_tokens / score.val_bpb if score.val_bpb else math.nan
 
 
-def order_of(settings: EvalConfig) -> str:
+def get_order(settings: EvalConfig) -> str:
     """Say whether a probability depends on its prefix alone, or also on the lengths of documents."""
     in_turns = settings.mode == "phased" or settings.lora_warm_lanes or settings.lora_short_chunks
     return "by length" if SCORERS[settings.mode].plan is None and in_turns else "text"
@@ -221,28 +221,27 @@ def print_table(scored: Scored, target: Target) -> None:
     ]
     if result:
         rows.append(("trained", f"{result['steps']:,} steps, {result['tokens_per_second']:,.0f} tokens/s"))
-    if order_of(scored.cfg.eval) != "text":
-        rows.append(
-            ("disputed", "lengths of documents decide who learns from whom (contest pull request 1536)")
-        )
+    if get_order(scored.cfg.eval) != "text":
+        reason = "lengths of documents decide who learns from whom (contest pull request 1536)"
+        rows.append(("disputed", reason))
     if target.recorded_bpb is not None:
         rows.append(("recorded val_bpb", f"{target.recorded_bpb:.8f}"))
     print("\n".join(f"{name:<18}{value}" for name, value in [*reservations(score), *rows]))
 
 
-def facts_of(scored: Scored, target: Target) -> dict:
+def get_facts(scored: Scored, target: Target) -> dict:
     """Return what JSON says about one score."""
     facts = {"vocab_size": scored.cfg.data.vocab_size, "bos_id": scored.text.bos_id}
     facts |= {"implied_bytes": implied_bytes(scored.score), "tilt": scored.cfg.eval.tilt_online}
-    facts |= {"order": order_of(scored.cfg.eval)}
+    facts |= {"order": get_order(scored.cfg.eval)}
     facts |= {"artifact": str(target.artifact), "artifact_sha256": sha256_file(target.artifact)}
     return scored.score._asdict() | facts
 
 
-def score_one(args: Namespace, ranks_of) -> int:
+def score_one(args: Namespace, open_ranks) -> int:
     """Score one artifact; returns 1 when its recorded score is not reproduced."""
     target = find_target(args.target or newest_run(), args.artifact)
-    ranks = ranks_of(target)
+    ranks = open_ranks(target)
     scored = score_target(target, args, ranks, changed_settings(args))
     ranks.close()
     if not ranks.is_main:
@@ -253,14 +252,12 @@ def score_one(args: Namespace, ranks_of) -> int:
     accounts = ledgers(scored, target) if args.budget else []
     tables = {}
     if args.breakdown:
-        costs = cost_of(scored.nats, scored.text.target_bytes)
-        cfg = scored.cfg
-        how = Windows(
-            cfg.eval, score.context_len, cfg.run.val_batch_tokens // cfg.data.micro_batches, score.switch_at
-        )
+        costs, cfg = get_costs(scored.nats, scored.text.target_bytes), scored.cfg
+        batch_tokens = cfg.run.val_batch_tokens // cfg.data.micro_batches
+        how = Windows(cfg.eval, score.context_len, batch_tokens, score.switch_at)
         tables = break_down(costs, scored.tokens, open_tokenizer(cfg.data), how)
     if args.json:
-        facts = facts_of(scored, target) | {"difference": difference, "breakdown": as_facts(tables)}
+        facts = get_facts(scored, target) | {"difference": difference, "breakdown": as_facts(tables)}
         facts |= {"ledgers": [dict(zip(("title", "parts", "limit", "unit"), row)) for row in accounts]}
         print(json.dumps(facts))
     else:
@@ -277,33 +274,31 @@ def score_one(args: Namespace, ranks_of) -> int:
     return 0
 
 
-def score_two(args: Namespace, ranks_of) -> int:
+def score_two(args: Namespace, open_ranks) -> int:
     """Score two artifacts on the same documents, tails included, and compare them."""
     targets = [find_target(path) for path in args.compare]
-    ranks = ranks_of(targets[0])
+    ranks = open_ranks(targets[0])
     settings = changed_settings(args) | {"eval.keep_tail": True}
     sides = [score_target(target, args, ranks, settings) for target in targets]
     ranks.close()
     if not ranks.is_main:
         return 0
     codecs = [open_tokenizer(side.cfg.data) for side in sides]
-    costs = [
-        document_costs(side.nats, side.text.target_bytes, side.tokens, side.text.bos_id) for side in sides
-    ]
+    costs = [document_costs(s.nats, s.text.target_bytes, s.tokens, s.text.bos_id) for s in sides]
     check_same_documents(*costs, codecs)
     report = compare_documents(*costs, codecs[0])
     if args.json:
-        print(json.dumps(report | {"sides": [facts_of(*pair) for pair in zip(sides, targets)]}))
+        print(json.dumps(report | {"sides": [get_facts(*pair) for pair in zip(sides, targets)]}))
     else:
         notes = ["".join(f" {title}: {text}" for title, text in reservations(side.score)) for side in sides]
         print(format_comparison(report, [f"{path}{note}" for path, note in zip(args.compare, notes)]))
     return 0
 
 
-def score_by_domain(args: Namespace, ranks_of) -> int:
+def score_by_domain(args: Namespace, open_ranks) -> int:
     """Score one artifact on files of text instead of the validation shards, a row a file."""
     target = find_target(args.target or newest_run(), args.artifact)
-    ranks = ranks_of(target)
+    ranks = open_ranks(target)
     model, stored, header = load_artifact(target.artifact, target.live, ranks.device)
     cfg = with_values(stored, changed_settings(args), "command line")
     check_config(cfg)
@@ -371,12 +366,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--compare takes two artifacts and none of {', '.join(single)}")
     environment = read_environment()._replace(overrides={})
 
-    def ranks_of(target: Target) -> KeepingRanks:
+    def open_ranks(target: Target) -> KeepingRanks:
         return KeepingRanks(environment, target.live.run.device)
 
     if args.domains:
-        return score_by_domain(args, ranks_of)
-    return score_two(args, ranks_of) if args.compare else score_one(args, ranks_of)
+        return score_by_domain(args, open_ranks)
+    return score_two(args, open_ranks) if args.compare else score_one(args, open_ranks)
 
 
 if __name__ == "__main__":

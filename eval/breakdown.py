@@ -33,12 +33,12 @@ class Costs(NamedTuple):
     num_bytes: np.ndarray  # (N,)
 
 
-def cost_of(nats: np.ndarray, target_bytes: np.ndarray) -> Costs:
+def get_costs(nats: np.ndarray, target_bytes: np.ndarray) -> Costs:
     """Convert (N,) nats and the byte counts of those targets, of which there may be more."""
     return Costs(nats.astype(np.float64) / np.log(2.0), target_bytes[: len(nats)].astype(np.float64))
 
 
-def rows_of(labels: np.ndarray, names: list[str], costs: Costs) -> list[BreakdownRow]:
+def add_up(labels: np.ndarray, names: list[str], costs: Costs) -> list[BreakdownRow]:
     """Add up the targets of each (N,) label, a number of `names`; classes without targets are left out."""
     sums = [np.bincount(labels, values, len(names)) for values in (np.ones(len(labels)), *costs)]
     return [BreakdownRow(name, *map(float, row)) for name, *row in zip(names, *sums) if row[0]]
@@ -50,7 +50,7 @@ def octave_rows(seen: np.ndarray, costs: Costs) -> list[BreakdownRow]:
     lows = [1 << power for power in range(most.bit_length())]
     ends = [min(2 * low - 1, most) for low in lows]
     names = [f"{low:,}" if low == end else f"{low:,}-{end:,}" for low, end in zip(lows, ends)]
-    return rows_of(labels, names, costs)
+    return add_up(labels, names, costs)
 
 
 class Windows(NamedTuple):
@@ -99,10 +99,10 @@ def length_rows(documents: np.ndarray, costs: Costs) -> list[BreakdownRow]:
     labels = np.repeat(np.searchsorted(LENGTH_CLASSES, sizes, side="right"), np.diff(documents).ravel())
     bounds = [0, *LENGTH_CLASSES]
     names = [f"{low:,}-{high - 1:,}" for low, high in pairwise(bounds)] + [f"{bounds[-1]:,}+"]
-    return rows_of(labels, names, costs)
+    return add_up(labels, names, costs)
 
 
-def class_of(byte: int) -> int:
+def get_class(byte: int) -> int:
     """Name the class of a byte by its number in BYTE_CLASSES."""
     char = chr(byte)
     if byte >= 0x80:
@@ -110,7 +110,7 @@ def class_of(byte: int) -> int:
     return 0 if char.isalpha() else 1 if char.isdigit() else 2 if char.isspace() else 3
 
 
-CLASS_OF_BYTE = np.array([class_of(byte) for byte in range(256)])
+CLASS_OF_BYTE = np.array([get_class(byte) for byte in range(256)])
 
 
 def byte_shares(codec) -> np.ndarray:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError
-from eval.breakdown import cost_of
+from eval.breakdown import get_costs
 from eval.stats import bootstrap_difference
 from scoring.adaptive import plan_documents
 
 OTHER_CHARACTERS = re.compile("[^0-9a-z]+")
+SAME_TEXT = "Name the same validation documents: --val, --documents."
 PASSAGE = 12  # characters
 NUM_SHOWN = 5  # documents at each end of the table
 
@@ -29,7 +30,7 @@ def document_costs(
 ) -> DocumentCosts:
     """Add up the N targets of N + 1 tokens by document; the next document's BOS counts to the one it ends."""
     spans = plan_documents(tokens, bos_id)
-    bits, sizes = (np.add.reduceat(column, spans[:, 0]) for column in cost_of(nats, target_bytes))
+    bits, sizes = (np.add.reduceat(column, spans[:, 0]) for column in get_costs(nats, target_bytes))
     return DocumentCosts(bits, sizes, [tokens[lo + (tokens[lo] == bos_id) : hi] for lo, hi in spans])
 
 
@@ -54,18 +55,12 @@ def are_alike(a: str, b: str) -> bool:
 def check_same_documents(new: DocumentCosts, old: DocumentCosts, codecs: tuple) -> None:
     """Raise unless both sides scored the same documents in the same order."""
     same_codec = codecs[0].digest == codecs[1].digest
-    for i, (a, b) in enumerate(zip(new.tokens, old.tokens)):
-        same = (
-            np.array_equal(a, b) if same_codec else are_alike(spelling(codecs[0], a), spelling(codecs[1], b))
-        )
-        if not same:
-            raise UserError(f"document {i}: expected the same text on both sides, found two. Name the same "
-                            "validation documents: --val, --documents.")  # fmt: skip
+    for i, pair in enumerate(zip(new.tokens, old.tokens)):
+        if not (np.array_equal(*pair) if same_codec else are_alike(*map(spelling, codecs, pair))):
+            raise UserError(f"document {i}: expected the same text on both sides, found two. {SAME_TEXT}")
     if len(new.tokens) != len(old.tokens):
-        raise UserError(
-            f"expected as many documents on both sides, found {len(new.tokens):,} and {len(old.tokens):,}. "
-            "Name the same validation documents: --val, --documents."
-        )
+        found = f"{len(new.tokens):,} and {len(old.tokens):,}"
+        raise UserError(f"expected as many documents on both sides, found {found}. {SAME_TEXT}")
 
 
 def compare_documents(new: DocumentCosts, old: DocumentCosts, codec) -> dict:

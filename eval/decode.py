@@ -34,9 +34,8 @@ class CachedAttention(nn.Module):
 
 def can_cache(cfg: ModelConfig) -> bool:
     """Whether the compressed cache is all that decoding needs of the past."""
-    return cfg.context_ratio > 0 and all(
-        getattr(cfg, key) == value for key, value in NEEDS_NEIGHBOURS.items()
-    )
+    alone = all(getattr(cfg, key) == value for key, value in NEEDS_NEIGHBOURS.items())
+    return cfg.context_ratio > 0 and alone
 
 
 @contextmanager

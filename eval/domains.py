@@ -5,27 +5,22 @@ or alone in its batch: there is no padding, so none can be counted.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
+from common import UserError, format_table
 from data.codecs import TokenCodec
-from data.documents import (
-    Document,
-    batched,
-    check_inputs,
-    parse_object,
-    read_documents,
-    read_lines,
-    require_utf8,
-)
+from data.documents import Document, batched, check_inputs, read_documents, read_jsonl, require_utf8
 from data.prepare import encode_documents, encode_for_sidecar
 from scoring.adaptive import plan_document_windows, plan_documents
 from scoring.bpb import BpbMeter
 from scoring.sliding import Logits, ScoreOptions, score_windows
 
+COLUMNS = {"domain": "<16", "documents": ">10,", "tokens": ">12,", "bytes": ">12,", "loss": ">9.4f"}
+COLUMNS |= {"perplexity": ">12.2f", "bpb": ">9.4f", "surprise": ">10.3f"}
 # Keys of a JSON line -> its text: plain documents; GSM8K and HumanEval as system E writes them.
 LAYOUTS = {
     ("text",): "{text}",
@@ -67,13 +62,10 @@ def parse_domains(choices: list[str]) -> dict[str, Path]:
 
 def domain_documents(path: Path) -> Iterator[Document]:
     """Yield the documents of a file; JSON lines may have the keys of any of LAYOUTS."""
-    if ".jsonl" not in path.suffixes:
+    if ".jsonl" in path.suffixes:
+        yield from read_jsonl(path, layout_text)
+    else:
         yield from read_documents([path])
-        return
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
-            place = f"{path}:{number}"
-            yield Document(layout_text(parse_object(line, place), place), place)
 
 
 def layout_text(value: dict, place: str) -> str:
@@ -87,12 +79,11 @@ def layout_text(value: dict, place: str) -> str:
 
 def read_domain(name: str, path: Path, codec: TokenCodec) -> Domain:
     """Encode a domain's file with a model's tokenizer."""
+    encode = encode_for_sidecar if codec.needs_sidecar else partial(encode_documents, num_threads=1)
     parts, num_documents = [], 0
     for batch in batched(domain_documents(path)):
         num_documents += len(batch)
-        parts.append(
-            encode_for_sidecar(codec, batch) if codec.needs_sidecar else encode_documents(codec, 1, batch)
-        )
+        parts.append(encode(codec, batch=batch))
     if not parts:
         raise UserError(f"{path}: expected documents, found none.")
     ids, sizes = (np.concatenate(part) for part in zip(*parts))
@@ -114,28 +105,14 @@ def score_domains(
         meter.add(score_windows(logits, domain.tokens, windows, options).numpy(), domain.target_bytes)
         scored.append((domain, meter))
     perplexities = np.exp([meter.val_loss for _, meter in scored])
-    return [
-        DomainScore(
-            domain.name,
-            domain.num_documents,
-            meter.num_tokens,
-            meter.num_bytes,
-            meter.val_loss,
-            float(perplexity),
-            meter.val_bpb,
-            float(perplexity / perplexities.mean()),
-        )
-        for (domain, meter), perplexity in zip(scored, perplexities)
-    ]
+    rows = []
+    for (domain, meter), perplexity, ratio in zip(scored, perplexities, perplexities / perplexities.mean()):
+        counts = (domain.num_documents, meter.num_tokens, meter.num_bytes)
+        scores = (meter.val_loss, float(perplexity), meter.val_bpb, float(ratio))
+        rows.append(DomainScore(domain.name, *counts, *scores))
+    return rows
 
 
 def format_domains(scores: list[DomainScore]) -> str:
     """Draw the table, one row a domain."""
-    title = f"{'domain':<16}{'documents':>10}{'tokens':>12}{'bytes':>12}{'loss':>9}{'perplexity':>12}"
-    rows = [title + f"{'bpb':>9}{'surprise':>10}"]
-    rows += [
-        f"{row.domain:<16}{row.documents:>10,}{row.tokens:>12,}{row.bytes:>12,}{row.val_loss:>9.4f}"
-        f"{row.perplexity:>12.2f}{row.val_bpb:>9.4f}{row.surprise_ratio:>10.3f}"
-        for row in scores
-    ]
-    return "\n".join(rows)
+    return format_table(COLUMNS, scores)

@@ -187,7 +187,7 @@ def check_weights(weights: dict[str, Tensor], model: GPT, path: Path) -> None:
         )
 
 
-def codec_of(loaded: Loaded):
+def open_codec(loaded: Loaded):
     """Open the tokenizer; refuses another one than the model was trained with."""
     data = loaded.cfg.data
     if not Path(data.tokenizer_path).is_file():
@@ -260,7 +260,7 @@ def generate(
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """Continue a prompt; on_text is given each piece as soon as it is there."""
-    codec, pieces = codec_of(loaded), []
+    codec, pieces = open_codec(loaded), []
     tokens = [codec.bos_id, *codec.encode(prompt).tolist()]
     with decoding(loaded.model, codec, loaded.cfg.data.seq_len) as next_logits:
         drawn = draw_tokens(next_logits, tokens, sampling or Sampling(), codec.bos_id)
@@ -281,7 +281,7 @@ def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False) -> Pa
         raise UserError(
             "with_optimizer: expected a checkpoint's model. Load checkpoint.safetensors, not an artifact."
         )
-    codec = codec_of(loaded)
+    codec = open_codec(loaded)
     merges = codec.path.with_name("merges.txt")
     files = [codec.path, *([merges] if codec.path.name == "vocab.json" else [])]
     folder.mkdir(parents=True, exist_ok=True)

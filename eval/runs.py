@@ -74,10 +74,8 @@ def find_run(folder: Path) -> Target:
         )
     live = with_values(Config(), read_recipe(folder / RECIPE_NAME) | result["places"], str(folder))
     score, log = result["score"], folder / LOG_NAME
-    facts = (
-        parse_log(LOG_NAME, log.read_text(encoding="utf-8", errors="replace")).facts if log.is_file() else {}
-    )
-    result["calibration_ms"] = facts.get("calibration_ms", 0.0)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    result["calibration_ms"] = parse_log(LOG_NAME, text).facts.get("calibration_ms", 0.0)
     return Target(artifact, only_live(live), result, score["val_bpb"], None, score["switch_at"])
 
 
@@ -93,11 +91,8 @@ def find_record(folder: Path, chosen: Path | None) -> Target:
     seeds = {row["artifact_sha256"]: (seed, row) for seed, row in facts.get("seed_results", {}).items()
              if "artifact_sha256" in row}  # fmt: skip
     live = live_config(read_recipe(folder / RECIPE_NAME))
-    for artifact in (
-        [chosen] if chosen else [folder / ARTIFACT_NAME, *sorted(RUNS.glob(f"**/{ARTIFACT_NAME}"))]
-    ):
-        if not artifact.is_file():
-            continue
+    artifacts = [chosen] if chosen else [folder / ARTIFACT_NAME, *sorted(RUNS.glob(f"**/{ARTIFACT_NAME}"))]
+    for artifact in filter(Path.is_file, artifacts):
         _, row = seeds.get(sha256_file(artifact), ("", None))
         if row:
             is_run = (artifact.parent / RESULT_NAME).is_file()  # it knows where its data lie

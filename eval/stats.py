@@ -257,15 +257,9 @@ def _json_scores(file: Path, source: str) -> list[SeedScore]:
         rows = [(read_seed(seed), row) for seed, row in results.items() if read_seed(seed) is not None]
     else:
         rows = [(facts.get("seed"), facts.get("score", facts))]
+    known = {"file": str(file), "val_loss": None, "config": "", "source": source}
     return [
-        SeedScore(
-            str(row.get("file", file)),
-            seed,
-            row["val_bpb"],
-            row.get("val_loss"),
-            row.get("config", ""),
-            row.get("source", source),
-        )
+        SeedScore(**known | {name: row[name] for name in SeedScore._fields if name in row} | {"seed": seed})
         for seed, row in rows
         if isinstance(row, dict) and isinstance(row.get("val_bpb"), float)
     ]
@@ -273,10 +267,8 @@ def _json_scores(file: Path, source: str) -> list[SeedScore]:
 
 def by_source(scores: list[SeedScore]) -> dict[str, list[SeedScore]]:
     """Group scores by the folder they came from, in order."""
-    groups: dict[str, list[SeedScore]] = {}
-    for row in scores:
-        groups.setdefault(row.source, []).append(row)
-    return groups
+    sources = dict.fromkeys(row.source for row in scores)
+    return {source: [row for row in scores if row.source == source] for source in sources}
 
 
 def by_seed(scores: list[SeedScore]) -> dict[int, float]:
@@ -295,9 +287,8 @@ def warnings(scores: list[SeedScore]) -> list[str]:
     """Say what makes the scores of one side a weak basis."""
     found, n = [], len(scores)
     if n < 3:
-        found.append(
-            f"{n} score{'s' * (n > 1)}: the contest expects three seeds, a deviation from two means little"
-        )
+        few = f"{n} score{'s' * (n > 1)}"
+        found.append(f"{few}: the contest expects three seeds, a deviation from two means little")
     groups = by_source(scores)
     for source, rows in groups.items():
         seeds = [row.seed for row in rows if row.seed is not None]
@@ -342,12 +333,9 @@ def selection(folder: Path, scores: list[SeedScore]) -> list[str]:
 
 def describe(scores: list[SeedScore]) -> dict:
     """Summarize one side: in bits a byte, in nats a token where it states them, and by source."""
-    side = summarize([row.val_bpb for row in scores])._asdict() | {"bytes_per_token": bytes_per_token(scores)}
-    groups = by_source(scores)
-    side["sources"] = {
-        name: summarize([row.val_bpb for row in rows])._asdict() for name, rows in groups.items()
-    }
-    return side
+    groups = {None: scores} | by_source(scores)
+    samples = {name: summarize([row.val_bpb for row in rows])._asdict() for name, rows in groups.items()}
+    return samples.pop(None) | {"bytes_per_token": bytes_per_token(scores), "sources": samples}
 
 
 def compare(new: list[SeedScore], old: list[SeedScore] | float, alpha=ALPHA, power=POWER) -> dict:
@@ -397,10 +385,7 @@ def format_side(name: str, side: dict) -> list[str]:
         return f"{label} n {sample['n']}  mean {sample['mean']:.8f} bpb{both}  {deviation}"
 
     sources = side["sources"] if len(side["sources"]) > 1 else {}
-    return [
-        line(f"{name:<4}", side),
-        *(line(f"  of {source}:", sample) for source, sample in sources.items()),
-    ]
+    return [line(f"{name:<4}", side), *(line(f"  of {key}:", sample) for key, sample in sources.items())]
 
 
 def format_report(report: dict) -> str:
@@ -431,13 +416,12 @@ def read_against(names: list[str]) -> list[SeedScore] | float:
 def main(argv: list[str] | None = None) -> int:
     """Compare seeds."""
     parser = CommandParser(prog="python -m eval.stats", description=__doc__)
-    parser.add_argument("new", nargs="+", type=Path, help="logs, JSON files or folders of the new scores")
-    parser.add_argument("--against", nargs="+", default=[], help="the old scores, or one number")
-    parser.add_argument(
-        "--alpha", type=float, default=ALPHA, help="p to reach in the minimum n (%(default)s)"
-    )
-    parser.add_argument("--power", type=float, default=POWER, help="chance to reach it (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    add = parser.add_argument
+    add("new", nargs="+", type=Path, help="logs, JSON files or folders of the new scores")
+    add("--against", nargs="+", default=[], help="the old scores, or one number")
+    add("--alpha", type=float, default=ALPHA, help="p to reach in the minimum n (%(default)s)")
+    add("--power", type=float, default=POWER, help="chance to reach it (%(default)s)")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
     if not (0 < args.alpha < 1 and 0 < args.power < 1):
         raise UserError(f"--alpha, --power: expected chances, found {args.alpha} and {args.power}.")

@@ -50,6 +50,12 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
         todo += children(node)
 
 
+def blocks(node: ast.AST) -> list[tuple[str, list[ast.stmt]]]:
+    """List the (field, statements) of a compound statement that stand below it."""
+    found = [(name, getattr(node, name, None)) for name in ("body", "orelse", "finalbody")]
+    return [(name, body) for name, body in found if isinstance(body, list)]
+
+
 def bound_names(node: ast.AST) -> Iterator[tuple[str, str]]:
     """Yield (name, imported object or "") for what a statement binds in the scope it stands in."""
     match node:
@@ -233,10 +239,8 @@ def drop_annotations(tree: ast.Module) -> None:
 def _drop_variable_annotations(node: Function) -> None:
     """Turn `name: Type = value` in a function's blocks into `name = value`."""
     for holder in (inner for inner in walk(node) if not isinstance(inner, ast.ClassDef)):
-        for block in ("body", "orelse", "finalbody"):
-            body = getattr(holder, block, None)
-            if isinstance(body, list):
-                body[:] = [_plain(one) for one in body]
+        for _, body in blocks(holder):
+            body[:] = [_plain(one) for one in body]
 
 
 def _plain(node: ast.stmt) -> ast.stmt:

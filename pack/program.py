@@ -15,7 +15,6 @@ import importlib.util
 import json
 import re
 import sys
-import tomllib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +23,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common import UserError, atomic_file, run_command
+from formats.recipe import read_recipe
 from pack.mix import decode, decoder_text, encode
 from pack.names import (
     Definition,
     Function,
     Import,
+    blocks,
     bound_names,
     children,
     drop_annotations,
@@ -40,6 +41,7 @@ from pack.names import (
 from pack.printing import minifier_prints_for_oldest, to_text
 from pack.rename import rename
 from pack.specialize import specialize_tree
+from pack.specialize.syntax import is_literal, is_text
 from pack.stub import make_stub
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,6 +49,7 @@ ENTRY = REPOSITORY / "train_gpt.py"
 METHODS = ("brotli", "lzma", "mix", "none")
 RECIPE_NAME = "PACKED_RECIPE"
 IMPORTS_LABEL = "third-party imports"
+MAIN_GUARDS = ("__name__ == '__main__'", "'__main__' == __name__")
 KEPT_NAMES = ["main", "scorer", RECIPE_NAME]  # global names that people and audits look for
 
 
@@ -195,14 +198,10 @@ class _RemoveImports(ast.NodeTransformer):
     def generic_visit(self, node: ast.AST) -> ast.AST | None:
         if isinstance(node, Import) and _is_first_party(node, self.root):
             return None
-        blocks = [
-            name for name in ("body", "orelse", "finalbody") if isinstance(getattr(node, name, None), list)
-        ]
-        filled = [name for name in blocks if getattr(node, name)]
+        filled = [body for _, body in blocks(node) if body]
         super().generic_visit(node)
-        for name in filled:
-            if not getattr(node, name):
-                setattr(node, name, [ast.Pass()])
+        for body in filled:
+            body[:] = body or [ast.Pass()]
         return node
 
 
@@ -211,18 +210,14 @@ class _RemoveImports(ast.NodeTransformer):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def bundle(entry: Path, root: Path) -> str:
-    """Merge `entry` and every module below `root` that it imports into the source of one module."""
-    return to_source([statement.node for statement in bundled_statements(entry, root)])
-
-
-def to_source(nodes: list[ast.stmt]) -> str:
+def to_source(statements: list[Statement]) -> str:
     """Write statements as the source of a module."""
-    return to_text(ast.fix_missing_locations(ast.Module(nodes, []))) + "\n"
+    tree = ast.Module([statement.node for statement in statements], [])
+    return to_text(ast.fix_missing_locations(tree)) + "\n"
 
 
-def bundled_statements(entry: Path, root: Path) -> list[Statement]:
-    """Return the merged program.
+def bundle(entry: Path, root: Path) -> list[Statement]:
+    """Merge `entry` and every module below `root` that it imports into one.
 
     In order: the entry's docstring, `__future__`, third-party imports, the statements of each module and
     last those of the entry, its main guard at the end.
@@ -245,23 +240,18 @@ def bundled_statements(entry: Path, root: Path) -> list[Statement]:
             docstring.append(statement)
         elif not (_is_main_guard(node) or _is_docstring(node) or isinstance(node, ast.Pass)):
             body.append(statement)
-    body = _drop_unused(_drop_repeated_guards(body) + guard, entry.label)
+    body = _drop_repeated_guards(body) + guard
+    always = {i for i, statement in enumerate(body) if statement.label == entry.label}
+    body = [body[i] for i in needed_statements([statement.node for statement in body], always)]
     return docstring + _merge_imports(imports, body, entry.label) + body
 
 
 def _is_main_guard(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in (
-        "__name__ == '__main__'",
-        "'__main__' == __name__",
-    )
+    return isinstance(node, ast.If) and ast.unparse(node.test) in MAIN_GUARDS
 
 
 def _is_docstring(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    return is_text(node) and isinstance(node.value.value, str)
 
 
 def _is_guarded_import(node: ast.stmt) -> bool:
@@ -366,12 +356,6 @@ def _drop_repeated_guards(body: list[Statement]) -> list[Statement]:
     return kept
 
 
-def _drop_unused(body: list[Statement], entry_label: str) -> list[Statement]:
-    """Drop definitions of bundled modules that no kept statement names, directly or through others."""
-    always = {i for i, statement in enumerate(body) if statement.label == entry_label}
-    return [body[i] for i in needed_statements([statement.node for statement in body], always)]
-
-
 def _merge_imports(imports: list[Statement], body: list[Statement], entry_label: str) -> list[Statement]:
     """Return every needed third-party import once, `__future__` first, one statement a module."""
     used = set().union(*(identifiers(statement.node) for statement in body))
@@ -398,56 +382,39 @@ def _merge_imports(imports: list[Statement], body: list[Statement], entry_label:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def embed_recipe(source: str, recipe: dict) -> str:
-    """Replace the value of PACKED_RECIPE, so that the packed program needs no recipe file."""
-    tree = ast.parse(source)
-    for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and (RECIPE_NAME, "") in bound_names(node):
-            node.value = _literal(recipe, "recipe")
-            return to_source(tree.body)
-    raise PackingError(
-        f"expected the line `{RECIPE_NAME}: dict | None = None` at the top level of the program, found none. "
-        "Add it where the recipe is read."
-    )
-
-
-def specialize_statements(statements: list[Statement], recipe: dict) -> list[Statement]:
-    """Embed a recipe and fold what it fixes."""
-    _literal(recipe, "recipe")
+def specialize(statements: list[Statement], recipe: dict) -> list[Statement]:
+    """Embed a recipe in a bundle and fold what it fixes."""
+    _check_literal(recipe, "recipe")
+    if not any((RECIPE_NAME, "") in bound_names(statement.node) for statement in statements):
+        raise PackingError(
+            f"expected the line `{RECIPE_NAME}: dict | None = None` at the top level of the program, found "
+            "none. Add it where the recipe is read."
+        )
     labels = {id(statement.node): statement.label for statement in statements}
     tree = ast.Module([statement.node for statement in statements], [])
     specialize_tree(tree, recipe)
     return [Statement(labels.get(id(node), statements[-1].label), node) for node in tree.body]
 
 
-def _literal(value, where: str) -> ast.expr:
-    """Spell a TOML value as an expression."""
-    match value:
-        case dict():
-            keys, values = (
-                [ast.Constant(key) for key in value],
-                [_literal(v, f"{where}.{k}") for k, v in value.items()],
-            )
-            return ast.Dict(keys, values)
-        case list():
-            return ast.List([_literal(item, f"{where}[{i}]") for i, item in enumerate(value)], ast.Load())
-        case bool() | int() | float() | str() if value == value:
-            return ast.Constant(value)
-    raise PackingError(
-        f"{where}: expected a string, number, boolean, list or table, found {value!r}. Write it as a string."
-    )
-
-
-def read_recipe(path: Path) -> dict:
-    """Read a recipe.toml."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PackingError(f"{path}: no such recipe. Recipes lie in records/*/*/recipe.toml.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+def _check_literal(value, where: str) -> None:
+    """Refuse a value of TOML that no literal spells: a date, NaN."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_literal(item, f"{where}.{key}")
+    elif not is_literal(value):
         raise PackingError(
-            f"{path}: expected a TOML file, found an error: {error}. Correct that line."
-        ) from error
+            f"{where}: expected a string, number, boolean, list or table, found {value!r}. "
+            "Write it as a string."
+        )
+
+
+def read_sections(path: Path) -> dict[str, dict]:
+    """Read a recipe.toml as {section: {key: value}}."""
+    recipe: dict[str, dict] = {}
+    for name, value in read_recipe(path).items():
+        section, _, key = name.partition(".")
+        recipe.setdefault(section, {})[key] = value
+    return recipe
 
 
 def minify(source: str) -> str:
@@ -615,13 +582,12 @@ def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str =
     recipe's quant.code_wrap says how to compress.
     """
     left_out = []
-    statements = bundled_statements(entry, entry.resolve().parent)
-    source = folded = to_source([statement.node for statement in statements])
+    statements = bundle(entry, entry.resolve().parent)
+    source = folded = to_source(statements)
     if recipe_path is not None:
-        recipe = read_recipe(recipe_path)
+        recipe = read_sections(recipe_path)
         method = method or recipe.get("quant", {}).get("code_wrap", "")
-        source = embed_recipe(source, recipe)
-        folded = to_source([statement.node for statement in specialize_statements(statements, recipe)])
+        folded = to_source(specialize(statements, recipe))
     method = method or "brotli"
     minified = folded
     if has_library("python_minifier"):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pack.names import PURE_DECORATORS, Function, bound_names, children, is_record, last_name, walk
-from pack.specialize.syntax import Comprehension, parameters
+from pack.specialize.syntax import Comprehension, constructor, parameters
 
 OWN_BASES = {"Module", "NamedTuple"}  # of classes whose methods nobody else calls by keyword
 OBJECT_CALLS = {"__call__", "forward"}  # run where an object is called, by whatever name it has there
@@ -200,6 +200,7 @@ def link_keywords(tree: ast.Module, scan: Scan) -> None:
     targets, free = _targets(tree), _unpublished(tree)
     anywhere, by_method = _texts(tree), defaultdict(set)  # names that any call, that a call of .m may mean
     fitting: list[tuple[ast.keyword, Function]] = []
+    records = {node.name for node in tree.body if isinstance(node, ast.ClassDef) and is_record(node)}
     for call in (node for node in walk(tree) if isinstance(node, ast.Call)):
         own = targets.get(call.func.id) if isinstance(call.func, ast.Name) else None
         for one in (one for one in call.keywords if one.arg):
@@ -207,7 +208,7 @@ def link_keywords(tree: ast.Module, scan: Scan) -> None:
                 fitting.append((one, own))
             elif isinstance(call.func, ast.Attribute):
                 by_method[call.func.attr].add(one.arg)
-            elif not _is_record_name(call.func, tree):
+            elif not (isinstance(call.func, ast.Name) and call.func.id in records):  # else: its fields
                 anywhere.add(one.arg)
     spoken = anywhere.union(*by_method.values())
     for node in (node for node in walk(tree) if isinstance(node, Function | ast.Lambda)):
@@ -223,30 +224,24 @@ def link_keywords(tree: ast.Module, scan: Scan) -> None:
 
 def _targets(tree: ast.Module) -> dict[str, Function]:
     """Map names that calls use to the functions that run: functions, and constructors of classes."""
-    counts = [name for node in walk(tree) for name, _ in _bindings(node)]
+    counts = [name for node in walk(tree) for name in _bindings(node)]
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     found = {node.name: node for node in tree.body if isinstance(node, Function)}
     for name, node in classes.items():
-        inits = [one for one in node.body if isinstance(one, Function) and one.name == "__init__"]
-        found |= {name: inits[0]} if inits else {}
+        found |= {name: init} if (init := constructor(node)) else {}
     return {name: node for name, node in found.items() if counts.count(name) == 1}
 
 
-def _bindings(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yield what a node binds by itself, parameters included."""
+def _bindings(node: ast.AST) -> list[str]:
+    """List what a node binds by itself, parameters included."""
     match node:
-        case ast.arg():
-            yield node.arg, ""
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            yield node.name, ""
+        case ast.arg(arg=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+            return [name]
+        case ast.ClassDef(name=name):
+            return [name]
         case ast.Name(ctx=ast.Store()) | ast.Import() | ast.ImportFrom():
-            yield from bound_names(node)
-
-
-def _is_record_name(func: ast.expr, tree: ast.Module) -> bool:
-    """Whether a call makes a record of the program: its keywords are fields."""
-    records = {node.name for node in tree.body if isinstance(node, ast.ClassDef) and is_record(node)}
-    return isinstance(func, ast.Name) and func.id in records
+            return [name for name, _ in bound_names(node)]
+    return []
 
 
 def _texts(tree: ast.Module) -> set[str]:

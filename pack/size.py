@@ -15,21 +15,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from common import run_command
+from common import format_table, run_command
 from pack.names import Import
 from pack.program import (
     ENTRY,
     IMPORTS_LABEL,
     PackingError,
     best_method,
-    bundled_statements,
+    bundle,
     has_library,
     minify,
-    read_recipe,
-    specialize_statements,
+    read_sections,
+    specialize,
     to_source,
     wrap,
 )
+from pack.specialize.syntax import is_text
 
 BANNER_RULE = re.compile(r"# -{20,}$")
 BANNER_NAME = re.compile(r"# (\d+ .*\S)\s*$")
@@ -68,27 +69,22 @@ def sections(source: str) -> list[tuple[str, int]]:
     return found
 
 
-def section_at(found: list[tuple[str, int]], line: int) -> str:
-    """Name the section that a line of the entry belongs to."""
-    return [name for name, start in found if start <= line][-1]
-
-
 def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     """Pack the program whole and without each part, and measure."""
     entry = entry.resolve()
     found = sections(entry.read_text(encoding="utf-8"))
-    statements = bundled_statements(entry, entry.parent)
-    source = to_source([statement.node for statement in statements])
+    statements = bundle(entry, entry.parent)
+    source = to_source(statements)
     bundled_bytes, labels = len(source.encode()), {statement.label for statement in statements}
     if recipe_path is not None:
-        statements = specialize_statements(statements, read_recipe(recipe_path))
-        source = to_source([statement.node for statement in statements])
+        statements = specialize(statements, read_sections(recipe_path))
+        source = to_source(statements)
     minified = minify(source) if has_library("python_minifier") else source
     pieces = top_level_pieces(minified)
     owners = [
-        section_at(found, node.lineno) if label == entry.name else label
+        [name for name, start in found if start <= node.lineno][-1] if label == entry.name else label
         for label, node in statements
-        if not (vanishes(node) or isinstance(node, Import))
+        if not (is_text(node) or isinstance(node, Import))  # minifying removes texts
     ]
     owners = [IMPORTS_LABEL] * (len(pieces) - len(owners)) + owners
     whole = packed_bytes(pieces)
@@ -100,11 +96,6 @@ def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     packed = len(wrap(minified, best_method()))
     sizes = (source_bytes, bundled_bytes, len(source.encode()), len(minified.encode()), packed)
     return SizeReport(parts, lines, *sizes)
-
-
-def vanishes(node: ast.stmt) -> bool:
-    """Whether minifying removes a statement: a literal on its own."""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def top_level_pieces(text: str) -> list[str]:
@@ -139,15 +130,10 @@ def source_texts(entry: Path, found: list[tuple[str, int]], labels: set[str]) ->
 
 def format_report(report: SizeReport) -> str:
     """Lay the report out as a table."""
-    rows = [("part", "lines", "source bytes", "packed bytes")]
-    rows += [
-        (part.name, f"{part.lines:,}", f"{part.source_bytes:,}", f"{part.packed_bytes:,}")
-        for part in report.parts
-    ]
-    rows.append(("total", f"{report.lines:,}", f"{report.source_bytes:,}", f"{report.packed_bytes:,}"))
+    rows = [*report.parts, ("total", report.lines, report.source_bytes, report.packed_bytes)]
     width = max(len(row[0]) for row in rows)
-    table = [f"{name:<{width}} {lines:>7} {source:>13} {packed:>13}" for name, lines, source, packed in rows]
-    return "\n".join(table) + (
+    columns = {"part": f"<{width}", "lines": ">8,", "source bytes": ">14,", "packed bytes": ">14,"}
+    return format_table(columns, rows) + (
         f"\nlines:{report.lines} source_bytes:{report.source_bytes} bundled_bytes:{report.bundled_bytes} "
         f"folded_bytes:{report.folded_bytes} minified_bytes:{report.minified_bytes} "
         f"packed_bytes:{report.packed_bytes}"

@@ -16,7 +16,7 @@ import pytest
 
 from audit import recorded, run, sandbox, world
 from audit.__main__ import audit_data, main
-from audit.matrix import FOLDER
+from audit.matrix import FOLDER, program_text
 from audit.sandbox import Box, Limits
 from audit.unwrap import parse_source
 from common import UserError
@@ -297,12 +297,7 @@ def test_the_source_is_a_probability():
 
 def foreign(tmp_path, name):
     """A case without the protocol's names: its scorer is called otherwise."""
-    text = (
-        (FOLDER / f"{name}.py")
-        .read_text()
-        .replace("score", "charge")
-        .replace("import charge", "import score")
-    )
+    text = program_text(name).replace("score", "charge").replace("import charge", "import score")
     for file in ("toy",):
         (tmp_path / f"{file}.py").write_text((FOLDER / f"{file}.py").read_text().replace("score", "charge"))
     (tmp_path / "train_gpt.py").write_text(text)
@@ -339,8 +334,9 @@ def test_recorded_costs_are_found_in_the_text():
     assert found[0] == (5, 20)
 
 
-def write_record(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n[1]\n")
+def write_record(folder, rows):
+    folder.mkdir()
+    (folder / "recorded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n[1]\n")
 
 
 def test_recorded_costs_are_compared_up_to_the_cut(tmp_path):

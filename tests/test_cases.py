@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from audit.checks import Finding
-from audit.matrix import CASES, FOLDER, MatrixRow, is_as_expected, run_case
+from audit.matrix import CASES, FOLDER, MatrixRow, is_as_expected, program_text, run_case
 from audit.run import run_program
 
 pytestmark = pytest.mark.numeric
@@ -77,7 +77,7 @@ DISGUISES = {
 
 def run_disguised(folder, name, disguise):
     shutil.copy(FOLDER / "toy.py", folder)
-    program, helper = DISGUISES[disguise]((FOLDER / f"{name}.py").read_text())
+    program, helper = DISGUISES[disguise](program_text(name))
     (folder / "train_gpt.py").write_text(program)
     (folder / "helper.py").write_text(helper)
     return run_program(folder / "train_gpt.py")
@@ -120,10 +120,11 @@ def test_all_cases_come_out_alike_in_every_disguise_at_once(tmp_path, name, expe
 def test_every_case_is_a_short_pair():
     """A case is read as documentation: what breaks the rule, and what does not."""
     files = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "toy"}
-    assert files == {name for name, _ in variants(CASES)}
+    assert files == {row.name for row in CASES}
     assert max(len(path.read_text().splitlines()) for path in FOLDER.glob("*.py")) < 120
-    assert max(len((FOLDER / f"{name}.py").read_text().splitlines()) for name in files) < 80
-    assert all(ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) for name in files)
+    assert max(len(program_text(name).splitlines()) for name in files) < 80
+    assert all("\n\nLegal" in ast.get_docstring(ast.parse(program_text(name))) for name in files)
+    assert all(program_text(name).count("\nLEGAL = False\n") == 1 for name in files)
 
 
 def test_a_suspicion_spoils_a_twin_and_does_not_stand_for_a_failure():

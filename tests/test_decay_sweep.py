@@ -7,7 +7,7 @@ from fixtures_model import as_overrides
 
 import train_gpt
 from common import UserError
-from dev.decay_sweep import Point, bisect_decay, format_table, main
+from dev.decay_sweep import Point, bisect_decay, format_points, main
 from formats.recipe import format_toml
 
 
@@ -31,7 +31,7 @@ def test_a_size_out_of_reach_is_an_error_with_both_ends():
 
 def test_the_table_marks_the_choice():
     """Sorted by decay, each once."""
-    lines = format_table([size_of(1.0), size_of(0.0), size_of(1.0)], size_of(1.0)).splitlines()
+    lines = format_points([size_of(1.0), size_of(0.0), size_of(1.0)], size_of(1.0)).splitlines()
     assert len(lines) == 3 and lines[2].endswith("<-") and not lines[1].endswith("<-")
 
 

@@ -24,8 +24,8 @@ from eval.breakdown import (
     Windows,
     break_down,
     byte_shares,
-    class_of,
-    cost_of,
+    get_class,
+    get_costs,
     visible_tokens,
 )
 from eval.compare import are_alike, document_costs
@@ -413,7 +413,7 @@ def test_a_breakdown_equals_a_loop_over_targets(lossless_codec):
     tokens = np.concatenate([*parts, [bos]]).astype(np.uint16)
     sizes = lossless_codec.token_bytes(tokens)[1:]
     nats = np.random.default_rng(0).uniform(0, 5, len(sizes)).astype(np.float32)
-    costs = cost_of(nats, sizes)
+    costs = get_costs(nats, sizes)
     tables = break_down(costs, tokens, lossless_codec, Windows(EvalConfig(), 16, 64, 0))
     expected: dict[str, dict[str, float]] = {title: {} for title in tables}
     documents = plan_documents(tokens, bos)
@@ -429,7 +429,7 @@ def test_a_breakdown_equals_a_loop_over_targets(lossless_codec):
                 expected[title][name] = expected[title].get(name, 0.0) + bits
             piece = lossless_codec.decode(tokens[i + 1 : i + 2])
             table = expected["bytes of the target"]
-            for name in [BYTE_CLASSES[class_of(byte)] for byte in piece] or ["no bytes"]:
+            for name in [BYTE_CLASSES[get_class(byte)] for byte in piece] or ["no bytes"]:
                 table[name] = table.get(name, 0.0) + bits / max(len(piece), 1)
     for title, rows in tables.items():
         if title.startswith("tokens"):  # names end in the longest context that there is
@@ -476,7 +476,7 @@ def test_kinds_of_bytes_are_the_same_for_every_tokenizer(codecs, normalising_cas
         assert shares[codec.bos_id, BYTE_CLASSES.index("no bytes")] == 1
         ids = codec.encode("a 7")
         assert (shares[ids].sum(0)[:3] > 0).all() and shares[ids][:, 3:5].sum() == 0
-    assert [BYTE_CLASSES[class_of(byte)] for byte in b"aZ7 \n.\xc3\x00"] == [
+    assert [BYTE_CLASSES[get_class(byte)] for byte in b"aZ7 \n.\xc3\x00"] == [
         "letters", "letters", "digits", "whitespace", "whitespace", "punctuation", "non-ASCII", "punctuation",
     ]  # fmt: skip
 

@@ -15,8 +15,9 @@ import train_gpt
 from common import UserError
 from dev.unchanged import shrink
 from formats.recipe import format_toml
-from pack.program import bundle, pack, read_recipe
-from pack.specialize import specialize, specialize_tree
+from pack.printing import to_text
+from pack.program import bundle, pack, read_sections, to_source
+from pack.specialize import specialize_tree
 
 HEADER = """
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,13 @@ class Config:
     eval: EvalConfig = EvalConfig()
 """
 RECIPE = {"model": {"width": 12, "kind": "dense", "layers": [1, 2]}}
+
+
+def specialize(source: str, recipe: dict) -> str:
+    """Return a program with its recipe inside, less what the recipe makes superfluous."""
+    tree = ast.parse(source)
+    specialize_tree(tree, recipe)
+    return to_text(tree) + "\n"
 
 
 def folded(code: str) -> str:
@@ -579,7 +587,7 @@ def test_a_function_may_have_the_name_of_a_config_section():
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.parent.name)
 def tiny_recipe(request, tmp_path_factory):
     """Write a recipe with its features at the size of a test."""
-    recipe = shrink(read_recipe(request.param))
+    recipe = shrink(read_sections(request.param))
     if not recipe["eval"].get("tilt_online"):  # hints exclude warm lanes
         recipe["eval"]["lora_warm_lanes"] = 2
     path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
@@ -621,9 +629,9 @@ def test_packed_and_readable_programs_train_and_score_alike_to_the_last_bit(
 @pytest.mark.slow
 def test_a_packed_program_refuses_other_recipes_artifacts_fields_and_environment(monkeypatch):
     """Its model is the recipe's: another one's weights must not be read as if they were its own."""
-    recipe = read_recipe(ROOT / "records/track_10min_16mb/2026-03-17_NaiveBaseline/recipe.toml")
+    recipe = read_sections(ROOT / "records/track_10min_16mb/2026-03-17_NaiveBaseline/recipe.toml")
     names = {"__name__": "folded"}
-    exec(compile(specialize(bundle(ROOT / "train_gpt.py", ROOT), recipe), "folded", "exec"), names)
+    exec(compile(specialize(to_source(bundle(ROOT / "train_gpt.py", ROOT)), recipe), "folded", "exec"), names)
     fixed = names["PACKED_RECIPE"]
     live = names["load_config"]({}, ["run.seed=7"])
     assert names["merge_recipe"]({"recipe": json.loads(json.dumps(fixed))}, live, Path("a.bin")) is live

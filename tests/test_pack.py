@@ -16,7 +16,19 @@ from hypothesis import strategies as st
 from common import UserError
 from pack import program as packer
 from pack import size
-from pack.program import PackingError, bound_names, bundle, embed_recipe, escape, minify, pack, unwrap, wrap
+from pack.program import (
+    PackingError,
+    Statement,
+    bound_names,
+    bundle,
+    escape,
+    minify,
+    pack,
+    specialize,
+    to_source,
+    unwrap,
+    wrap,
+)
 
 ENTRY = Path(__file__).resolve().parent.parent / "train_gpt.py"
 RULE = "# " + "-" * 106
@@ -159,7 +171,7 @@ def change(project: Path, name: str, old: str, new: str) -> None:
 
 
 def bundle_of(project: Path) -> str:
-    return bundle(project / "train_gpt.py", project)
+    return to_source(bundle(project / "train_gpt.py", project))
 
 
 def definitions(source: str) -> list[str]:
@@ -332,13 +344,6 @@ def test_future_annotations_hold_for_all_modules_or_none(project):
 # Recipe
 
 
-def test_recipe_is_embedded_as_a_literal():
-    recipe = {"model": {"num_layers": 9, "tied": True, "name": 'q"\\\n'}, "lr": [1e-3, -2.5, float("inf")]}
-    body = ast.parse(embed_recipe("import os\nPACKED_RECIPE: dict | None = None\nx = 1\n", recipe)).body
-    assert ast.literal_eval(body[1].value) == recipe
-    assert [type(node) for node in body] == [ast.Import, ast.AnnAssign, ast.Assign]
-
-
 @pytest.mark.parametrize(
     ("text", "recipe", "message"),
     [
@@ -349,7 +354,7 @@ def test_recipe_is_embedded_as_a_literal():
 )
 def test_recipe_that_cannot_be_embedded_is_refused(text, recipe, message):
     with pytest.raises(PackingError, match=message):
-        embed_recipe(text, recipe)
+        specialize([Statement("train_gpt.py", node) for node in ast.parse(text).body], recipe)
 
 
 # Minifying

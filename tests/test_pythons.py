@@ -89,8 +89,8 @@ def pack_everywhere(libraries: Path, folder: Path, *options: str) -> Path:
 def test_the_packer_sources_print_alike(libraries):
     """Every construct that the packed modules use, without the time that folding takes."""
     script = (
-        "import hashlib; from pathlib import Path; from pack.program import ENTRY, REPOSITORY, bundle; "
-        "print(hashlib.sha256(bundle(ENTRY, REPOSITORY).encode()).hexdigest())"
+        "import hashlib; from pack.program import ENTRY, REPOSITORY, bundle, to_source; "
+        "print(hashlib.sha256(to_source(bundle(ENTRY, REPOSITORY)).encode()).hexdigest())"
     )
     printed = {version: run_under(version, libraries, "-c", script).strip() for version in PYTHONS}
     assert len(set(printed.values())) == 1, printed

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.loader import segment_starts
 from dev.gpu_battery.job import Job
-from dev.gpu_battery.sizes import size_of
+from dev.gpu_battery.sizes import get_size
 from dev.gpu_battery.text import BOS_ID, draw_tokens
 from dev.gpu_battery.timing import measure_fitting, memory_gib, open_ranks, timed
 from kernels.attention import BACKENDS, MaskSpec, build_mask, extent_of, refusal, resolve_attention
@@ -73,8 +73,8 @@ def dtype_on(device: torch.device) -> torch.dtype:
 
 def make_cases(job: Job) -> list[BackendCase]:
     """Lay out the cases."""
-    (rows, seq_len), (short_rows, short_len) = size_of(job, "attention_rows"), size_of(job, "short_rows")
-    tokens, segment = size_of(job, "packed_tokens"), size_of(job, "packed_segment")
+    (rows, seq_len), (short_rows, short_len) = get_size(job, "attention_rows"), get_size(job, "short_rows")
+    tokens, segment = get_size(job, "packed_tokens"), get_size(job, "packed_segment")
     all_heads, grouped = (8, 8, HEAD_DIM), (8, 4, HEAD_DIM)
     documents = document_starts(rows, seq_len, 3)
     whole = np.zeros_like(documents)
@@ -86,16 +86,12 @@ def make_cases(job: Job) -> list[BackendCase]:
     return [
         BackendCase("plain", all_heads, whole),
         BackendCase("documents", all_heads, documents, documents=True),
-        BackendCase("window", all_heads, whole, window=size_of(job, "attention_window")),
+        BackendCase("window", all_heads, whole, window=get_size(job, "attention_window")),
         BackendCase("grouped", grouped, whole),
         BackendCase("packed", grouped, packed, documents=True, longest=segment),
         BackendCase("packed_unbounded", grouped, packed, documents=True),  # of T tokens each
-        BackendCase(
-            "short_documents", grouped, segment_starts(many, segment), documents=True, longest=segment
-        ),
-        BackendCase(
-            "fillers", grouped, filled, documents=True
-        ),  # each filler a document, as BOS as filler makes them
+        BackendCase("short_documents", grouped, segment_starts(many, segment), 0, True, segment),
+        BackendCase("fillers", grouped, filled, documents=True),  # each a document, as BOS as filler makes
     ]
 
 

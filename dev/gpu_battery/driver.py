@@ -202,13 +202,11 @@ def judge(why: str, status: int | None, limit: float) -> dict:
     """Name a part's status and the reason of a bad one."""
     if why == "timed out":
         return {"status": "timed out", "reason": f"killed after {limit:.0f} s"}
-    if why:
-        return {"status": "failed", "reason": why}
-    if status == 0:
+    if status == 0 and not why:
         return {"status": "ok"}
-    if status is not None and status < 0:
-        return {"status": "failed", "reason": f"killed by {signal.Signals(-status).name}"}
-    return {"status": "failed", "reason": f"exit status {status}"}
+    is_killed = status is not None and status < 0
+    ended = f"killed by {signal.Signals(-status).name}" if is_killed else f"exit status {status}"
+    return {"status": "failed", "reason": why or ended}
 
 
 def tail(path: Path) -> str:
@@ -223,17 +221,9 @@ def child_environment(settings: BatterySettings) -> dict[str, str]:
     """
     caches = settings.work / "cache"
     threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} if settings.rehearse else {}
-    return (
-        os.environ
-        | threads
-        | {
-            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-            "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-            "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
-            "TRITON_CACHE_DIR": str(caches / "triton"),
-            "PYTHONUNBUFFERED": "1",
-        }
-    )
+    shared = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
+    shared |= {f"{name}_CACHE_DIR": str(caches / name.lower()) for name in ("TORCHINDUCTOR", "TRITON")}
+    return os.environ | threads | shared | {"PYTHONUNBUFFERED": "1"}
 
 
 def first_line(*command: str) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dev.gpu_battery.job import Job
-from dev.gpu_battery.sizes import size_of
+from dev.gpu_battery.sizes import get_size
 from dev.gpu_battery.timing import (
     NOT_ON_CPU,
     measure_fitting,
@@ -40,12 +40,12 @@ def run(job: Job) -> None:
     measure_fitting(job, "copy", lambda: copies(job, device), device)
     measure_fitting(job, "square", lambda: square(job, device), device)
     job.measure("clocks_busy", clocks)
-    for outputs in size_of(job, "product_outputs"):
-        shape = (size_of(job, "product_tokens"), size_of(job, "product_width"), outputs)
+    for outputs in get_size(job, "product_outputs"):
+        shape = (get_size(job, "product_tokens"), get_size(job, "product_width"), outputs)
         forms = {"bf16": bf16_products, "fp8": fp8_products, "fp8_linear": fp8_linear}
         for name, form in forms.items():
             measure_fitting(job, f"{name}_{outputs}", partial(form, shape, device), device)
-    job.measure("empty_kernel", lambda: empty_kernel(size_of(job, "empty_blocks"), device))
+    job.measure("empty_kernel", lambda: empty_kernel(get_size(job, "empty_blocks"), device))
 
 
 def versions() -> dict:
@@ -95,7 +95,7 @@ def clocks() -> dict | str:
 
 def copies(job: Job, device: torch.device) -> dict:
     """Copy inside the device, counting bytes read and written, and between host and device."""
-    num_bytes = size_of(job, "copy_bytes")
+    num_bytes = get_size(job, "copy_bytes")
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     facts = {"device_gb_s": 2 * num_bytes / timed(lambda: target.copy_(source), device)["ms"] / 1e6}
@@ -117,21 +117,21 @@ def rated(action: Callable[[], object], flops: float, device: torch.device, peak
 
 def square(job: Job, device: torch.device) -> dict:
     """Multiply large square matrices of random bf16: the ceiling in practice. Zeros would be faster."""
-    n = size_of(job, "square")
+    n = get_size(job, "square")
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     return {"n": n} | rated(lambda: a @ b, 2.0 * n**3, device)
 
 
 def random_operands(shape: tuple[int, int, int], device: torch.device) -> tuple:
-    """Draw x (M, K), weight (N, K) and the output's gradient (M, N) in bf16."""
+    """Draw x (M, K), weight (N, K) and the output's gradient (M, N) in bf16; the operations of a product."""
     m, k, n = shape
-    return tuple(torch.randn(size, device=device, dtype=torch.bfloat16) for size in ((m, k), (n, k), (m, n)))
+    sizes = ((m, k), (n, k), (m, n))
+    return *(torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes), 2.0 * m * k * n
 
 
 def bf16_products(shape: tuple[int, int, int], device: torch.device) -> dict:
     """Time the three products of a Linear."""
-    x, weight, dy = random_operands(shape, device)
-    flops = 2.0 * shape[0] * shape[1] * shape[2]
+    x, weight, dy, flops = random_operands(shape, device)
     actions = {"forward": lambda: x @ weight.t(), "dgrad": lambda: dy @ weight, "wgrad": lambda: dy.t() @ x}
     return {name: rated(action, flops, device) for name, action in actions.items()}
 
@@ -140,8 +140,8 @@ def fp8_products(shape: tuple[int, int, int], device: torch.device) -> dict | st
     """Time the same with 8-bit operands that lie as the device wants them: the second by columns."""
     if device.type != "cuda":
         return NOT_ON_CPU
-    x, weight, dy = random_operands(shape, device)
-    flops, one = 2.0 * shape[0] * shape[1] * shape[2], torch.ones((), device=device)
+    x, weight, dy, flops = random_operands(shape, device)
+    one = torch.ones((), device=device)
     x8, w8, dy8 = x.to(FORWARD), weight.to(FORWARD), dy.to(BACKWARD)
     pairs = {
         "forward": (x8, w8.t()),
@@ -163,7 +163,7 @@ def fp8_linear(shape: tuple[int, int, int], device: torch.device) -> dict | str:
     """Time forward and backward of the project's 8-bit Linear, eager, against the bf16 one."""
     if device.type != "cuda":
         return NOT_ON_CPU
-    x, weight, dy = random_operands(shape, device)
+    x, weight, dy, _ = random_operands(shape, device)
     x.requires_grad_()
     weight.requires_grad_()
     scales, seen = torch.ones(3, device=device), torch.zeros(3, device=device)

@@ -60,7 +60,7 @@ MINIATURE_1061 = {
 }
 
 
-def size_of(job: Job, name: str):
+def get_size(job: Job, name: str):
     """Look up a size."""
     return SIZES[name][job.rehearse]
 
@@ -70,10 +70,4 @@ def load_recipe(job: Job, name: str, **changes) -> Config:
     values = {}
     if job.rehearse and name != "small":
         values = MINIATURE | (MINIATURE_1061 if name == "1061" else {})
-    overrides = [f"{key}={text_of(value)}" for key, value in (values | changes).items()]
-    return load_config(str(ROOT / RECIPES[name]), {}, overrides)
-
-
-def text_of(value) -> str:
-    """Write a value as the command line takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return load_config(str(ROOT / RECIPES[name]), values | changes, [])

@@ -5,12 +5,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
-
-import torch
 
 from dev.gpu_battery.job import Job
-from dev.gpu_battery.sizes import load_recipe, size_of
+from dev.gpu_battery.sizes import get_size, load_recipe
 from dev.gpu_battery.text import BOS_ID, write_tokens
 from dev.gpu_battery.timing import (
     REPEATS,
@@ -25,7 +22,6 @@ from dev.gpu_battery.timing import (
     wall_seconds,
 )
 from train_gpt import (
-    Batch,
     Config,
     Log,
     Phase,
@@ -42,27 +38,58 @@ from train_gpt import (
 WARM_STEPS = 3
 
 
-class Bench(NamedTuple):
-    """A recipe made ready to step."""
+class Bench:
+    """A recipe made ready to step, and a batch that lies on the device."""
 
-    job: Job
-    training: Training
-    phase: Phase
-
-    @property
-    def device(self) -> torch.device:
-        return self.training.ranks.device
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.phase.stage.batch_tokens // self.phase.stage.micro_batches
+    def __init__(self, job: Job, cfg: Config, ranks: Ranks, passes: int):
+        self.job, self.device = job, ranks.device
+        self.training = Training(cfg, ranks, BOS_ID)
+        self.phase = Phase(get_stages(cfg)[0], passes, False)
+        stage = self.phase.stage
+        self.num_tokens = stage.batch_tokens // stage.micro_batches  # of a micro-batch
+        job.measure("what", self.describe)
+        self.batch = next_batch(self.training.loader, stage, ranks, cfg.model.attn_in_document)
+        self.training.model.train()
 
     def flops(self) -> float:
         """Operations of a micro-batch, forward and backward; attention as if no document ended."""
         cfg, named = self.training.cfg, dict(self.training.model.named_parameters())
         visits = [step.layer for step in layer_plan(cfg.model, self.phase.passes)]
         return flops_per_token(cfg, named, visits) * self.num_tokens
+
+    def describe(self) -> dict:
+        """Say what is measured."""
+        training, passes = self.training, self.phase.passes
+        return {
+            "tokens": self.num_tokens,
+            "seq_len": self.phase.stage.seq_len,
+            "passes": passes,
+            "visits": len(layer_plan(training.cfg.model, passes)),
+            "attention": training.model.attention,
+            "passed_over": training.model.passed_over,
+            "compute_dtype": str(training.model.compute_dtype),
+            "compiled": training.is_compiled,
+            "tflop": self.flops() / 1e12,
+        }
+
+    def forward_backward(self) -> None:
+        """Add the batch's gradient, with the loss that the training loop uses."""
+        self.training.loss(self.training.model, self.batch, self.phase.passes).backward()
+
+    def whole_step(self) -> None:
+        """Make one step as the loop does."""
+        self.training.accumulate(self.phase, lambda: False)
+        self.training.update(0.0)
+
+    def free_step(self) -> None:
+        """Make one step from the batch on the device; nothing waits for anything."""
+        for _ in range(self.phase.stage.micro_batches):
+            self.forward_backward()
+        self.training.update(0.0)
+
+    def profile(self, action: Callable[[], object]) -> None:
+        """Profile some calls of a step or a part of one."""
+        self.job.measure("profile", lambda: profile(action, self.device, Path(self.job.work) / "traces"))
 
 
 def run_1061_low(job: Job) -> None:
@@ -73,61 +100,30 @@ def run_1061_low(job: Job) -> None:
 def run_1061_full(job: Job) -> None:
     """The same with all passes of the recurrent segment."""
     passes = load_recipe(job, "1061").model.recur_passes
-    run_micro_batch(job, passes, size_of(job, "compile"))
-
-
-def open_bench(job: Job, cfg: Config, ranks: Ranks, passes: int) -> Bench:
-    """Build model, optimizers and loader."""
-    return Bench(job, Training(cfg, ranks, BOS_ID), Phase(get_stages(cfg)[0], passes, False))
-
-
-def describe(bench: Bench) -> dict:
-    """Say what is measured."""
-    training, stage = bench.training, bench.phase.stage
-    return {
-        "tokens": bench.num_tokens,
-        "seq_len": stage.seq_len,
-        "passes": bench.phase.passes,
-        "visits": len(layer_plan(training.cfg.model, bench.phase.passes)),
-        "attention": training.model.attention,
-        "passed_over": training.model.passed_over,
-        "compute_dtype": str(training.model.compute_dtype),
-        "compiled": training.is_compiled,
-        "tflop": bench.flops() / 1e12,
-    }
+    run_micro_batch(job, passes, get_size(job, "compile"))
 
 
 def run_micro_batch(job: Job, passes: int, compiled: str) -> None:
     """Measure a micro-batch that lies on the device, then as the loop runs it, then the update."""
-    ranks = open_ranks(job.rehearse)
-    cfg = load_recipe(job, "1061")
-    changes = {"data.data_path": write_tokens(job, cfg), "run.compile": compiled}
-    cfg = load_recipe(job, "1061", **changes)
-    bench = open_bench(job, cfg, ranks, passes)
-    job.measure("what", lambda: describe(bench))
-    in_document = cfg.model.attn_in_document
-    batch = next_batch(bench.training.loader, bench.phase.stage, ranks, in_document)
-    bench.training.model.train()
-    forward_backward = partial(forward_backward_of, bench, batch)
-    compile_or_fall_back(bench, forward_backward)
-    measure_micro_batch(bench, forward_backward)
+    changes = {"data.data_path": write_tokens(job, load_recipe(job, "1061")), "run.compile": compiled}
+    bench = Bench(job, load_recipe(job, "1061", **changes), open_ranks(job.rehearse), passes)
+    compile_or_fall_back(bench)
+    measure_micro_batch(bench)
     step = partial(bench.training.micro_step, bench.phase, 0)
-    measure_fitting(job, "micro_step", lambda: per_call(bench, step, REPEATS), ranks.device)
-    measure_fitting(job, "update", lambda: updates(bench, forward_backward), ranks.device)
-    job.measure("profile", lambda: profile(step, ranks.device, Path(job.work) / "traces"))
+    measure_fitting(job, "micro_step", lambda: per_call(bench, step, REPEATS), bench.device)
+    measure_fitting(job, "update", lambda: updates(bench), bench.device)
+    bench.profile(step)
 
 
-def forward_backward_of(bench: Bench, batch: Batch) -> None:
-    """Add a batch's gradient, with the loss that the training loop uses."""
-    bench.training.loss(bench.training.model, batch, bench.phase.passes).backward()
-
-
-def compile_or_fall_back(bench: Bench, forward_backward: Callable[[], None]) -> None:
+def compile_or_fall_back(bench: Bench) -> None:
     """Time the first call, which compiles; where that fails the rest is measured eagerly, and says so."""
     job, training = bench.job, bench.training
-    first = job.measure("first_call", lambda: {"seconds": wall_seconds(forward_backward, bench.device)})
-    if first is not None:
-        job.measure("second_call", lambda: {"seconds": wall_seconds(forward_backward, bench.device)})
+
+    def call() -> dict:
+        return {"seconds": wall_seconds(bench.forward_backward, bench.device)}
+
+    if job.measure("first_call", call) is not None:
+        job.measure("second_call", call)
     elif training.is_compiled:
         job.record("fell_back", "eager: the compiled step failed")
         training.loss, training.is_compiled = mean_loss, False
@@ -135,20 +131,18 @@ def compile_or_fall_back(bench: Bench, forward_backward: Callable[[], None]) -> 
         free_memory(bench.device)
 
 
-def measure_micro_batch(bench: Bench, forward_backward: Callable[[], None]) -> None:
-    """Measure a batch that lies on the device; a gradient of nothing or of NaN is a fault."""
-    job = bench.job
-    found = measure_fitting(job, "micro_batch", lambda: micro_batch(bench, forward_backward), bench.device)
+def measure_micro_batch(bench: Bench) -> None:
+    """Time forward and backward of the batch; a gradient of nothing or of NaN is a fault."""
+
+    def measure() -> dict:
+        found = timed(bench.forward_backward, bench.device)
+        norm = float(bench.training.model.embed.weight.grad.norm())
+        return found | speed(bench, found["ms"], 1) | memory_gib(bench.device) | {"gradient_norm": norm}
+
+    found = measure_fitting(bench.job, "micro_batch", measure, bench.device)
     norm = (found or {}).get("gradient_norm", 1.0)
     if not 0 < norm < math.inf:
-        job.fault("micro_batch", f"expected a gradient of finite norm above 0, found {norm}")
-
-
-def micro_batch(bench: Bench, forward_backward: Callable[[], None]) -> dict:
-    """Time forward and backward of a batch that lies on the device."""
-    found = timed(forward_backward, bench.device)
-    norm = float(bench.training.model.embed.weight.grad.norm())
-    return found | speed(bench, found["ms"], 1) | memory_gib(bench.device) | {"gradient_norm": norm}
+        bench.job.fault("micro_batch", f"expected a gradient of finite norm above 0, found {norm}")
 
 
 def speed(bench: Bench, ms: float, micro_batches: int) -> dict:
@@ -166,59 +160,39 @@ def per_call(bench: Bench, action: Callable[[], object], calls: int) -> dict:
     return {"ms": 1000 * seconds / calls, "calls": calls}
 
 
-def updates(bench: Bench, forward_backward: Callable[[], None]) -> dict:
+def updates(bench: Bench) -> dict:
     """Time the optimizers' step and the average's, each after a gradient; the first, which allocates, not."""
     times = []
     for _ in range(REPEATS + 1):
-        forward_backward()
+        bench.forward_backward()
         times += times_ms(lambda: bench.training.update(0.0), bench.device, 1)
     return {"ms": median(times[1:]), "ms_most": max(times[1:])} | memory_gib(bench.device)
 
 
 def run_naive(job: Job) -> None:
     """The naive recipe: the loop of train_gpt.train, against the same work without waiting for the device."""
-    ranks, steps = open_ranks(job.rehearse), size_of(job, "naive_steps")
+    steps = get_size(job, "naive_steps")
     changes = {
         "run.iterations": WARM_STEPS + steps,
         "run.max_wallclock_seconds": 0,
         "run.val_loss_every": -1,
         "run.train_log_every": 0,
-        "run.compile": size_of(job, "compile"),
+        "run.compile": get_size(job, "compile"),
         "data.data_path": write_tokens(job, load_recipe(job, "naive")),
     }
-    bench = open_bench(job, load_recipe(job, "naive", **changes), ranks, passes=1)
-    job.measure("what", lambda: describe(bench))
-    batch = next_batch(bench.training.loader, bench.phase.stage, ranks)
-    bench.training.model.train()
-    forward_backward = partial(forward_backward_of, bench, batch)
-    compile_or_fall_back(bench, forward_backward)
-    measure_micro_batch(bench, forward_backward)
+    bench = Bench(job, load_recipe(job, "naive", **changes), open_ranks(job.rehearse), passes=1)
+    compile_or_fall_back(bench)
+    measure_micro_batch(bench)
     bench.training.optimizers.zero_grad()
     for _ in range(WARM_STEPS):
-        whole_step(bench)
-    loop = measure_fitting(job, "loop", lambda: train_loop(bench, steps), ranks.device)
-    free = measure_fitting(
-        job, "free_running", lambda: per_call(bench, partial(free_step, bench, forward_backward), steps // 2),
-        ranks.device,
-    )  # fmt: skip
+        bench.whole_step()
+    loop = measure_fitting(job, "loop", lambda: train_loop(bench, steps), bench.device)
+    free_steps = partial(per_call, bench, bench.free_step, steps // 2)
+    free = measure_fitting(job, "free_running", free_steps, bench.device)
     if loop and free and "ms" in loop and "ms" in free:
         bubble = loop["ms"] - free["ms"]
         job.record("bubble", {"ms": bubble, "share_of_step": bubble / loop["ms"]})
-    folder = Path(job.work) / "traces"
-    job.measure("profile", lambda: profile(partial(whole_step, bench), ranks.device, folder))
-
-
-def whole_step(bench: Bench) -> None:
-    """Make one step as the loop does."""
-    bench.training.accumulate(bench.phase, lambda: False)
-    bench.training.update(0.0)
-
-
-def free_step(bench: Bench, forward_backward: Callable[[], None]) -> None:
-    """Make one step from a batch that lies on the device; nothing waits for anything."""
-    for _ in range(bench.phase.stage.micro_batches):
-        forward_backward()
-    bench.training.update(0.0)
+    bench.profile(bench.whole_step)
 
 
 def train_loop(bench: Bench, steps: int) -> dict:
@@ -230,8 +204,5 @@ def train_loop(bench: Bench, steps: int) -> dict:
     if training.step != before + steps:
         raise ValueError(f"expected {steps} steps, found {training.step - before}")
     ms = facts["train_ms"] / steps
-    return (
-        {"ms": ms, "steps": steps}
-        | speed(bench, ms, bench.phase.stage.micro_batches)
-        | memory_gib(bench.device)
-    )
+    found = {"ms": ms, "steps": steps} | speed(bench, ms, bench.phase.stage.micro_batches)
+    return found | memory_gib(bench.device)

@@ -11,7 +11,7 @@ from data.prepare import write_dataset
 from data.shards import MANIFEST_NAME, read_manifest, write_shard
 from data.train_tokenizer import train_tokenizer
 from dev.gpu_battery.job import Job
-from dev.gpu_battery.sizes import size_of
+from dev.gpu_battery.sizes import get_size
 from train_gpt import Config
 
 BOS_ID = 1
@@ -45,7 +45,7 @@ def write_tokens(job: Job, cfg: Config) -> str:
     folder = Path(job.work) / f"tokens_{vocab_size}"
     path = folder / "fineweb_train_000000.bin"
     if not path.is_file():
-        write_shard(path, draw_tokens(size_of(job, "shard_tokens"), vocab_size, seed=0), vocab_size)
+        write_shard(path, draw_tokens(get_size(job, "shard_tokens"), vocab_size, seed=0), vocab_size)
     return str(folder)
 
 
@@ -68,7 +68,7 @@ def write_text(job: Job) -> Path:
     if (folder / MANIFEST_NAME).is_file():
         return folder
     corpus = make_corpus(parse_modules(find_standard_library()[:NUM_MODULES]))
-    sizes = size_of(job, "text_bytes")
+    sizes = get_size(job, "text_bytes")
     train, val = (
         take_bytes([write_document(chapter) for chapter in chapters], limit)
         for chapters, limit in zip((corpus.train, corpus.val), sizes)

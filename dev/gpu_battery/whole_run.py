@@ -9,7 +9,7 @@ from pathlib import Path
 from common import UserError, read_json
 from data.shards import MANIFEST_NAME
 from dev.gpu_battery.job import Job
-from dev.gpu_battery.sizes import RECIPES, ROOT, size_of
+from dev.gpu_battery.sizes import RECIPES, ROOT, get_size
 from dev.gpu_battery.text import data_settings, write_text
 from formats.artifact import require_codec
 from quantizers.storage import frame_codec
@@ -63,26 +63,22 @@ def train(job: Job, places: dict) -> dict:
     values = SHORT | storage_here() | places
     values |= {
         "run.device": "cpu" if job.rehearse else "cuda",
-        "run.max_wallclock_seconds": size_of(job, "train_seconds"),
+        "run.max_wallclock_seconds": get_size(job, "train_seconds"),
         "run.out_dir": str(Path(job.work) / "runs"),
         "run.run_id": RUN_ID,
     }
     folder = Path(job.work) / "runs" / RUN_ID
-    command = [sys.executable, "train_gpt.py", "--recipe", RECIPES["small"]]
-    command += [f"{name}={value}" for name, value in values.items()]
+    options = [f"{name}={value}" for name, value in values.items()]
+    command = [sys.executable, "train_gpt.py", "--recipe", RECIPES["small"], *options]
     limit = max(job.seconds_left() - MARGIN_SECONDS, 1.0)
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=limit, check=False
-        )
+    try:  # what it says goes to this part's standard error
+        subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=limit, check=True)
+    except subprocess.CalledProcessError as error:
+        job.record("log_so_far", numbered(read_log(folder)[-LOG_LINES:]))
+        raise RuntimeError(f"train_gpt.py ended with status {error.returncode}, see stderr") from None
     except subprocess.TimeoutExpired:
         job.record("log_so_far", numbered(read_log(folder)[-LOG_LINES:]))
         raise
-    if done.returncode != 0:
-        job.record("log_so_far", numbered(read_log(folder)[-LOG_LINES:]))
-        print(done.stderr[-4000:], file=sys.stderr)
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"train_gpt.py ended with status {done.returncode}: {last}")
     return sum_up(folder, read_json(folder / "result.json"))
 
 

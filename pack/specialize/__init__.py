@@ -1,8 +1,8 @@
 """Fold what a recipe fixes: a branch that the recipe can never take is not shipped.
 
-`fold` writes the recipe into the config classes, replaces what is thereby constant, takes the branches that
-constants decide and drops what nothing names any more, until nothing changes. What cannot be proved
-constant stays. Error messages end with their first sentence. PACKED_RECIPE becomes all that the recipe
+`specialize_tree` writes the recipe into the config classes, replaces what is thereby constant, takes the
+branches that constants decide and drops what nothing names any more, until nothing changes. What cannot be
+proved constant stays. Error messages end with their first sentence. PACKED_RECIPE becomes all that the recipe
 changes, PACKED_ENVIRONMENT the environment names of all that it fixes; of these fields the classes keep, as
 constants, what the program still reads. Taken on trust, all of it house style:
 
@@ -22,7 +22,7 @@ from pack.names import bound_names, drop_annotations, needed_statements
 from pack.printing import to_text
 from pack.specialize.drop import drop_entries, drop_imports, drop_members, drop_rows
 from pack.specialize.errors import shorten_errors
-from pack.specialize.facts import PACKED_ENVIRONMENT, PACKED_RECIPE, Program
+from pack.specialize.facts import PACKED_ENVIRONMENT, PACKED_RECIPE, ProgramFacts
 from pack.specialize.infer import infer, infer_pure
 from pack.specialize.inline_config import inline_config
 from pack.specialize.params import drop_parameters
@@ -32,16 +32,9 @@ from pack.specialize.syntax import literal
 MAX_ROUNDS = 50
 
 
-def specialize(source: str, recipe: dict) -> str:
-    """Return the program with its recipe inside, less what the recipe makes superfluous."""
-    tree = ast.parse(source)
-    specialize_tree(tree, recipe)
-    return to_text(tree) + "\n"
-
-
 def specialize_tree(tree: ast.Module, recipe: dict) -> None:
     """Fold a module in place; statements of its top level that stay keep their identity."""
-    program = Program(
+    program = ProgramFacts(
         tree, {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items()}
     )
     shorten_errors(tree)

@@ -4,10 +4,10 @@ import ast
 import re
 from collections import Counter, defaultdict
 
-from pack.names import Function, bound_names, children, last_name, walk
-from pack.specialize.facts import PACKED_RECIPE, Program
+from pack.names import Function, blocks, bound_names, children, last_name, walk
+from pack.specialize.facts import PACKED_RECIPE, ProgramFacts
 from pack.specialize.scopes import Scopes
-from pack.specialize.syntax import constant_body, is_pure, local_values, matched
+from pack.specialize.syntax import constant_body, is_pure, is_string, local_values, matched
 
 MODULE_HOOKS = {"forward", "extra_repr", "train"}  # methods that torch.nn.Module calls
 
@@ -21,13 +21,9 @@ def drop_dead_locals(node: Function) -> None:
     if "locals" in read:
         return
     for holder in [node, *(one for one in inner if isinstance(one, ast.stmt) and one is not node)]:
-        if isinstance(holder, ast.ClassDef):
-            continue
-        for name in ("body", "orelse", "finalbody"):
-            body = getattr(holder, name, None)
-            if isinstance(body, list):
-                made = [kept for one in body if (kept := _live_part(one, read)) is not None]
-                setattr(holder, name, made or ([ast.Pass()] if body and name != "orelse" else []))
+        for name, body in [] if isinstance(holder, ast.ClassDef) else blocks(holder):
+            made = [kept for one in body if (kept := _live_part(one, read)) is not None]
+            body[:] = made or ([ast.Pass()] if body and name != "orelse" else [])
 
 
 def _live_part(node: ast.stmt, read: set[str]) -> ast.stmt | None:
@@ -37,7 +33,8 @@ def _live_part(node: ast.stmt, read: set[str]) -> ast.stmt | None:
     pairs = list(matched(node.targets[0], node.value))
     if any(value is None for _, value in pairs):
         names = [target.id for target, _ in pairs if isinstance(target, ast.Name)]
-        return node if len(names) < len(pairs) or read & set(names) or _unpacks(node) else None
+        unpacks = isinstance(node.targets[0], ast.Tuple | ast.List)  # what is not spelled out: may fail
+        return node if len(names) < len(pairs) or read & set(names) or unpacks else None
     return with_pairs(node, pairs, [(t, v) for t, v in pairs if not isinstance(t, ast.Name) or t.id in read])
 
 
@@ -50,11 +47,6 @@ def with_pairs(node: ast.stmt, pairs: list[tuple], kept: list[tuple]) -> ast.stm
     targets, values = (list(part) for part in zip(*kept, strict=True))
     made = ast.Assign([ast.Tuple(targets, ast.Store())], ast.Tuple(values, ast.Load()))
     return ast.copy_location(made, node)
-
-
-def _unpacks(node: ast.Assign) -> bool:
-    """Whether an assignment unpacks what is not spelled out: that may fail."""
-    return isinstance(node.targets[0], ast.Tuple | ast.List)
 
 
 def drop_members(tree: ast.Module) -> None:
@@ -148,9 +140,7 @@ def _fits(arguments: ast.arguments, call: ast.Call) -> bool:
         return True
     names = [arg.arg for arg in [*arguments.posonlyargs, *arguments.args]][1:]
     given = {*names[: len(call.args)], *(one.arg for one in call.keywords)}
-    needed = (
-        {*names[: len(names) - len(arguments.defaults)]} if len(names) > len(arguments.defaults) else set()
-    )
+    needed = {*names[: max(len(names) - len(arguments.defaults), 0)]}
     known = {*names, *(arg.arg for arg in arguments.kwonlyargs)}
     return len(call.args) <= len(names) and needed <= given <= known
 
@@ -189,7 +179,7 @@ def _is_unread(target: ast.expr, value: ast.expr, read: NamesRead) -> bool:
     return False
 
 
-def drop_rows(program: Program) -> None:
+def drop_rows(program: ProgramFacts) -> None:
     """Drop rows of tables that every use of the table passes over."""
     filters: dict[str, list[str]] = defaultdict(list)  # table: by the call of which field a use filters it
     uses: Counter = Counter()
@@ -211,12 +201,12 @@ def drop_rows(program: Program) -> None:
             table.elts = [row for row in table.elts if not _fails(program, row, fields[0])]
 
 
-def drop_entries(program: Program) -> None:
+def drop_entries(program: ProgramFacts) -> None:
     """Drop entries of tables that are only looked up, where nothing else in the program spells the key."""
     tables = {
         name: value
         for name, value in program.values.items()
-        if isinstance(value, ast.Dict) and name.isupper() and all(map(_is_word, value.keys))
+        if isinstance(value, ast.Dict) and name.isupper() and all(map(is_string, value.keys))
     }
     loads, lookups, spelled, texts = Counter(), Counter(), Counter(), set()
     statements = [one for one in program.tree.body if (PACKED_RECIPE, "") not in bound_names(one)]
@@ -238,12 +228,7 @@ def drop_entries(program: Program) -> None:
             table.keys, table.values = [k for k, _ in kept], [v for _, v in kept]
 
 
-def _is_word(key: ast.expr | None) -> bool:
-    """Whether a table's key is a string."""
-    return isinstance(key, ast.Constant) and isinstance(key.value, str)
-
-
-def _fails(program: Program, row: ast.expr, key: str) -> bool:
+def _fails(program: ProgramFacts, row: ast.expr, key: str) -> bool:
     """Whether a table's row, a call, has in a field a function that returns False."""
     if not isinstance(row, ast.Call) or not isinstance(row.func, ast.Name):
         return False

@@ -60,7 +60,7 @@ class Observations:
 
 
 @dataclass
-class Program:
+class ProgramFacts:
     """A module and what earlier rounds proved about it."""
 
     tree: ast.Module

@@ -3,20 +3,21 @@
 import ast
 
 from pack.names import PURE_DECORATORS, is_record, last_name, walk
-from pack.specialize.facts import Fact, Instance, Items, Known, Observations, Program, join
+from pack.specialize.facts import Fact, Instance, Items, Known, Observations, ProgramFacts, join
 from pack.specialize.scopes import SAFE_BUILTINS, Scopes, may_explode
 from pack.specialize.syntax import (
     EXPRESSIONS,
     STATEMENTS,
     class_names,
     clone,
+    constructor,
     local_values,
     named_values,
     parameters,
 )
 
 
-def infer(program: Program, seen: Observations) -> None:
+def infer(program: ProgramFacts, seen: Observations) -> None:
     """Turn what a round saw into facts for the next one."""
     relatives = program.relatives()
     for name, node in program.classes.items():
@@ -47,7 +48,7 @@ def remember(facts: dict, key: tuple[str, str], fact: Fact) -> None:
         facts[key] = fact
 
 
-def learn_record(program: Program, seen: Observations, node: ast.ClassDef) -> None:
+def learn_record(program: ProgramFacts, seen: Observations, node: ast.ClassDef) -> None:
     """Find the fields of a NamedTuple that have one value in all instances."""
     calls = seen.calls.get(node.name, [])
     if node.name in seen.escapes or None in calls or seen.is_dynamic or "" in seen.replaced:
@@ -61,30 +62,22 @@ def learn_record(program: Program, seen: Observations, node: ast.ClassDef) -> No
             remember(program.attributes, (node.name, key), scopes.annotated(one.annotation) or join(facts))
 
 
-def learn_params(program: Program, name: str, calls: list[dict[str, Fact]]) -> None:
+def learn_params(program: ProgramFacts, name: str, calls: list[dict[str, Fact]]) -> None:
     """Find the parameters of a function or class that have one value in all calls."""
-    if name in program.functions:
-        node, owner = program.functions[name], name
-    else:
-        body = program.classes[name].body if name in program.classes else []
-        inits = [one for one in body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
-        if not inits:
-            return
-        node, owner = inits[0], name
-    if any(last_name(decorator) not in PURE_DECORATORS for decorator in node.decorator_list):
+    node = program.functions.get(name) or constructor(program.classes.get(name))
+    if node is None or any(last_name(one) not in PURE_DECORATORS for one in node.decorator_list):
         return
     plain = [*node.args.posonlyargs, *node.args.args]
-    pairs = list(zip(reversed(plain), reversed(node.args.defaults))) + list(
-        zip(node.args.kwonlyargs, node.args.kw_defaults)
-    )
+    pairs = [*zip(reversed(plain), reversed(node.args.defaults))]
+    pairs += zip(node.args.kwonlyargs, node.args.kw_defaults)
     scopes = Scopes(program)
     defaults = {arg.arg: scopes.look(value) if value is not None else None for arg, value in pairs}
     for arg in [*plain, *node.args.kwonlyargs]:
         facts = [call.get(arg.arg, defaults.get(arg.arg)) for call in calls]
-        remember(program.params, (owner, arg.arg), join(facts))
+        remember(program.params, (name, arg.arg), join(facts))
 
 
-def infer_pure(program: Program) -> None:
+def infer_pure(program: ProgramFacts) -> None:
     """Find the functions that only compute, and make them callable here."""
     candidates = {
         name: node for name, node in program.functions.items() if not node.decorator_list and _is_plain(node)
@@ -126,7 +119,7 @@ def _is_plain(node: ast.FunctionDef) -> bool:
     )
 
 
-def _only_calls(node: ast.FunctionDef, candidates: dict, program: Program) -> bool:
+def _only_calls(node: ast.FunctionDef, candidates: dict, program: ProgramFacts) -> bool:
     """Whether a function calls only builtins without effects and functions of that kind."""
     own = {arg.arg for arg in parameters(node.args)} | set(local_values(node))
     for inner in walk(ast.Module(node.body, [])):

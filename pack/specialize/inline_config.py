@@ -5,14 +5,14 @@ import ast
 from common import UserError
 from formats.recipe import parse_value
 from pack.names import last_name, walk
-from pack.specialize.facts import Fact, Instance, Known, Program, Table
+from pack.specialize.facts import Fact, Instance, Known, ProgramFacts, Table
 from pack.specialize.scopes import Scopes
 from pack.specialize.syntax import is_option, literal
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str, "tuple": tuple}
 
 
-def inline_config(program: Program) -> None:
+def inline_config(program: ProgramFacts) -> None:
     """Write the recipe's values into the config classes: what it fixes as constants, the rest as defaults."""
     sections = {name for name, node in program.classes.items() if any(map(is_option, node.body))}
     made, replaced = _changes(program)
@@ -34,7 +34,7 @@ def inline_config(program: Program) -> None:
             program.recipe = {key: values for key, values in resolved.items() if values}
 
 
-def _refuse_unknown(program: Program, keys: dict[str, str]) -> None:
+def _refuse_unknown(program: ProgramFacts, keys: dict[str, str]) -> None:
     """Raise for what the recipe names and the config classes do not."""
     for key, values in program.recipe.items():
         if key not in keys:
@@ -45,7 +45,7 @@ def _refuse_unknown(program: Program, keys: dict[str, str]) -> None:
             raise UserError(f"recipe: unknown field {key}.{min(left)}. Correct the recipe.")
 
 
-def _changes(program: Program) -> tuple[set[str], set[str]]:
+def _changes(program: ProgramFacts) -> tuple[set[str], set[str]]:
     """Name the classes that are called with arguments, and the keywords given to `replace`."""
     made, replaced = set(), set()
     for node in walk(program.tree):
@@ -58,7 +58,7 @@ def _changes(program: Program) -> tuple[set[str], set[str]]:
     return made, replaced
 
 
-def bake_section(program: Program, section: str, key: str, replaced: set[str]) -> dict | None:
+def bake_section(program: ProgramFacts, section: str, key: str, replaced: set[str]) -> dict | None:
     """Write a section's values into its class; returns those it changes, None if one stays open."""
     values, fixed = program.recipe.get(key, {}), {}
     node = program.classes[section]
@@ -75,27 +75,19 @@ def bake_section(program: Program, section: str, key: str, replaced: set[str]) -
         value = _parsed(f"{key}.{name}", values.get(name, default.value), kind)
         _check_bounds(program, f"{key}.{name}", value, settings)
         call.args[0] = literal(value)
-        if not _is_live(settings.get("live"), value == default.value):
+        live = settings.get("live")
+        live = live.value if isinstance(live, ast.Constant) else live is not None
+        if not (value == default.value if live == "auto" else live):
             program.configs[section][name] = value
             program.attributes[section, name] = Known(value)
             node.body[at] = ast.copy_location(ast.Assign([one.target], literal(value)), one)
             program.environment += [env.value for env in call.args[1:2] if env.value]
             if fixed is not None and "live" not in settings and value != default.value:
                 fixed[name] = as_lists(value)
-        elif settings.get("live"):
-            one.value = _bare(call)
+        else:  # help is for people, and all that stay are live
+            bounds = [item for item in call.keywords if item.arg != "live"]
+            one.value = ast.Call(call.func, call.args[:2], bounds)
     return fixed
-
-
-def _is_live(node: ast.expr | None, is_default: bool) -> bool:
-    """Whether a field stays free: live=True, or live="auto" and the recipe leaves it at its default."""
-    live = node.value if isinstance(node, ast.Constant) else node is not None
-    return is_default if live == "auto" else bool(live)
-
-
-def _bare(call: ast.Call) -> ast.Call:
-    """Declare a live field by default, environment name and bounds: help is for people, and all are live."""
-    return ast.Call(call.func, call.args[:2], [one for one in call.keywords if one.arg != "live"])
 
 
 def as_lists(value):
@@ -111,7 +103,7 @@ def _parsed(name: str, value, kind: type):
         raise UserError(f"recipe: {name}: expected {kind.__name__}, found {value!r}.") from error
 
 
-def _check_bounds(program: Program, name: str, value, settings: dict[str, ast.expr]) -> None:
+def _check_bounds(program: ProgramFacts, name: str, value, settings: dict[str, ast.expr]) -> None:
     """Raise where a value is outside the bounds or choices of its declaration, as far as these are known."""
     facts = {key: _choices(program, node) for key, node in settings.items()}
     low, high, choices = (
@@ -123,7 +115,7 @@ def _check_bounds(program: Program, name: str, value, settings: dict[str, ast.ex
         raise UserError(f"recipe: {name}={value} must lie in [{low}, {high}].")
 
 
-def _choices(program: Program, node: ast.expr) -> Fact:
+def _choices(program: ProgramFacts, node: ast.expr) -> Fact:
     """Return what a bound is; `TABLE`, `tuple(TABLE)` and `(*TABLE, ...)` hold the table's keys."""
     match node:
         case ast.Name() if isinstance(Scopes(program).look(node), Table):
@@ -136,7 +128,7 @@ def _choices(program: Program, node: ast.expr) -> Fact:
     return Scopes(program).look(node)
 
 
-def _spread(program: Program, item: ast.expr) -> tuple | None:
+def _spread(program: ProgramFacts, item: ast.expr) -> tuple | None:
     """Return what an item of a tuple display adds to it."""
     fact = Scopes(program).look(item.value if isinstance(item, ast.Starred) else item)
     if not isinstance(item, ast.Starred):

@@ -4,22 +4,19 @@ import ast
 from collections import Counter, defaultdict
 
 from pack.names import PURE_DECORATORS, last_name, walk
-from pack.specialize.facts import Program
-from pack.specialize.syntax import is_pure, parameters
+from pack.specialize.facts import ProgramFacts
+from pack.specialize.syntax import constructor, is_pure, parameters
 
 
-def drop_parameters(program: Program) -> None:
+def drop_parameters(program: ProgramFacts) -> None:
     """Drop unread parameters of functions and constructors that are only ever called by their name."""
     calls, loads = _uses(program.tree)
     bound = _rebound(program.tree)
     relatives = program.relatives()
     for name, made in [*program.functions.items(), *program.classes.items()]:
-        node = made
-        if isinstance(made, ast.ClassDef):
-            inits = [one for one in made.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
-            if len(inits) != 1 or name in relatives:
-                continue
-            node = inits[0]
+        node = constructor(made) if isinstance(made, ast.ClassDef) else made
+        if node is None or (node is not made and name in relatives):
+            continue
         is_plain = all(last_name(one) in PURE_DECORATORS for one in node.decorator_list)
         if is_plain and name not in bound and len(calls[name]) == loads[name]:
             _drop(node, calls[name], is_method=node is not made)
@@ -53,13 +50,9 @@ def _annotations(node: ast.AST) -> list[ast.expr]:
 
 def _rebound(tree: ast.Module) -> set[str]:
     """Name what functions bind inside: a call by such a name may be another thing's."""
-    found = set()
-    for node in walk(tree):
-        if isinstance(node, ast.arg):
-            found.add(node.arg)
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            found.add(node.id)
-    return found
+    nodes = list(walk(tree))
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    return names | {node.arg for node in nodes if isinstance(node, ast.arg)}
 
 
 def _drop(node: ast.FunctionDef, calls: list[ast.Call], is_method: bool) -> None:

@@ -6,8 +6,16 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 from pack.names import children, is_record, walk
-from pack.specialize.facts import Fact, Instance, Items, Known, Program, Table, join
-from pack.specialize.syntax import EXPRESSIONS, Comprehension, class_names, clone, is_literal, is_pure
+from pack.specialize.facts import Fact, Instance, Items, Known, ProgramFacts, Table, join
+from pack.specialize.syntax import (
+    EXPRESSIONS,
+    Comprehension,
+    class_names,
+    clone,
+    constructor,
+    is_literal,
+    is_pure,
+)
 
 MAX_ITEMS = 10_000  # of a range that is evaluated
 
@@ -31,7 +39,7 @@ SAFE_BUILTINS["range"] = bounded_range
 class Scopes:
     """Names in force at a place of the program, and what expressions are there."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: ProgramFacts):
         self.program = program
         self.stack: list[dict[str, Fact]] = []
         self.open: set[int] = set()  # expressions already found to be unknown, by id
@@ -260,7 +268,7 @@ class _Close(ast.NodeTransformer):
         return ast.Call(function, args, keywords)
 
 
-def config_object(program: Program, name: str) -> SimpleNamespace:
+def config_object(program: ProgramFacts, name: str) -> SimpleNamespace:
     """Make an object that has the fixed fields of a config class and no others."""
     fields = program.configs[name]
     return SimpleNamespace(
@@ -291,16 +299,12 @@ def select(node: ast.Dict, key: Fact) -> ast.expr | None:
     return None
 
 
-def parameter_names(program: Program, name: str) -> list[str] | None:
+def parameter_names(program: ProgramFacts, name: str) -> list[str] | None:
     """List a function's or class's parameters by position; None where they cannot be told."""
-    if name in program.functions:
-        node = program.functions[name]
-    else:
-        made = program.classes[name]
-        inits = [one for one in made.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
-        if not inits:
-            return [key for key, _ in class_names(made)] if is_record(made) else None
-        node = inits[0]
+    made = program.classes.get(name)
+    node = program.functions.get(name) or constructor(made)
+    if node is None:
+        return [key for key, _ in class_names(made)] if is_record(made) else None
     if node.args.vararg:
         return None
     names = [arg.arg for arg in [*node.args.posonlyargs, *node.args.args]]

@@ -5,7 +5,7 @@ import ast
 from pack.names import PURE_DECORATORS, Function, bound_names, free_names, last_name, walk
 from pack.printing import to_text
 from pack.specialize.drop import drop_dead_locals
-from pack.specialize.facts import Fact, Instance, Items, Known, Observations, Program, Table
+from pack.specialize.facts import Fact, Instance, Items, Known, Observations, ProgramFacts, Table
 from pack.specialize.scopes import Scopes, select
 from pack.specialize.syntax import (
     TERMINAL,
@@ -29,7 +29,7 @@ LONGEST_LITERAL = 8  # characters that may replace a shorter name
 class Specializer(ast.NodeTransformer, Scopes):
     """Replace what is constant, take decided branches, and note what the program does with its names."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: ProgramFacts):
         Scopes.__init__(self, program)
         self.seen = Observations()
         self.owner = ""  # the class whose body this is

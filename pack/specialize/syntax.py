@@ -120,11 +120,11 @@ def local_values(node: Function) -> dict[str, list[tuple[str, ast.expr | None]]]
                 return
             case ast.Name(ctx=ast.Store() | ast.Del()):
                 found[inner.id] += [("", None)] * (2 if isinstance(inner.ctx, ast.Del) else 1)
-            case ast.Import() | ast.ImportFrom() | ast.ExceptHandler():
-                for name, _ in bound_names(inner) if not isinstance(inner, ast.ExceptHandler) else ():
+            case ast.Import() | ast.ImportFrom():
+                for name, _ in bound_names(inner):
                     found[name].append(("", None))
-                if isinstance(inner, ast.ExceptHandler) and inner.name:
-                    found[inner.name].append(("", None))
+            case ast.ExceptHandler(name=str(name)):
+                found[name].append(("", None))
             case ast.MatchAs() | ast.MatchStar() | ast.MatchMapping():
                 name = inner.rest if isinstance(inner, ast.MatchMapping) else inner.name
                 if name:
@@ -155,6 +155,16 @@ def constant_body(node: ast.FunctionDef) -> ast.Constant | None:
 
 def is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def is_string(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def constructor(node: ast.ClassDef | None) -> Function | None:
+    """Return a class's own `__init__`."""
+    body = node.body if node else []
+    return next((one for one in body if isinstance(one, Function) and one.name == "__init__"), None)
 
 
 def class_names(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None]]:
