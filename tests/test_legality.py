@@ -18,7 +18,7 @@ from data.validation import ValidationText
 from formats.recipe import with_values
 from scoring import ngram
 from scoring.adaptive import Callbacks, LoraScorer, ScoringRun, WindowSettings, plan_documents
-from scoring.modes import ScorerState, Scoring, scoring_cost
+from scoring.modes import SCORERS, ScorerState, Scoring, scoring_cost
 from scoring.ngram import NO_HINT
 from scoring.sliding import ScoreOptions
 from train_gpt import (
@@ -164,7 +164,7 @@ def slow_nats(model, settings, tokens: np.ndarray) -> np.ndarray:
     double.compute_dtype = torch.float64
     stride = 0 if settings.mode == "chunked" else STRIDE
     slow = Slow(double, tokens, BOS, CONTEXT, stride, hints, scales)
-    if settings.mode in ("chunked", "sliding", "doc"):
+    if SCORERS[settings.mode].adapt is None:
         whole = np.array([[0, len(tokens) - 1]])
         return score_slow_plain(slow, plan_documents(tokens, BOS) if settings.mode == "doc" else whole)
     if settings.mode == "sgd-ttt":

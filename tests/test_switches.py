@@ -36,6 +36,8 @@ COMPRESSED = {"model.context_ratio": 3, "model.context_keep": 1}
 # (field, two values of it, what else must be set)
 INITIAL = [
     ("model.init", ("default", "normal"), {}),
+    ("model.init", ("default", "orthogonal"), {"model.model_dim": 64}),
+    ("model.out_init", ("plain", "depth"), {}),
     ("model.init_std", (0.01, 0.02), NORMAL),
     ("model.untied_embed_init_std", (0.5, 1.0), UNTIED),
     ("model.embed_proj_init_std", (0.01, 0.02), {"model.embed_dim": 8}),
@@ -149,16 +151,17 @@ def test_fields_of_adaptation_change_the_scores(tiny_model, alone, name, values)
     assert not torch.equal(*nats)
 
 
-def test_every_field_is_varied_by_a_test():
-    """A switch that never fires is a defect: whoever adds a field writes a test that sets it.
+def test_every_field_and_every_choice_is_varied_by_a_test():
+    """A switch that never fires is a defect: whoever adds a field or a choice writes a test that sets it.
 
-    Looked for are "section.field" and field=: add a row to SWITCHES (tests/test_architecture.py), to the
-    table of tests/test_optim.py or to those above.
+    Looked for are "section.field", field= and the choice in quotes: add a row to SWITCHES
+    (tests/test_architecture.py), to the table of tests/test_optim.py or to those above.
     """
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("tests/test_*.py")))
-    forgotten = [
-        name
-        for name in config_fields(Config)
-        if not re.search(rf"\b{re.escape(name)}\b|\b{name.partition('.')[2]}=", text)
-    ]
-    assert forgotten == []
+    words = set(re.findall(r"\b[\w.]+\b|\b\w+=", text)) | set(re.findall(r'"[\w.-]+"', text))
+    forgotten = []
+    for name, item in config_fields(Config).items():
+        choices = set(item.metadata["choices"]) - {item.default}
+        forgotten += [name] if not {name, f"{item.name}="} & words else []
+        forgotten += [f"{name}={choice}" for choice in choices if f'"{choice}"' not in words]
+    assert set(forgotten) <= {"run.attention=cudnn"}  # which no CPU has
