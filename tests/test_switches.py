@@ -158,7 +158,7 @@ def test_every_field_and_every_choice_is_varied_by_a_test():
     (tests/test_architecture.py), to the table of tests/test_optim.py or to those above.
     """
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("tests/test_*.py")))
-    words = set(re.findall(r"\b[\w.]+\b|\b\w+=", text)) | set(re.findall(r'"[\w.-]+"', text))
+    words = {word for kind in (r"\w+\.\w+", r"\w+=", r'"[\w.-]+"') for word in re.findall(kind, text)}
     forgotten = []
     for name, item in config_fields(Config).items():
         choices = set(item.metadata["choices"]) - {item.default}
