@@ -146,7 +146,7 @@ def test_weight_decay_shrinks_matrices_by_the_scheduled_rate(tiny_config, alone)
 
 
 @pytest.mark.parametrize(
-    "name, values",
+    "row",  # field, two values, and what else must be set
     [
         ("optim.matrix_lr", (0.01, 0.02)),
         ("optim.tied_embed_lr", (0.01, 0.02)),
@@ -164,11 +164,11 @@ def test_weight_decay_shrinks_matrices_by_the_scheduled_rate(tiny_config, alone)
         ("optim.embed_weight_decay", (0.0, 0.5)),
     ],
 )
-def test_every_optimizer_setting_changes_the_weights(tiny_config, alone, name, values):
+def test_every_optimizer_setting_changes_the_weights(tiny_config, alone, row):
     """A setting nobody reads is a defect."""
-    ends = []
+    (name, values, *others), ends = row, []
     for value in values:
-        cfg = with_values(tiny_config, {name: value}, "test")
+        cfg = with_values(tiny_config, dict(*others) | {name: value}, "test")
         model = build_model(cfg, alone.device)
         optimizers = Optimizers(model, cfg, alone)
         for seed in (1, 2):

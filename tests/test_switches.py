@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -158,7 +159,9 @@ def test_every_field_and_every_choice_is_varied_by_a_test():
     (tests/test_architecture.py), to the table of tests/test_optim.py or to those above.
     """
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("tests/test_*.py")))
-    words = {word for kind in (r"\w+\.\w+", r"\w+=", r'"[\w.-]+"') for word in re.findall(kind, text)}
+    words = set(re.findall(r'"[\w.-]+"', text))
+    for chain in set(re.findall(r"[\w.]+=?", text)):
+        words |= {chain.rpartition(".")[2], *map(".".join, pairwise(chain.rstrip("=").split(".")))}
     forgotten = []
     for name, item in config_fields(Config).items():
         choices = set(item.metadata["choices"]) - {item.default}
