@@ -14,7 +14,7 @@ OUT ?= runs/gpu_battery
 RUN_ID ?= cpu_$(shell date +%Y%m%d_%H%M%S)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
-TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 .PHONY: help run test test-slow test-hosts test-pythons setup data doctor train eval record audit lint size bench gpu-battery
 

@@ -482,6 +482,7 @@ def main(cfg: Config):
 
 @pytest.mark.parametrize(("code", "gone", "kept"), FOLDED)
 def test_what_the_recipe_fixes_folds_and_nothing_else_changes(code, gone, kept):
+    """One rule of folding a program; each is run, folded and not, and must give the same."""
     main = folded(code)
     assert gone not in main[main.index("\n\n") :]
     assert kept in main
@@ -513,6 +514,7 @@ EXPRESSIONS = st.recursive(
 @given(EXPRESSIONS, EXPRESSIONS, EXPRESSIONS)
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 def test_folding_a_random_function_changes_neither_its_result_nor_its_effects(test, value, other):
+    """The traps that nobody thought of: calls with effects inside conditions, texts and indices."""
     folded(
         "NOTES = []\ndef note(x):\n    NOTES.append(x)\n    return x\n"
         f"def main(cfg: Config):\n    x = cfg.model.seed\n    y = {value}\n"

@@ -96,6 +96,7 @@ def wait_until(holds, seconds: float = 60) -> bool:
     ],
 )
 def test_a_bad_part_keeps_what_it_measured_and_the_next_runs(run_parts, fake, status, reason, results):
+    """GPU time is lent by the minute: one fault may not cost the other measurements."""
     parts = run_parts(part(fake))
     bad = parts[fake.__name__]
     assert (bad["status"], bad["reason"], bad["results"]) == (status, reason, results)
@@ -113,6 +114,7 @@ def test_a_bad_part_says_why(run_parts):
 
 
 def test_a_part_that_hangs_is_killed_and_says_where_it_hung(run_parts):
+    """A kernel that never returns must not take the whole battery's time, and leaves its stack."""
     parts = run_parts(part(hangs, seconds=2.5))
     hung = parts["hangs"]
     assert (hung["status"], hung["reason"]) == ("timed out", "killed after 2 s")
@@ -122,6 +124,7 @@ def test_a_part_that_hangs_is_killed_and_says_where_it_hung(run_parts):
 
 
 def test_garbage_in_output_and_records_does_no_harm(run_parts):
+    """A crash may write anything: results.json stays JSON."""
     parts = run_parts(part(prints_garbage))
     found = parts["prints_garbage"]
     assert found["status"] == "ok"
@@ -131,12 +134,14 @@ def test_garbage_in_output_and_records_does_no_harm(run_parts):
 
 
 def test_no_process_outlives_its_part(run_parts):
+    """A child left behind would share the card with the next part's timings."""
     parts = run_parts(part(leaves_a_child))
     assert parts["leaves_a_child"]["status"] == "ok"
     assert wait_until(lambda: not is_alive(parts["leaves_a_child"]["results"]["pid"]))
 
 
 def test_parts_that_no_time_is_left_for_are_skipped_and_shorter_ones_run(run_parts):
+    """A part that cannot finish would only take time from one that can."""
     parts = run_parts(part(hangs, seconds=1), part(raises, seconds=100_000), seconds=400)
     assert parts["hangs"]["status"] == "timed out"
     assert parts["raises"]["status"] == "skipped"
@@ -154,6 +159,7 @@ def test_the_whole_stays_within_its_time(run_parts):
 
 @pytest.mark.parametrize("row", PARTS, ids=[row.name for row in PARTS])
 def test_whichever_part_of_the_table_dies_the_results_are_whole(run_parts, row):
+    """Of the real table, not of fakes: no row may be one that the others depend on."""
     found = run_parts(row._replace(function=f"{is_killed.__module__}:is_killed"))
     assert found[row.name]["status"] == "failed"
     assert found["works"]["status"] == "ok"
@@ -173,6 +179,7 @@ def test_results_that_cannot_be_reached_do_not_stop_the_battery(run_parts):
 
 
 def test_parts_are_chosen_by_name_in_the_order_of_the_table():
+    """One order for every run, however they are asked for: results can be laid side by side."""
     assert choose_parts("") == list(PARTS)
     assert [row.name for row in choose_parts("scoring,machine")] == ["machine", "scoring"]
     with pytest.raises(UserError, match=r"expected some of machine, .*, found speed\."):
@@ -180,6 +187,7 @@ def test_parts_are_chosen_by_name_in_the_order_of_the_table():
 
 
 def test_the_names_of_the_table_are_different_and_its_functions_exist():
+    """Functions are named by text: a typo would show on the GPU only."""
     assert len({row.name for row in PARTS}) == len(PARTS)
     for row in PARTS:
         module, function = row.function.split(":")
@@ -200,6 +208,7 @@ def test_the_command_exits_with_1_when_a_part_is_not_ok(monkeypatch, tmp_path, c
 
 
 def test_lists_are_tables_of_their_own_and_a_bar_ends_no_cell():
+    """Names of kernels hold bars, which Markdown takes for the end of a cell."""
     report = {
         "started": "now", "rehearsal": False, "card": "a card", "python": "3", "commit": "c", "seconds": 1,
         "limit_s": 2, "parts": {
@@ -248,6 +257,8 @@ def test_more_than_the_card_can_do_is_a_fault(monkeypatch):
 
 
 def test_out_of_memory_is_a_result():
+    """A size that does not fit the card is an answer, not a broken part."""
+
     def action() -> dict:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
@@ -277,6 +288,7 @@ def test_a_machine_without_compressors_quantizes_for_the_codec_that_needs_none(m
 
 
 def test_made_up_tokens_have_documents_of_usual_length_and_uneven_frequencies():
+    """Without the contest's text, speed must still be that of text: documents decide masks, tokens rows."""
     tokens = draw_tokens(200_000, 1000, seed=0)
     starts = np.flatnonzero(tokens == 1)
     assert starts[0] == 0
@@ -289,6 +301,7 @@ def test_made_up_tokens_have_documents_of_usual_length_and_uneven_frequencies():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_all_parts_rehearse_on_a_cpu_in_under_five_minutes(tmp_path):
+    """What fails here would fail on the GPU, where time is short."""
     started = time.monotonic()
     main(["--out", str(tmp_path / "out"), "--rehearse"])
     report = read_json(tmp_path / "out" / RESULTS_NAME)
@@ -317,6 +330,7 @@ def start_driver(folder: Path) -> subprocess.Popen:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_battery_leaves_valid_results_and_no_process(tmp_path, number):
+    """Whoever ends it, a scheduler or ^C: what was measured until then is kept."""
     driver = start_driver(tmp_path)
     records = tmp_path / "work" / "parts" / "ignores_signals" / "records.jsonl"
     assert wait_until(lambda: "pid" in read_records(records).results)

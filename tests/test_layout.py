@@ -101,6 +101,7 @@ def closure(name: str) -> set[str]:
 
 
 def test_rooms_import_only_rooms_below_them():
+    """A file that imports upwards makes two rooms one."""
     strays = [
         f"{name} -> {found}"
         for name in modules()
@@ -120,6 +121,7 @@ def test_every_file_of_python_is_in_a_room():
 
 
 def test_what_needs_no_torch_imports_none():
+    """Folder audits, statistics and packing run on machines without it."""
     for name in modules():
         if name.startswith(WITHOUT_TORCH):
             users = [inner for inner in closure(name) if "torch" in map(top, imports(modules()[inner]))]
@@ -132,6 +134,7 @@ def test_the_trainer_does_not_import_the_packer():
 
 
 def test_modules_do_not_import_each_other_in_a_circle():
+    """The packer needs an order, and so does a reader."""
     edges = {name: first_party(name) & set(modules()) for name in modules()}
     while leaves := [name for name, found in edges.items() if not found & set(edges)]:
         for name in leaves:
@@ -173,6 +176,7 @@ def walk_with_owner(node: ast.AST, owner: str) -> Iterator[tuple[ast.AST, str]]:
 
 
 def test_one_function_of_the_trainer_reads_the_environment():
+    """A variable read elsewhere would be in no log and no recipe."""
     readers = environment_readers(TRAINER)
     assert len(readers) == 1
     assert readers != {"<module>"}
@@ -191,6 +195,7 @@ def test_other_modules_read_the_environment_in_one_function_at_most():
 
 
 def test_functions_fit_on_a_screen():
+    """What does not is two functions."""
     too_long = []
     for label, tree in trees().items():
         for node in ast.walk(tree):
@@ -205,6 +210,7 @@ def test_functions_fit_on_a_screen():
 
 @pytest.mark.parametrize("label", sources())
 def test_source_is_ascii(label):
+    """The mix coder packs ASCII alone, and look-alike letters hide in a review."""
     text = sources()[label].read_bytes()
     assert [i for i, line in enumerate(text.split(b"\n"), start=1) if not line.isascii()] == []
 

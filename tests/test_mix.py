@@ -28,10 +28,12 @@ def opaque(folder: Path, packed: bytes) -> list[str]:
 @settings(deadline=None, max_examples=40)
 @given(ASCII)
 def test_every_ascii_text_comes_back(text):
+    """Source is ASCII: the coder takes no other, and loses none of it."""
     assert decode(encode(text), len(text)) == text
 
 
 def test_the_empty_text_has_an_empty_payload():
+    """A text's length travels beside its payload: its end is not stored."""
     assert encode("") == "" and decode("", 0) == ""
 
 
@@ -64,6 +66,7 @@ def test_progress_is_reported_to_the_end():
 
 @pytest.mark.parametrize("text", ["\u00e9", "x" * (MAX_LENGTH + 1)])
 def test_what_the_decoder_would_not_read_is_refused(text):
+    """Found when packing, not when a packed program starts."""
     with pytest.raises(UserError, match="characters of ASCII"):
         encode(text)
 
@@ -80,6 +83,7 @@ def test_characters_beyond_ascii_become_escapes_or_a_reason(tmp_path):
 
 
 def test_a_flipped_payload_is_an_error_and_a_suspicion(tmp_path):
+    """Damage decodes to noise: the program must not run it, and an audit must not read it as source."""
     packed = wrap(PROGRAM, "mix")
     place = packed.index(b"s=") + 20
     flipped = packed[:place] + bytes([packed[place] ^ 1]) + packed[place + 1 :]

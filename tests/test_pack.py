@@ -192,6 +192,7 @@ def run(path: Path, *arguments: str) -> str:
 
 
 def test_modules_come_before_their_users_and_imports_come_first(project):
+    """One namespace runs from top to bottom: a name must be bound before a statement reads it."""
     source = bundle_of(project)
     assert definitions(source) == ["Shape", "describe", "score", "nothing", "load", "Config", "fail", "main"]
     kinds = [isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source).body[1:]]
@@ -199,6 +200,7 @@ def test_modules_come_before_their_users_and_imports_come_first(project):
 
 
 def test_bundle_holds_no_first_party_import_and_each_library_once(project):
+    """Beside the packed file there is no module to import, and a second import is bytes for nothing."""
     imports = [
         node
         for node in ast.walk(ast.parse(bundle_of(project)))
@@ -215,6 +217,7 @@ def test_bundle_holds_no_first_party_import_and_each_library_once(project):
 
 
 def test_function_that_only_imported_gets_a_body(project):
+    """A function whose statements are all gone would be a syntax error."""
     nothing = next(
         node for node in ast.parse(bundle_of(project)).body if getattr(node, "name", "") == "nothing"
     )
@@ -222,6 +225,7 @@ def test_function_that_only_imported_gets_a_body(project):
 
 
 def test_what_nothing_uses_is_dropped_even_when_it_uses_itself(project):
+    """Every byte counts, and a pair that calls each other holds itself up."""
     source = bundle_of(project)
     for name in ("unused", "also_unused", "UNUSED_LIMIT", "tool_only"):
         assert name not in source
@@ -251,11 +255,13 @@ def test_a_kernel_that_nothing_calls_goes_with_its_fake_and_its_gradient(project
 
 
 def test_a_name_in_a_string_counts_as_used(project):
+    """What a program looks up by name shows nowhere else."""
     change(project, "train_gpt.py", "    nothing()\n", '    nothing()\n    globals()["unused"]\n')
     assert "unused" in definitions(bundle_of(project))
 
 
 def test_only_the_entry_keeps_its_main_guard_and_it_comes_last(project):
+    """Merged, the guards of other modules would run their commands too."""
     source = bundle_of(project)
     assert source.count("__name__ == '__main__'") == 1
     assert isinstance(ast.parse(source).body[-1], ast.If)
@@ -273,12 +279,14 @@ def test_only_the_entry_keeps_its_main_guard_and_it_comes_last(project):
     ],
 )
 def test_one_name_for_two_things_is_refused_and_both_places_are_named(project, code):
+    """In one namespace the later one would replace the earlier without a word."""
     change(project, "train_gpt.py", "def main", f"{code}\n\ndef main")
     with pytest.raises(PackingError, match=r"describe.*two.*data/base\.py.*train_gpt\.py, line \d+.*Rename"):
         bundle_of(project)
 
 
 def test_equal_guarded_imports_are_one_thing(project):
+    """Two modules may guard one optional library: the same name, the same thing."""
     guard = "try:\n    import triton\nexcept ImportError:\n    triton = None\n\n"
     change(project, "data/base.py", "LIMIT = 7", f"{guard}LIMIT = 7")
     change(project, "train_gpt.py", "def main", f"{guard}\ndef main")
@@ -286,6 +294,7 @@ def test_equal_guarded_imports_are_one_thing(project):
 
 
 def test_a_definition_may_not_hide_a_builtin_of_another_module(project):
+    """The other module would call it instead of the builtin."""
     change(project, "train_gpt.py", "def main", "def min(values):\n    return values[0]\n\n\ndef main")
     with pytest.raises(PackingError, match=r"builtin's name.*min in train_gpt\.py, used in eval/score\.py"):
         bundle_of(project)
@@ -305,6 +314,7 @@ def test_a_definition_may_not_hide_a_builtin_of_another_module(project):
     ],
 )
 def test_imports_that_cannot_be_merged_are_refused(project, line, message):
+    """A bundle has names, not modules: forms that bind a module or rename have no meaning there."""
     change(project, "eval/score.py", "import json\n", f"{line}\nimport json\n")
     with pytest.raises(PackingError, match=message.replace("(", r"\(")):
         bundle_of(project)
@@ -353,6 +363,7 @@ def test_future_annotations_hold_for_all_modules_or_none(project):
     ],
 )
 def test_recipe_that_cannot_be_embedded_is_refused(text, recipe, message):
+    """A value without a literal would be another recipe in the packed program."""
     with pytest.raises(PackingError, match=message):
         specialize([Statement("train_gpt.py", node) for node in ast.parse(text).body], recipe)
 
@@ -361,6 +372,7 @@ def test_recipe_that_cannot_be_embedded_is_refused(text, recipe, message):
 
 
 def test_minify_keeps_what_programs_look_up_by_name(project):
+    """Fields and their metadata are the names of recipes and of the environment; docstrings are nobody's."""
     source = minify(bundle_of(project))
     for text in (
         r"num_layers:int=\w+\(default=3,metadata=\{'env':'NUM_LAYERS'\}\)",
@@ -373,6 +385,7 @@ def test_minify_keeps_what_programs_look_up_by_name(project):
 
 
 def test_argument_annotations_ship_only_where_something_reads_them():
+    """torch.library and Triton read them; all others are bytes."""
     plain = "def double(amount: int) -> int:\n    return amount * 2\n"
     assert ": int" not in minify(plain).replace(":int", ": int")
     for decorator in ("torch.library.custom_op('golf::op', mutates_args=())", "triton.jit"):
@@ -404,6 +417,7 @@ def test_local_names_of_triton_kernels_stay():
 
 
 def test_docstring_that_the_program_reads_keeps_its_first_line():
+    """It is the description in --help."""
     text = '"""Train.\n\nMore."""\nprint(__doc__)\n\n\ndef f():\n    """Gone."""\n    return 1\n'
     assert minify(text).startswith("'Train.'\n")
     assert "Gone" not in minify(text)
@@ -415,6 +429,7 @@ def test_docstring_that_the_program_reads_keeps_its_first_line():
 @settings(deadline=None)  # the machine may be busy
 @given(st.binary(max_size=200) | st.text('"\\\r\n\0 07a', max_size=40).map(str.encode))
 def test_escaped_bytes_read_back_as_themselves(data):
+    """The payload is a string literal: a byte that Python reads otherwise is damage."""
     literal = b"#coding:L1\nx=" + escape(data) + b"\n"
     names = {}
     exec(compile(literal, "literal", "exec"), names)
@@ -449,6 +464,7 @@ def test_wrapped_program_runs_as_main_and_shows_its_source(project, method):
 
 
 def test_packed_and_readable_programs_print_the_same(project):
+    """The claim of packing, on a program that prints all that it knows of itself."""
     out = project / "train_packed.py"
     pack(None, out, project / "train_gpt.py")
     readable = subprocess.run(
@@ -464,6 +480,7 @@ def test_packed_and_readable_programs_print_the_same(project):
 
 
 def test_two_packed_programs_in_one_process_keep_their_own_lines(project):
+    """linecache goes by file name: one name for both would show the other's source."""
     names = {}
     for i in range(2):
         packed = wrap(f"def f():\n    return 'program {i}'\n", "lzma")
@@ -485,12 +502,14 @@ def test_torch_compiles_functions_of_a_packed_program(tmp_path):
 
 @pytest.mark.parametrize("method", packer.METHODS)
 def test_unwrap_reads_the_source_without_running_it(method):
+    """An audit reads programs that it does not trust."""
     source = "raise SystemExit('ran')\n# \u00e9 \\ \" \0\n".replace("\0", "\\0")
     source = source if method != "mix" else source.replace("\u00e9", "e")
     assert unwrap(wrap(source, method)) == source
 
 
 def test_unknown_wrapper_is_refused():
+    """With the names that there are."""
     with pytest.raises(PackingError, match="expected one of brotli, lzma, mix, none, found zip"):
         wrap("x = 1\n", "zip")
 
@@ -513,6 +532,7 @@ def test_packing_twice_gives_the_same_bytes(project):
 
 
 def test_without_brotli_lzma_packs_and_the_report_says_so(project, monkeypatch):
+    """Another size on another machine must not look like another program."""
     monkeypatch.setitem(sys.modules, "brotli", None)
     report = pack(None, project / "packed.py", project / "train_gpt.py")
     assert report.steps_left_out == ["brotli: not installed, lzma instead"]
@@ -520,6 +540,7 @@ def test_without_brotli_lzma_packs_and_the_report_says_so(project, monkeypatch):
 
 
 def test_without_the_minifier_the_program_is_valid_and_the_report_says_so(project, monkeypatch):
+    """The same for the step that saves most."""
     monkeypatch.setitem(sys.modules, "python_minifier", None)
     report = pack(None, project / "packed.py", project / "train_gpt.py")
     assert report.steps_left_out == ["minify: python_minifier is not installed"]
@@ -528,6 +549,7 @@ def test_without_the_minifier_the_program_is_valid_and_the_report_says_so(projec
 
 
 def test_json_report_is_one_object_and_agrees_with_the_file(project, capsys):
+    """The trainer reads the size of its code from it."""
     out = project / "packed.py"
     packer.main(["--entry", str(project / "train_gpt.py"), "--out", str(out), "--json"])
     report = json.loads(capsys.readouterr().out)
@@ -548,6 +570,7 @@ def test_json_report_is_one_object_and_agrees_with_the_file(project, capsys):
     [(["--entry", "missing.py"], "no such program"), (["--recipe", "missing.toml"], "no such recipe")],
 )
 def test_missing_files_are_user_errors(project, arguments, message, monkeypatch):
+    """A wrong path is a sentence, and leaves no half of a program."""
     monkeypatch.chdir(project)
     with pytest.raises(UserError, match=message):
         packer.main(["--entry", "train_gpt.py", "--out", "packed.py", *arguments])
@@ -555,6 +578,7 @@ def test_missing_files_are_user_errors(project, arguments, message, monkeypatch)
 
 
 def test_size_table_covers_every_section_and_module(project, capsys):
+    """A part that the table leaves out is never made smaller."""
     size.main(["--entry", str(project / "train_gpt.py"), "--json"])
     report = json.loads(capsys.readouterr().out)
     parts = {part["name"]: part for part in report["parts"]}
@@ -588,6 +612,7 @@ def real(tmp_path_factory):
 
 
 def test_real_program_packs_below_two_fifths_of_its_minified_source(real):
+    """Compression that stops working would show in no other test."""
     assert real.packed_bytes == Path(real.out).stat().st_size
     assert real.packed_bytes < 0.4 * real.minified_bytes
 
@@ -610,4 +635,5 @@ def test_real_program_compiles_and_misses_no_name(real):
 
 
 def test_real_program_shows_its_help_alone_in_an_empty_folder(real):
+    """What is handed in is one file: it may need nothing of the checkout."""
     assert "--recipe" in run(Path(real.out), "--help")
