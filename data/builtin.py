@@ -352,10 +352,9 @@ def main(argv: list[str] | None = None) -> None:
         "tokenizer trained on them, and their shards. Needs no network. Run again, it does nothing unless "
         "Python, a package or the vocabulary size changed.",
     )
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder for shards, tokenizer and manifest"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="folder for shards, tokenizer and manifest")
+    add(
         "--vocab-size",
         type=at_least_one,
         default=1024,

@@ -331,11 +331,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(
         prog="python -m data.doctor", description="Examine a dataset folder and name what is wrong with it."
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with shards")
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="tokenizer file (default: the one beside the shards)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="folder with shards")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer file (default: the one beside the shards)")
+    add("--json", action="store_true", help="print one JSON object on one line")
     options: argparse.Namespace = parser.parse_args(argv)
     findings = examine(options.folder, options.tokenizer)
     failed = sum(finding.state == "FAIL" for finding in findings)

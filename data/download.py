@@ -330,22 +330,21 @@ def main(argv: list[str] | None = None) -> None:
         "the repositories that records used. The repository can be changed with MATCHED_FINEWEB_REPO_ID "
         "and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX, the server with HF_ENDPOINT.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--variant",
         default="sp1024",
         help="tokenizer: sp1024, sp4096, sp8192, caseops8192, byte260 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--with-docs", action="store_true", help="also the text, docs_selected.jsonl, to tokenize anew"
-    )
-    parser.add_argument(
+    add("--with-docs", action="store_true", help="also the text, docs_selected.jsonl, to tokenize anew")
+    add(
         "--train-shards",
         type=int,
         default=DEFAULT_TRAIN_SHARDS,
         metavar="N",
         help="training shards to fetch, from the first on (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
+    add("--out", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
     options = parser.parse_args(argv)
     source = find_source(options.variant)
     hub = hub_from_environment(source.repo_id)

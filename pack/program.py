@@ -619,16 +619,11 @@ def main(argv: list[str] | None = None) -> None:
         description="Pack train_gpt.py and the modules it imports into one small file that runs like it: "
         "`python F` or `torchrun F`. Its size on disk is the code size of a record.",
     )
-    parser.add_argument(
-        "--recipe", type=Path, help="recipe.toml to embed (default: none; it is read at run time)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/packed/train_gpt.py"), help="file to write (%(default)s)"
-    )
-    parser.add_argument(
-        "--entry", type=Path, default=ENTRY, help="program to pack; imports start from its folder"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--recipe", type=Path, help="recipe.toml to embed (default: none; it is read at run time)")
+    add("--out", type=Path, default=Path("runs/packed/train_gpt.py"), help="file to write (%(default)s)")
+    add("--entry", type=Path, default=ENTRY, help="program to pack; imports start from its folder")
+    add(
         "--wrap",
         choices=METHODS,
         default="",
@@ -636,7 +631,7 @@ def main(argv: list[str] | None = None) -> None:
         "larger), mix (standard library, 16 to 19 %% smaller; some 15 seconds to pack and to start) or none "
         "(readable); default: the recipe's quant.code_wrap, else brotli",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    add("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(argv)
     if not options.entry.is_file():
         raise PackingError(f"{options.entry}: no such program. --entry names the file to pack.")
