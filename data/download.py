@@ -222,9 +222,8 @@ def plan_items(
     artifacts = [tokenizer[key] for key in ("model_path", "vocab_path", "path") if tokenizer.get(key)]
     if not artifacts:
         raise UserError(f"{dataset['tokenizer_name']}: the manifest names no file for this tokenizer.")
-    return [Item(name, local_path(name), False) for name in dict.fromkeys(artifacts)] + [
-        Item(name, name, True) for name in names
-    ]
+    files = [Item(name, local_path(name), False) for name in dict.fromkeys(artifacts)]
+    return files + [Item(name, name, True) for name in names]
 
 
 def local_path(artifact: str) -> str:
@@ -263,9 +262,8 @@ class Download:
     def remember(self, item: Item, entry: dict) -> None:
         """Add a file to the record. Called from one thread only."""
         self.record[item.local] = entry
-        write_json(
-            self.record_path, {"repo_id": self.hub.repo_id, "files": dict(sorted(self.record.items()))}
-        )
+        files = dict(sorted(self.record.items()))
+        write_json(self.record_path, {"repo_id": self.hub.repo_id, "files": files})
 
     def run(self, items: list[Item]) -> int:
         """Handle several files at a time; the first error cancels the waiting ones. Counts the fetched."""

@@ -90,6 +90,6 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     add("--train-docs", type=at_least_one, metavar="N", help="of these the first N (default: all)")
 
 
-def selection_of(options: argparse.Namespace) -> Selection:
+def build_selection(options: argparse.Namespace) -> Selection:
     """Return the selection that the options ask for."""
     return Selection(options.train_filter, options.train_order, options.train_docs)

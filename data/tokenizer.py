@@ -7,7 +7,7 @@ import os
 from common import CommandParser, at_least_one, run_command, write_json
 from data.codecs import load_codec
 from data.documents import INPUT_HELP, check_inputs, read_documents
-from data.selection import add_selection_options, selection_of
+from data.selection import add_selection_options, build_selection
 from data.train_tokenizer import TRAINERS, train_tokenizer
 from data.verify import compare_codec, verify_codec
 
@@ -31,7 +31,7 @@ COLUMNS = (  # title, key of a row, format
 
 def run_train(options: argparse.Namespace) -> int:
     """Train a tokenizer and print its name, size and digest."""
-    selected = selection_of(options).apply(read_documents(options.input))
+    selected = build_selection(options).apply(read_documents(options.input))
     texts = (document.text for document in selected)
     vocab_size = options.vocab_size or TRAINERS[options.kind].vocab_size
     train_tokenizer(texts, vocab_size, options.out, options.kind, options.transition)
@@ -110,10 +110,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="superbpe: entries before merges span words (default: 0.4 of them)",
     )
     add_selection_options(train)
-    rows = (
-        f"  {kind:<16}{trainer.meaning}{'' if trainer.is_lossless else ' (loses text)'}"
-        for kind, trainer in TRAINERS.items()
-    )
+    losses = {kind: "" if trainer.is_lossless else " (loses text)" for kind, trainer in TRAINERS.items()}
+    rows = (f"  {kind:<16}{TRAINERS[kind].meaning}{loss}" for kind, loss in losses.items())
     train.epilog = "kinds:\n" + "\n".join(rows)
     train.add_argument("--out", required=True, metavar="FILE", help="the .model or .json file to write")
     verify = add_action(actions, "verify", run_verify, "prove what a tokenizer keeps and counts")
