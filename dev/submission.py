@@ -134,10 +134,8 @@ def audit_deep(folder: Path, run: Run) -> list[list[dict]]:
     data = ["--data", places["data.data_path"], "--tokenizer", places["data.tokenizer_path"]]
     asked = {check.id for check in CHECKS if check.kind in ("dynamic", "data")}
     reports = []
-    for options in (
-        [folder, "--artifact", run.folder / ARTIFACT_NAME],
-        ["--run", folder / ENTRY.name, *data],
-    ):
+    attack = [folder, "--artifact", run.folder / ARTIFACT_NAME]
+    for options in (attack, ["--run", folder / ENTRY.name, *data]):
         command = [sys.executable, "-m", "audit", *map(str, options), "--json"]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if child.returncode not in STATUS.values():
@@ -296,22 +294,13 @@ def result_section(record: Record) -> str:
         sizes = [f"{run.model_bytes:,}", f"{run.total_bytes:,}"]
         rows.append([run.seed, *spent, *scores, *sizes, f"{score['seconds']:.1f}"])
         rows[-1].append(f"`{result['artifact_sha256']}`")
-    header = [
-        "seed",
-        "steps",
-        "training s",
-        "val_loss",
-        "val_bpb",
-        "artifact",
-        "code + artifact",
-        "scoring s",
-    ]
+    header = ["seed", "steps", "training s", "val_loss", "val_bpb", "artifact", "code + artifact"]
     gap = max(abs(run.evaluation["val_bpb"] - run.val_bpb) for run in record.runs)
     program = kept.folder / ENTRY.name
     spread = "" if bpb.std is None else f", std {bpb.std:.8f}"
     text = (
         f"**val_bpb {bpb.mean:.8f}** (n {bpb.n}{spread}), val_loss {loss.mean:.8f} nats a token.\n\n"
-        f"{table([*header, 'sha256 of the artifact'], rows)}\n\n"
+        f"{table([*header, 'scoring s', 'sha256 of the artifact'], rows)}\n\n"
         f"All seeds ran this folder's `{ENTRY.name}`, {program.stat().st_size:,} bytes, sha256 "
         f"`{sha256_file(program)}`. A score is measured from the artifact's bytes; a fresh process "
         f"measured it again, at most {gap:.1e} bits a byte away."
