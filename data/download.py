@@ -89,12 +89,7 @@ def hub_from_environment(repo_id: str) -> Hub:
 def hub_fetch(hub: Hub, remote: str, *, force: bool = False) -> Path:
     """Download one file into the hub's cache; returns its path there. Every failure is a UserError."""
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
+        from huggingface_hub import errors, hf_hub_download
         from huggingface_hub.utils import disable_progress_bars
     except ImportError as error:
         raise UserError(
@@ -104,13 +99,13 @@ def hub_fetch(hub: Hub, remote: str, *, force: bool = False) -> Path:
     name = "/".join(filter(None, (hub.prefix, remote)))
     try:
         return Path(hf_hub_download(hub.repo_id, name, repo_type="dataset", force_download=force))
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"{name}: cannot reach the hub for dataset {hub.repo_id} ({first_line(error)}). Check the "
             "network, or set HF_ENDPOINT to a mirror, and run this again: finished files are kept. "
             "`make data` needs no network."
         ) from error
-    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as error:
         raise UserError(
             f"{name}: not found in dataset {hub.repo_id} ({first_line(error)}). "
             "MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another place; --with-docs "
@@ -174,12 +169,9 @@ def place(cached: Path, target: Path) -> None:
 
 def is_intact(target: Path, item: Item, recorded: dict | None) -> bool:
     """Tell whether an earlier run's file is still what that run recorded."""
-    return (
-        recorded is not None
-        and target.is_file()
-        and target.stat().st_size == recorded["bytes"]
-        and find_fault(target, recorded["sha256"], item) is None
-    )
+    if recorded is None or not target.is_file() or target.stat().st_size != recorded["bytes"]:
+        return False
+    return find_fault(target, recorded["sha256"], item) is None
 
 
 # ---- Planning ---------------------------------------------------------------------------------------
