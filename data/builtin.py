@@ -340,15 +340,9 @@ def main(argv: list[str] | None = None) -> None:
         "tokenizer trained on them, and their shards. Needs no network. Run again, it does nothing unless "
         "Python, a package or the vocabulary size changed.",
     )
-    add = parser.add_argument
+    add, entries = parser.add_argument, "tokenizer entries (default: %(default)s)"
     add("--out", required=True, metavar="DIR", help="folder for shards, tokenizer and manifest")
-    add(
-        "--vocab-size",
-        type=at_least_one,
-        default=1024,
-        metavar="N",
-        help="tokenizer entries (default: %(default)s)",
-    )
+    add("--vocab-size", type=at_least_one, default=1024, metavar="N", help=entries)
     options = parser.parse_args(argv)
     start = time.perf_counter()
     if build(options.out, options.vocab_size):

@@ -321,26 +321,17 @@ def main(argv: list[str] | None = None) -> None:
         "and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX, the server with HF_ENDPOINT.",
     )
     add = parser.add_argument
-    add(
-        "--variant",
-        default="sp1024",
-        help="tokenizer: sp1024, sp4096, sp8192, caseops8192, byte260 (default: %(default)s)",
-    )
+    kinds = "tokenizer: sp1024, sp4096, sp8192, caseops8192, byte260 (default: %(default)s)"
+    add("--variant", default="sp1024", help=kinds)
     add("--with-docs", action="store_true", help="also the text, docs_selected.jsonl, to tokenize anew")
-    add(
-        "--train-shards",
-        type=int,
-        default=DEFAULT_TRAIN_SHARDS,
-        metavar="N",
-        help="training shards to fetch, from the first on (default: %(default)s)",
-    )
+    shards = "training shards to fetch, from the first on (default: %(default)s)"
+    add("--train-shards", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N", help=shards)
     add("--out", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
     options = parser.parse_args(argv)
     source = find_source(options.variant)
     hub = hub_from_environment(source.repo_id)
-    num_fetched, num_kept = download(
-        hub, options.variant, options.train_shards, options.out, options.with_docs
-    )
+    wanted = options.variant, options.train_shards, options.out, options.with_docs
+    num_fetched, num_kept = download(hub, *wanted)
     dataset = options.out / "datasets" / (DATASET_PREFIX + source.name)
     print(f"{dataset}: {num_fetched} files fetched, {num_kept} checked and kept")
 

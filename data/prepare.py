@@ -332,16 +332,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--val-input", nargs="+", metavar="FILE", help="validation text; what is also in --input is left out"
+    kept = "validation text; what is also in --input is left out"
+    choice.add_argument("--val-input", nargs="+", metavar="FILE", help=kept)
+    first = (
+        "take the first N documents of --input for validation "
+        f"(default: {CONTEST_VAL_DOCS:,} of {DOCS_NAME}, else the larger of 50 and 1 percent)"
     )
-    choice.add_argument(
-        "--val-docs",
-        type=at_least_one,
-        metavar="N",
-        help="take the first N documents of --input for validation "
-        f"(default: {CONTEST_VAL_DOCS:,} of {DOCS_NAME}, else the larger of 50 and 1 percent)",
-    )
+    choice.add_argument("--val-docs", type=at_least_one, metavar="N", help=first)
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer file")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for shards and manifest.json")
     counts = {"shard-tokens": (SHARD_TOKENS, "tokens a shard"), "num-threads": (os.cpu_count(), "threads")}

@@ -337,20 +337,11 @@ def build_parser() -> CommandParser:
     add("--seeds", default="1337,42,2025", help="comma-separated (%(default)s)")
     add("--out", type=Path, default=Path("records/track_cpu"), help="track (%(default)s)")
     add("--name", default="", help="YYYY-MM-DD_Name; default: the recipe's folder")
-    add(
-        "--against",
-        type=Path,
-        action="append",
-        default=[],
-        help="record, run folder or log of the row to beat; repeatable",
-    )
+    row = "record, run folder or log of the row to beat; repeatable"
+    add("--against", type=Path, action="append", default=[], help=row)
     add("--data", type=Path, help="folder of shards and tokenizer.model; default: the recipe's")
-    add(
-        "--audit",
-        choices=("all", "folder"),
-        default="all",
-        help="folder: seconds, without what runs the program",
-    )
+    quick = "folder: seconds, without what runs the program"
+    add("--audit", choices=("all", "folder"), default="all", help=quick)
     for name in ("author", "github-id", "blurb"):
         add(f"--{name}", default="", help=f"`{name.replace('-', '_')}` of submission.json")
     add("overrides", nargs="*", metavar="section.key=value", help="change single fields")
