@@ -32,12 +32,6 @@ TRACED = {
 BORING = ("/usr/", "/lib", "/proc/", "/sys/", "/dev/", "/etc/", "<")
 
 
-def limit_resources(limits: dict[str, int]) -> None:
-    """Set both limits of each resource; the names are those of the module `resource`."""
-    for name, value in limits.items():
-        resource.setrlimit(getattr(resource, name), (value, value))
-
-
 def private_parent(path: str) -> str:
     """Return the topmost folder on the way to a path that other users may not pass, or ""."""
     parts = path.rstrip("/").split("/")
@@ -69,13 +63,6 @@ def mount(source: str, target: str, kind: str, flags: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(source.encode(), target.encode(), kind.encode(), flags, None):
         raise OSError(ctypes.get_errno(), f"mounting {source} at {target} failed")
-
-
-def drop_user(uid: int) -> None:
-    """Become an unprivileged user without groups."""
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
 
 
 def confine_files(readable: list[str], writable: list[str]) -> bool:
@@ -178,11 +165,14 @@ def main() -> None:
     """Do the job of the first argument."""
     job = json.loads(sys.argv[1])
     os.chdir(job["folder"])
-    limit_resources(job["limits"])
+    for name, value in job["limits"].items():
+        resource.setrlimit(getattr(resource, name), (value, value))
     if job["uid"]:
         if job["spare"]:
             expose_folders([sys.prefix, sys.base_prefix], job["spare"])
-        drop_user(job["uid"])
+        os.setgroups([])
+        os.setresgid(*[job["uid"]] * 3)
+        os.setresuid(*[job["uid"]] * 3)
     confine_files(job["readable"], job["writable"])
     watch_events(job["trace"])
     sys.path[0] = os.path.dirname(job["entry"])

@@ -91,7 +91,7 @@ class Scene:
         """Start the scorer on the artifact of the first run, in a world without training text."""
         data = self.data(self.world.val, None)
         settings = self.settings(data) | settings
-        return self.box.serve(data, self.scored_artifact(), settings, limits or self.plan.limits)
+        return Server(self.box, data, self.scored_artifact(), settings, limits or self.plan.limits)
 
     def scored_artifact(self) -> Path:
         """Return the artifact that the first run read last, else the only one there is."""

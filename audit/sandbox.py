@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -88,28 +89,26 @@ def namespace_command() -> tuple[str, ...]:
     return ()
 
 
+def list_processes(uid: int) -> Iterator[Path]:
+    """Yield the folders of a user's processes in /proc."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if path.stat().st_uid == uid:
+                yield path
+
+
 def own_processes() -> int:
     """Count the processes and threads of this user: the limit counts them too."""
-    tasks = [path for path in Path("/proc").glob("[0-9]*") if owner_of(path) == os.getuid()]
-    return sum(len(list(path.glob("task/*"))) for path in tasks)
-
-
-def owner_of(path: Path) -> int:
-    """The user of a process, or -1 when it has ended."""
-    try:
-        return path.stat().st_uid
-    except OSError:
-        return -1
+    return sum(len(list(path.glob("task/*"))) for path in list_processes(os.getuid()))
 
 
 def resident_bytes(uid: int) -> int:
     """Return the resident memory of a user's processes."""
-    total = 0
-    for path in Path("/proc").glob("[0-9]*"):
-        if owner_of(path) == uid:
-            with contextlib.suppress(OSError, IndexError):
-                total += int((path / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return total
+    pages = 0
+    for path in list_processes(uid):
+        with contextlib.suppress(OSError, IndexError):
+            pages += int((path / "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def copy_program(program: Path, target: Path) -> None:
@@ -224,10 +223,6 @@ class Box:
         seconds = round(time.monotonic() - started, 3)
         return Ran(process.wait(), ended, lines, read_trace(folder), folder, seconds)
 
-    def serve(self, data: Path, artifact: Path, settings: dict[str, str], limits: Limits, **more) -> "Server":
-        """Start the program's scorer on an artifact; train shards are not in its world."""
-        return Server(self, data, artifact, settings, limits, more)
-
 
 def open_to_all(root: Path) -> None:
     """Let every user read a tree."""
@@ -305,14 +300,14 @@ def read_trace(folder: Path) -> list[list]:
 class Server:
     """A program's scorer in the sandbox; `facts` says which protocol it has, "" for none."""
 
-    def __init__(self, box: Box, data: Path, artifact: Path, settings: dict, limits: Limits, more: dict):
+    def __init__(self, box: Box, data: Path, artifact: Path, settings: dict[str, str], limits: Limits):
         self.limits = limits
         folder = box.new_folder()
         kept = folder / artifact.name
         shutil.copy(artifact, kept)
         kept.chmod(0o644)
         (down, self.requests), (self.answers, up) = os.pipe(), os.pipe()
-        job = box.job(folder, data, limits, more | {"requests": down, "answers": up, "artifact": str(kept)})
+        job = box.job(folder, data, limits, {"requests": down, "answers": up, "artifact": str(kept)})
         self.process = box.start(job, settings, (down, up))
         os.close(down)
         os.close(up)

@@ -111,11 +111,9 @@ def flash_attn_func(q, k, v, *_, causal=False, window_size=(-1, -1), softmax_sca
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, *_, **options):
     """Attend (N, H, K) heads within segments."""
     options = {key: value for key, value in options.items() if not key.startswith("max_seqlen")}
-    ends = torch.unique(cu_seqlens_q).tolist()
-    parts = [
-        flash_attn_func(*(part[None, lo:hi] for part in (q, k, v)), **options)[0] for lo, hi in pairwise(ends)
-    ]
-    return torch.cat(parts)
+    spans = pairwise(torch.unique(cu_seqlens_q).tolist())
+    segments = [[part[None, lo:hi] for part in (q, k, v)] for lo, hi in spans]
+    return torch.cat([flash_attn_func(*segment, **options)[0] for segment in segments])
 
 
 def imitate_flash_attention() -> None:

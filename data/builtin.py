@@ -6,6 +6,7 @@ torch brings. Sources are parsed, never imported or run. `python -m data.builtin
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -32,17 +33,8 @@ from data.verify import verify_codec
 
 CORPUS_NAME = "builtin"
 CORPUS_VERSION = 2  # raise it when a change of this file changes the text
-PACKAGES = (
-    "torch",
-    "numpy",
-    "sympy",
-    "mpmath",
-    "networkx",
-    "jinja2",
-    "fsspec",
-    "filelock",
-    "typing_extensions",
-)
+PACKAGES = ("torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "filelock")
+PACKAGES += ("typing_extensions",)
 TOPICS_MODULE = "pydoc_data.topics"
 # Tests hold few docstrings, and those that they hold are often broken on purpose.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -110,11 +102,8 @@ def find_package(name: str) -> list[Module]:
         return []
     if spec.submodule_search_locations is None:
         return [Module(name, Path(spec.origin), standard=False)]
-    return [
-        module
-        for root in spec.submodule_search_locations
-        for module in walk_modules(Path(root), name, standard=False)
-    ]
+    roots = map(Path, spec.submodule_search_locations)
+    return [module for root in roots for module in walk_modules(root, name, standard=False)]
 
 
 def find_modules() -> list[Module]:
@@ -126,10 +115,8 @@ def package_versions() -> dict[str, str]:
     """Name the installed packages of the corpus and their versions."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -154,11 +141,9 @@ def parse_topics(module: Module, tree: ast.Module) -> list[Chapter]:
     """Read the literal `topics = {name: text}` of the interpreter's help."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "topics":
-            topics = ast.literal_eval(node.value)
-            return [
-                Chapter(f"{module.name}.{name}", module.standard, (Entry("", inspect.cleandoc(text)),))
-                for name, text in sorted(topics.items())
-            ]
+            topics = sorted(ast.literal_eval(node.value).items())
+            entries = {f"{module.name}.{name}": Entry("", inspect.cleandoc(text)) for name, text in topics}
+            return [Chapter(name, module.standard, (entry,)) for name, entry in entries.items()]
     return []
 
 
@@ -212,6 +197,13 @@ def hash_name(name: str) -> int:
 # ---- Splitting --------------------------------------------------------------------------------------
 
 
+def collect_documents(modules: list[Module]) -> tuple[list[Document], list[Document]]:
+    """Parse modules and write the documents of both splits, (train, val)."""
+    corpus = make_corpus(parse_modules(modules))
+    train, val = ([write_document(chapter) for chapter in chapters] for chapters in corpus)
+    return train, val
+
+
 def make_corpus(chapters: list[Chapter]) -> Corpus:
     """Split the chapters, drop repeated docstrings, and keep validation out of training."""
     is_val = [chapter.standard and hash_name(chapter.name) % VAL_EVERY == 0 for chapter in chapters]
@@ -220,7 +212,7 @@ def make_corpus(chapters: list[Chapter]) -> Corpus:
     seen: set[str] = set()
     val = drop_entries(val, lambda docstring: is_repeated(docstring, seen))
     train = drop_entries(train, lambda docstring: is_repeated(docstring, seen))
-    shared = find_shared(docstrings_of(train), docstrings_of(val))
+    shared = find_shared(list_docstrings(train), list_docstrings(val))
     return Corpus(drop_entries(train, shared.__contains__), val)
 
 
@@ -231,7 +223,7 @@ def is_repeated(docstring: str, seen: set[str]) -> bool:
     return repeated
 
 
-def docstrings_of(chapters: Iterable[Chapter]) -> list[str]:
+def list_docstrings(chapters: Iterable[Chapter]) -> list[str]:
     """List the docstrings of chapters in order."""
     return [entry.docstring for chapter in chapters for entry in chapter.entries]
 
@@ -248,11 +240,11 @@ def drop_entries(chapters: list[Chapter], unwanted: Callable[[str], bool]) -> li
 
 def find_shared(train: list[str], val: list[str]) -> set[str]:
     """Find the training docstrings that share a passage of SHARED_CHARS characters with validation."""
-    passages = {passage for docstring in val for passage in passages_of(docstring)}
-    return {docstring for docstring in train if not passages.isdisjoint(passages_of(docstring))}
+    passages = {passage for docstring in val for passage in get_passages(docstring)}
+    return {docstring for docstring in train if not passages.isdisjoint(get_passages(docstring))}
 
 
-def passages_of(docstring: str) -> Iterator[str]:
+def get_passages(docstring: str) -> Iterator[str]:
     """Yield every passage of SHARED_CHARS characters."""
     return (docstring[at : at + SHARED_CHARS] for at in range(len(docstring) - SHARED_CHARS + 1))
 
@@ -315,15 +307,11 @@ def build(out: str | Path, vocab_size: int, list_modules: Callable[[], list[Modu
     sources = describe_sources(vocab_size)
     if is_current(out, sources):
         return False
-    corpus = make_corpus(parse_modules(list_modules()))
-    train = [write_document(chapter) for chapter in corpus.train]
-    val = [write_document(chapter) for chapter in corpus.val]
-    digest = hashlib.sha256()
-    for document in train + val:
-        digest.update(document.text.encode() + b"\0")
-    sources["sha256"] = digest.hexdigest()
-    sources["train_bytes"] = sum(len(document.text.encode()) for document in train)
-    sources["val_bytes"] = sum(len(document.text.encode()) for document in val)
+    train, val = collect_documents(list_modules())
+    texts = {"train": [one.text.encode() for one in train], "val": [one.text.encode() for one in val]}
+    whole = b"".join(text + b"\0" for found in texts.values() for text in found)
+    sources["sha256"] = hashlib.sha256(whole).hexdigest()
+    sources |= {f"{split}_bytes": sum(map(len, found)) for split, found in texts.items()}
     codec = write_with_tokenizer(out / TOKENIZER_NAME, train, val, sources)
     write_json(out / REPORT_NAME, verify_codec(codec, val))
     return True
@@ -352,16 +340,9 @@ def main(argv: list[str] | None = None) -> None:
         "tokenizer trained on them, and their shards. Needs no network. Run again, it does nothing unless "
         "Python, a package or the vocabulary size changed.",
     )
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder for shards, tokenizer and manifest"
-    )
-    parser.add_argument(
-        "--vocab-size",
-        type=at_least_one,
-        default=1024,
-        metavar="N",
-        help="tokenizer entries (default: %(default)s)",
-    )
+    add, entries = parser.add_argument, "tokenizer entries (default: %(default)s)"
+    add("--out", required=True, metavar="DIR", help="folder for shards, tokenizer and manifest")
+    add("--vocab-size", type=at_least_one, default=1024, metavar="N", help=entries)
     options = parser.parse_args(argv)
     start = time.perf_counter()
     if build(options.out, options.vocab_size):

@@ -295,16 +295,14 @@ def check_overlap(dataset: Dataset) -> list[ShardFinding]:
             number += 1
     shares = index.shares()
     near = [place for place in np.flatnonzero(shares >= OVERLAP_SHARE).tolist() if place not in copies]
-    problems = [
-        f"validation document {place} is training document {copies[place]}" for place in sorted(copies)
-    ]
+    pairs = sorted(copies.items())
+    problems = [f"validation document {place} is training document {copy}" for place, copy in pairs]
     problems += [f"training holds {shares[place]:.0%} of validation document {place}" for place in near]
     passages = int(((shares > 0) & (shares < OVERLAP_SHARE)).sum())
     clean = f"none of {index.count:,} validation documents in {number:,} training documents"
-    if not passages:
-        return [judge("overlap", problems, clean)]
     note = f"{passages:,} validation documents share a passage of {WINDOW} tokens with training"
-    return [judge("overlap", problems, clean), ShardFinding("natural duplicates", "note", note)]
+    natural = [ShardFinding("natural duplicates", "note", note)] if passages else []
+    return [judge("overlap", problems, clean), *natural]
 
 
 # ---- Command ----------------------------------------------------------------------------------------
@@ -328,14 +326,12 @@ def examine(folder: Path, tokenizer: Path | None = None) -> list[ShardFinding]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; status 1 if any check fails."""
-    parser = CommandParser(
-        prog="python -m data.doctor", description="Examine a dataset folder and name what is wrong with it."
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with shards")
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="tokenizer file (default: the one beside the shards)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    summary = "Examine a dataset folder and name what is wrong with it."
+    parser = CommandParser(prog="python -m data.doctor", description=summary)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="folder with shards")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer file (default: the one beside the shards)")
+    add("--json", action="store_true", help="print one JSON object on one line")
     options: argparse.Namespace = parser.parse_args(argv)
     findings = examine(options.folder, options.tokenizer)
     failed = sum(finding.state == "FAIL" for finding in findings)

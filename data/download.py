@@ -89,12 +89,7 @@ def hub_from_environment(repo_id: str) -> Hub:
 def hub_fetch(hub: Hub, remote: str, *, force: bool = False) -> Path:
     """Download one file into the hub's cache; returns its path there. Every failure is a UserError."""
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
+        from huggingface_hub import errors, hf_hub_download
         from huggingface_hub.utils import disable_progress_bars
     except ImportError as error:
         raise UserError(
@@ -104,13 +99,13 @@ def hub_fetch(hub: Hub, remote: str, *, force: bool = False) -> Path:
     name = "/".join(filter(None, (hub.prefix, remote)))
     try:
         return Path(hf_hub_download(hub.repo_id, name, repo_type="dataset", force_download=force))
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"{name}: cannot reach the hub for dataset {hub.repo_id} ({first_line(error)}). Check the "
             "network, or set HF_ENDPOINT to a mirror, and run this again: finished files are kept. "
             "`make data` needs no network."
         ) from error
-    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as error:
         raise UserError(
             f"{name}: not found in dataset {hub.repo_id} ({first_line(error)}). "
             "MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another place; --with-docs "
@@ -174,12 +169,9 @@ def place(cached: Path, target: Path) -> None:
 
 def is_intact(target: Path, item: Item, recorded: dict | None) -> bool:
     """Tell whether an earlier run's file is still what that run recorded."""
-    return (
-        recorded is not None
-        and target.is_file()
-        and target.stat().st_size == recorded["bytes"]
-        and find_fault(target, recorded["sha256"], item) is None
-    )
+    if recorded is None or not target.is_file() or target.stat().st_size != recorded["bytes"]:
+        return False
+    return find_fault(target, recorded["sha256"], item) is None
 
 
 # ---- Planning ---------------------------------------------------------------------------------------
@@ -222,9 +214,8 @@ def plan_items(
     artifacts = [tokenizer[key] for key in ("model_path", "vocab_path", "path") if tokenizer.get(key)]
     if not artifacts:
         raise UserError(f"{dataset['tokenizer_name']}: the manifest names no file for this tokenizer.")
-    return [Item(name, local_path(name), False) for name in dict.fromkeys(artifacts)] + [
-        Item(name, name, True) for name in names
-    ]
+    files = [Item(name, local_path(name), False) for name in dict.fromkeys(artifacts)]
+    return files + [Item(name, name, True) for name in names]
 
 
 def local_path(artifact: str) -> str:
@@ -263,9 +254,8 @@ class Download:
     def remember(self, item: Item, entry: dict) -> None:
         """Add a file to the record. Called from one thread only."""
         self.record[item.local] = entry
-        write_json(
-            self.record_path, {"repo_id": self.hub.repo_id, "files": dict(sorted(self.record.items()))}
-        )
+        files = dict(sorted(self.record.items()))
+        write_json(self.record_path, {"repo_id": self.hub.repo_id, "files": files})
 
     def run(self, items: list[Item]) -> int:
         """Handle several files at a time; the first error cancels the waiting ones. Counts the fetched."""
@@ -330,28 +320,18 @@ def main(argv: list[str] | None = None) -> None:
         "the repositories that records used. The repository can be changed with MATCHED_FINEWEB_REPO_ID "
         "and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX, the server with HF_ENDPOINT.",
     )
-    parser.add_argument(
-        "--variant",
-        default="sp1024",
-        help="tokenizer: sp1024, sp4096, sp8192, caseops8192, byte260 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--with-docs", action="store_true", help="also the text, docs_selected.jsonl, to tokenize anew"
-    )
-    parser.add_argument(
-        "--train-shards",
-        type=int,
-        default=DEFAULT_TRAIN_SHARDS,
-        metavar="N",
-        help="training shards to fetch, from the first on (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
+    add = parser.add_argument
+    kinds = "tokenizer: sp1024, sp4096, sp8192, caseops8192, byte260 (default: %(default)s)"
+    add("--variant", default="sp1024", help=kinds)
+    add("--with-docs", action="store_true", help="also the text, docs_selected.jsonl, to tokenize anew")
+    shards = "training shards to fetch, from the first on (default: %(default)s)"
+    add("--train-shards", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N", help=shards)
+    add("--out", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
     options = parser.parse_args(argv)
     source = find_source(options.variant)
     hub = hub_from_environment(source.repo_id)
-    num_fetched, num_kept = download(
-        hub, options.variant, options.train_shards, options.out, options.with_docs
-    )
+    wanted = options.variant, options.train_shards, options.out, options.with_docs
+    num_fetched, num_kept = download(hub, *wanted)
     dataset = options.out / "datasets" / (DATASET_PREFIX + source.name)
     print(f"{dataset}: {num_fetched} files fetched, {num_kept} checked and kept")
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common import CommandParser, UserError, at_least_one, run_command, sha256_file, write_json
 from data.codecs import TokenCodec, load_codec
 from data.documents import INPUT_HELP, Document, batched, check_inputs, read_documents
-from data.selection import add_selection_options, selection_of
+from data.selection import add_selection_options, build_selection
 from data.shards import MANIFEST_NAME, REPORT_NAME, UNFINISHED_NAME, read_manifest, write_shard
 
 MANIFEST_FORMAT = 1
@@ -113,11 +113,10 @@ def encode_documents(
         ends = np.cumsum([document_ids.size + 1 for document_ids in encoded])
         counted = np.diff(np.cumsum(sizes, dtype=np.int64)[ends - 1], prepend=0)
         for document, found in zip(batch, counted.tolist()):
-            if found != len(document.text.encode()):  # a wrong codec, not a wrong input
-                raise RuntimeError(
-                    f"{document.place}: the lossless codec counts {found} bytes, the text has "
-                    f"{len(document.text.encode())}"
-                )
+            size = len(document.text.encode())
+            if found != size:  # a wrong codec, not a wrong input
+                counts = f"the lossless codec counts {found} bytes, the text has {size}"
+                raise RuntimeError(f"{document.place}: {counts}")
     return ids, sizes
 
 
@@ -232,12 +231,10 @@ def write_dataset(
     check_folder(out, codec.digest)
     mark_unfinished(out)
     overlap = Overlap()
-    val_writer, train_writer = (
-        ShardWriter(out, name, shard_tokens, codec.vocab_size) for name in ("val", "train")
-    )
+    writers = [ShardWriter(out, name, shard_tokens, codec.vocab_size) for name in ("val", "train")]
     sidecar = ShardWriter(out, SIDECAR_SPLIT, shard_tokens, 1 << 16) if codec.needs_sidecar else None
-    val_counts = write_split(overlap.remember(val), codec, val_writer, num_threads, sidecar)
-    train_counts = write_split(overlap.leave_out(train), codec, train_writer, num_threads)
+    val_counts = write_split(overlap.remember(val), codec, writers[0], num_threads, sidecar)
+    train_counts = write_split(overlap.leave_out(train), codec, writers[1], num_threads)
     train_counts["left_out"] = overlap.num_left_out
     if overlap.num_left_out:
         print(
@@ -335,27 +332,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--val-input", nargs="+", metavar="FILE", help="validation text; what is also in --input is left out"
+    kept = "validation text; what is also in --input is left out"
+    choice.add_argument("--val-input", nargs="+", metavar="FILE", help=kept)
+    first = (
+        "take the first N documents of --input for validation "
+        f"(default: {CONTEST_VAL_DOCS:,} of {DOCS_NAME}, else the larger of 50 and 1 percent)"
     )
-    choice.add_argument(
-        "--val-docs",
-        type=at_least_one,
-        metavar="N",
-        help="take the first N documents of --input for validation "
-        f"(default: {CONTEST_VAL_DOCS:,} of {DOCS_NAME}, else the larger of 50 and 1 percent)",
-    )
+    choice.add_argument("--val-docs", type=at_least_one, metavar="N", help=first)
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer file")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for shards and manifest.json")
     counts = {"shard-tokens": (SHARD_TOKENS, "tokens a shard"), "num-threads": (os.cpu_count(), "threads")}
     for name, (default, meaning) in counts.items():
-        parser.add_argument(
-            f"--{name}",
-            type=at_least_one,
-            default=default,
-            metavar="N",
-            help=f"{meaning} (default: %(default)s)",
-        )
+        text = f"{meaning} (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=at_least_one, default=default, metavar="N", help=text)
     add_selection_options(parser)
     parser.add_argument("--val-filter", "--val-order", dest="val_selection", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -382,18 +371,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         num_val = options.val_docs or choose_val_docs(options.input)
         split, val = "first_documents", itertools.islice(train, num_val)
-    selection = selection_of(options)
+    selection = build_selection(options)
     sources["train_selection"] = selection.facts
-    manifest = write_dataset(
-        options.out,
-        codec,
-        selection.apply(train),
-        val,
-        sources,
-        split=split,
-        shard_tokens=options.shard_tokens,
-        num_threads=options.num_threads,
-    )
+    sizes = {"shard_tokens": options.shard_tokens, "num_threads": options.num_threads}
+    manifest = write_dataset(options.out, codec, selection.apply(train), val, sources, split=split, **sizes)
     print_table(options.out, manifest)
 
 

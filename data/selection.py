@@ -84,15 +84,12 @@ class Selection:
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
     """Declare what selects training documents, under the same names wherever some are read."""
-    parser.add_argument("--train-filter", choices=FILTERS, help="keep only such training documents")
-    parser.add_argument(
-        "--train-order", choices=ORDERS, help="take training documents in this order; needs memory for all"
-    )
-    parser.add_argument(
-        "--train-docs", type=at_least_one, metavar="N", help="of these the first N (default: all)"
-    )
+    add = parser.add_argument
+    add("--train-filter", choices=FILTERS, help="keep only such training documents")
+    add("--train-order", choices=ORDERS, help="take training documents in this order; needs memory for all")
+    add("--train-docs", type=at_least_one, metavar="N", help="of these the first N (default: all)")
 
 
-def selection_of(options: argparse.Namespace) -> Selection:
+def build_selection(options: argparse.Namespace) -> Selection:
     """Return the selection that the options ask for."""
     return Selection(options.train_filter, options.train_order, options.train_docs)

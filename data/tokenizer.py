@@ -7,7 +7,7 @@ import os
 from common import CommandParser, at_least_one, run_command, write_json
 from data.codecs import load_codec
 from data.documents import INPUT_HELP, check_inputs, read_documents
-from data.selection import add_selection_options, selection_of
+from data.selection import add_selection_options, build_selection
 from data.train_tokenizer import TRAINERS, train_tokenizer
 from data.verify import compare_codec, verify_codec
 
@@ -31,7 +31,7 @@ COLUMNS = (  # title, key of a row, format
 
 def run_train(options: argparse.Namespace) -> int:
     """Train a tokenizer and print its name, size and digest."""
-    selected = selection_of(options).apply(read_documents(options.input))
+    selected = build_selection(options).apply(read_documents(options.input))
     texts = (document.text for document in selected)
     vocab_size = options.vocab_size or TRAINERS[options.kind].vocab_size
     train_tokenizer(texts, vocab_size, options.out, options.kind, options.transition)
@@ -93,41 +93,26 @@ def make_parser() -> argparse.ArgumentParser:
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = add_action(actions, "train", run_train, "train a tokenizer on training text")
-    train.add_argument(
-        "--kind",
-        choices=TRAINERS,
-        default="sentencepiece",
-        metavar="KIND",
-        help="one of those below (default: %(default)s)",
-    )
-    train.add_argument(
-        "--vocab-size", type=at_least_one, metavar="N", help="entries (default: 1024; bese 288, bytes 260)"
-    )
-    train.add_argument(
-        "--transition",
-        type=at_least_one,
-        metavar="N",
-        help="superbpe: entries before merges span words (default: 0.4 of them)",
-    )
+    add, below = train.add_argument, "one of those below (default: %(default)s)"
+    add("--kind", choices=TRAINERS, default="sentencepiece", metavar="KIND", help=below)
+    add("--vocab-size", type=at_least_one, metavar="N", help="entries (default: 1024; bese 288, bytes 260)")
+    words = "superbpe: entries before merges span words (default: 0.4 of them)"
+    add("--transition", type=at_least_one, metavar="N", help=words)
     add_selection_options(train)
-    rows = (
-        f"  {kind:<16}{trainer.meaning}{'' if trainer.is_lossless else ' (loses text)'}"
-        for kind, trainer in TRAINERS.items()
-    )
+    losses = {kind: "" if trainer.is_lossless else " (loses text)" for kind, trainer in TRAINERS.items()}
+    rows = (f"  {kind:<16}{TRAINERS[kind].meaning}{loss}" for kind, loss in losses.items())
     train.epilog = "kinds:\n" + "\n".join(rows)
-    train.add_argument("--out", required=True, metavar="FILE", help="the .model or .json file to write")
+    add("--out", required=True, metavar="FILE", help="the .model or .json file to write")
     verify = add_action(actions, "verify", run_verify, "prove what a tokenizer keeps and counts")
-    verify.add_argument("--tokenizer", required=True, metavar="FILE", help=TOKENIZER_HELP)
-    verify.add_argument("--out", metavar="FILE", help="write the report, with its own digest, as JSON")
-    verify.add_argument(
-        "--num-threads", type=at_least_one, default=os.cpu_count(), metavar="N", help="default: all cores"
-    )
+    add, cores = verify.add_argument, os.cpu_count()
+    add("--tokenizer", required=True, metavar="FILE", help=TOKENIZER_HELP)
+    add("--out", metavar="FILE", help="write the report, with its own digest, as JSON")
+    add("--num-threads", type=at_least_one, default=cores, metavar="N", help="default: all cores")
     report = add_action(actions, "report", run_report, "compare tokenizers on the same text")
-    report.add_argument("--tokenizer", nargs="+", required=True, metavar="FILE", help=TOKENIZER_HELP)
-    report.add_argument(
-        "--model-dim", type=at_least_one, default=512, metavar="N", help="width (default: %(default)s)"
-    )
-    report.add_argument("--bits", type=float, default=8, metavar="N", help="a weight (default: %(default)s)")
+    add = report.add_argument
+    add("--tokenizer", nargs="+", required=True, metavar="FILE", help=TOKENIZER_HELP)
+    add("--model-dim", type=at_least_one, default=512, metavar="N", help="width (default: %(default)s)")
+    add("--bits", type=float, default=8, metavar="N", help="a weight (default: %(default)s)")
     for action in (verify, report):
         action.add_argument("--json", action="store_true", help="print one JSON object on one line")
     return parser

@@ -142,10 +142,9 @@ def train_sentencepiece(texts: list[str], vocab_size: int, options: dict) -> byt
     import sentencepiece
 
     model = io.BytesIO()
+    options = options | {"sentence_iterator": iter(texts), "model_writer": model, "vocab_size": vocab_size}
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **options
-        )
+        sentencepiece.SentencePieceTrainer.train(**options)
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"SentencePiece cannot train {vocab_size} entries on this text ({error}). A vocabulary needs 4 "
@@ -197,9 +196,9 @@ def train_byte_merges(texts: list[str], vocab_size: int):
     if vocab_size < BYTE_ENTRIES:
         raise UserError(f"--vocab-size {vocab_size}: byte-level BPE needs at least {BYTE_ENTRIES} entries.")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -220,12 +219,9 @@ def train_super_bpe(texts: list[str], vocab_size: int, transition: int = 0) -> b
     tokenizer = train_byte_merges(texts, transition or max(BYTE_ENTRIES, vocab_size * 2 // 5))
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SUPERWORD_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(SUPERWORD_SPLIT), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     names = {token: name for name, token in tokenizer.get_vocab().items()}
     second = Tokenizer(models.BPE())
     second.pre_tokenizer = pre_tokenizers.Split("\n", "removed")

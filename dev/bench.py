@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 
 from common import format_table, run_command
-from data.builtin import find_modules, make_corpus, parse_modules, write_document
+from data.builtin import collect_documents, find_modules
 from data.codecs import load_codec
 from data.doctor import Dataset, check_overlap
 from data.documents import Document
@@ -75,7 +75,7 @@ class Measurement(NamedTuple):
         return self.value / self.yardstick_value
 
 
-def seconds_of(action: Callable[[], object], repeats: int) -> float:
+def median_seconds(action: Callable[[], object], repeats: int) -> float:
     """Return the median seconds of `action` after one unmeasured call."""
     action()
     times = []
@@ -103,7 +103,7 @@ def matmul_seconds(cfg: Config, num_tokens: int, device: torch.device) -> float:
     weights = [param.detach().to(model.compute_dtype) for param in model.parameters() if param.ndim == 2]
     inputs = {dim: torch.randn(num_tokens, dim, device=device, dtype=model.compute_dtype)
               for dim in {weight.shape[1] for weight in weights}}  # fmt: skip
-    return seconds_of(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights for _ in range(3)], 5)
+    return median_seconds(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights for _ in range(3)], 5)
 
 
 def bench_step(ranks: Ranks) -> list[Measurement]:
@@ -111,9 +111,8 @@ def bench_step(ranks: Ranks) -> list[Measurement]:
     cfg = with_values(Config(), SHAPE | {"data.seq_len": 512, "data.batch_tokens": 16_384}, "bench")
     micro_rows = cfg.data.batch_tokens // cfg.data.micro_batches // cfg.data.seq_len
     rows = []
-    bare = cfg.data.batch_tokens / (
-        cfg.data.micro_batches * matmul_seconds(cfg, micro_rows * cfg.data.seq_len, ranks.device)
-    )
+    seconds = cfg.data.micro_batches * matmul_seconds(cfg, micro_rows * cfg.data.seq_len, ranks.device)
+    bare = cfg.data.batch_tokens / seconds
     for compiled in (False, True) if resolve_compile("auto", ranks.device) else (False,):
         speed = cfg.data.batch_tokens / step_seconds(cfg, ranks, compiled)
         name = "step 6x128 T512, compiled" if compiled else "step 6x128 T512, eager"
@@ -133,7 +132,7 @@ def step_seconds(cfg: Config, ranks: Ranks, compiled: bool) -> float:
             loss(model, random_batch(cfg, micro_rows, ranks.device)).backward()
         optimizers.step(StepRates(1.0, 0.95))
 
-    return seconds_of(step, 5)
+    return median_seconds(step, 5)
 
 
 def bench_scoring(ranks: Ranks) -> list[Measurement]:
@@ -162,7 +161,7 @@ def bench_scoring(ranks: Ranks) -> list[Measurement]:
         def batched(model=model, tokens=tokens, windows=windows):
             score_windows(model, tokens, windows, options)
 
-        pairs = [(seconds_of(batched, 1), seconds_of(plain_loop, 1)) for _ in range(3)]  # in turns
+        pairs = [(median_seconds(batched, 1), median_seconds(plain_loop, 1)) for _ in range(3)]  # in turns
         fast, slow = ((len(tokens) - 1) / median(column) for column in zip(*pairs))
         name = f"stride 64 of {context_len:,}, V {vocab_size:,}"
         rows.append(Measurement(name, fast, "tokens/s", "loop over windows", slow))
@@ -173,8 +172,8 @@ def bench_packing(ranks: Ranks) -> list[Measurement]:
     """Packing the source, against compiling it."""
     source = Path("train_gpt.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
-        packing = seconds_of(lambda: pack(None, Path(folder) / "train_gpt.py"), 1)
-    compiling = seconds_of(lambda: compile(source, "train_gpt.py", "exec"), 5)
+        packing = median_seconds(lambda: pack(None, Path(folder) / "train_gpt.py"), 1)
+    compiling = median_seconds(lambda: compile(source, "train_gpt.py", "exec"), 5)
     return [Measurement("packing the source", 1 / packing, "1/s", "compiling it", 1 / compiling)]
 
 
@@ -186,18 +185,15 @@ def bench_loader(ranks: Ranks) -> list[Measurement]:
     with tempfile.TemporaryDirectory() as folder:
         write_shard(Path(folder) / "fineweb_train_000000.bin", tokens)
         loader = open_loader(with_values(cfg, {"data.data_path": folder}, "bench"), bos_id=1)
-        speed = (
-            stage.batch_tokens
-            / stage.micro_batches
-            / seconds_of(lambda: next_batch(loader, stage, ranks), 20)
-        )
-    copying = tokens.size / seconds_of(lambda: torch.from_numpy(tokens.astype(np.int64)), 5)
+        seconds = median_seconds(lambda: next_batch(loader, stage, ranks), 20)
+        speed = stage.batch_tokens / stage.micro_batches / seconds
+    copying = tokens.size / median_seconds(lambda: torch.from_numpy(tokens.astype(np.int64)), 5)
     return [Measurement("loader", speed, "tokens/s", "cast and copy", copying)]
 
 
 def bench_data(ranks: Ranks) -> list[Measurement]:
     """Text to shards, BESE, the search for overlap and the loader's batches, each against its bar."""
-    documents = [write_document(chapter) for chapter in make_corpus(parse_modules(find_modules())).train]
+    documents, _ = collect_documents(find_modules())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = bench_text(documents, folder)
@@ -212,14 +208,14 @@ def bench_text(documents: list[Document], folder: Path) -> list[Measurement]:
     model, bese = folder / "sp.model", folder / "bese.json"
     train_tokenizer(texts, 1024, model)
     codec, bare = load_codec(model), SentencePieceProcessor(model_file=str(model))
-    encoding = seconds_of(lambda: bare.encode(texts, num_threads=NUM_THREADS), 5)
+    encoding = median_seconds(lambda: bare.encode(texts, num_threads=NUM_THREADS), 5)
     dataset = (folder / "sp", codec, documents[50:], documents[:50], {})
-    writing = seconds_of(lambda: write_dataset(*dataset, num_threads=NUM_THREADS), 5)
+    writing = median_seconds(lambda: write_dataset(*dataset, num_threads=NUM_THREADS), 5)
     started = time.perf_counter()
     train_tokenizer(texts, 288, bese, "bese")
     training = (time.perf_counter() - started) * TEXT_MEGABYTES / megabytes
     codec = load_codec(bese)
-    merging = seconds_of(lambda: codec.encode_batch(texts, NUM_THREADS), 1)
+    merging = median_seconds(lambda: codec.encode_batch(texts, NUM_THREADS), 1)
     return [
         Measurement("shard writing", megabytes / writing, "MB/s", "bare encoder", megabytes / encoding),
         Measurement("BESE training, 20 MB", training, "s", "bar", 60),

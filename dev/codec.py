@@ -68,18 +68,14 @@ OTHERS: dict[str, Callable[[bytes], bytes]] = {
     "brotli_bytes": lambda raw: brotli.compress(raw, quality=11, lgwin=24),
     "zstd_bytes": lambda raw: zstandard.ZstdCompressor(level=22, write_content_size=False).compress(raw),
     "lzma_bytes": lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-    "lrzip_bytes": lrzip,
 }
 
 
 def weigh_others(codes: list[np.ndarray]) -> dict[str, int | None]:
     """Weigh int8 codes by general compressors, each with the better of rows and columns first."""
     orders = [b"".join(matrix.astype(np.int8).tobytes(order) for matrix in codes) for order in "CF"]
-    absent = {"lrzip_bytes"} if shutil.which("lrzip") is None else set()
-    return {
-        name: None if name in absent else min(len(pack(raw)) for raw in orders)
-        for name, pack in OTHERS.items()
-    }
+    sizes = {name: min(len(pack(raw)) for raw in orders) for name, pack in OTHERS.items()}
+    return sizes | {"lrzip_bytes": min(map(len, map(lrzip, orders))) if shutil.which("lrzip") else None}
 
 
 def measure_codec(target: Path | None, ranks: Ranks) -> dict:

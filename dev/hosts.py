@@ -138,9 +138,8 @@ def all_settings(processor: Processor) -> list[Setting]:
         dropped = {"oldest": processor.numpy_features, "avx2": wide}.get(name)
         if dropped:
             kept = [item for item in processor.numpy_features if item not in dropped]
-            chosen["NPY_DISABLE_CPU_FEATURES"] = Variable(
-                ",".join(dropped), " ".join(["numpy", *kept]) + "\n"
-            )
+            report = " ".join(["numpy", *kept]) + "\n"
+            chosen["NPY_DISABLE_CPU_FEATURES"] = Variable(",".join(dropped), report)
         for count in ("1", "2") if choices else ("2",):
             threads = {"OMP_NUM_THREADS": Variable(count, f"threads {count}\n")}
             settings.append(Setting(f"{name}-{count}", needs, chosen | threads))

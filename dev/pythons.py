@@ -36,12 +36,9 @@ def interpreters() -> dict[str, list[str]]:
 
 def _candidates(version: str) -> Iterator[list[str]]:
     """Yield commands that may be a Python of this version, the best first."""
-    places = (
-        (FOLDER, f"cpython-{version}.*/bin"),
-        (Path.home() / ".pyenv" / "versions", f"{version}.*/bin"),
-    )
+    places = {FOLDER: f"cpython-{version}.*/bin", Path.home() / ".pyenv" / "versions": f"{version}.*/bin"}
     yield [f"python{version}"]
-    for folder, pattern in places:
+    for folder, pattern in places.items():
         yield from ([str(path / f"python{version}")] for path in sorted(folder.glob(pattern)))
     packages = FOLDER / f"pyodide-{version}"
     if (packages / "node_modules").is_dir():
@@ -57,11 +54,11 @@ def _runs(command: list[str]) -> bool:
 
 def fetch(version: str) -> str:
     """Fetch a version; returns how, or why not."""
+    folder = str(FOLDER / f"pyodide-{version}")
     commands = {
         "uv": [sys.executable, "-m", "uv", "python", "install", version, "--install-dir", str(FOLDER)],
-        "npm": ["npm", "install", "--no-save", "--prefix", str(FOLDER / f"pyodide-{version}")],
+        "npm": ["npm", "install", "--no-save", "--prefix", folder, f"pyodide@{PYODIDE[version]}"],
     }
-    commands["npm"].append(f"pyodide@{PYODIDE[version]}")
     reasons = []
     for tool, command in commands.items():
         if not shutil.which(command[0]):

@@ -11,6 +11,7 @@ weights, once for each tensor with only that one quantized, once with all of the
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,8 @@ from train_gpt import (
 
 COLUMNS = {"shape": ">13", "bits": ">7.2f", "clip": ">7.1f", "bytes": ">11,", "/entropy": ">9.3f"}
 COLUMNS |= {"weight": ">9.4f", "output": ">9.4f", "bpb cost": ">+10.5f"}
+
+say = partial(print, file=sys.stderr, flush=True)
 
 
 class TensorReport(NamedTuple):
@@ -135,11 +138,6 @@ def make_report(folder: Path, num_tokens: int, ranks: Ranks) -> dict:
     facts = {"run": str(folder), "step": training.step, "tokens": len(scorer.text.target_bytes)}
     facts |= {"val_bpb": plain, "quantized_val_bpb": scorer.val_bpb(weights)}
     return facts | {"artifact_bytes": packed_bytes(quantized), "tensors": [row._asdict() for row in rows]}
-
-
-def say(text: str) -> None:
-    """Write progress to standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def print_table(report: dict) -> None:

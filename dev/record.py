@@ -17,6 +17,7 @@ import sys
 from argparse import Namespace
 from collections import deque
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,8 @@ PRIVATE_FIELDS = (*PLACE_FIELDS, "run.seed")  # what the seeds of a record may d
 RUN_FILES = ("recipe.toml", "train.log", ENTRY.name, ARTIFACT_NAME)  # of a complete run, with result.json
 TAIL_LINES = 20  # of a crashed run that the error shows
 
+say = partial(print, flush=True)
+
 
 class RecordPlan(NamedTuple):
     """What is to be made; the seed of `cfg` means nothing."""
@@ -81,11 +84,6 @@ class RecordPlan(NamedTuple):
 
     def run_folder(self, seed: int) -> Path:
         return self.work / f"seed{seed}"
-
-
-def say(text: str) -> None:
-    """Write a line of progress at once."""
-    print(text, flush=True)
 
 
 def child_environment() -> dict[str, str]:
@@ -162,10 +160,8 @@ def check_target(plan: RecordPlan) -> None:
 def check_limits(plan: RecordPlan) -> None:
     """Raise where the settings allow a run more than the track does."""
     track = TRACKS[plan.out.name]
-    for name, limit in (
-        ("run.max_wallclock_seconds", track.train_s),
-        ("quant.limit_bytes", track.limit_bytes),
-    ):
+    limits = {"run.max_wallclock_seconds": track.train_s, "quant.limit_bytes": track.limit_bytes}
+    for name, limit in limits.items():
         value = config_value(plan.cfg, name)
         if limit is not None and value > limit:
             raise UserError(f"{name}={value} is over the limit of {track.name}: set it to {limit} or less.")
@@ -181,19 +177,14 @@ def is_unchanged(plan: RecordPlan) -> bool:
     return settings(with_values(Config(), read_recipe(plan.recipe), "recipe")) == settings(plan.cfg)
 
 
-def shared_recipe(plan: RecordPlan) -> bytes:
-    """Spell out every setting that the seeds share as TOML."""
-    recipe = get_recipe(plan.cfg, live=True)
-    for section, key in (name.split(".") for name in PRIVATE_FIELDS):
-        recipe[section].pop(key)
-    return format_toml(recipe).encode()
-
-
 def make_program(plan: RecordPlan) -> None:
     """Pack the source with the shared recipe: the one program that all seeds run."""
     say("packing the program that all seeds run")
+    recipe = get_recipe(plan.cfg, live=True)
+    for section, key in (name.split(".") for name in PRIVATE_FIELDS):
+        recipe[section].pop(key)
     with atomic_file(plan.work / "recipe.toml") as file:
-        file.write(shared_recipe(plan))
+        file.write(format_toml(recipe).encode())
     report = pack(plan.work / "recipe.toml", plan.program)
     for step in report.steps_left_out:
         say(f"packing left out {step}; the size is that of the file as written")
@@ -239,9 +230,8 @@ def differences(plan: RecordPlan, seed: int) -> list[str]:
     places = {name: config_value(plan.cfg, name) for name in PLACE_FIELDS if name.startswith("data.")}
     found |= {name: result["places"][name] for name in places} | {"run.seed": result["seed"]}
     expected |= places | {"run.seed": seed}
-    changed = [
-        f"{name} is {found[name]}, not {value}" for name, value in expected.items() if found[name] != value
-    ]
+    odd = [name for name, value in expected.items() if found[name] != value]
+    changed = [f"{name} is {found[name]}, not {expected[name]}" for name in odd]
     if not changed and result["config_hash"] != config_hash(plan.cfg):
         changed.append(f"config_hash is {result['config_hash']}, not {config_hash(plan.cfg)}")
     if sha256_file(folder / ARTIFACT_NAME) != result["artifact_sha256"]:
@@ -294,14 +284,13 @@ def check_agreement(runs: list[Run]) -> None:
         | {f"score {name}": run.evaluation[name] for name in ("num_tokens", "num_bytes", "mode")}
         for run in runs
     ]
-    keys = sorted({key for row in facts for key in row if len({str(other.get(key)) for other in facts}) > 1})
-    if keys:
-        lines = [f"  {key}: " + ", ".join(f"{row.get(key)}" for row in facts) for key in keys]
+    values = {key: [str(row.get(key)) for row in facts] for key in sorted(set().union(*facts))}
+    differing = [f"  {key}: {', '.join(found)}\n" for key, found in values.items() if len(set(found)) > 1]
+    if differing:
         seeds = ", ".join(str(run.seed) for run in runs)
         raise UserError(
-            f"seeds {seeds}: expected one configuration, found differences:\n"
-            + "\n".join(lines)
-            + "\nDelete the run folders of the odd ones and start again on one machine."
+            f"seeds {seeds}: expected one configuration, found differences:\n{''.join(differing)}"
+            "Delete the run folders of the odd ones and start again on one machine."
         )
 
 
@@ -343,29 +332,19 @@ def build(plan: RecordPlan, runs: list[Run], args: Namespace) -> Path:
 def build_parser() -> CommandParser:
     """Declare the command line."""
     parser = CommandParser(prog="python -m dev.record", description=__doc__)
-    parser.add_argument("--recipe", type=Path, required=True, help="recipe.toml")
-    parser.add_argument("--seeds", default="1337,42,2025", help="comma-separated (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("records/track_cpu"), help="track (%(default)s)")
-    parser.add_argument("--name", default="", help="YYYY-MM-DD_Name; default: the recipe's folder")
-    parser.add_argument(
-        "--against",
-        type=Path,
-        action="append",
-        default=[],
-        help="record, run folder or log of the row to beat; repeatable",
-    )
-    parser.add_argument(
-        "--data", type=Path, help="folder of shards and tokenizer.model; default: the recipe's"
-    )
-    parser.add_argument(
-        "--audit",
-        choices=("all", "folder"),
-        default="all",
-        help="folder: seconds, without what runs the program",
-    )
+    add = parser.add_argument
+    add("--recipe", type=Path, required=True, help="recipe.toml")
+    add("--seeds", default="1337,42,2025", help="comma-separated (%(default)s)")
+    add("--out", type=Path, default=Path("records/track_cpu"), help="track (%(default)s)")
+    add("--name", default="", help="YYYY-MM-DD_Name; default: the recipe's folder")
+    row = "record, run folder or log of the row to beat; repeatable"
+    add("--against", type=Path, action="append", default=[], help=row)
+    add("--data", type=Path, help="folder of shards and tokenizer.model; default: the recipe's")
+    quick = "folder: seconds, without what runs the program"
+    add("--audit", choices=("all", "folder"), default="all", help=quick)
     for name in ("author", "github-id", "blurb"):
-        parser.add_argument(f"--{name}", default="", help=f"`{name.replace('-', '_')}` of submission.json")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
+        add(f"--{name}", default="", help=f"`{name.replace('-', '_')}` of submission.json")
+    add("overrides", nargs="*", metavar="section.key=value", help="change single fields")
     return parser
 
 

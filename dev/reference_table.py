@@ -66,9 +66,8 @@ class Recorder:
 
     def pytest_deselected(self, items) -> None:
         """Remember what the selection leaves out."""
-        for item in items:
-            for mark in item.iter_markers("reference"):
-                self.outcomes[mark.args[0]].append(ReferenceCheck("skipped", "slow: --slow runs it"))
+        for mark in (mark for item in items for mark in item.iter_markers("reference")):
+            self.outcomes[mark.args[0]].append(ReferenceCheck("skipped", "slow: --slow runs it"))
 
     def pytest_runtest_logreport(self, report) -> None:
         """Note a test's end, or what kept it from running."""

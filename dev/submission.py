@@ -34,10 +34,7 @@ from pack.program import ENTRY, collect
 from train_gpt import ARTIFACT_NAME, Config
 
 ROOT = ENTRY.parent
-SOURCES = (
-    ROOT / "eval" / "__main__.py",
-    ROOT / "pack" / "__main__.py",
-)  # and all that they import: the trainer too
+SOURCES = (ROOT / "eval" / "__main__.py", ROOT / "pack" / "__main__.py")  # with what they import: the trainer
 NOTICES = "THIRD_PARTY_NOTICES.md"
 BASELINE = "baseline.json"  # the scores of the row to beat
 KEPT_BYTES = 1_000_000  # code + artifact up to this: the folder keeps an artifact
@@ -131,29 +128,20 @@ def audit_folder(folder: Path, against: list[Path]) -> list[dict]:
 def audit_deep(folder: Path, run: Run) -> list[list[dict]]:
     """Attack the scores of a run's artifact, run the program in a sandbox, examine the data (minutes).
 
-    Returns a report of each; the program is left out where the audit has no option to run one.
+    Returns a report of each, without what only a folder can be asked.
     """
-    command = [sys.executable, "-m", "audit"]
-    described = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     places = run.result["places"]
     data = ["--data", places["data.data_path"], "--tokenizer", places["data.tokenizer_path"]]
-    wanted = [[folder, "--artifact", run.folder / ARTIFACT_NAME]]
-    wanted += [["--run", folder / ENTRY.name, *data]] if "--run " in described else []
+    asked = {check.id for check in CHECKS if check.kind in ("dynamic", "data")}
     reports = []
-    for options in wanted:
-        child = subprocess.run(
-            [*command, *map(str, options), "--json"], stdout=subprocess.PIPE, text=True, check=False
-        )
+    attack = [folder, "--artifact", run.folder / ARTIFACT_NAME]
+    for options in (attack, ["--run", folder / ENTRY.name, *data]):
+        command = [sys.executable, "-m", "audit", *map(str, options), "--json"]
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if child.returncode not in STATUS.values():
             raise UserError(f"`python -m audit` ended with status {child.returncode}: see above.")
-        reports.append(dynamic(json.loads(child.stdout)["checks"]))
+        reports.append([check for check in json.loads(child.stdout)["checks"] if check["id"] in asked])
     return reports
-
-
-def dynamic(checks: list[dict]) -> list[dict]:
-    """Leave out what only a folder can be asked."""
-    kinds = {check.id: check.kind for check in CHECKS}
-    return [check for check in checks if kinds[check["id"]] in ("dynamic", "data")]
 
 
 def merge_checks(*reports: list[dict]) -> list[dict]:
@@ -240,7 +228,7 @@ def seed_row(run: Run) -> dict:
     }
 
 
-def submission_of(record: Record, checks: list[dict]) -> dict:
+def build_submission(record: Record, checks: list[dict]) -> dict:
     """Return submission.json under the keys that late records share."""
     runs, bpb, loss = record.runs, record.sample("val_bpb"), record.sample("val_loss")
     sizes = [run.total_bytes for run in runs]
@@ -269,7 +257,7 @@ def submission_of(record: Record, checks: list[dict]) -> dict:
             f"{key}={value}" for key, value in changed_settings(record.cfg).items()
         ),
         "compliance": compliance(record, checks),
-        "source": source_of(),
+        "source": get_source(),
         "attribution": {"notices": NOTICES},
         "base_pr": None,
     }
@@ -298,36 +286,21 @@ def introduction(record: Record) -> str:
 def result_section(record: Record) -> str:
     """State the headline, the seeds and their files."""
     bpb, loss, kept = record.sample("val_bpb"), record.sample("val_loss"), kept_run(record.runs)
-    rows = [
-        [
-            run.seed,
-            f"{run.result['steps']:,}",
-            f"{run.result['train_ms'] / 1000:.1f}",
-            f"{run.result['score']['val_loss']:.8f}",
-            f"{run.val_bpb:.8f}",
-            f"{run.model_bytes:,}",
-            f"{run.total_bytes:,}",
-            f"{run.result['score']['seconds']:.1f}",
-            f"`{run.result['artifact_sha256']}`",
-        ]
-        for run in record.runs
-    ]
-    header = [
-        "seed",
-        "steps",
-        "training s",
-        "val_loss",
-        "val_bpb",
-        "artifact",
-        "code + artifact",
-        "scoring s",
-    ]
+    rows = []
+    for run in record.runs:
+        result, score = run.result, run.result["score"]
+        spent = [f"{result['steps']:,}", f"{result['train_ms'] / 1000:.1f}"]
+        scores = [f"{score['val_loss']:.8f}", f"{run.val_bpb:.8f}"]
+        sizes = [f"{run.model_bytes:,}", f"{run.total_bytes:,}"]
+        rows.append([run.seed, *spent, *scores, *sizes, f"{score['seconds']:.1f}"])
+        rows[-1].append(f"`{result['artifact_sha256']}`")
+    header = ["seed", "steps", "training s", "val_loss", "val_bpb", "artifact", "code + artifact"]
     gap = max(abs(run.evaluation["val_bpb"] - run.val_bpb) for run in record.runs)
     program = kept.folder / ENTRY.name
     spread = "" if bpb.std is None else f", std {bpb.std:.8f}"
     text = (
         f"**val_bpb {bpb.mean:.8f}** (n {bpb.n}{spread}), val_loss {loss.mean:.8f} nats a token.\n\n"
-        f"{table([*header, 'sha256 of the artifact'], rows)}\n\n"
+        f"{table([*header, 'scoring s', 'sha256 of the artifact'], rows)}\n\n"
         f"All seeds ran this folder's `{ENTRY.name}`, {program.stat().st_size:,} bytes, sha256 "
         f"`{sha256_file(program)}`. A score is measured from the artifact's bytes; a fresh process "
         f"measured it again, at most {gap:.1e} bits a byte away."
@@ -358,9 +331,8 @@ def audit_section(checks: list[dict]) -> str:
     """List the verdicts; the evidence is in audit.json."""
     titles = {check.id: check.title for check in CHECKS}
     rows = [[check["id"], titles[check["id"]], check["verdict"]] for check in checks]
-    absent = [
-        f"{c['id']} ({c['evidence'][0]})" for c in checks if c["verdict"] == "NOT RUN" and c["evidence"]
-    ]
+    silent = [check for check in checks if check["verdict"] == "NOT RUN" and check["evidence"]]
+    absent = [f"{check['id']} ({check['evidence'][0]})" for check in silent]
     return f"{table(['check', 'of', 'verdict'], rows)}\n\nNot run: {'; '.join(absent) or 'none'}."
 
 
@@ -377,7 +349,7 @@ def commands(record: Record) -> str:
     return "\n".join(lines)
 
 
-def readme_of(record: Record, checks: list[dict]) -> str:
+def build_readme(record: Record, checks: list[dict]) -> str:
     """Write README.md."""
     changed = "\n".join(f"{name} = {value}" for name, value in changed_settings(record.cfg).items())
     sections = {"Result": result_section(record)}
@@ -386,15 +358,14 @@ def readme_of(record: Record, checks: list[dict]) -> str:
     if checks:
         sections["Audit"] = audit_section(checks)
     sections["Configuration"] = f"`recipe.toml`; unlike the naive baseline:\n\n```\n{changed}\n```"
-    source = source_of()
+    source = get_source()
     sections["Again"] = (
         f"On {hardware()}, requirements.txt installed. Packed from the source of commit "
         f"{source['commit'] or 'unknown'} (sha256 of its modules {source['sha256']}):\n\n"
         f"```\n{commands(record)}\n```"
     )
-    return (
-        introduction(record) + "".join(f"\n\n## {title}\n\n{text}" for title, text in sections.items()) + "\n"
-    )
+    parts = [introduction(record), *(f"## {title}\n\n{text}" for title, text in sections.items())]
+    return "\n\n".join(parts) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -402,7 +373,7 @@ def readme_of(record: Record, checks: list[dict]) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def requirements_of(folder: Path) -> str:
+def list_requirements(folder: Path) -> str:
     """Pin the packages that the packed program imports; those that are not installed are named only."""
     installed = packages_distributions()
     names = sorted(third_party_imports(read_program(SubmissionFolder(folder), {}, "")))
@@ -411,15 +382,14 @@ def requirements_of(folder: Path) -> str:
         for name in names
         for distribution in installed.get(name, ())[:1]
     }
-    absent = [name for name in names if name not in installed]
-    note = (
-        f"# imported where present, absent where this was measured: {', '.join(absent)}\n" if absent else ""
-    )
-    return "".join(f"{pin}\n" for pin in sorted(pins)) + note
+    lines = sorted(pins)
+    if absent := [name for name in names if name not in installed]:
+        lines.append(f"# imported where present, absent where this was measured: {', '.join(absent)}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 @cache
-def source_of() -> dict:
+def get_source() -> dict:
     """Say which source the program was packed from: commit, files changed since, and a hash of every module.
 
     The hash is over trainer, packer and scorer with all that they import; `python -m dev.submission` prints
@@ -457,17 +427,17 @@ def write_files(folder: Path, record: Record) -> None:
         copies |= {kept.folder / name: name for name in (ARTIFACT_NAME, "result.json")}
     for file, name in copies.items():
         shutil.copyfile(file, folder / name)
-    (folder / "requirements.txt").write_text(requirements_of(folder), encoding="utf-8")
+    (folder / "requirements.txt").write_text(list_requirements(folder), encoding="utf-8")
     if record.old:
         write_json(folder / BASELINE, {"scores": [row._asdict() for row in record.old]})
 
 
 def write_claims(folder: Path, record: Record, checks: list[dict]) -> None:
     """Write README.md, submission.json and audit.json; without checks, claims that can be audited."""
-    (folder / "README.md").write_text(readme_of(record, checks), encoding="utf-8")
-    write_json(folder / "submission.json", submission_of(record, checks))
+    (folder / "README.md").write_text(build_readme(record, checks), encoding="utf-8")
+    write_json(folder / "submission.json", build_submission(record, checks))
     write_json(folder / "audit.json", {"checks": checks})
 
 
 if __name__ == "__main__":
-    print(json.dumps(source_of()))
+    print(json.dumps(get_source()))

@@ -54,7 +54,7 @@ def open_checkpoint(folder: Path, ranks: Ranks) -> Trained:
     return Trained(training, text, path)
 
 
-def open_artifact(path: Path, ranks: Ranks) -> Trained:
+def open_stored(path: Path, ranks: Ranks) -> Trained:
     """Load the weights that an artifact stands for; they lie on its grid."""
     model, cfg, header = load_artifact(path, live_settings(None), ranks.device)
     text = load_validation(cfg.data, tokenizer_sha256=header["tokenizer_sha256"])
@@ -65,4 +65,4 @@ def open_artifact(path: Path, ranks: Ranks) -> Trained:
 
 def open_trained(target: Path, ranks: Ranks) -> Trained:
     """Load a run folder with a checkpoint, or an artifact file."""
-    return open_checkpoint(target, ranks) if target.is_dir() else open_artifact(target, ranks)
+    return open_checkpoint(target, ranks) if target.is_dir() else open_stored(target, ranks)

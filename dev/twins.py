@@ -17,14 +17,7 @@ import numpy as np
 
 import train_gpt
 from common import CommandParser, UserError, read_json, run_command
-from data.builtin import (
-    describe_sources,
-    find_modules,
-    make_corpus,
-    parse_modules,
-    write_document,
-    write_with_tokenizer,
-)
+from data.builtin import collect_documents, describe_sources, find_modules, write_with_tokenizer
 from data.prepare import Document
 from data.shards import VAL_GLOB, find_shards, read_manifest, read_shard
 from data.train_tokenizer import TRAINERS
@@ -100,9 +93,7 @@ def prepare(names: list[str], data: Path) -> None:
             missing.append(twin)
     if not missing:
         return
-    corpus = make_corpus(parse_modules(find_modules()))
-    train = first_bytes([write_document(chapter) for chapter in corpus.train], TRAIN_BYTES)
-    val = first_bytes([write_document(chapter) for chapter in corpus.val], VAL_BYTES)
+    train, val = map(first_bytes, collect_documents(find_modules()), (TRAIN_BYTES, VAL_BYTES))
     for twin in missing:
         tokenizer = dataset_folder(twin, data) / tokenizer_name(twin)
         write_with_tokenizer(tokenizer, train, val, describe_sources(twin.vocab_size), twin.kind)

@@ -152,9 +152,8 @@ def open_saved(path: Path) -> ModelSource:
         raise UserError(f"{weights}: expected weights, found none that can be read: {error}.") from error
     optimizer = path.with_name(OPTIMIZER_NAME)
     state = read_state(optimizer)[0] if optimizer.is_file() else None
-    return ModelSource(
-        cfg, map_leaves(arrays, np.ndarray, torch.from_numpy), config["tokenizer_sha256"], state
-    )
+    tensors = map_leaves(arrays, np.ndarray, torch.from_numpy)
+    return ModelSource(cfg, tensors, config["tokenizer_sha256"], state)
 
 
 def read_config(path: Path) -> dict:
@@ -175,10 +174,8 @@ OPENERS: dict[str, Callable[[Path], ModelSource]] = {".safetensors": open_checkp
 
 def check_weights(weights: dict[str, Tensor], model: GPT, path: Path) -> None:
     """Raise unless names and shapes are those of the recipe's model."""
-    found, expected = (
-        {name: list(tensor.shape) for name, tensor in tensors.items()}
-        for tensors in (weights, model.state_dict())
-    )
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if found != expected:
         odd = sorted(name for name in found | expected if found.get(name) != expected.get(name))
         raise UserError(
@@ -350,14 +347,11 @@ def push(loaded: Loaded, hub_id: str, with_optimizer: bool = False, private: boo
     hub = hub_library()
     with tempfile.TemporaryDirectory() as folder:
         save(loaded, folder, with_optimizer)
+        upload = {"folder_path": folder, "commit_message": "Publish a trained model"}
         try:
             api = hub.HfApi()
             api.create_repo(hub_id, private=private, exist_ok=True)
-            return str(
-                api.upload_folder(
-                    repo_id=hub_id, folder_path=folder, commit_message="Publish a trained model"
-                )
-            )
+            return str(api.upload_folder(repo_id=hub_id, **upload))
         except Exception as error:  # as in fetch_file
             raise UserError(
                 f"{hub_id}: publishing failed ({type(error).__name__}: {first_line(error)}). Log in "

@@ -5,6 +5,8 @@
 RUN is a run folder, an artifact, a checkpoint, a folder that eval.hub.save wrote, or a hub id OWNER/NAME.
 """
 
+from functools import partial
+
 from common import CommandParser, run_command
 from eval.hub import generate, load
 from scoring.generate import Sampling
@@ -19,18 +21,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="", help="of activations; default: the recipe's")
     kinds = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
     for name, default in Sampling()._asdict().items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=kinds[name], default=default, help=f"default: {default}"
-        )
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=kinds[name], default=default, help=f"default: {default}")
     args = parser.parse_args(argv)
     sampling = Sampling(*(getattr(args, name) for name in Sampling._fields))
-    print(args.prompt, end="", flush=True)
-    generate(
-        load(args.source, args.dtype, args.tokenizer),
-        args.prompt,
-        sampling,
-        lambda text: print(text, end="", flush=True),
-    )
+    write = partial(print, end="", flush=True)
+    write(args.prompt)
+    generate(load(args.source, args.dtype, args.tokenizer), args.prompt, sampling, write)
     print()
 
 

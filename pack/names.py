@@ -7,15 +7,8 @@ from functools import cache
 
 # Decorators that only change what they decorate. Any other may register it somewhere, so what it
 # decorates always ships.
-PURE_DECORATORS = {
-    "cache",
-    "contextmanager",
-    "dataclass",
-    "inference_mode",
-    "lru_cache",
-    "no_grad",
-    "total_ordering",
-}
+PURE_DECORATORS = {"cache", "contextmanager", "dataclass", "inference_mode", "lru_cache", "no_grad"}
+PURE_DECORATORS |= {"total_ordering"}
 
 # Decorators of kernels that are reached by the name of what they decorate; fakes and gradients hang on it.
 KERNEL_DECORATORS = {"custom_op", "triton_op"}
@@ -113,9 +106,8 @@ def free_names(node: ast.AST) -> set[str]:
             return set(node.names)
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
             body = node.body if isinstance(node.body, list) else [node.body]
-            return _names_of([one for one in children(node) if one not in body]) | (
-                _names_of(body) - _own_names(node, body)
-            )
+            around = [one for one in children(node) if one not in body]
+            return _names_of(around) | (_names_of(body) - _own_names(node, body))
         case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
             targets = _names_of([one.target for one in node.generators])
             return _names_of([node.generators[0].iter]) | (_names_of(children(node)) - targets)
@@ -141,11 +133,8 @@ def needed_statements(body: list[ast.stmt], always: set[int]) -> list[int]:
     """
     own = {name for node in body if not isinstance(node, Import) for name, _ in bound_names(node)}
     hooks = {"__init_subclass__", "__subclasses__"}
-    kernels = {
-        node.name
-        for node in body
-        if isinstance(node, Function) and KERNEL_DECORATORS & {last_name(one) for one in node.decorator_list}
-    }
+    functions = {node.name: node.decorator_list for node in body if isinstance(node, Function)}
+    kernels = {name for name, made in functions.items() if KERNEL_DECORATORS & set(map(last_name, made))}
     looks_up = any(isinstance(one, ast.Name) and one.id == "globals" for node in body for one in walk(node))
     named_by = [identifiers(node, looks_up) for node in body]
     has_hooks = any(hooks & words(node) for node in body)
@@ -184,9 +173,8 @@ def kernel_of(node: ast.stmt) -> str | None:
 def words(node: ast.stmt) -> set[str]:
     """Name the functions and attributes below a statement."""
     inner = list(walk(node))
-    return {one.name for one in inner if isinstance(one, Function)} | {
-        one.attr for one in inner if isinstance(one, ast.Attribute)
-    }
+    attributes = {one.attr for one in inner if isinstance(one, ast.Attribute)}
+    return attributes | {one.name for one in inner if isinstance(one, Function)}
 
 
 def is_pure_definition(node: ast.stmt, own: set[str]) -> bool:
@@ -197,10 +185,9 @@ def is_pure_definition(node: ast.stmt, own: set[str]) -> bool:
     if not isinstance(node, ast.Assign | ast.AnnAssign):
         return False
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    plain = all(
-        isinstance(inner, ast.Name | ast.Tuple | ast.expr_context) for t in targets for inner in walk(t)
-    )
-    calls = [inner for inner in walk(node) if isinstance(inner, ast.Call)]
+    inner = [one for target in targets for one in walk(target)]
+    plain = all(isinstance(one, ast.Name | ast.Tuple | ast.expr_context) for one in inner)
+    calls = [one for one in walk(node) if isinstance(one, ast.Call)]
     return plain and not any(own & identifiers(call.func) for call in calls)
 
 
@@ -213,18 +200,13 @@ def last_name(decorator: ast.expr) -> str:
 def drop_annotations(tree: ast.Module) -> None:
     """Drop the annotations of functions where nothing reads them; a NamedTuple's become `int`."""
     nodes = list(walk(tree))
-    readers = {
-        id(node): ANNOTATION_READERS & {last_name(one) for one in node.decorator_list}
-        for node in nodes
-        if isinstance(node, Function)
-    }
+    functions = [node for node in nodes if isinstance(node, Function)]
+    readers = {id(node): ANNOTATION_READERS & set(map(last_name, node.decorator_list)) for node in functions}
     if any(read & DISPATCHERS for read in readers.values()):
         return
-    reads_fields = {"__annotations__", "get_type_hints"} & {
-        node.attr if isinstance(node, ast.Attribute) else node.id
-        for node in nodes
-        if isinstance(node, ast.Attribute | ast.Name)
-    }
+    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    named |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    reads_fields = {"__annotations__", "get_type_hints"} & named
     for node in nodes:
         if isinstance(node, Function) and not readers[id(node)]:
             node.returns = None

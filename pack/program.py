@@ -276,12 +276,13 @@ def _check_collisions(modules: list[SourceModule]) -> None:
                     )
 
 
+def _plain_names(node: ast.AST) -> set[str]:
+    return {inner.id for inner in walk(node) if isinstance(inner, ast.Name)}
+
+
 def _check_builtins(modules: list[SourceModule]) -> None:
     """Refuse a definition that hides a builtin from another module."""
-    used = {
-        module.label: {node.id for node in walk(module.tree) if isinstance(node, ast.Name)}
-        for module in modules
-    }
+    used = {module.label: _plain_names(module.tree) for module in modules}
     for module in modules:
         for name in sorted(module.exports & set(dir(builtins)) - {"__doc__"}):
             victims = [label for label, names in used.items() if label != module.label and name in names]
@@ -295,11 +296,8 @@ def _check_builtins(modules: list[SourceModule]) -> None:
 def _check_future(modules: list[SourceModule]) -> None:
     """Refuse `from __future__ import annotations` in some files only: it would turn into all of them."""
     with_it = [module.label for module in modules if "annotations" in _future_names(module)]
-    without = [
-        module.label
-        for module in modules
-        if module.label not in with_it and any(isinstance(node, ast.AnnAssign) for node in walk(module.tree))
-    ]
+    others = [module for module in modules if module.label not in with_it]
+    without = [one.label for one in others if any(isinstance(node, ast.AnnAssign) for node in walk(one.tree))]
     if with_it and without:
         raise PackingError(
             "expected `from __future__ import annotations` in all packed modules with annotations or in "
@@ -308,10 +306,11 @@ def _check_future(modules: list[SourceModule]) -> None:
 
 
 def _future_names(module: SourceModule) -> set[str]:
-    nodes = [
-        node for node in module.tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"
-    ]
-    return {alias.name for node in nodes for alias in node.names}
+    return {alias.name for node in module.tree.body if _is_future(node) for alias in node.names}
+
+
+def _is_future(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
 def _check_lazy_libraries(modules: list[SourceModule]) -> None:
@@ -364,16 +363,13 @@ def _merge_imports(imports: list[Statement], body: list[Statement], entry_label:
     for label, node in imports:
         for alias in node.names:
             bound = alias.asname or alias.name.split(".")[0]
-            is_future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
-            if label != entry_label and bound not in used and not is_future:
+            if label != entry_label and bound not in used and not _is_future(node):
                 continue
             group = plain if isinstance(node, ast.Import) else from_module.setdefault(node.module, {})
             group.setdefault((alias.name, alias.asname), alias)
     nodes: list[ast.stmt] = [ast.Import([alias]) for alias in plain.values()]
     nodes += [ast.ImportFrom(name, list(group.values()), 0) for name, group in from_module.items() if group]
-    nodes.sort(
-        key=lambda node: not (isinstance(node, ast.ImportFrom) and node.module == "__future__")
-    )  # stable
+    nodes.sort(key=lambda node: not _is_future(node))  # stable
     return [Statement(IMPORTS_LABEL, node) for node in nodes]
 
 
@@ -447,22 +443,16 @@ def minify(source: str) -> str:
 
 def _triton_names(tree: ast.Module) -> set[str]:
     """Collect the local names of Triton kernels: a constexpr that gets a second name stops being one."""
-    kernels = [
-        node
-        for node in walk(tree)
-        if isinstance(node, Function)
-        and any(last_name(decorator) == "jit" for decorator in node.decorator_list)
-    ]
-    inner = [node for kernel in kernels for node in walk(kernel)]
-    return {node.arg for node in inner if isinstance(node, ast.arg)} | {
-        node.id for node in inner if isinstance(node, ast.Name)
-    }
+    functions = [node for node in walk(tree) if isinstance(node, Function)]
+    kernels = [node for node in functions if "jit" in map(last_name, node.decorator_list)]
+    arguments = {node.arg for one in kernels for node in walk(one) if isinstance(node, ast.arg)}
+    return arguments.union(*map(_plain_names, kernels))
 
 
 def _shorten_docstrings(tree: ast.Module) -> bool:
     """Remove docstrings; of those that the program reads as `__doc__` the first line stays. Were any read?"""
     attributes = {node.attr for node in walk(tree) if isinstance(node, ast.Attribute)}
-    names = {node.id for node in walk(tree) if isinstance(node, ast.Name)}
+    names = _plain_names(tree)
     for node in walk(tree):
         if not isinstance(node, Definition | ast.Module) or not (node.body and _is_docstring(node.body[0])):
             continue
@@ -499,10 +489,8 @@ def compress(data: bytes, method: str) -> bytes:
     else:
         import lzma
 
-        preset = 9 | lzma.PRESET_EXTREME
-        filters = [
-            {"id": lzma.FILTER_LZMA2, "preset": preset, "lc": lc, "pb": pb} for lc in (3, 4) for pb in (0, 2)
-        ]
+        common = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
+        filters = [common | {"lc": lc, "pb": pb} for lc in (3, 4) for pb in (0, 2)]
         made = [lzma.compress(data, lzma.FORMAT_RAW, filters=[one]) for one in filters]
     return min(made, key=lambda packed: len(escape(packed)))
 
@@ -619,16 +607,11 @@ def main(argv: list[str] | None = None) -> None:
         description="Pack train_gpt.py and the modules it imports into one small file that runs like it: "
         "`python F` or `torchrun F`. Its size on disk is the code size of a record.",
     )
-    parser.add_argument(
-        "--recipe", type=Path, help="recipe.toml to embed (default: none; it is read at run time)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/packed/train_gpt.py"), help="file to write (%(default)s)"
-    )
-    parser.add_argument(
-        "--entry", type=Path, default=ENTRY, help="program to pack; imports start from its folder"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--recipe", type=Path, help="recipe.toml to embed (default: none; it is read at run time)")
+    add("--out", type=Path, default=Path("runs/packed/train_gpt.py"), help="file to write (%(default)s)")
+    add("--entry", type=Path, default=ENTRY, help="program to pack; imports start from its folder")
+    add(
         "--wrap",
         choices=METHODS,
         default="",
@@ -636,7 +619,7 @@ def main(argv: list[str] | None = None) -> None:
         "larger), mix (standard library, 16 to 19 %% smaller; some 15 seconds to pack and to start) or none "
         "(readable); default: the recipe's quant.code_wrap, else brotli",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    add("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(argv)
     if not options.entry.is_file():
         raise PackingError(f"{options.entry}: no such program. --entry names the file to pack.")

@@ -172,11 +172,11 @@ def paint(scan: Scan) -> None:
             else:
                 groups[name].append(variable)
     own = scan.module.variables.values()
-    order = sorted(
-        groups.items(),
-        key=lambda item: (any(v in own for v in item[1]), -sum(len(v.spelled) for v in item[1])),
-    )
-    for _, variables in order:
+
+    def rank(variables: list[Variable]) -> tuple[bool, int]:
+        return any(one in own for one in variables), -sum(len(one.spelled) for one in variables)
+
+    for variables in sorted(groups.values(), key=rank):
         seen = set().union(*(variable.scopes for variable in variables))
         short = next(one for one in short_names() if taken[one].isdisjoint(seen))
         taken[short] |= seen
@@ -254,29 +254,20 @@ def _texts(tree: ast.Module) -> set[str]:
 def _unpublished(tree: ast.Module) -> set[int]:
     """Return the ids of functions that only the program calls, not by a name that others know."""
     called = {id(node.func) for node in walk(tree) if isinstance(node, ast.Call)}
-    handed_on = {
-        node.id
-        for node in walk(tree)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in called
-    }
+    loads = [node for node in walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    handed_on = {node.id for node in loads if id(node) not in called}
     classes = [node for node in walk(tree) if isinstance(node, ast.ClassDef)]
     own = {node.name for node in tree.body if isinstance(node, ast.ClassDef)} | OWN_BASES
-    foreign = {
-        id(method)
-        for node in classes
-        if not {last_name(base) for base in node.bases} <= own
-        for method in node.body
-    }
+    others = [node for node in classes if not set(map(last_name, node.bases)) <= own]
+    foreign = {id(method) for node in others for method in node.body}
     methods = {id(method) for node in classes for method in node.body}
     pure = PURE_DECORATORS | {"property"}
-    return {
-        id(node)
-        for node in walk(tree)
-        if isinstance(node, ast.Lambda)
-        or (
-            isinstance(node, Function)
-            and id(node) not in foreign
-            and (id(node) in methods or node.name not in handed_on)
-            and all(last_name(one) in pure for one in node.decorator_list)
-        )
-    }
+
+    def is_free(node: Function) -> bool:
+        if id(node) in foreign or not set(map(last_name, node.decorator_list)) <= pure:
+            return False
+        return id(node) in methods or node.name not in handed_on
+
+    nodes = list(walk(tree))
+    free = {id(node) for node in nodes if isinstance(node, Function) and is_free(node)}
+    return free | {id(node) for node in nodes if isinstance(node, ast.Lambda)}

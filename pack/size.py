@@ -154,10 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     if not options.entry.is_file():
         raise PackingError(f"{options.entry}: no such program. --entry names the file to weigh.")
     if not has_library("python_minifier"):
-        print(
-            "python_minifier is not installed: sizes are those of the program without that step",
-            file=sys.stderr,
-        )
+        note = "python_minifier is not installed: sizes are those of the program without that step"
+        print(note, file=sys.stderr)
     report = weigh(options.recipe, options.entry)
     if options.json:
         print(json.dumps(report._asdict() | {"parts": [part._asdict() for part in report.parts]}))

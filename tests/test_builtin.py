@@ -13,15 +13,15 @@ from data.builtin import (
     Entry,
     Module,
     build,
-    docstrings_of,
     find_package,
     find_shared,
     find_standard_library,
+    get_passages,
     hash_name,
+    list_docstrings,
     make_corpus,
     parse_module,
     parse_modules,
-    passages_of,
     walk_modules,
     write_document,
 )
@@ -147,8 +147,8 @@ def test_a_repeated_docstring_is_kept_once_and_in_validation_if_it_is_there():
     corpus = make_corpus(
         [chapter(TRAIN_NAME, "Same.", "Own."), chapter("m.copy", "Own.", "Same."), chapter(VAL_NAME, "Same.")]
     )
-    assert sorted(docstrings_of(corpus.train) + docstrings_of(corpus.val)) == ["Own.", "Same."]
-    assert docstrings_of(corpus.val) == ["Same."]
+    assert sorted(list_docstrings(corpus.train) + list_docstrings(corpus.val)) == ["Own.", "Same."]
+    assert list_docstrings(corpus.val) == ["Same."]
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_the_real_standard_library_shares_no_passage_between_validation_and_trai
     topics = [module for module in modules if module.name == "pydoc_data.topics"]
     chosen = [module for module in modules if module not in topics][::every]
     corpus = make_corpus(parse_modules(chosen + topics))
-    train, val = docstrings_of(corpus.train), docstrings_of(corpus.val)
+    train, val = list_docstrings(corpus.train), list_docstrings(corpus.val)
     assert len(train) > 1000 and len(val) > 50
     all_train = "\0".join(train)
-    passages = [passage for docstring in val for passage in passages_of(docstring)]
+    passages = [passage for docstring in val for passage in get_passages(docstring)]
     assert not [passage for passage in passages[::101] if passage in all_train]
     num_documents = len(corpus.train) + len(corpus.val)
     assert 0.05 < len(corpus.val) / num_documents < 0.15

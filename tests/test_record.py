@@ -161,7 +161,7 @@ def test_the_folder_states_what_was_measured(made, old):
     assert facts["comparison"]["tests"] == tests
     assert f"{tests[0]['p']:.3g}" in readme
     assert not (folder / "source").exists()
-    assert read_json(folder / "submission.json")["source"] == submission.source_of()
+    assert read_json(folder / "submission.json")["source"] == submission.get_source()
     pins = (folder / "requirements.txt").read_text().split()
     assert [pin.partition("==")[0] for pin in pins] == ["numpy", "torch"]
 
@@ -424,4 +424,7 @@ def test_sources_are_hashed_by_name_and_content(tmp_path):
     (tmp_path / "c.py").rename(tmp_path / "a.py")
     (tmp_path / "b.py").write_text("changed")
     assert submission.hash_sources(tmp_path, ["a.py", "b.py"]) != digest
-    assert submission.source_of()["commit"] in ("", *submission.ask_git("log", "-1", "--format=%H").split())
+    assert submission.get_source()["commit"] in (
+        "",
+        *submission.ask_git("log", "-1", "--format=%H").split(),
+    )

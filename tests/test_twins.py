@@ -11,7 +11,7 @@ import pytest
 import data.builtin
 import dev.twins
 import train_gpt
-from data.builtin import Chapter, Corpus, Entry
+from data.documents import Document
 from data.shards import read_manifest
 from data.train_tokenizer import BYTES_FILE
 from dev.twins import SYSTEMS, TWINS, Twin, prepare, train_twin, twin_config, unigram_entropy
@@ -140,11 +140,10 @@ def test_an_outdated_dataset_is_made_again(tmp_path, monkeypatch):
     def write_tokenizer(texts, vocab_size, out, kind):
         out.write_text(json.dumps(BYTES_FILE | version))
 
-    chapters = [Chapter(text, True, (Entry("", text),)) for text in ("to train", "to validate")]
+    documents = [Document(text, "") for text in ("to train", "to validate")]
     monkeypatch.setitem(TWINS, "T", Twin("A_bwetaf53", "bytes", 260))
     monkeypatch.setattr(dev.twins, "find_modules", list)
-    monkeypatch.setattr(dev.twins, "parse_modules", list)
-    monkeypatch.setattr(dev.twins, "make_corpus", lambda _: Corpus(chapters[:1], chapters[1:]))
+    monkeypatch.setattr(dev.twins, "collect_documents", lambda _: (documents[:1], documents[1:]))
     monkeypatch.setattr(data.builtin, "train_tokenizer", write_tokenizer)
     monkeypatch.setattr(dev.twins, "describe_sources", lambda size: version | {"vocab_size": size})
     version, found = {}, []

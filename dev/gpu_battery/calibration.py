@@ -47,13 +47,9 @@ def quantize_layer(cfg: Config, ranks: Ranks, stats: dict[str, CalibrationStats]
         if not name.startswith(LAYER):
             continue
         kept, made = stats[name], []
-        roles = kept.hessian, kept.row_weights
-
-        def factorize(name=name, roles=roles, made=made) -> None:
-            made.append(calibrate(name, params[name], *roles, cfg.quant.damping))
-
-        first = wall_seconds(factorize, ranks.device)
-        second = wall_seconds(lambda grid=grid, made=made: solve(made[0], grid, cfg.quant), ranks.device)
+        factorize = partial(calibrate, name, params[name], kept.hessian, kept.row_weights, cfg.quant.damping)
+        first = wall_seconds(lambda made=made, call=factorize: made.append(call()), ranks.device)
+        second = wall_seconds(partial(solve, made[0], grid, cfg.quant), ranks.device)
         shape = " x ".join(map(str, params[name].shape))
         found[name.removeprefix(LAYER)] = {"shape": shape, "factorize_s": first, "solve_s": second}
     seconds = sum(row["factorize_s"] + row["solve_s"] for row in found.values())

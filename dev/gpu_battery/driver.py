@@ -106,8 +106,7 @@ class Battery:
         """Put facts about a part into the report and rewrite the file."""
         self.report["seconds"] = round(time.monotonic() - self.started, 1)
         if name:
-            measures = self.report["parts"][name]["measures"]
-            self.report["parts"][name] = {**facts, "measures": measures}
+            self.report["parts"][name] = facts | {"measures": self.report["parts"][name]["measures"]}
         write_json(self.settings.out / RESULTS_NAME, plain(self.report))
 
     def run(self) -> dict:
@@ -155,13 +154,9 @@ class Battery:
             why = self.wait(process.pid, began + limit, save_progress)
         finally:
             gone = end_group(process)
-        found = read_records(records)
-        facts = judge(why, process.returncode, limit) | {
-            "seconds": round(time.monotonic() - began, 1),
-            "limit_s": round(limit, 1),
-            "results": found.results,
-        }
-        facts |= {"errors": found.errors} if found.errors else {}
+        found, seconds = read_records(records), round(time.monotonic() - began, 1)
+        facts = judge(why, process.returncode, limit) | {"seconds": seconds, "limit_s": round(limit, 1)}
+        facts |= {"results": found.results} | ({"errors": found.errors} if found.errors else {})
         if facts["status"] != "ok":
             facts |= {"unfinished": found.unfinished, "stderr": tail(log)}
         if not gone:
@@ -191,11 +186,9 @@ def end_group(process: subprocess.Popen) -> bool:
     """Kill a process and all of its group, then reap it; False when it does not go."""
     # Not yet reaped, so its id, which is the group's, cannot have gone to another process.
     os.killpg(process.pid, signal.SIGKILL)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(KILL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+    return process.returncode is not None
 
 
 def judge(why: str, status: int | None, limit: float) -> dict:

@@ -3,13 +3,13 @@
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import ROOT
 
 MARK = "mark.gpu"
-MARGIN_SECONDS = 4.0  # before this part's own limit
 VERDICT = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 GOOD = ("PASSED", "SKIPPED", "XFAIL")
 TAIL_CHARS = 3500
@@ -29,15 +29,12 @@ def run_pytest(job: Job, log: Path) -> dict:
     """Run pytest on the files that have such tests; others may need packages that a bare machine lacks."""
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if MARK in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", *OPTIONS, *map(str, files)]
-    limit = max(job.seconds_left() - MARGIN_SECONDS, 1.0)
-    with open(log, "wb") as file:
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=False
-            )
-            ended = f"with status {done.returncode}"
-        except subprocess.TimeoutExpired:
-            ended = f"by the clock after {limit:.0f} s"
+    limit, ended = job.seconds_for_child(), ""
+    with open(log, "wb") as file, suppress(subprocess.TimeoutExpired):
+        outputs = {"stdout": file, "stderr": subprocess.STDOUT}
+        done = subprocess.run(command, cwd=ROOT, timeout=limit, check=False, **outputs)
+        ended = f"with status {done.returncode}"
+    ended = ended or f"by the clock after {limit:.0f} s"
     return {"files": len(files), "ended": ended} | sum_up(log.read_text(errors="replace"))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 STACK_SIGNAL = signal.SIGUSR1  # asks a part's process for its stack, before it is killed
+MARGIN_SECONDS = 4.0  # of a part's time, to tell how its own child ended
 DIGITS = 8  # of numbers that are kept: more than any clock resolves
 LONGEST_ERROR = 600  # characters of an error that stay with its measurement; the rest is in stderr
 
@@ -32,6 +33,10 @@ class Job(NamedTuple):
     def seconds_left(self) -> float:
         """Return how long it may still take."""
         return self.started + self.seconds - time.time()
+
+    def seconds_for_child(self) -> float:
+        """Return how long a process may take that this part waits for: it is to see its end."""
+        return max(self.seconds_left() - MARGIN_SECONDS, 1.0)
 
     def write(self, line: dict) -> None:
         """Append a line, whole and at once."""

@@ -1,6 +1,7 @@
 """What results.json says, for people: a plain table, or a Markdown one to paste into a journal."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 NOTE_CHARS = 160  # of an error that a table shows; the whole is in the file
 
@@ -35,7 +36,7 @@ def lists(value, name: str) -> Iterator[tuple[str, list[dict]]]:
         yield name, value
 
 
-def said_of(value) -> str:
+def describe(value) -> str:
     """Write one measurement on one line."""
     return ", ".join(f"{name} {text}".strip() for name, text in scalars(value)) or "see the file"
 
@@ -47,7 +48,7 @@ def table_rows(report: dict) -> Iterator[tuple[str, str, str]]:
         spent = f" in {part['seconds']} s" if "seconds" in part else ""
         yield name, part["status"] + spent + reason, part["measures"]
         for measurement, value in part.get("results", {}).items():
-            yield name, measurement, said_of(value)
+            yield name, measurement, describe(value)
         for measurement, text in part.get("errors", {}).items():
             yield name, measurement, f"ERROR {' '.join(text.split())[:NOTE_CHARS]}"
 
@@ -68,11 +69,10 @@ def format_plain(report: dict) -> str:
     """Lay out the report for a terminal."""
     rows = list(table_rows(report))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)] if rows else [0, 0]
-    lines, before = [head(report)], ""
-    for part, measurement, text in rows:
+    lines = [head(report)]
+    for (before, _, _), (part, measurement, text) in pairwise([("", "", ""), *rows]):
         shown = part if part != before else ""
         lines.append(f"{shown:<{widths[0]}}  {measurement:<{min(widths[1], 40)}}  {text}".rstrip())
-        before = part
     return "\n".join(lines)
 
 
@@ -84,7 +84,7 @@ def format_markdown(report: dict) -> str:
         for title, rows in lists(part.get("results", {}), name):
             columns = list(rows[0])
             lines += ["", title, "", markdown_row(columns), "|" + "---|" * len(columns)]
-            lines += [markdown_row([said_of(row.get(column)).strip() for column in columns]) for row in rows]
+            lines += [markdown_row([describe(row.get(column)).strip() for column in columns]) for row in rows]
     return "\n".join(lines)
 
 

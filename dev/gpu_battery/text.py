@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.builtin import find_standard_library, make_corpus, parse_modules, write_document
+from data.builtin import collect_documents, find_standard_library
 from data.codecs import load_codec
 from data.documents import Document
 from data.prepare import write_dataset
@@ -67,12 +67,8 @@ def write_text(job: Job) -> Path:
     folder = Path(job.work) / "text"
     if (folder / MANIFEST_NAME).is_file():
         return folder
-    corpus = make_corpus(parse_modules(find_standard_library()[:NUM_MODULES]))
-    sizes = get_size(job, "text_bytes")
-    train, val = (
-        take_bytes([write_document(chapter) for chapter in chapters], limit)
-        for chapters, limit in zip((corpus.train, corpus.val), sizes)
-    )
+    documents = collect_documents(find_standard_library()[:NUM_MODULES])
+    train, val = map(take_bytes, documents, get_size(job, "text_bytes"))
     tokenizer = folder / "tokenizer.json"
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer([], BYTES_VOCAB, tokenizer, "bytes")

@@ -182,12 +182,8 @@ def sum_up_trace(events: list[dict], categories: tuple[str, ...], steps: int) ->
         "span_ms": span / 1000 / steps,
         "idle_share": 1 - busy / span if span else 0.0,
         "kernels": [
-            {
-                "kernel": name[:KERNEL_NAME_CHARS],
-                "ms": sum(times) / 1000 / steps,
-                "calls": len(times) / steps,
-                "share": sum(times) / total if total else 0.0,
-            }
+            {"kernel": name[:KERNEL_NAME_CHARS], "ms": sum(times) / 1000 / steps, "calls": len(times) / steps}
+            | {"share": sum(times) / total if total else 0.0}
             for name, times in longest
         ],
     }

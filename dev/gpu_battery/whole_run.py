@@ -18,7 +18,6 @@ RUN_ID = "small"
 MOST_BITS = 8.0  # a byte, without any model
 LOGGED = ("device:", "attention_mode:", "attention_passed_over:", "peak memory", "code_packing:")
 LOG_LINES = 15
-MARGIN_SECONDS = 4.0  # before this part's own limit
 # The CPU recipe's switches with the budgets of a short run; lzma needs no package.
 SHORT = {
     "quant.reserve_seconds": 0,
@@ -70,14 +69,12 @@ def train(job: Job, places: dict) -> dict:
     folder = Path(job.work) / "runs" / RUN_ID
     options = [f"{name}={value}" for name, value in values.items()]
     command = [sys.executable, "train_gpt.py", "--recipe", RECIPES["small"], *options]
-    limit = max(job.seconds_left() - MARGIN_SECONDS, 1.0)
     try:  # what it says goes to this part's standard error
-        subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=limit, check=True)
-    except subprocess.CalledProcessError as error:
+        subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=job.seconds_for_child(), check=True)
+    except subprocess.SubprocessError as error:
         job.record("log_so_far", numbered(read_log(folder)[-LOG_LINES:]))
-        raise RuntimeError(f"train_gpt.py ended with status {error.returncode}, see stderr") from None
-    except subprocess.TimeoutExpired:
-        job.record("log_so_far", numbered(read_log(folder)[-LOG_LINES:]))
+        if isinstance(error, subprocess.CalledProcessError):
+            raise RuntimeError(f"train_gpt.py ended with status {error.returncode}, see stderr") from None
         raise
     return sum_up(folder, read_json(folder / "result.json"))
 

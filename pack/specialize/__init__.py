@@ -34,9 +34,7 @@ MAX_ROUNDS = 50
 
 def specialize_tree(tree: ast.Module, recipe: dict) -> None:
     """Fold a module in place; statements of its top level that stay keep their identity."""
-    program = ProgramFacts(
-        tree, {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items()}
-    )
+    program = ProgramFacts(tree, {section: dict(values) for section, values in recipe.items()})
     shorten_errors(tree)
     program.index()
     inline_config(program)

@@ -66,9 +66,7 @@ class ProgramFacts:
     tree: ast.Module
     recipe: dict
     environment: list[str] = field(default_factory=list)  # names of fields that the recipe fixes
-    configs: dict[str, dict] = field(
-        default_factory=dict
-    )  # config class: {field: value, or class of section}
+    configs: dict[str, dict] = field(default_factory=dict)  # config class: {field: value, or its class}
     attributes: dict[tuple[str, str], Fact] = field(default_factory=dict)  # (class, attribute)
     params: dict[tuple[str, str], Fact] = field(default_factory=dict)  # (function or class, parameter)
     classes: dict[str, ast.ClassDef] = field(default_factory=dict)

@@ -79,9 +79,8 @@ def learn_params(program: ProgramFacts, name: str, calls: list[dict[str, Fact]])
 
 def infer_pure(program: ProgramFacts) -> None:
     """Find the functions that only compute, and make them callable here."""
-    candidates = {
-        name: node for name, node in program.functions.items() if not node.decorator_list and _is_plain(node)
-    }
+    bare = {name: node for name, node in program.functions.items() if not node.decorator_list}
+    candidates = {name: node for name, node in bare.items() if _is_plain(node)}
     while True:
         kept = {name: node for name, node in candidates.items() if _only_calls(node, candidates, program)}
         if len(kept) == len(candidates):
@@ -92,31 +91,24 @@ def infer_pure(program: ProgramFacts) -> None:
     for name in {inner.id for node in kept.values() for inner in walk(node) if isinstance(inner, ast.Name)}:
         fact = scopes.look_name(name)
         names |= {name: fact.value} if isinstance(fact, Known) else {}
-    bare = [clone(node) for node in kept.values()]
-    for node in bare:
+    copies = [clone(node) for node in kept.values()]
+    for node in copies:
         node.returns = None
         for arg in parameters(node.args):
             arg.annotation = None
-    exec(compile(ast.fix_missing_locations(ast.Module(bare, [])), "fold", "exec"), names)
+    exec(compile(ast.fix_missing_locations(ast.Module(copies, [])), "fold", "exec"), names)
     program.pure = {name: names[name] for name in kept}
 
 
 def _is_plain(node: ast.FunctionDef) -> bool:
     """Whether a function has nothing in it but computations on names and attributes."""
+    defaults = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+    if node.args.vararg or node.args.kwarg or not all(isinstance(one, ast.Constant) for one in defaults):
+        return False
+    parts = [one for one in walk(node) if isinstance(one, ast.Attribute | ast.Subscript)]
     kinds = (*EXPRESSIONS, *STATEMENTS)
-    stores = (ast.Store, ast.Del)
-    return (
-        not (node.args.vararg or node.args.kwarg)
-        and all(
-            isinstance(one, ast.Constant)
-            for one in [*node.args.defaults, *filter(None, node.args.kw_defaults)]
-        )
-        and all(isinstance(inner, kinds) for one in node.body for inner in walk(one))
-        and not any(
-            isinstance(inner, ast.Attribute | ast.Subscript) and isinstance(inner.ctx, stores)
-            for inner in walk(node)
-        )
-    )
+    is_known = all(isinstance(inner, kinds) for one in node.body for inner in walk(one))
+    return is_known and all(isinstance(one.ctx, ast.Load) for one in parts)
 
 
 def _only_calls(node: ast.FunctionDef, candidates: dict, program: ProgramFacts) -> bool:

@@ -29,11 +29,8 @@ def bounded_range(*limits: int) -> range:
 
 
 # Builtins without effects; calls of them with constant arguments are evaluated.
-SAFE_BUILTINS = {
-    made.__name__: made for made in (abs, all, any, bool, dict, enumerate, float, int, len, list)
-}
-SAFE_BUILTINS |= {made.__name__: made for made in (max, min, round, set, sorted, str, sum, tuple, zip)}
-SAFE_BUILTINS["range"] = bounded_range
+SAFE = (abs, all, any, bool, dict, enumerate, float, int, len, list, max, min, round, set, sorted, str, sum)
+SAFE_BUILTINS = {made.__name__: made for made in (*SAFE, tuple, zip)} | {"range": bounded_range}
 
 
 class Scopes:
@@ -87,9 +84,8 @@ class Scopes:
                 return self.look_name(name)
             case ast.Attribute(value=base, attr=attr):
                 owner = self.look(base)
-                return (
-                    self.program.attributes.get((owner.name, attr)) if isinstance(owner, Instance) else None
-                )
+                name = owner.name if isinstance(owner, Instance) else None
+                return self.program.attributes.get((name, attr))
             case ast.Subscript(value=base, slice=key) if not isinstance(key, ast.Slice):
                 found = self.look(base)
                 if isinstance(found, Items):
@@ -270,13 +266,11 @@ class _Close(ast.NodeTransformer):
 
 def config_object(program: ProgramFacts, name: str) -> SimpleNamespace:
     """Make an object that has the fixed fields of a config class and no others."""
-    fields = program.configs[name]
-    return SimpleNamespace(
-        **{
-            key: config_object(program, value.name) if isinstance(value, Instance) else value
-            for key, value in fields.items()
-        }
-    )
+    made = SimpleNamespace(**program.configs[name])
+    for key, value in program.configs[name].items():
+        if isinstance(value, Instance):
+            setattr(made, key, config_object(program, value.name))
+    return made
 
 
 def merged(first: Table, second: Table) -> Table:

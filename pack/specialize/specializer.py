@@ -23,6 +23,7 @@ from pack.specialize.syntax import (
     parameters,
 )
 
+SETTLED = ast.Constant | ast.Lambda | ast.Starred | ast.FormattedValue | ast.Tuple | ast.Slice
 LONGEST_LITERAL = 8  # characters that may replace a shorter name
 
 
@@ -62,11 +63,8 @@ class Specializer(ast.NodeTransformer, Scopes):
         bindings = local_values(node)
         known = {}
         if not self.stack or (owner and node.name == "__init__"):
-            known = {
-                param: fact
-                for (name, param), fact in self.program.params.items()
-                if name == (owner or node.name)
-            }
+            facts = self.program.params.items()
+            known = {param: fact for (name, param), fact in facts if name == (owner or node.name)}
         scope: dict[str, Fact] = dict.fromkeys(bindings)
         params = parameters(node.args)
         is_method = all(last_name(one) in PURE_DECORATORS | {"property"} for one in node.decorator_list)
@@ -79,9 +77,8 @@ class Specializer(ast.NodeTransformer, Scopes):
         names = {arg.arg for arg in params}
         self.unstable.append({n for n, found in bindings.items() if len(found) > 1 or n in names})
         self.stack.append(scope)
-        once = {
-            n: found[0] for n, found in bindings.items() if len(found) == 1 and n not in names and found[0][0]
-        }
+        single = {n: found[0] for n, found in bindings.items() if len(found) == 1 and n not in names}
+        once = {n: found for n, found in single.items() if found[0]}
         for _ in once:
             before = dict(scope)
             for name, (kind, value) in once.items():
@@ -231,9 +228,7 @@ class Specializer(ast.NodeTransformer, Scopes):
 
     def settle(self, node: ast.expr) -> ast.expr:
         """Write an expression whose value is known as that value, unless that is longer."""
-        if isinstance(
-            node, ast.Constant | ast.Lambda | ast.Starred | ast.FormattedValue | ast.Tuple | ast.Slice
-        ):
+        if isinstance(node, SETTLED):
             return node
         fact = self.look(node)
         if fact is None and not isinstance(node, Comprehension):

@@ -36,9 +36,8 @@ def matched(target: ast.expr, value: ast.expr | None) -> Iterator[tuple[ast.expr
     starred = [*target.elts, *(value.elts if spelled else [])]
     spelled = spelled and not any(isinstance(item, ast.Starred) for item in starred)
     for i, inner in enumerate(target.elts):
-        yield from matched(
-            inner.value if isinstance(inner, ast.Starred) else inner, value.elts[i] if spelled else None
-        )
+        part = inner.value if isinstance(inner, ast.Starred) else inner
+        yield from matched(part, value.elts[i] if spelled else None)
 
 
 def literal(value) -> ast.expr:
@@ -76,9 +75,8 @@ def is_pure(node: ast.expr) -> bool:
     if isinstance(node, ast.Lambda):
         return True
     allowed = (*set(EXPRESSIONS) - {ast.Call}, ast.Starred)
-    return isinstance(node, allowed) and all(
-        is_pure(child) if isinstance(child, ast.expr) else True for child in children(node)
-    )
+    parts = [child for child in children(node) if isinstance(child, ast.expr)]
+    return isinstance(node, allowed) and all(map(is_pure, parts))
 
 
 def changes_scope(nodes: list[ast.stmt]) -> bool:
@@ -179,22 +177,19 @@ def class_names(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None]]:
 
 def is_only_indexed(name: str, tree: ast.AST) -> bool:
     """Whether every use of a name is to read an item of it."""
-    loads = sum(isinstance(node, ast.Name) and node.id == name for node in walk(tree)) - 1
-    reads = sum(
-        isinstance(node, ast.Subscript)
-        and isinstance(node.ctx, ast.Load)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == name
-        for node in walk(tree)
-    )
+    loads, reads = -1, 0  # one is where it is bound
+    for node in walk(tree):
+        match node:
+            case ast.Name(id=found) if found == name:
+                loads += 1
+            case ast.Subscript(value=ast.Name(id=found), ctx=ast.Load()) if found == name:
+                reads += 1
     return loads == reads
 
 
 def is_option(node: ast.stmt) -> bool:
     """Whether a statement declares a config field."""
-    return (
-        isinstance(node, ast.AnnAssign)
-        and isinstance(node.value, ast.Call)
-        and isinstance(node.value.func, ast.Name)
-        and node.value.func.id == OPTION
-    )
+    match node:
+        case ast.AnnAssign(value=ast.Call(func=ast.Name(id=name))):
+            return name == OPTION
+    return False
