@@ -32,10 +32,10 @@ test-slow: setup ## the tests that take over 5 s each
 	$(TESTS) -m "slow and not gpu"
 
 test-hosts: setup ## the tests of numbers as other processors compute them, with one and two threads (up to 15 minutes)
-	$(PY) -m dev.hosts
+	$(PY) -m tests.run_hosts
 
 test-pythons: setup ## pack under Python 3.11 to 3.14, fetching what is missing: same bytes, and it starts
-	$(PY) -m pip install --quiet "uv>=0.8,<1" && $(PY) -m dev.pythons --fetch
+	$(PY) -m pip install --quiet "uv>=0.8,<1" && $(PY) -m tests.run_pythons --fetch
 	$(PY) -m pytest tests/test_pythons.py tests/test_printing.py
 
 setup: $(STAMP) ## make .venv with everything installed; instant when it is up to date

@@ -1,11 +1,10 @@
 """What makes tests hold on every processor: the settings of `make test-hosts`, and tolerances by size."""
 
 import pytest
+import run_hosts as hosts
 import torch
 from fixtures_numbers import assert_close_at_scale
-
-from dev import hosts
-from dev.hosts import INTEL, Outcome, Processor, all_settings, environment, main
+from run_hosts import INTEL, Outcome, Processor, all_settings, environment, main
 
 OLD = Processor("AuthenticAMD", frozenset({"sse4_2", "avx2", "fma"}), ("X86_V3", "X86_V4"))
 

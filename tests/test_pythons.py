@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from run_pythons import interpreters
 
-from dev.pythons import interpreters
 from pack.program import ENTRY, REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

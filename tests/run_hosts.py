@@ -1,7 +1,7 @@
 """Run the tests of numbers as other processors compute them: other instruction sets, one thread and two.
 
-    python -m dev.hosts                                    every setting that this processor can do
-    python -m dev.hosts --only avx2-2 tests/test_loss.py   one setting, some tests
+    python -m tests.run_hosts                                    every setting that this processor can do
+    python -m tests.run_hosts --only avx2-2 tests/test_loss.py   one setting, some tests
 
 Another processor adds in another order, so that a right result has other last digits; a test that takes the
 luck of its digits for a promise fails there alone. Environment variables make the libraries compute as an
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = all_settings(processor)
     names = [setting.name for setting in settings]
     summary, _, rest = __doc__.partition("\n")
-    parser = CommandParser(prog="python -m dev.hosts", description=summary, epilog=rest)
+    parser = CommandParser(prog="python -m tests.run_hosts", description=summary, epilog=rest)
     parser.add_argument("tests", nargs="*", help="files or tests; all numeric ones without")
     parser.add_argument("--only", action="append", choices=names, metavar="NAME", help=", ".join(names))
     options = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Find Python 3.11 to 3.14 on this machine, or fetch those that are missing, to pack under each of them.
 
-    python -m dev.pythons            what is at hand
-    python -m dev.pythons --fetch    fetch the rest into .pythons/
+    python -m tests.run_pythons            what is at hand
+    python -m tests.run_pythons --fetch    fetch the rest into .pythons/
 
 uv fetches native builds; where its server is out of reach, npm fetches CPython compiled to WebAssembly
 (Pyodide), which Node runs. Packing needs no more of a Python than its standard library.
@@ -74,7 +74,7 @@ def fetch(version: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """List the interpreters, fetching those that are missing if asked."""
     parser = argparse.ArgumentParser(
-        prog="python -m dev.pythons",
+        prog="python -m tests.run_pythons",
         description=__doc__.partition("\n")[0] + " `make test-pythons` uses it.",
     )
     parser.add_argument("--fetch", action="store_true", help="fetch the missing versions into .pythons/")
