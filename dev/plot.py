@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=PICTURE, help="file to write (docs/progress.svg)")
     out = parser.parse_args(argv).out
     with atomic_file(out) as file:
-        file.write(draw(read_entries()).encode())
+        file.write(draw(read_entries()).encode("ascii", "xmlcharrefreplace"))
     print(out)
 
 
