@@ -286,6 +286,7 @@ def test_the_leaderboard_is_that_of_the_records():
         )
         assert wanted in line, path.parent.name
         assert largest in line, path.parent.name
+        assert f"{fmean(scores):.4f}" in (ROOT / "docs" / "records-and-audit.md").read_text(encoding="utf-8")
 
 
 def test_the_picture_is_what_the_command_draws(tmp_path):
@@ -293,6 +294,9 @@ def test_the_picture_is_what_the_command_draws(tmp_path):
     out = tmp_path / "progress.svg"
     plot.main(["--out", str(out)])
     assert out.read_bytes() == plot.PICTURE.read_bytes()
+    described = re.search(r"!\[(.*?)\]", README.read_text(encoding="utf-8"))[1]
+    numbers = re.findall(r"\d\.\d{4}", described)
+    assert numbers and all(number in out.read_text(encoding="ascii") for number in numbers)
 
 
 @pytest.fixture(scope="module")
