@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: help run test test-slow test-hosts test-pythons setup data doctor train eval record audit lint size bench gpu-battery
+.PHONY: help run test test-slow test-hosts test-pythons setup data doctor train eval record audit lint size plot bench gpu-battery
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ lint: setup ## ruff: style, imports, formatting
 
 size: setup ## lines, source bytes and packed bytes of every section
 	$(PY) -m pack.size --recipe $(RECIPE)
+
+plot: setup ## draw docs/progress.svg from the records of the CPU track
+	$(PY) -m dev.plot
 
 bench: data ## speed of training step, scoring, packing and loading, against yardsticks
 	$(PY) -m dev.bench
