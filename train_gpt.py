@@ -215,7 +215,7 @@ class DataConfig:
 
     data_path: str = option("./data/datasets/fineweb10B_sp1024", "DATA_PATH", "token shards", live=True)
     tokenizer_path: str = option(
-        "./data/tokenizers/fineweb_1024_bpe.model", "TOKENIZER_PATH", "tokenizer file", live=True
+        "./data/tokenizers/fineweb_1024_bpe.model", "TOKENIZER_PATH", "tokenizer file or folder", live=True
     )
     tokenizer_kind: str = option("sentencepiece", "", "codec of the tokenizer", choices=TOKENIZER_KINDS)
     vocab_size: int = option(1024, "VOCAB_SIZE", "entries of the tokenizer", low=2)

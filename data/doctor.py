@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(prog="python -m data.doctor", description=summary)
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="folder with shards")
-    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer file (default: the one beside the shards)")
+    add("--tokenizer", type=Path, metavar="FILE", help="file or folder (default: the one beside the shards)")
     add("--json", action="store_true", help="print one JSON object on one line")
     options: argparse.Namespace = parser.parse_args(argv)
     findings = examine(options.folder, options.tokenizer)

@@ -339,7 +339,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         f"(default: {CONTEST_VAL_DOCS:,} of {DOCS_NAME}, else the larger of 50 and 1 percent)"
     )
     choice.add_argument("--val-docs", type=at_least_one, metavar="N", help=first)
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer file")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer file or folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for shards and manifest.json")
     counts = {"shard-tokens": (SHARD_TOKENS, "tokens a shard"), "num-threads": (os.cpu_count(), "threads")}
     for name, (default, meaning) in counts.items():

@@ -344,7 +344,7 @@ def build_parser() -> CommandParser:
     add("--domains", nargs="+", metavar="NAME=FILE", help="score files of text, a row a file; no adaptation")
     add("--val", default="", help="glob of validation shards; default: those of the run")
     add("--documents", type=document_range, metavar="A:B|N", help="of the text, from 0; default: all")
-    add("--tokenizer", help="tokenizer file; default: that of the run")
+    add("--tokenizer", help="tokenizer file or folder; default: that of the run")
     add("--mode", choices=EVAL_MODES, help="default: the artifact's")
     add("--tilt", type=float, help="strength of online n-gram hints; default: the artifact's")
     add("--stride", type=int, help="targets a sliding window scores; default: the artifact's")

@@ -80,7 +80,8 @@ class ModelSource(NamedTuple):
 def load(source: str | Path, dtype: str = "", tokenizer: str = "", device: str = "auto") -> Loaded:
     """Load a model from a run folder, an artifact, a checkpoint, a saved folder or a hub id OWNER/NAME.
 
-    dtype is that of activations and products (default: the recipe's); tokenizer a file, where it moved.
+    dtype is that of activations and products (default: the recipe's); tokenizer a file or folder, where
+    it moved.
     """
     path = Path(source) if Path(source).exists() else fetch(str(source))
     file = main_file(path) if path.is_dir() else path
@@ -187,7 +188,7 @@ def check_weights(weights: dict[str, Tensor], model: GPT, path: Path) -> None:
 def open_codec(loaded: Loaded):
     """Open the tokenizer; refuses another one than the model was trained with."""
     data = loaded.cfg.data
-    if not Path(data.tokenizer_path).is_file():
+    if not Path(data.tokenizer_path).exists():
         raise UserError(
             f"{data.tokenizer_path}: expected the model's {data.tokenizer_kind} vocabulary of "
             f"{data.vocab_size} entries, found no such file. Name it: load(..., tokenizer=FILE) or "
@@ -365,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("action", choices=("summary", "structure", "save", "push"))
     parser.add_argument("source", help="run folder, artifact, checkpoint, saved folder or hub id")
     parser.add_argument("target", nargs="?", help="save: a folder; push: a hub id")
-    parser.add_argument("--tokenizer", default="", help="tokenizer file; default: that of the run")
+    parser.add_argument("--tokenizer", default="", help="tokenizer file or folder; default: that of the run")
     parser.add_argument("--with-optimizer", action="store_true", help="add the optimizers' state")
     args = parser.parse_args(argv)
     if args.action in ("save", "push") and not args.target:

@@ -22,19 +22,23 @@ TokenCodec = SentencePieceCodec | PieceCodec
 
 
 def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") -> TokenCodec:
-    """Load the tokenizer file at `path`; raise when its size or its kind is not the expected one.
+    """Load the tokenizer file at `path`, or in the folder; raise when size or kind is not the expected one.
 
     A program that always names the same kind needs no other codec.
     """
-    path = Path(path)
+    path = min(Path(path).glob("tokenizer.*"), default=Path(path))  # of a folder, the file in it
     if not path.is_file():
         raise UserError(
             f"{path}: no such tokenizer file. `make data` trains one on the built-in corpus; "
-            "TOKENIZER_PATH or data.tokenizer_path names another."
+            "TOKENIZER_PATH or data.tokenizer_path names another, or a folder with tokenizer.model or "
+            "tokenizer.json in it."
         )
     found = find_kind(path, kind)
     if kind and found != kind:
-        raise UserError(f"{path}: expected a tokenizer of kind {kind}, found {found}. Choose another file.")
+        raise UserError(
+            f"{path}: expected a tokenizer of kind {kind}, found {found}. Choose another file, or name its "
+            "kind by data.tokenizer_kind."
+        )
     codec = open_codec(path, kind or found)
     if vocab_size is not None and codec.vocab_size != vocab_size:
         raise UserError(
