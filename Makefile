@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: help run test test-slow test-hosts test-pythons setup data doctor train eval record audit lint size plot bench gpu-battery
+.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size plot bench gpu-battery
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ $(STAMP): requirements.txt requirements/dev.txt constraints/cpu.txt constraints/
 
 data: setup ## collect the built-in corpus, train a tokenizer of VOCAB entries, write token shards
 	$(PY) -m data.builtin --vocab-size $(VOCAB) --out $(BUILTIN)
+
+tokenizers: setup ## make the tokenizers of tokenizers/ again from the built-in corpus
+	$(PY) -m data.tokenizer build
 
 doctor: data ## look for damage in the built-in corpus's shards
 	$(PY) -m data.doctor $(BUILTIN)

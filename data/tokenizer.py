@@ -1,17 +1,21 @@
-"""Train, verify and compare tokenizers: `python -m data.tokenizer --help`."""
+"""Train, verify, compare and build tokenizers: `python -m data.tokenizer --help`."""
 
 import argparse
 import json
 import os
 
-from common import CommandParser, at_least_one, run_command, write_json
+from common import CommandParser, UserError, at_least_one, run_command, write_json
+from data.assets import ASSETS, FOLDER, build_assets
 from data.codecs import load_codec
 from data.documents import INPUT_HELP, check_inputs, read_documents
 from data.selection import add_selection_options, build_selection
 from data.train_tokenizer import TRAINERS, train_tokenizer
 from data.verify import compare_codec, verify_codec
 
-TOKENIZER_HELP = "a .model, tokenizer.json, vocab.json beside merges.txt, a .tiktoken, a BESE or byte .json"
+TOKENIZER_HELP = (
+    "a .model, tokenizer.json, vocab.json beside merges.txt, a .tiktoken, a BESE or byte .json, or a folder "
+    "such as tokenizers/sp1024"
+)
 
 
 COLUMNS = (  # title, key of a row, format
@@ -66,6 +70,16 @@ def run_report(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_build(options: argparse.Namespace) -> int:
+    """Make the project's own tokenizers again and print their comparison."""
+    unknown = [name for name in options.names if name not in ASSETS]
+    if unknown:
+        raise UserError(f"{unknown[0]}: expected some of {', '.join(ASSETS)}.")
+    rows = build_assets(options.names or list(ASSETS), options.out, options.text)
+    print(format_rows(rows))
+    return 0
+
+
 def format_rows(rows: list[dict]) -> str:
     """Draw the comparison as a Markdown table with aligned columns, one row a tokenizer."""
     table = [[title for title, _, _ in COLUMNS], ["---"] * len(COLUMNS)]
@@ -77,11 +91,12 @@ def format_rows(rows: list[dict]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def add_action(actions, name: str, run, help_text: str) -> argparse.ArgumentParser:
-    """Add one action with the options that all share."""
+def add_action(actions, name: str, run, help_text: str, reads: bool = True) -> argparse.ArgumentParser:
+    """Add one action with the option that all share who read text files."""
     action = actions.add_parser(name, help=help_text, description=f"{help_text.capitalize()}.")
-    action.set_defaults(run=run)
-    action.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
+    action.set_defaults(run=run, input=[])
+    if reads:
+        action.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     return action
 
 
@@ -113,6 +128,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokenizer", nargs="+", required=True, metavar="FILE", help=TOKENIZER_HELP)
     add("--model-dim", type=at_least_one, default=512, metavar="N", help="width (default: %(default)s)")
     add("--bits", type=float, default=8, metavar="N", help="a weight (default: %(default)s)")
+    build = add_action(
+        actions, "build", run_build, "make the project's own tokenizers from the built-in corpus", reads=False
+    )
+    build.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ASSETS)} (default: all)")
+    build.add_argument("--out", default=FOLDER, metavar="DIR", help="parent folder (default: %(default)s)")
+    build.add_argument("--text", metavar="DIR", help="also write the corpus there: train.jsonl, val.jsonl")
     for action in (verify, report):
         action.add_argument("--json", action="store_true", help="print one JSON object on one line")
     return parser
