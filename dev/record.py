@@ -48,6 +48,7 @@ from train_gpt import (
     get_recipe,
     get_stages,
     load_config,
+    open_tokenizer,
     read_environment,
 )
 
@@ -142,8 +143,7 @@ def make_plan(args: Namespace) -> RecordPlan:
     check_limits(plan)
     for pattern in (TRAIN_GLOB, VAL_GLOB):
         find_shards(Path(cfg.data.data_path) / pattern)
-    if not Path(cfg.data.tokenizer_path).is_file():
-        raise UserError(f"{cfg.data.tokenizer_path}: no such tokenizer. Name it: data.tokenizer_path=FILE.")
+    open_tokenizer(cfg.data)
     return plan
 
 

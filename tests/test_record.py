@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fixtures_audit import verdicts
-from fixtures_model import TINY, make_documents, run_python
+from fixtures_model import ROOT, TINY, make_documents, run_python
 
 from common import UserError, read_json, sha256_file, write_json
 from data.codecs import load_codec
@@ -91,12 +91,13 @@ def forbid(*_, **__):
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
+def made(tmp_path, tiny_data, monkeypatch):
     """A function that runs the command in tmp_path; `plan` is what it resolves to. Packing costs nothing."""
     data = tmp_path / "data"
     data.mkdir()
-    for name in ("fineweb_train_000000.bin", "fineweb_val_000000.bin", "tokenizer.model"):
+    for name in ("fineweb_train_000000.bin", "fineweb_val_000000.bin"):
         (data / name).touch()
+    shutil.copy(tiny_data / "tokenizer.model", data)
     values = TINY | LIMITS | {"run.out_dir": str(tmp_path / "runs")}
     recipe = get_recipe(with_values(Config(), values, "test"), live=True)
     home = tmp_path / "recipes" / NAME
@@ -326,6 +327,7 @@ def test_children_see_no_setting_of_the_environment(monkeypatch):
         (["--data", "nowhere"], "no shards match"),
         (["--against", "nowhere"], "no such file"),
         (["data.tokenizer_path=nowhere.model"], "no such tokenizer"),
+        ([f"data.tokenizer_path={ROOT}/tokenizers/sp1024"], "1024 entries, the model's vocabulary has 300"),
         (["run.max_wallclock_seconds=301"], "over the limit of track_cpu"),
         (["quant.limit_bytes=16000000"], "over the limit of track_cpu"),
         (["optim.matrix_l=1"], "Did you mean optim.matrix_lr"),
