@@ -21,6 +21,8 @@ from fixtures_model import make_documents
 from torch.distributed.run import get_args_parser
 
 from common import read_json
+from data.assets import ASSETS
+from data.codecs import load_codec
 from dev import plot
 from dev.unchanged import shrink
 from formats.recipe import config_fields, format_toml
@@ -39,7 +41,7 @@ PROGRAMS = ("python", "make", "torchrun", "pip")
 FOREIGN = ("git", "gh")  # not ours to check
 OWN_VARIABLES = {"RUN_ID", "OMP_NUM_THREADS"}
 # Named in the docs, merged by others: drop an entry when what it names is there.
-PENDING = {"--readable", "single", "tokenizers", "tokenizers/sp2048", "train_gpt_readable.py"}
+PENDING = {"--readable", "single", "train_gpt_readable.py"}
 # Really run here, in this process, from the repository root.
 FAST_COMMANDS = (
     "python train_gpt.py --help model.xsa_last",
@@ -52,7 +54,7 @@ FAST_COMMANDS = (
     "--against records/track_cpu/2026-11-21_NaiveBaseline",
 )
 # Commands of pages that a small checkout runs one after the other. Left out: what needs the built-in corpus.
-RUNNABLE = ("own-text.md", "scorers.md", "quantizers.md")
+RUNNABLE = ("own-text.md", "tokenizers.md", "scorers.md", "quantizers.md")
 NEEDS_CORPUS = "records/track_cpu/2026-11-21_Sp2048_LoraScoring --documents"
 SMALL_VOCAB = 320
 
@@ -158,8 +160,8 @@ def check_fields(words: list[str]) -> list[str]:
 
 
 def check_paths(words: list[str]) -> list[str]:
-    """Return the paths in records/ and requirements/ that are not there; NAME and 2026-12 are examples."""
-    paths = [word for word in words if word.startswith(("records/", "requirements/"))]
+    """Return the paths in folders of this repository that are not there; NAME and 2026-12 are examples."""
+    paths = [word for word in words if word.startswith(("records/", "requirements/", "tokenizers/"))]
     paths += [word.partition("=")[2] for word in words if re.match(r"[A-Z]+=records/", word)]
     examples = ("NAME", "2026-12")
     return [
@@ -190,7 +192,7 @@ def test_the_map_of_the_readme_is_the_tree():
     block = re.search(r"## Map\n\n```\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
     named = {line.split()[0].rstrip("/") for line in block.splitlines()}
     there = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    there |= {"train_gpt.py", "common.py", "tests", "records"}
+    there |= {"train_gpt.py", "common.py", "tests", "records", "tokenizers"}
     assert named - there <= PENDING
     assert not there - named
 
@@ -231,7 +233,7 @@ def test_commands_name_what_there_is(page, command):
     variables, words = split_command(command)
     contest_names = {item.metadata["env"] for item in config_fields(Config).values()}
     assert set(variables) <= contest_names | OWN_VARIABLES
-    assert not check_fields(words) + check_paths(words)
+    assert not check_fields(words) + check_paths([*words, variables.get("TOKENIZER_PATH", "")])
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
@@ -289,6 +291,20 @@ def test_the_leaderboard_is_that_of_the_records():
         assert f"{fmean(scores):.4f}" in (ROOT / "docs" / "records-and-audit.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_tokenizers_is_that_of_their_reports():
+    """Entries, bytes a token and bytes of the file."""
+    text = (ROOT / "docs" / "tokenizers.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| \[(\w+)\]\(\S+\) \| `(\w+)` \| (\S+) \| (\S+) \| \S+ \| (\S+) \|$", text, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == list(ASSETS)
+    for name, *shown in rows:
+        report = read_json(ROOT / "tokenizers" / name / "report.json")["report"]
+        size = load_codec(ROOT / "tokenizers" / name).path.stat().st_size
+        facts = [f"{report['vocab_size']:,}", f"{report['bytes_per_token']:.4f}", f"{size:,}"]
+        assert shown == [report["kind"], *facts]
+
+
 def test_the_picture_is_what_the_command_draws(tmp_path):
     """After a new record: make plot."""
     out = tmp_path / "progress.svg"
@@ -306,6 +322,7 @@ def small_checkout(tmp_path_factory) -> Path:
     left_out = shutil.ignore_patterns("datasets", "hub_cache", "__pycache__", "*.model")
     for path in [*ROOT.glob("*/__init__.py")]:
         shutil.copytree(path.parent, folder / path.parent.name, ignore=left_out)
+    shutil.copytree(ROOT / "tokenizers", folder / "tokenizers")
     for name in ("train_gpt.py", "common.py"):
         shutil.copy(ROOT / name, folder / name)
     recipe = "records/track_cpu/2026-11-21_Sp2048_LoraScoring/recipe.toml"
@@ -324,7 +341,7 @@ def small_checkout(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_pages_on_own_text_scorers_and_quantizers_run(small_checkout):
+def test_the_pages_on_own_text_tokenizers_scorers_and_quantizers_run(small_checkout):
     """Command by command, in the order of the pages, as a reader would type them; only sizes are smaller."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
