@@ -119,7 +119,7 @@ def build_asset(folder: Path, asset: Asset, corpus: Corpus) -> dict:
     """Train one tokenizer, verify it and write its folder; returns its row of the comparison."""
     model = folder / f"tokenizer{TRAINERS[asset.kind].suffix}"
     train_tokenizer((document.text for document in corpus.train), asset.vocab_size, model, asset.kind)
-    codec = load_codec(folder)
+    codec = load_codec(model)
     row = compare_codec(codec, [document.text for document in corpus.val], MODEL_DIM, BITS)
     kept = {key: value for key, value in row.items() if key not in TIMED}
     report = {"verify": verify_codec(codec, corpus.val), "report": kept}
