@@ -27,8 +27,9 @@ EXAMPLES = {
             "self.value_gate": "matches no parameter",
             'Rule("blocks.*.attn.value_gate': "has no row in PARAM_RULES",
             '"model.value_gate": True': "model.value_gate",
+            "| value gate |": "model.value_gate: add its row to docs/features.md",
         },
-        "test_architecture test_switches",
+        "test_architecture test_switches test_docs",
     ),
     "optimizer": Example(
         {

@@ -225,6 +225,14 @@ def test_fields_named_in_the_docs_are_in_the_config():
     assert not unknown
 
 
+def test_every_switch_has_its_place_in_the_docs():
+    """A technique that is off by default is found by nobody who does not read of it."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for name, item in config_fields(Config).items():
+        if item.default is False or item.default in ("none", "off"):
+            assert f"`{name}`" in text, f"{name}: add its row to docs/features.md"
+
+
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_commands_name_what_there_is(page, command):
     """Modules, targets, variables, options, fields and recipes of every command."""
