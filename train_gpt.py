@@ -2011,11 +2011,14 @@ def load_scorer_state(streams: dict[str, Stream], cfg: Config) -> ScorerState:
     )
 
 
-def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple[GPT, Config, dict]:
+def load_artifact(
+    path: str | Path, live: Config, device: torch.device, auto_dtype: str = ""
+) -> tuple[GPT, Config, dict]:
     """Load a model from an artifact file.
 
     Model, quantizer and scoring settings come from the artifact; only live fields (paths, device) come
-    from `live`. Returns the model, the merged config and the header.
+    from `live`. auto_dtype is what a compute_dtype of "auto" stands for; empty: what suits the device.
+    Returns the model, the merged config and the header.
     """
     path = Path(path)
     header, streams = read_artifact(path)
@@ -2033,6 +2036,8 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     wild = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if wild:
         raise ArtifactError(f"{path}: {wild[0]} has values that are not finite; it is damaged.")
+    if auto_dtype and cfg.model.compute_dtype == "auto":
+        cfg = with_values(cfg, {"model.compute_dtype": auto_dtype}, str(path))
     model = make_gpt(cfg, device, "meta").to_empty(device=device)  # no weights are drawn for nothing
     model.load_state_dict(tensors)
     model.scorer_state = scorer_state
