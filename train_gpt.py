@@ -2597,7 +2597,7 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
 
 
 def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = None) -> None:
-    """Do the main job: train or go on training, average, quantize, pack, reload, score, report."""
+    """Do the main job: train or resume training, average, quantize, pack, reload, score, report."""
     marks = [("", time.perf_counter())]
 
     def phase(name: str) -> None:
@@ -2744,7 +2744,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
     if Config().run.save_every >= 0:
         parser.add_argument(
-            "--resume", type=Path, metavar="FILE", help=f"go on from a run's {CHECKPOINT_NAME}"
+            "--resume", type=Path, metavar="FILE", help=f"continue from a run's {CHECKPOINT_NAME}"
         )
     parser.add_argument("--score", type=Path, metavar="FILE", help="score an artifact instead of training")
     if PACKED_RECIPE is None:
