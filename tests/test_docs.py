@@ -18,11 +18,11 @@ from statistics import fmean, stdev
 
 import pytest
 from fixtures_model import make_documents
+from run_unchanged import shrink
 from torch.distributed.run import get_args_parser
 
 from common import read_json
 from dev import plot
-from dev.unchanged import shrink
 from formats.recipe import config_fields, format_toml
 from train_gpt import Config
 
