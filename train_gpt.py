@@ -195,9 +195,15 @@ class RunConfig:
     compile: str = option("auto", "", "torch.compile", live="auto", choices=("auto", "on", "off"))
     attention: str = option("auto", "", "attention backend", live="auto", choices=("auto", *BACKENDS))
     iterations: int = option(20_000, "ITERATIONS", "most optimizer steps", live=True, low=0)
-    max_wallclock_seconds: float = option(600.0, "MAX_WALLCLOCK_SECONDS", "0: no limit", live=True, low=0)
-    warmup_steps: int = option(20, "WARMUP_STEPS", "before the clock; state is restored", live=True, low=0)
-    val_loss_every: int = option(1000, "VAL_LOSS_EVERY", "steps; 0: at the end, -1: never", live=True, low=-1)
+    max_wallclock_seconds: float = option(
+        600.0, "MAX_WALLCLOCK_SECONDS", "training time; 0: no limit", live=True, low=0
+    )
+    warmup_steps: int = option(
+        20, "WARMUP_STEPS", "steps before the clock; state is restored", live=True, low=0
+    )
+    val_loss_every: int = option(
+        1000, "VAL_LOSS_EVERY", "steps between validations; 0: at the end, -1: never", live=True, low=-1
+    )
     train_log_every: int = option(
         200, "TRAIN_LOG_EVERY", "log the loss every so many steps", live=True, low=0
     )
@@ -237,8 +243,10 @@ class ModelConfig:
     mlp: str = option("square", "", "activation of the mlp", choices=("square", "swiglu", "gelu"))
     leaky_slope: float = option(0.0, "LEAKY_SLOPE", "square is max(x, slope * x)^2; 0: ReLU^2")
     biases: str = option("none", "", "which Linears have a bias", choices=("none", "outputs", "all"))
-    norm: str = option("rms", "", "of block inputs and output", choices=("rms", "rms_gain", "layer"))
-    norm_eps: float = option(0.0, "", "of these norms; 0: the dtype's", low=0)
+    norm: str = option(
+        "rms", "", "normalisation of block inputs and of the output", choices=("rms", "rms_gain", "layer")
+    )
+    norm_eps: float = option(0.0, "", "epsilon of norm; 0: the dtype's", low=0)
     final_norm: bool = option(True, "", "normalise what the head reads")
     embed_norm: bool = option(True, "", "RMS-normalise the embedding")
     qk_norm: bool = option(True, "", "RMS-normalise queries and keys, with a gain a query head")
@@ -255,18 +263,25 @@ class ModelConfig:
     tie_embeddings: bool = option(True, "TIE_EMBEDDINGS", "output head = token embedding")
     vocab_pad: int = option(0, "", "rows of the token tables beyond the tokenizer's entries", low=0)
     embed_dim: int = option(0, "", "width of a factorised embedding; 0: model_dim", low=0)
-    embed_init_std: float = option(0.005, "TIED_EMBED_INIT_STD", "of the initial tied embedding", low=0)
-    untied_embed_init_std: float = option(1.0, "", "of the initial untied embedding", low=0)
-    embed_proj_init_std: float = option(0.02, "", "of a factorised embedding's projection", low=0)
+    embed_init_std: float = option(
+        0.005, "TIED_EMBED_INIT_STD", "deviation of a tied embedding's first weights", low=0
+    )
+    untied_embed_init_std: float = option(1.0, "", "deviation of an untied embedding's weights", low=0)
+    embed_proj_init_std: float = option(0.02, "", "deviation of a factorised projection", low=0)
     positions: str = option("heads", "", "where RoPE turns", choices=tuple(POSITIONS))
     rope_base: float = option(10_000.0, "ROPE_BASE", "RoPE base", low=1)
     q_gain_init: float = option(1.5, "QK_GAIN_INIT", "initial gain of the normalised queries")
     rope_dims: int = option(0, "ROPE_DIMS", "rotated dimensions of a head; 0: all", low=0)
     rope_ref_len: int = option(0, "", "NTK-scale the RoPE base for longer rows; 0: never", low=0)
-    init: str = option("default", "", "of the matrices", choices=("default", "orthogonal", "normal"))
-    init_std: float = option(0.02, "", "of normal init", low=0)
+    init: str = option(
+        "default", "", "first weights of the matrices", choices=("default", "orthogonal", "normal")
+    )
+    init_std: float = option(0.02, "", "deviation of init=normal", low=0)
     out_init: str = option(
-        "zero", "", "of output projections; depth: / sqrt(2 num_layers)", choices=tuple(OUT_INITS)
+        "zero",
+        "",
+        "first weights of output projections; depth: / sqrt(2 num_layers)",
+        choices=tuple(OUT_INITS),
     )
     unet_skips: bool = option(True, "", "add first-half outputs to second-half inputs, last to first")
     skip_gates: bool = option(False, "SKIP_GATES_ENABLED", "blend skips in by a sigmoid gate a channel")
@@ -289,15 +304,19 @@ class ModelConfig:
     logit_softcap: float = option(30.0, "LOGIT_SOFTCAP", "cap * tanh(logits / cap); 0: none", low=0)
     asymmetric_softcap: bool = option(False, "", "learned caps of positive and of negative logits")
     checkpoint_every: int = option(0, "", "recompute every n-th visit in backward; 0: none", low=0)
-    compute_dtype: str = option("auto", "", "of activations and matrix products", choices=("auto", *DTYPES))
+    compute_dtype: str = option(
+        "auto", "", "dtype of activations and matrix products", choices=("auto", *DTYPES)
+    )
     fp8: str = option(
         "off", "", "8-bit products in training; emulate: anywhere", choices=("off", "emulate", "gemm")
     )
-    fp8_margin: int = option(0, "", "octaves of headroom of their scales", low=0)
-    fp8_history: int = option(16, "", "steps whose amax their scales remember", low=1)
-    fp8_amax: str = option("max", "", "which amax of the history", choices=("max", "most_recent"))
-    fp8_calibration_steps: int = option(0, "", "first steps without them, which only record", low=0)
-    fp8_lr_mul: float = option(1.0, "", "factor of every learning rate with them", low=0)
+    fp8_margin: int = option(0, "", "octaves of headroom of 8-bit scales", low=0)
+    fp8_history: int = option(16, "", "steps whose amax 8-bit scales remember", low=1)
+    fp8_amax: str = option(
+        "max", "", "which amax of the history sets 8-bit scales", choices=("max", "most_recent")
+    )
+    fp8_calibration_steps: int = option(0, "", "first steps without 8-bit products, which only record", low=0)
+    fp8_lr_mul: float = option(1.0, "", "factor of every learning rate with 8-bit products", low=0)
 
 
 # The optimizers of the block matrices and what they do; each has its row in MATRIX_OPTIMIZERS.
@@ -311,7 +330,7 @@ UPDATE_RULES = {
 class OptimConfig:
     """Learning rates and decays by group (see PARAM_RULES), Muon and AdamW."""
 
-    matrix_optimizer: str = option("muon", "", "of the block matrices", choices=UPDATE_RULES)
+    matrix_optimizer: str = option("muon", "", "optimizer of the block matrices", choices=UPDATE_RULES)
     matrix_lr: float = option(0.04, "MATRIX_LR", "Muon learning rate of the block matrices", low=0)
     embed_lr: float = option(0.6, "EMBED_LR", "AdamW learning rate of an untied embedding", low=0)
     tied_embed_lr: float = option(0.05, "TIED_EMBED_LR", "AdamW learning rate of a tied embedding", low=0)
@@ -321,31 +340,43 @@ class OptimConfig:
     embed_weight_decay: float = option(0.0, "EMBED_WD", "decoupled decay of embedding and head", low=0)
     scalar_weight_decay: float = option(0.0, "ADAM_WD", "decoupled decay of gains, scales, gates", low=0)
     muon_momentum: float = option(0.95, "MUON_MOMENTUM", "Muon momentum after its warm-up", low=0, high=1)
-    muon_momentum_warmup_start: float = option(0.85, "MUON_MOMENTUM_WARMUP_START", "at step 0", low=0, high=1)
-    muon_momentum_warmup_steps: int = option(500, "MUON_MOMENTUM_WARMUP_STEPS", "of the warm-up", low=0)
+    muon_momentum_warmup_start: float = option(
+        0.85, "MUON_MOMENTUM_WARMUP_START", "Muon momentum at step 0", low=0, high=1
+    )
+    muon_momentum_warmup_steps: int = option(
+        500, "MUON_MOMENTUM_WARMUP_STEPS", "steps until muon_momentum", low=0
+    )
     bigram_proj: str = option("muon", "", "optimizer of the bigram projection", choices=("muon", "adamw"))
     num_ns_steps: int = option(5, "MUON_BACKEND_STEPS", "Newton-Schulz iterations", low=1)
-    ns_table: str = option("classic", "", "coefficients of the iterations", choices=tuple(NS_TABLES))
-    row_norm: bool = option(False, "MUON_ROW_NORMALIZE", "normalise update rows before them (MuonEq-R)")
-    normuon_beta2: float = option(0.0, "", "of row scales after them (NorMuon); 0: off", low=0, high=1)
+    ns_table: str = option("classic", "", "coefficients of Newton-Schulz", choices=tuple(NS_TABLES))
+    row_norm: bool = option(
+        False, "MUON_ROW_NORMALIZE", "normalise update rows before Newton-Schulz (MuonEq-R)"
+    )
+    normuon_beta2: float = option(
+        0.0, "", "mean of row scales after Newton-Schulz (NorMuon); 0: off", low=0, high=1
+    )
     decay_taper_start: float = option(1.0, "", "progress where the matrices' decay starts to fall", high=1)
-    decay_taper_end: float = option(0.5, "", "its factor at the end", low=0, high=1)
+    decay_taper_end: float = option(0.5, "", "factor of the matrices' decay at the end", low=0, high=1)
     beta1: float = option(0.9, "BETA1", "AdamW beta1", low=0, high=1)
     beta2: float = option(0.95, "BETA2", "AdamW beta2", low=0, high=1)
     adam_eps: float = option(1e-8, "ADAM_EPS", "AdamW epsilon", low=0)
-    grad_clip_norm: float = option(0.0, "GRAD_CLIP_NORM", "of the reduced gradient, global; 0: off", low=0)
+    grad_clip_norm: float = option(
+        0.0, "GRAD_CLIP_NORM", "largest global norm of the reduced gradient; 0: any", low=0
+    )
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Learning rate, depth and shape of the steps over the run."""
 
-    shape: str = option("warmdown", "", "of the learning rate", choices=("warmdown", "cosine"))
-    lr_warmup_iters: int = option(0, "", "steps over which it rises from 0", low=0)
-    lr_hold_iters: int = option(1, "", "steps for which the cosine is held", low=1)
+    shape: str = option("warmdown", "", "course of the learning rate", choices=("warmdown", "cosine"))
+    lr_warmup_iters: int = option(0, "", "steps over which the learning rate rises from 0", low=0)
+    lr_hold_iters: int = option(1, "", "steps for which a value of the cosine is held", low=1)
     warmdown_iters: int = option(1200, "WARMDOWN_ITERS", "linear decay over so many steps' time", low=0)
     warmdown_frac: float = option(0.0, "WARMDOWN_FRAC", "decay over this fraction instead", low=0, high=1)
-    min_lr_frac: float = option(0.0, "MIN_LR", "floor of the decay", low=0, high=1)
+    min_lr_frac: float = option(
+        0.0, "MIN_LR", "least factor of the learning rate in its decay", low=0, high=1
+    )
     recur_start_fracs: tuple = option((), "", "progress at which each further pass is switched on")
     stages: tuple = option(
         (), "", "start:seq_len:batch_tokens:micro_batches:lr_mul:grad_clip_norm,...; start < 1 is progress"
@@ -2011,11 +2042,14 @@ def load_scorer_state(streams: dict[str, Stream], cfg: Config) -> ScorerState:
     )
 
 
-def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple[GPT, Config, dict]:
+def load_artifact(
+    path: str | Path, live: Config, device: torch.device, auto_dtype: str = ""
+) -> tuple[GPT, Config, dict]:
     """Load a model from an artifact file.
 
     Model, quantizer and scoring settings come from the artifact; only live fields (paths, device) come
-    from `live`. Returns the model, the merged config and the header.
+    from `live`. auto_dtype is what a compute_dtype of "auto" stands for; empty: what suits the device.
+    Returns the model, the merged config and the header.
     """
     path = Path(path)
     header, streams = read_artifact(path)
@@ -2033,6 +2067,8 @@ def load_artifact(path: str | Path, live: Config, device: torch.device) -> tuple
     wild = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if wild:
         raise ArtifactError(f"{path}: {wild[0]} has values that are not finite; it is damaged.")
+    if auto_dtype and cfg.model.compute_dtype == "auto":
+        cfg = with_values(cfg, {"model.compute_dtype": auto_dtype}, str(path))
     model = make_gpt(cfg, device, "meta").to_empty(device=device)  # no weights are drawn for nothing
     model.load_state_dict(tensors)
     model.scorer_state = scorer_state
@@ -2592,7 +2628,7 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
 
 
 def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = None) -> None:
-    """Do the main job: train or go on training, average, quantize, pack, reload, score, report."""
+    """Do the main job: train or resume training, average, quantize, pack, reload, score, report."""
     marks = [("", time.perf_counter())]
 
     def phase(name: str) -> None:
@@ -2739,7 +2775,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
     if Config().run.save_every >= 0:
         parser.add_argument(
-            "--resume", type=Path, metavar="FILE", help=f"go on from a run's {CHECKPOINT_NAME}"
+            "--resume", type=Path, metavar="FILE", help=f"continue from a run's {CHECKPOINT_NAME}"
         )
     parser.add_argument("--score", type=Path, metavar="FILE", help="score an artifact instead of training")
     if PACKED_RECIPE is None:

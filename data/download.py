@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.HelpFormatter,
         prog="python -m data.download",
         description="Download the contest's published token shards and tokenizer. Files are checked; run it "
-        "again after an interruption and it goes on where it stopped.",
+        "again after an interruption and it continues where it stopped.",
         epilog="A training shard is about 200 MB, the text 48 GB. sp4096, sp8192 and caseops8192 come from "
         "the repositories that records used. The repository can be changed with MATCHED_FINEWEB_REPO_ID "
         "and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX, the server with HF_ENDPOINT.",

@@ -224,7 +224,7 @@ def write_dataset(
     """Write both splits as shards and, last, the manifest, which is returned.
 
     `val` is read to its end before `train` starts, so both may come from one stream. With split
-    "first_documents" train's document numbers go on where val's end, otherwise both count from 0.
+    "first_documents" train's document numbers continue where val's end, otherwise both count from 0.
     """
     out = Path(out)
     num_threads = num_threads or os.cpu_count()

@@ -40,6 +40,7 @@ from scoring.config import EVAL_MODES, EvalConfig
 from scoring.modes import SCORERS, Scoring, scored_stride
 from scoring.sliding import Pace, ScoreOptions
 from train_gpt import (
+    GPT,
     Config,
     KeepingRanks,
     Score,
@@ -148,9 +149,15 @@ def event_writer(path: Path | None, rank: int):
         yield lambda event: print(json.dumps(event), file=file)
 
 
+def load_target(target: Target, ranks: KeepingRanks) -> tuple[GPT, Config, dict]:
+    """Load an artifact as load_artifact does, to compute as its recorded score was computed."""
+    dtype = target.recorded_dtype(ranks.device.type)
+    return load_artifact(target.artifact, target.live, ranks.device, dtype)
+
+
 def score_target(target: Target, args: Namespace, ranks: KeepingRanks, settings: dict) -> Scored:
     """Load an artifact and score it under changed settings; replays the switch of an unchanged score."""
-    model, stored, header = load_artifact(target.artifact, target.live, ranks.device)
+    model, stored, header = load_target(target, ranks)
     cfg = with_values(stored, settings, "command line")
     check_config(cfg)
     text = load_validation(cfg.data, args.val, header["tokenizer_sha256"])
@@ -299,7 +306,7 @@ def score_by_domain(args: Namespace, open_ranks) -> int:
     """Score one artifact on files of text instead of the validation shards, a row a file."""
     target = find_target(args.target or newest_run(), args.artifact)
     ranks = open_ranks(target)
-    model, stored, header = load_artifact(target.artifact, target.live, ranks.device)
+    model, stored, header = load_target(target, ranks)
     cfg = with_values(stored, changed_settings(args), "command line")
     check_config(cfg)
     codec = open_tokenizer(cfg.data)

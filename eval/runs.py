@@ -1,5 +1,6 @@
 """Find what is to be scored: an artifact, where its data lie, and the score that somebody recorded for it."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,13 +8,14 @@ from common import UserError, read_json, sha256_file
 from eval.logs import parse_log
 from formats.recipe import config_fields, read_recipe, with_values
 from scoring.modes import SCORERS
-from train_gpt import ARTIFACT_NAME, Config, only_live, read_environment
+from train_gpt import ARTIFACT_NAME, DTYPES, Config, only_live, read_environment
 
 RESULT_NAME, SUBMISSION_NAME = "result.json", "submission.json"
 RECIPE_NAME, PROGRAM_NAME, LOG_NAME = "recipe.toml", "train_gpt.py", "train.log"
 RUNS = Path("runs")
 TOLERANCE = 1e-6  # bits per byte; the same machine reproduces its own score far closer than this
 ADAPTING_TOLERANCE = 1e-5  # other numbers of ranks or threads sum gradients in another order
+BFLOAT16_TOLERANCE = 2e-5  # products round by the shape of their batch: 5e-6 was seen on one machine
 
 
 class Target(NamedTuple):
@@ -25,12 +27,22 @@ class Target(NamedTuple):
     recorded_bpb: float | None = None
     stated_tolerance: float | None = None  # of the recorded score, in bits per byte
     switch_at: int = -1  # units that adapted when the score was recorded
+    computed: str = ""  # the log's line on device and compute_dtype of the recorded score
 
     def tolerance(self, mode: str) -> float:
         """Return how far a score may be from the recorded one."""
         adapts = mode not in SCORERS or SCORERS[mode].adapt is not None
         usual = ADAPTING_TOLERANCE if adapts else TOLERANCE
+        usual = BFLOAT16_TOLERANCE if "bfloat16" in self.computed else usual
         return usual if self.stated_tolerance is None else self.stated_tolerance
+
+    def recorded_dtype(self, device_type: str) -> str:
+        """Return the arithmetic of the recorded score, if it was computed on such a device; else nothing.
+
+        "auto" is float32 on one CPU and bfloat16 on another, and the score differs by 5e-5 between them.
+        """
+        found = re.fullmatch(rf"device:{device_type} compute_dtype:(\w+).*", self.computed)
+        return found[1] if found and found[1] in DTYPES else ""
 
 
 def newest_run(root: Path = RUNS) -> Path:
@@ -73,10 +85,24 @@ def find_run(folder: Path) -> Target:
             f"{artifact}: not the file that {RESULT_NAME} describes. Run it again, or name the artifact."
         )
     live = with_values(Config(), read_recipe(folder / RECIPE_NAME) | result["places"], str(folder))
-    score, log = result["score"], folder / LOG_NAME
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    score, text = result["score"], read_log(folder, result.get("seed"))
     result["calibration_ms"] = parse_log(LOG_NAME, text).facts.get("calibration_ms", 0.0)
-    return Target(artifact, only_live(live), result, score["val_bpb"], None, score["switch_at"])
+    computed = find_arithmetic(text)
+    return Target(artifact, only_live(live), result, score["val_bpb"], None, score["switch_at"], computed)
+
+
+def read_log(folder: Path, seed) -> str:
+    """Read the log of a run folder, or that of a seed of a record; empty without one."""
+    for log in (folder / LOG_NAME, folder / f"train_seed{seed}.log"):
+        if log.is_file():
+            return log.read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+def find_arithmetic(log: str) -> str:
+    """Return the line of a run's log that names device and compute_dtype; empty without one."""
+    found = re.search(r"^device:\w+ compute_dtype:.*$", log, re.MULTILINE)
+    return found[0] if found else ""
 
 
 def find_record(folder: Path, chosen: Path | None) -> Target:
@@ -93,13 +119,15 @@ def find_record(folder: Path, chosen: Path | None) -> Target:
     live = live_config(read_recipe(folder / RECIPE_NAME))
     artifacts = [chosen] if chosen else [folder / ARTIFACT_NAME, *sorted(RUNS.glob(f"**/{ARTIFACT_NAME}"))]
     for artifact in filter(Path.is_file, artifacts):
-        _, row = seeds.get(sha256_file(artifact), ("", None))
+        seed, row = seeds.get(sha256_file(artifact), ("", None))
         if row:
             is_run = (artifact.parent / RESULT_NAME).is_file()  # it knows where its data lie
             found = find_run(artifact.parent) if is_run else Target(artifact, live)
             switch_at = row.get("switch_at", found.switch_at)
             stated = facts.get("tolerance_bpb")
-            return found._replace(recorded_bpb=row["val_bpb"], stated_tolerance=stated, switch_at=switch_at)
+            computed = found.computed or find_arithmetic(read_log(folder, seed))
+            found = found._replace(recorded_bpb=row["val_bpb"], computed=computed)
+            return found._replace(stated_tolerance=stated, switch_at=switch_at)
         if chosen or artifact.parent == folder:
             stated = ", ".join(sha[:16] for sha in seeds) or "none"
             raise UserError(

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print the text as it is drawn."""
     parser = CommandParser(prog="python -m eval.sample", description=__doc__)
     parser.add_argument("source", metavar="RUN", help="what to load the model from")
-    parser.add_argument("--prompt", default="", help="text to go on from; default: a document's start")
+    parser.add_argument("--prompt", default="", help="text to continue; default: a document's start")
     parser.add_argument("--tokenizer", default="", help="tokenizer file or folder; default: that of the run")
     parser.add_argument("--dtype", default="", help="of activations; default: the recipe's")
     kinds = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}

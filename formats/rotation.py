@@ -1,7 +1,7 @@
 """Numbered checkpoints of a run: the best by validation loss and the newest others stay.
 
 checkpoint_step0000500.safetensors and so on lie beside the newest, checkpoint.safetensors; the best one is
-best.safetensors too. checkpoints.json keeps the losses, so that a resumed run goes on with them.
+best.safetensors too. checkpoints.json keeps the losses, so that a resumed run continues them.
 """
 
 import os

@@ -206,7 +206,7 @@ CUDNN_FIRST = [
 
 
 def cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """The same, asking cuDNN before torch's flash kernel; what it refuses goes on to the others."""
+    """The same, asking cuDNN before torch's flash kernel; what it refuses the others take."""
     with sdpa_kernel(CUDNN_FIRST, set_priority=True):
         return sdpa(q, k, v, mask)
 

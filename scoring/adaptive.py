@@ -508,7 +508,7 @@ class LoraScorer:
         detach_adapters(self.model)
 
     def score_chunk(self, docs: np.ndarray, start: int, chunk: int, optimizer) -> None:
-        """Score targets [start, start + chunk) of each document, then learn those of documents that go on.
+        """Score targets [start, start + chunk) of each document, then learn those of documents that continue.
 
         All rows share one window, so a document's score does not depend on its company; rows that end
         early are filled on the right, which no earlier position can see.

@@ -27,12 +27,13 @@ EXAMPLES = {
             "self.value_gate": "matches no parameter",
             'Rule("blocks.*.attn.value_gate': "has no row in PARAM_RULES",
             '"model.value_gate": True': "model.value_gate",
+            "| value gate |": "model.value_gate: add its row to docs/features.md",
         },
-        "test_architecture test_switches",
+        "test_architecture test_switches test_docs",
     ),
     "optimizer": Example(
         {
-            '"lion": "the sign|lion_beta: float': "unknown field 'optim.lion_beta'",
+            '"lion": "the sign / lion_beta: float': "unknown field 'optim.lion_beta'",
             "class Lion": "name 'Lion' is not defined",
             '"lion": Lion': "test_every_optimizer_of_a_recipe_has_its_row",
             '("muon", "lion")': "optim.lion_beta",
@@ -42,16 +43,16 @@ EXAMPLES = {
     "quantizer": Example(
         {
             '"search": "round': "test_every_method_of_a_recipe_has_its_quantizer",
-            "def search_matrices|search_matrices, False|import Tensor": "KeyError: 'search'",
-            "a_searched_clip|METHODS, QuantConfig": "quant.method=search",
+            "def search_matrices / search_matrices, False / import Tensor": "KeyError: 'search'",
+            "a_searched_clip / METHODS, QuantConfig": "quant.method=search",
         },
         "test_quantizers test_switches",
     ),
     "scorer": Example(
         {
             '"full": "every target': "test_every_mode_of_a_recipe_has_its_scorer",
-            "def plan_full|Scorer(plan_full": "KeyError: 'full'",
-            '"full": {}|"full": 1': "eval.mode=full",
+            "def plan_full / Scorer(plan_full": "KeyError: 'full'",
+            '"full": {} / "full": 1': "eval.mode=full",
         },
         "test_legality test_sliding test_switches",
     ),
@@ -70,7 +71,7 @@ def read_hunks(name: str) -> list[tuple[str, str]]:
 def get_place(hunk: str, places: dict[str, str]) -> str:
     """Say which place a hunk is part of."""
     added = "".join(line for line in hunk.splitlines(keepends=True) if line.startswith("+"))
-    found = [place for place in places if any(words in added for words in place.split("|"))]
+    found = [place for place in places if any(words in added for words in place.split(" / "))]
     assert len(found) == 1, f"{found} in\n{added}"
     return found[0]
 
@@ -86,8 +87,9 @@ def test_an_example_touches_the_places_that_the_page_counts(name):
     """One hunk or two a place; the page says how many places and what a test says without each."""
     places = EXAMPLES[name].places
     assert {get_place(hunk, places) for _, hunk in read_hunks(name)} == set(places)
-    section = PAGE.read_text(encoding="utf-8").split(f"(patches/{name}.patch)")[0].rpartition("\n## ")[2]
-    assert f"{len(places)} places" in section
+    sections = PAGE.read_text(encoding="utf-8").split("\n## ")
+    section = next(text for text in sections if f"(patches/{name}.patch)" in text)
+    assert f": {len(places)} places\n" in section
     for said in places.values():
         assert said in section
 

@@ -18,13 +18,13 @@ from statistics import fmean, stdev
 
 import pytest
 from fixtures_model import make_documents
+from run_unchanged import shrink
 from torch.distributed.run import get_args_parser
 
 from common import read_json
 from data.assets import ASSETS
 from data.codecs import load_codec
 from dev import plot
-from dev.unchanged import shrink
 from formats.recipe import config_fields, format_toml
 from train_gpt import Config
 
@@ -40,6 +40,7 @@ SECTIONS = "run|data|model|optim|schedule|average|quant|eval|watch"
 PROGRAMS = ("python", "make", "torchrun", "pip")
 FOREIGN = ("git", "gh")  # not ours to check
 OWN_VARIABLES = {"RUN_ID", "OMP_NUM_THREADS"}
+EXAMPLES = "add-a-trick.md"  # whose fields its patches add
 # Named in the docs, merged by others: drop an entry when what it names is there.
 PENDING = {"--readable", "single", "train_gpt_readable.py"}
 # Really run here, in this process, from the repository root.
@@ -219,12 +220,22 @@ def test_fields_named_in_the_docs_are_in_the_config():
     """`section.field` in backticks is a field or a module."""
     fields, unknown = config_fields(Config), []
     for page in PAGES:
+        if page.name == EXAMPLES:
+            continue
         for name in re.findall(
             rf"`((?:{SECTIONS})\.[a-z0-9_]+)(?:=[^`]*)?`", page.read_text(encoding="utf-8")
         ):
             if name not in fields and not is_module(name):
                 unknown.append(f"{page.name}: {name}")
     assert not unknown
+
+
+def test_every_switch_has_its_place_in_the_docs():
+    """A technique that is off by default is found by nobody who does not read of it."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != EXAMPLES)
+    for name, item in config_fields(Config).items():
+        if item.default is False or item.default in ("none", "off"):
+            assert name in text, f"{name}: add its row to docs/features.md"
 
 
 @pytest.mark.parametrize(("page", "command"), commands())

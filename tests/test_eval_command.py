@@ -586,3 +586,33 @@ def test_domains_are_files_of_text_scored_a_row_each(make_run, tiny_data, tmp_pa
     other.write_bytes((tiny_data / "tokenizer.model").read_bytes() + b"\x1a\x00")
     with pytest.raises(UserError, match="expected the tokenizer with sha256"):
         main([str(make_run("domains3")), "--tokenizer", str(other), "--domains", *choices])
+
+
+@pytest.mark.parametrize(
+    ("computed", "device", "dtype", "tolerance"),
+    [
+        ("device:cpu compute_dtype:float32 compile:False", "cpu", "float32", 1e-6),
+        ("device:cpu compute_dtype:bfloat16 compile:True", "cpu", "bfloat16", 2e-5),
+        ("device:cuda compute_dtype:bfloat16 compile:True", "cpu", "", 2e-5),
+        ("device:cpu compute_dtype:int7", "cpu", "", 1e-6),
+        ("", "cpu", "", 1e-6),
+    ],
+)
+def test_a_score_is_reproduced_in_the_arithmetic_of_the_recorded_one(computed, device, dtype, tolerance):
+    """auto is float32 on one CPU and bfloat16 on another: 5e-5 apart."""
+    target = Target(Path("artifact.bin"), Config(), computed=computed)
+    assert target.recorded_dtype(device) == dtype
+    assert target.tolerance("chunked") == tolerance
+
+
+def test_the_arithmetic_of_a_run_is_read_from_its_log(make_run, alone, capsys):
+    """compute_dtype=auto is what it was when the run was scored, whatever it would be on this machine."""
+    folder, found = make_run("auto", {"model.compute_dtype": "auto"}), {}
+    target = find_target(folder)
+    for dtype in ("float32", "bfloat16"):
+        (folder / "train.log").write_text(f"seed:1\ndevice:cpu compute_dtype:{dtype} compile:False\n")
+        main([str(folder), "--json"])
+        found[dtype] = json.loads(capsys.readouterr().out)["val_bpb"]
+        model, cfg, _ = load_artifact(target.artifact, target.live, alone.device, dtype)
+        assert found[dtype] == score_model(model, cfg, load_validation(cfg.data), alone).val_bpb
+    assert found["float32"] != found["bfloat16"]

@@ -10,10 +10,10 @@ import pytest
 from fixtures_model import RECIPES, ROOT, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_unchanged import shrink
 
 import train_gpt
 from common import UserError
-from dev.unchanged import shrink
 from formats.recipe import format_toml
 from pack.printing import to_text
 from pack.program import bundle, pack, read_sections, to_source

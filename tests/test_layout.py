@@ -232,7 +232,10 @@ def test_no_file_format_runs_code_when_it_is_read():
     assert found == []
 
 
-@pytest.mark.parametrize("old, new", [("dev.pack", "pack"), ("eval.audit", "audit")])
+@pytest.mark.parametrize(
+    "old, new",
+    [("dev.pack", "pack"), ("eval.audit", "audit"), ("dev.reference_table", "tests.run_reference")],
+)
 def test_old_commands_name_the_new_ones_and_work(old, new):
     """For one release: what people have typed or written down."""
     done = run_python("-m", old, "--help")

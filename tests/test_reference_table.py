@@ -3,8 +3,7 @@
 import json
 
 import pytest
-
-from dev.reference_table import (
+from run_reference import (
     ARITHMETIC,
     NUM_CHECKS,
     RECIPES,

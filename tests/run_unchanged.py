@@ -1,7 +1,7 @@
 """Prove that a change changes no number: run a commit and the working tree, compare to the last digit.
 
-    python -m dev.unchanged                 the working tree against HEAD
-    python -m dev.unchanged main~3 --pack   against another commit, packed sizes too (half a minute a recipe)
+    python -m tests.run_unchanged                 the working tree against HEAD
+    python -m tests.run_unchanged main~3 --pack   another commit, packed sizes too (half a minute a recipe)
 
 Both sides make a small corpus, a tokenizer and shards, describe every recipe in records/, train it for twelve
 steps at the size of a test, and score its artifact in every mode. Both are driven through their commands
@@ -207,7 +207,7 @@ def shorten(value) -> str:
 def build_parser() -> CommandParser:
     """Describe the command line."""
     parser = CommandParser(
-        prog="python -m dev.unchanged",
+        prog="python -m tests.run_unchanged",
         description=__doc__,
         epilog="Exits with 1 when anything differs. Takes six minutes on two cores, 20 with --pack.",
     )
