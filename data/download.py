@@ -35,7 +35,7 @@ class HubSource(NamedTuple):
     """Where a variant was published, under which name, and whether byte sidecars lie beside validation."""
 
     repo_id: str = DEFAULT_REPO_ID
-    name: str = ""  # behind DATASET_PREFIX; default: the variant's own
+    name: str = ""  # after DATASET_PREFIX; default: the variant's own
     has_sidecars: bool = False
 
 

@@ -166,7 +166,7 @@ def train_contest(texts: list[str], vocab_size: int) -> bytes:
 
 
 def train_case_ops(texts: list[str], vocab_size: int) -> bytes:
-    """Train a lossless model on transformed text; the operators get the ids behind the special ones."""
+    """Train a lossless model on transformed text; the operators get the ids after the special ones."""
     options = LOSSLESS_OPTIONS | {"user_defined_symbols": list(CASE_OPERATORS)}
     return train_sentencepiece([to_case_operators(text) for text in texts], vocab_size, options)
 

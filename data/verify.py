@@ -131,7 +131,7 @@ def byte_sizes(codec) -> list[int]:
 
 
 def ranked_sizes(codec) -> list[int]:
-    """Size every rank of a .tiktoken file from its base64; the special ids behind the ranks 0."""
+    """Size every rank of a .tiktoken file from its base64; the special ids after the ranks as 0."""
     lines = codec.path.read_bytes().split()
     sizes = [len(base64.b64decode(token)) for token in lines[0::2]]
     return sizes + [0] * (codec.vocab_size - len(sizes))

@@ -116,7 +116,7 @@ CLASS_OF_BYTE = np.array([get_class(byte) for byte in range(256)])
 def byte_shares(codec) -> np.ndarray:
     """Say which share of each token's bytes is of which class: (V, 6) rows that add up to 1.
 
-    A token is written behind a letter, so that nothing at the start of a text is trimmed from it.
+    A token is written after a letter, so that nothing at the start of a text is trimmed from it.
     """
     letter = codec.encode("a")
     written = len(codec.decode(letter))

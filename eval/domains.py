@@ -30,7 +30,7 @@ LAYOUTS = {
 
 
 class Domain(NamedTuple):
-    """The tokens of a file, BOS before each document and behind the last, and what they stand for."""
+    """The tokens of a file, BOS before each document and after the last, and what they stand for."""
 
     name: str
     num_documents: int
@@ -95,7 +95,7 @@ def score_domains(
 ) -> list[DomainScore]:
     """Score every target of every domain once; each document sees up to context_len of its own tokens.
 
-    stride 0 cuts documents into chunks. A document's end, the BOS behind it, is a target of no bytes.
+    stride 0 cuts documents into chunks. A document's end, the BOS after it, is a target of no bytes.
     """
     scored = []
     for domain in domains:

@@ -158,7 +158,7 @@ def open_saved(path: Path) -> ModelSource:
 
 
 def read_config(path: Path) -> dict:
-    """Read a saved folder's config.json, which may come from a stranger."""
+    """Read a saved folder's config.json, which may come from anybody."""
     config = read_json(path)
     keys = {"format": str, "recipe": dict, "tokenizer_files": list, "tokenizer_sha256": str}
     whole = isinstance(config, dict) and all(isinstance(config.get(key), kind) for key, kind in keys.items())

@@ -98,7 +98,7 @@ def build_mask(
 def visible_keys(seq_len: int, window: int, segments: Tensor | None, device: torch.device) -> Tensor:
     """Say which keys each query sees: (B, 1, T, T) bool, or (1, 1, T, T) without segments (B, T)."""
     position = torch.arange(seq_len, device=device)
-    back = position[:, None] - position  # (T, T): how far behind the query a key lies
+    back = position[:, None] - position  # (T, T): how far before the query a key lies
     visible = (back >= 0)[None, None]
     if window:
         visible = visible & (back <= window)

@@ -31,7 +31,7 @@ def byte_symbols() -> dict[str, int]:
 class ByteLevelCodec(PieceCodec):
     """One byte-level BPE tokenizer. Special tokens count no bytes and are never made from text.
 
-    A file without a document separator gets one behind its last id.
+    A file without a document separator gets one after its last id.
     """
 
     kind = "bytelevel"

@@ -22,7 +22,7 @@ SPACES = r"\s+(?!\S)|\s+"
 
 
 class RankFamily(NamedTuple):
-    """What a family of files leaves unsaid. Ids behind the ranks may have gaps."""
+    """What a family of files leaves unsaid. Ids after the ranks may have gaps."""
 
     split: str
     bos_id: int  # of SPECIAL_END

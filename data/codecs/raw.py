@@ -1,4 +1,4 @@
-"""Raw bytes: one token a byte, behind a few special ids (the contest's byte260)."""
+"""Raw bytes: one token a byte, after a few special ids (the contest's byte260)."""
 
 from pathlib import Path
 
