@@ -50,7 +50,7 @@ from data.shards import TRAIN_GLOB, read_report
 from data.validation import ValidationText, read_validation, scored_tokens
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
-from formats.help import FieldHelp, describe_sections
+from formats.help import FieldParser, describe_sections
 from formats.recipe import (
     changed_recipe,
     check_ranges,
@@ -88,7 +88,7 @@ from kernels.machine import resolve_compile, resolve_dtype
 from quantizers.config import QuantConfig
 from quantizers.gptq import Calibrated, CalibrationStats, calibrate, collect_stats, combine_roles
 from quantizers.grid import Grid, Quantized, check_weight, stored_weights
-from quantizers.methods import QUANTIZERS, build_grid
+from quantizers.methods import QUANTIZERS, build_grid, check_codes
 from quantizers.storage import (
     TensorRow,
     check_numel,
@@ -1255,10 +1255,11 @@ class GPT(nn.Module):
             nn.init.normal_(self.embed_proj.weight, std=cfg.embed_proj_init_std)
         if self.head is not None and cfg.out_init == "zero":
             self.head.weight.zero_()
-        # The value embedding last: the order of random draws is part of what a seed means.
-        for module in sorted(self.modules(), key=lambda module: module is self.value_embed):
-            if hasattr(module, "init_weights"):
+        for module in self.modules():
+            if hasattr(module, "init_weights") and module is not self.value_embed:
                 module.init_weights()
+        if self.value_embed is not None:  # last: the order of random draws is part of what a seed means
+            self.value_embed.init_weights()
 
     def embed_tokens(self, tokens: Tensor, starts_doc: Tensor) -> Tensor:
         """Embed (B, T) tokens with their neighbours: what enters the first block, (B, T, D)."""
@@ -1952,7 +1953,10 @@ def quantize_model(
 ) -> dict[str, Quantized]:
     """Quantize every matrix as cfg.quant says; size_of weighs the code and the artifact of a result."""
     matrices = calibrated_matrices(model, cfg, stats)
-    return QUANTIZERS[cfg.quant.method].quantize(matrices, quantized_names(cfg), cfg.quant, size_of)
+    quantized = QUANTIZERS[cfg.quant.method].quantize(matrices, quantized_names(cfg), cfg.quant, size_of)
+    if PACKED_RECIPE is None:
+        check_codes(quantized, QUANTIZERS[cfg.quant.method].coded(cfg.quant))
+    return quantized
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2766,11 +2770,10 @@ def describe_to_stdout(args, environment: Environment) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, resolve the config, run. A packed program takes live fields and actions."""
     fields = describe_sections(Config) if PACKED_RECIPE is None else " ".join(config_fields(Config))
-    parser = CommandParser(
+    parser = (FieldParser if PACKED_RECIPE is None else CommandParser)(
         prog="train_gpt.py",
         description="Train, quantize, pack and score a model as one recipe says.",
         epilog=fields,
-        add_help=PACKED_RECIPE is not None,
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
     if Config().run.save_every >= 0:
@@ -2779,8 +2782,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     parser.add_argument("--score", type=Path, metavar="FILE", help="score an artifact instead of training")
     if PACKED_RECIPE is None:
-        about = "show this, or what a section or a field of the config means"
-        parser.add_argument("-h", "--help", action=FieldHelp, config=Config, help=about)
+        parser.explain(Config)
         parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
         parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule as JSON")
         parser.add_argument(
