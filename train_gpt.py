@@ -1664,11 +1664,13 @@ class Optimizers:
             eps=optim.adam_eps,
             fused=True,
         )
-        stacks = [
-            Stack(params, lr, decay, optimizer(optim, model.compute_dtype), ranks)
-            for (shape, lr, decay), params in groups.items()
-            if shape is not None
-        ]
+        stacks = []
+        if optimizer is not None:
+            stacks = [
+                Stack(params, lr, decay, optimizer(optim, model.compute_dtype), ranks)
+                for (shape, lr, decay), params in groups.items()
+                if shape is not None
+            ]
         self.stacks = sorted(stacks, key=Stack.numel, reverse=True)
 
     @torch.no_grad()
