@@ -88,7 +88,7 @@ from kernels.machine import resolve_compile, resolve_dtype
 from quantizers.config import QuantConfig
 from quantizers.gptq import Calibrated, CalibrationStats, calibrate, collect_stats, combine_roles
 from quantizers.grid import Grid, Quantized, check_weight, stored_weights
-from quantizers.methods import QUANTIZERS, build_grid, check_codes
+from quantizers.methods import QUANTIZERS, build_grids, check_codes
 from quantizers.storage import (
     TensorRow,
     check_numel,
@@ -502,9 +502,13 @@ def whole_recipe(cfg: Config) -> dict[str, dict]:
 
 def fixed_rules(cfg: Config) -> list[tuple]:
     """Return the rules that a packed program's fields passed when it was packed."""
-    rules = [*model_rules(cfg), *stage_rules(cfg, get_stages(cfg)), *average_rules(cfg)]
-    rules += QUANTIZERS[cfg.quant.method].rules(cfg.quant)
-    return rules + scoring_rules(cfg.eval, cfg.eval.context_len or cfg.data.seq_len, cfg.data.vocab_size)
+    return [
+        *model_rules(cfg),
+        *stage_rules(cfg, get_stages(cfg)),
+        *average_rules(cfg),
+        *QUANTIZERS[cfg.quant.method].rules(cfg.quant),
+        *scoring_rules(cfg.eval, cfg.eval.context_len or cfg.data.seq_len, cfg.data.vocab_size),
+    ]
 
 
 def check_config(cfg: Config) -> None:
@@ -1923,7 +1927,7 @@ def tensor_table(cfg: Config, repaired: tuple[str, ...] = ()) -> tuple[TensorRow
 
 
 def quantized_names(cfg: Config) -> dict[str, str]:
-    """Map every quantized parameter to its storage, matrix or embed, in parameter order."""
+    """Map every quantized parameter to its storage, matrix, mlp or embed, in parameter order."""
     table = tensor_table(cfg)
     rules = match_rules(cfg, [row.name for row in table])
     return {row.name: rules[row.name].storage for row in table if row.storage in ("rows", "steps")}
@@ -1931,7 +1935,7 @@ def quantized_names(cfg: Config) -> dict[str, str]:
 
 def exported_grids(cfg: Config) -> dict[str, Grid]:
     """Map every quantized parameter to the grid of its stored codes."""
-    return {name: build_grid(storage, cfg.quant) for name, storage in quantized_names(cfg).items()}
+    return build_grids(quantized_names(cfg), cfg.quant)
 
 
 def calibrated_matrices(model: GPT, cfg: Config, stats: dict[str, CalibrationStats]) -> dict[str, Calibrated]:
