@@ -799,11 +799,6 @@ class CastLinear(nn.Linear):
         return y if self.adapter is None else y + self.adapter(x)
 
 
-def scale_output(linear: CastLinear, cfg: ModelConfig) -> None:
-    """Scale the initial weights of what writes into the residual stream as cfg.out_init says."""
-    linear.weight.mul_(OUT_INITS[cfg.out_init](cfg.num_layers))
-
-
 def rope_base_at(cfg: ModelConfig, seq_len: int) -> float:
     """Return the RoPE base for rows of seq_len tokens: NTK-scaled beyond rope_ref_len.
 
@@ -917,7 +912,7 @@ class SelfAttention(nn.Module):
             self.projection = feature_projection(context_rule(cfg), layer, cfg.num_layers, self.head_dim)
 
     def init_weights(self) -> None:
-        scale_output(self.out, self.cfg)
+        self.out.weight.mul_(OUT_INITS[self.cfg.out_init](self.cfg.num_layers))
 
     def queries_and_keys(self, x: Tensor, context: ForwardContext, first: int = 0) -> tuple[Tensor, Tensor]:
         """Project, normalise and rotate: (B, T - first, H, K) and (B, T, G, K)."""
@@ -969,7 +964,7 @@ class MLP(nn.Module):
         self.down = CastLinear(hidden_dim, cfg.model_dim, cfg.biases != "none")
 
     def init_weights(self) -> None:
-        scale_output(self.down, self.cfg)
+        self.down.weight.mul_(OUT_INITS[self.cfg.out_init](self.cfg.num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)  # (B, T, F), swiglu (B, T, 2F)
@@ -1599,10 +1594,6 @@ class Stack:
         self.grad: Tensor | None = None  # this rank's share of the averaged gradient
         self.pending: AsyncWork | None = None
 
-    def numel(self) -> int:
-        """Return the weights of a rank's share."""
-        return self.size * self.params[0].numel()
-
     def padded(self, tensors: list[Tensor]) -> Tensor:
         """Stack tensors, with zeros after them so that the ranks' shares are equal."""
         zeros = [torch.zeros_like(tensors[0])] * (self.size * self.ranks.world_size - len(tensors))
@@ -1655,7 +1646,7 @@ class Optimizers:
         groups: dict[tuple, list[nn.Parameter]] = {}
         for name, rule in match_rules(cfg, list(named)).items():
             rates = getattr(optim, rule.lr), getattr(optim, rule.weight_decay)
-            in_stack = rule.optimizer == "matrix" and optimizer is not None
+            in_stack = optimizer is not None and rule.optimizer == "matrix"
             shape = named[name].shape if in_stack else None  # None: AdamW, shapes may differ
             groups.setdefault((shape, *rates), []).append(named[name])
         self.adamw = torch.optim.AdamW(
@@ -1668,14 +1659,16 @@ class Optimizers:
             eps=optim.adam_eps,
             fused=True,
         )
-        stacks = []
-        if optimizer is not None:
-            stacks = [
+        stacks = (
+            []
+            if optimizer is None
+            else [
                 Stack(params, lr, decay, optimizer(optim, model.compute_dtype), ranks)
                 for (shape, lr, decay), params in groups.items()
                 if shape is not None
             ]
-        self.stacks = sorted(stacks, key=Stack.numel, reverse=True)
+        )
+        self.stacks = sorted(stacks, key=lambda stack: -stack.size * stack.params[0].numel())  # largest first
 
     @torch.no_grad()
     def step(self, rates: StepRates) -> None:
@@ -1959,10 +1952,7 @@ def quantize_model(
 ) -> dict[str, Quantized]:
     """Quantize every matrix as cfg.quant says; size_of weighs the code and the artifact of a result."""
     matrices = calibrated_matrices(model, cfg, stats)
-    quantized = QUANTIZERS[cfg.quant.method].quantize(matrices, quantized_names(cfg), cfg.quant, size_of)
-    if PACKED_RECIPE is None:
-        check_codes(quantized, QUANTIZERS[cfg.quant.method].coded(cfg.quant))
-    return quantized
+    return QUANTIZERS[cfg.quant.method].quantize(matrices, quantized_names(cfg), cfg.quant, size_of)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1984,6 +1974,8 @@ def pack_model(
     model: GPT, cfg: Config, quantized: dict[str, Quantized], tokenizer_sha256: str
 ) -> tuple[bytes, list[tuple[str, int]]]:
     """Return an artifact's bytes and its ledger [(part, bytes)], whose sum is the file's size."""
+    if PACKED_RECIPE is None:
+        check_codes(quantized, QUANTIZERS[cfg.quant.method].coded(cfg.quant))
     if cfg.quant.repair_rank:
         quantized = with_factors(quantized)
     table = tensor_table(cfg, repaired_names(quantized) if cfg.quant.repair_rank else ())
@@ -2171,8 +2163,9 @@ def score_model(
     seconds = ranks.broadcast(time.perf_counter() - started)
     totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
     tail = "included" if settings.keep_tail else "cut"
-    how = settings.mode, context_len, scored_stride(settings), tail
-    return Score(*totals, *how, seconds, *outcome[1:], text.loses)
+    return Score(
+        *totals, settings.mode, context_len, scored_stride(settings), tail, seconds, *outcome[1:], text.loses
+    )
 
 
 def new_average(model: nn.Module, cfg: AverageConfig) -> Ema | Swa | None:
