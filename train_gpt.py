@@ -1986,16 +1986,6 @@ def pack_model(
     return pack_artifact(header, streams, frame_codec(cfg.quant.codec))
 
 
-def write_artifact(
-    model: GPT, cfg: Config, quantized: dict[str, Quantized], tokenizer_sha256: str, path: Path
-) -> list[tuple[str, int]]:
-    """Write a quantized model; returns the ledger [(part, bytes)] whose sum is the file's size."""
-    blob, ledger = pack_model(model, cfg, quantized, tokenizer_sha256)
-    with atomic_file(path) as file:
-        file.write(blob)
-    return ledger
-
-
 def merge_recipe(header: dict, live: Config, path: Path) -> Config:
     """Merge the recipe in an artifact's header with the live fields of `live`."""
     if PACKED_RECIPE is not None:
@@ -2619,12 +2609,22 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
             log.line(f"over_the_clock:{over:.0f}ms: raise quant.reserve_seconds or lower quant.calib_batches")
     ledger = [("code (packed train_gpt.py)", code_bytes)]
     if training.ranks.is_main:
+        packed: dict[int, tuple] = {}  # what was weighed, by identity: the chosen one is not packed again
+
+        def pack(quantized: dict[str, Quantized]) -> tuple[bytes, list[tuple[str, int]]]:
+            if id(quantized) not in packed:
+                packed[id(quantized)] = quantized, *pack_model(model, cfg, quantized, sha256)
+            return packed[id(quantized)][1:]
 
         def size_of(quantized: dict[str, Quantized]) -> int:
-            return code_bytes + len(pack_model(model, cfg, quantized, sha256)[0])
+            size = code_bytes + len(pack(quantized)[0])
+            log.line(f"quantizing: try:{len(packed)} bytes:{size}")
+            return size
 
-        quantized = quantize_model(model, cfg, stats, size_of)
-        ledger += write_artifact(model, cfg, quantized, sha256, log.folder / ARTIFACT_NAME)
+        blob, parts = pack(quantize_model(model, cfg, stats, size_of))
+        with atomic_file(log.folder / ARTIFACT_NAME) as file:
+            file.write(blob)
+        ledger += parts
         log_sizes(cfg, model, ledger, log)
     training.ranks.barrier()
     return ledger

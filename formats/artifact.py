@@ -12,6 +12,7 @@ import json
 import lzma
 import struct
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,15 +131,13 @@ def from_planes(planes: bytes, width: int) -> bytes:
 def compress_best(raw: bytes) -> bytes:
     """Compress with the plain codec of the fewest bytes; the first byte holds its place in PLAIN_CODECS.
 
-    Its upper half is the logarithm of the width of byte planes, which floats are sorted into. What zlib
-    cannot shrink by a thousandth either way is coded already: the slow codecs are spared.
+    Its upper half is the logarithm of the width of byte planes, which floats are sorted into. Of what zlib
+    cannot shrink by a fiftieth, coded streams, it finds all there is: the slow codecs are spared.
     """
     widths = [log for log in PLANES if len(raw) % (1 << log) == 0 and (log == 0 or len(raw) < MOST_PLANES)]
     forms = {log: to_planes(raw, 1 << log) for log in widths}
-    is_coded = min(len(zlib.compress(form, 1)) for form in forms.values()) > 0.999 * len(raw)
-    if is_coded:
-        return b"\0" + raw
-    packers = [pack for pack, _ in PLAIN_CODECS.values()]
+    is_coded = min(len(zlib.compress(form, 1)) for form in forms.values()) > 0.98 * len(raw)
+    packers = [pack for pack, _ in PLAIN_CODECS.values()][: 2 if is_coded else None]
     return min(
         (
             bytes([log << 4 | place]) + pack(form)
@@ -168,8 +167,9 @@ STREAM_CODECS = PLAIN_CODECS | {"best": (compress_best, decompress_best)}
 CODEC_PACKAGES = {"zstd": ("zstandard",), "brotli": ("brotli",), "best": ("zstandard", "brotli")}
 
 
+@lru_cache(maxsize=16)
 def compress(raw: bytes, codec: str) -> bytes:
-    """Compress one stream as small as its codec can."""
+    """Compress one stream as small as its codec can; rate control asks for many of them again."""
     return STREAM_CODECS[codec][0](raw)
 
 

@@ -6,6 +6,7 @@ A quantizer is a row of QUANTIZERS. It gets the matrices by name and, by name to
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,7 @@ def fill_matrices(
     """Quantize with water-filled steps, as fine as the byte target allows."""
     steps = water_fill(matrices)
 
+    @cache
     def filled(step: float) -> dict[str, Quantized]:
         return {
             name: rd_gptq(matrix, steps[name], step, quant.rate_weight) for name, matrix in matrices.items()
@@ -109,7 +111,13 @@ def fill_matrices(
 
     if not quant.target_bytes:
         return filled(quant.step)
-    return filled(fit_rate(lambda step: size_of(filled(step)), quant.target_bytes, 0.1, 8.0).parameter)
+
+    @cache
+    def entropy_bytes(step: float) -> float:
+        return sum(class_entropy_bits(matrix.codes) for matrix in filled(step).values()) / 8
+
+    fit = fit_rate(lambda step: size_of(filled(step)), entropy_bytes, quant.target_bytes, 0.1, 8.0)
+    return filled(fit.parameter)
 
 
 def evaluate(matrix: Calibrated, quantized: Quantized) -> StorageChoice:
@@ -130,12 +138,19 @@ def allocate_bits(
     least = sum(min(rows).size_bytes for rows in choices.values())
     most = sum(max(rows).size_bytes for rows in choices.values())
 
+    @cache
     def allocated(shrink: float) -> dict[str, Quantized]:
         chosen = allocate(choices, max(round(most / shrink), least))
         quantized = {name: candidates[name][index] for name, index in chosen.items()}
         return repair_worst(quantized, matrices, quant)
 
-    fit = fit_rate(lambda shrink: size_of(allocated(shrink)), quant.target_bytes, 1.0, most / max(least, 1))
+    fit = fit_rate(
+        lambda shrink: size_of(allocated(shrink)),
+        lambda shrink: most / shrink,
+        quant.target_bytes,
+        1.0,
+        most / max(least, 1),
+    )
     return allocated(fit.parameter)
 
 

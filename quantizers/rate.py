@@ -30,44 +30,62 @@ class RateFit(NamedTuple):
     num_evals: int
 
 
+def solve_falling(value_of: Callable[[float], float], goal: float, low: float, high: float) -> float:
+    """Find where a smooth function, falling and nearly linear in the logarithm, is `goal`; or an end."""
+    ends = [(math.log(knob), value_of(knob) - goal) for knob in (low, high)]
+    if ends[0][1] <= 0 or ends[1][1] >= 0:
+        return low if ends[0][1] <= 0 else high
+    for _ in range(20):
+        (left, over), (right, under) = ends
+        place = left + (right - left) * over / (over - under)
+        rest = value_of(math.exp(place)) - goal
+        if abs(rest) <= 1e-4 * goal:
+            break
+        # The end that stays counts half (Illinois rule), or it would stay for ever.
+        ends = [(place, rest), (right, under / 2)] if rest > 0 else [(left, over / 2), (place, rest)]
+    return math.exp(place)
+
+
 def fit_rate(
-    size_of: Callable[[float], int], target_bytes: int, low: float, high: float, slack: float = 1e-3
+    size_of: Callable[[float], int],
+    estimate: Callable[[float], float],
+    target_bytes: int,
+    low: float,
+    high: float,
+    slack: float = 1e-3,
 ) -> RateFit:
     """Find the knob whose size is the largest within [(1 - slack), 1] of target_bytes.
 
-    size_of falls as the knob grows; sizes are nearly linear in its logarithm, so false position (with
-    halved ends, the Illinois rule) needs few evaluations. A low end that fits already is returned: there
-    are bytes left over and nothing to spend them on. A high end that does not fit is an error.
+    size_of falls as the knob grows, and costs a whole coding; `estimate` is cheap, and sizes are nearly
+    linear in it: the line through the two nearest to the target says which estimate to look for. A low end
+    that fits already is returned: there are bytes left over and nothing to spend them on. A high end that
+    does not fit is an error.
     """
-    goal = target_bytes * (1 - slack / 2)
-    left, right = math.log(low), math.log(high)
-    over, under = size_of(low) - goal, size_of(high) - goal
-    if over + goal <= target_bytes:
-        return RateFit(low, round(over + goal), 2)
-    if under + goal > target_bytes:
-        raise UserError(
-            f"expected at most {target_bytes:,} bytes, found {round(under + goal):,} at the coarsest setting "
-            f"{high:g}: {round(under + goal - target_bytes):,} over. Raise quant.target_bytes, widen the "
-            "range of the knob or make the model smaller."
-        )
-    best = RateFit(high, round(under + goal), 2)
-    last_side = 0
-    for num_evals in range(3, 20):
-        if best.size_bytes >= target_bytes * (1 - slack):
+    goal = sought = target_bytes * (1 - slack / 2)
+    sizes: dict[float, int] = {}
+    left, right = low, high
+    while len(sizes) < 16:
+        knob = solve_falling(estimate, sought, left, right)
+        if knob in sizes:  # what is left of the bracket is narrower than the estimate is true
+            knob = math.sqrt(left * right)
+        size = sizes[knob] = size_of(knob)
+        left, right = (knob, right) if size > target_bytes else (left, knob)
+        if target_bytes * (1 - slack) <= size <= target_bytes or left == right:
             break
-        middle = left + (right - left) * over / (over - under)
-        parameter = math.exp(middle)
-        size = size_of(parameter)
-        side = 1 if size > target_bytes else -1
-        if side > 0:
-            left, over = middle, size - goal
-            under /= 2 if last_side == side else 1
-        else:
-            right, under = middle, size - goal
-            over /= 2 if last_side == side else 1
-            best = max(best, RateFit(parameter, size, num_evals), key=lambda fit: fit.size_bytes)
-        last_side = side
-    return best
+        near, other = (2 * sorted(sizes, key=lambda knob: abs(sizes[knob] - goal)))[:2]
+        apart = estimate(near) - estimate(other)
+        slope = (sizes[near] - sizes[other]) / apart if apart else 1.0
+        missing = goal - sizes[near]
+        sought = estimate(near) + missing / slope if slope > 0 else math.copysign(math.inf, missing)
+    fitting = {size: knob for knob, size in sizes.items() if size <= target_bytes}
+    if not fitting:
+        raise UserError(
+            f"expected at most {target_bytes:,} bytes, found {min(sizes.values()):,} at the coarsest setting "
+            f"{high:g}: {min(sizes.values()) - target_bytes:,} over. Raise quant.target_bytes, widen the range "
+            "of the knob or make the model smaller."
+        )
+    best = max(fitting)
+    return RateFit(fitting[best], best, len(sizes))
 
 
 class StorageChoice(NamedTuple):

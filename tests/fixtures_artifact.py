@@ -3,8 +3,10 @@
 import hashlib
 import json
 import zlib
+from pathlib import Path
 
 from formats.artifact import ARTIFACT_MAGIC, ARTIFACT_PREFIX, ARTIFACT_VERSION, CHECKSUM_BYTES
+from train_gpt import pack_model
 
 
 def take_apart(blob: bytes) -> tuple[dict, bytes]:
@@ -25,3 +27,10 @@ def put_together(header: dict, streams: bytes) -> bytes:
     packed = zlib.compress(raw, 9)
     prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed), len(raw))
     return sign(prefix + packed + streams)
+
+
+def write_artifact(model, cfg, quantized, tokenizer_sha256: str, path: Path) -> list[tuple[str, int]]:
+    """Write a quantized model as a run does; returns the ledger [(part, bytes)]."""
+    blob, ledger = pack_model(model, cfg, quantized, tokenizer_sha256)
+    path.write_bytes(blob)
+    return ledger

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures_artifact import put_together, take_apart
+from fixtures_artifact import put_together, take_apart, write_artifact
 from fixtures_model import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +40,6 @@ from train_gpt import (
     pack_model,
     quantize_model,
     quantized_names,
-    write_artifact,
 )
 
 

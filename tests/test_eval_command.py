@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fixtures_artifact import write_artifact
 from fixtures_model import make_documents, run_python
 
 import train_gpt
@@ -45,7 +46,6 @@ from train_gpt import (
     prepare_folder,
     quantize_model,
     score_model,
-    write_artifact,
 )
 
 pytestmark = pytest.mark.numeric

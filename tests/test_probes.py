@@ -6,13 +6,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from fixtures_artifact import write_artifact
 
 from audit import probes
 from audit.__main__ import main
 from audit.artifact import probe_scorer
 from audit.probes import Event
 from scoring.sliding import plan_windows
-from train_gpt import build_model, quantize_model, write_artifact
+from train_gpt import build_model, quantize_model
 
 pytestmark = pytest.mark.numeric
 
