@@ -79,10 +79,11 @@ def fit_rate(
         sought = estimate(near) + missing / slope if slope > 0 else math.copysign(math.inf, missing)
     fitting = {size: knob for knob, size in sizes.items() if size <= target_bytes}
     if not fitting:
+        least = min(sizes.values())
         raise UserError(
-            f"expected at most {target_bytes:,} bytes, found {min(sizes.values()):,} at the coarsest setting "
-            f"{high:g}: {min(sizes.values()) - target_bytes:,} over. Raise quant.target_bytes, widen the range "
-            "of the knob or make the model smaller."
+            f"expected at most {target_bytes:,} bytes, found {least:,} at the coarsest setting {high:g}: "
+            f"{least - target_bytes:,} over. Raise quant.target_bytes, widen the range of the knob or make "
+            "the model smaller."
         )
     best = max(fitting)
     return RateFit(fitting[best], best, len(sizes))
