@@ -2446,7 +2446,7 @@ def weigh_code(folder: Path) -> tuple[int, str]:
             file.write(program)
         return len(program), ""
     command = [sys.executable, "-m", "pack", "--recipe", f"{folder.resolve()}/recipe.toml"]
-    command += ["--out", str(target.resolve()), "--json"]
+    command += ["--out", str(target.resolve()), "--cache", str(folder.resolve().parent / ".packed"), "--json"]
     result = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise UserError(f"packing the source failed: `{' '.join(command[1:])}` says\n{result.stderr.strip()}")

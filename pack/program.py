@@ -11,6 +11,7 @@ package's business alone.
 import argparse
 import ast
 import builtins
+import hashlib
 import importlib.util
 import json
 import re
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import UserError, atomic_file, run_command
+from common import UserError, atomic_file, read_json, run_command, sha256_file, write_json
 from formats.recipe import read_recipe
 from pack.mix import decode, decoder_text, encode
 from pack.names import (
@@ -47,6 +48,7 @@ from pack.stub import make_stub
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRY = REPOSITORY / "train_gpt.py"
 METHODS = ("brotli", "lzma", "mix", "none")
+LIBRARIES = ("brotli", "python_minifier")  # a missing one leaves a step out
 RECIPE_NAME = "PACKED_RECIPE"
 IMPORTS_LABEL = "third-party imports"
 MAIN_GUARDS = ("__name__ == '__main__'", "'__main__' == __name__")
@@ -600,6 +602,30 @@ def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str =
     return PackReport(str(out), *sizes, len(packed), left_out)
 
 
+def cached_pack(recipe_path: Path | None, out: Path, entry: Path, method: str, cache: Path) -> PackReport:
+    """Pack, or copy what the same sources, recipe and tools gave before; `cache` is a folder of results."""
+    root = entry.resolve().parent
+    packages = [REPOSITORY / "pack", *(path.parent for path in root.glob("*/__init__.py"))]
+    files = sorted({*root.glob("*.py"), *(path for folder in packages for path in folder.rglob("*.py"))})
+    asked = {
+        "tools": [sys.version, *(has_library(name) for name in LIBRARIES)],
+        "method": method,
+        "recipe": read_sections(recipe_path) if recipe_path else None,
+        "entry": entry.name,
+        "sources": [sha256_file(path) for path in files],
+    }
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+    program, note = cache / f"{key}.py", cache / f"{key}.json"
+    kept = read_json(note) if note.is_file() and program.is_file() else {}
+    if kept.pop("sha256", None) != (sha256_file(program) if kept else ""):
+        report = pack(recipe_path, program, entry, method)
+        kept = report._asdict()
+        write_json(note, kept | {"sha256": sha256_file(program)})
+    with atomic_file(out) as file:
+        file.write(program.read_bytes())
+    return PackReport(**kept | {"out": str(out)})
+
+
 def main(argv: list[str] | None = None) -> None:
     """Pack from the command line."""
     parser = argparse.ArgumentParser(
@@ -619,11 +645,13 @@ def main(argv: list[str] | None = None) -> None:
         "larger), mix (standard library, 16 to 19 %% smaller; some 15 seconds to pack and to start) or none "
         "(readable); default: the recipe's quant.code_wrap, else brotli",
     )
+    add("--cache", type=Path, metavar="DIR", help="folder that keeps results: equal sources are packed once")
     add("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(argv)
     if not options.entry.is_file():
         raise PackingError(f"{options.entry}: no such program. --entry names the file to pack.")
-    report = pack(options.recipe, options.out, options.entry, options.wrap)
+    job = options.recipe, options.out, options.entry, options.wrap
+    report = cached_pack(*job, options.cache) if options.cache else pack(*job)
     if options.json:
         print(json.dumps(report._asdict()))
         return

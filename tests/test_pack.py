@@ -565,6 +565,45 @@ def test_json_report_is_one_object_and_agrees_with_the_file(project, capsys):
     assert report["minified_bytes"] == len(unwrap(out.read_bytes()).encode())
 
 
+def test_equal_sources_are_packed_once(project, tmp_path, monkeypatch, capsys):
+    """A changed source, another wrap and a damaged copy are packed anew; what comes out is the same file."""
+    jobs = []
+
+    def counted(*job):
+        jobs.append(job)
+        return pack(*job)
+
+    monkeypatch.setattr(packer, "pack", counted)
+
+    def packed(out: str, *more: str) -> tuple[int, bytes]:
+        path, before = tmp_path / out, len(jobs)
+        words = [
+            "--entry",
+            str(project / "train_gpt.py"),
+            "--out",
+            str(path),
+            "--cache",
+            str(tmp_path / "kept"),
+        ]
+        packer.main([*words, "--json", *more])
+        report = json.loads(capsys.readouterr().out)
+        assert report["out"] == str(path)
+        assert report["packed_bytes"] == path.stat().st_size
+        return len(jobs) - before, path.read_bytes()
+
+    times, first = packed("a/x.py")
+    assert times == 1
+    assert packed("b/x.py") == (0, first)
+    assert packed("b/x.py", "--wrap", "none")[0] == 1
+    kept = next(path for path in (tmp_path / "kept").glob("*.py") if path.read_bytes() == first)
+    kept.write_bytes(first + b"#")
+    assert packed("c/x.py") == (1, first)
+    change(project, "data/base.py", "LIMIT = 7", "LIMIT = 8")
+    times, changed = packed("a/x.py")
+    assert times == 1
+    assert changed != first
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--entry", "missing.py"], "no such program"), (["--recipe", "missing.toml"], "no such recipe")],
