@@ -29,7 +29,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -103,7 +103,7 @@ from quantizers.storage import (
 )
 from scoring.adaptive import Callbacks, ScoringRun, WindowSettings
 from scoring.bpb import BpbMeter
-from scoring.budget import check_bytes, check_seconds, format_ledger
+from scoring.budget import BYTES, SCORING, TRAINING, BudgetError, Ledger, not_valid, overruns
 from scoring.config import EvalConfig
 from scoring.generate import Sampling, draw_tokens, last_logits, stream_text
 from scoring.modes import (
@@ -121,6 +121,7 @@ from scoring.modes import (
     warm_up_scorer,
     write_scorer_state,
 )
+from scoring.ngram import NgramTable
 from scoring.sliding import (
     CompiledWindows,
     ProgressLines,
@@ -136,6 +137,7 @@ from scoring.sliding import (
 PACKED_RECIPE: dict | None = None
 PACKED_ENVIRONMENT = ""
 
+CLOCK_PARTS = {"training": "train_ms", "calibration and n-grams": "calibration_ms"}  # of result.json
 ARTIFACT_NAME, CHECKPOINT_NAME = "artifact.bin", "checkpoint.safetensors"
 TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "tiktoken", "bese")
 
@@ -197,6 +199,9 @@ class RunConfig:
     iterations: int = option(20_000, "ITERATIONS", "most optimizer steps", live=True, low=0)
     max_wallclock_seconds: float = option(
         600.0, "MAX_WALLCLOCK_SECONDS", "training time; 0: no limit", live=True, low=0
+    )
+    enforce_limits: bool = option(
+        True, "", "a run over its bytes, training or scoring time ends with status 1", live=True
     )
     warmup_steps: int = option(
         20, "WARMUP_STEPS", "steps before the clock; state is restored", live=True, low=0
@@ -1743,20 +1748,24 @@ def stage_at(cfg: Config, step: int, progress: float) -> Stage:
     return [stage for stage in stages if stage.start <= (progress if stage.start < 1 else step)][-1]
 
 
-def training_ms(cfg: Config) -> float:
-    """Return the clock that training may use: the limit less calibration's share; without one infinite."""
-    seconds = cfg.run.max_wallclock_seconds
-    return 1000.0 * max(seconds - cfg.quant.reserve_seconds, 0.0) if seconds > 0 else math.inf
+def training_ms(cfg: Config, reserve_ms: float = 0.0) -> float:
+    """Return the clock that training may use: the limit less what other work needs; without one infinite.
+
+    reserve_ms is measured in the warm-up, half of the clock at most; quant.reserve_seconds is its least.
+    """
+    limit_ms = 1000.0 * cfg.run.max_wallclock_seconds
+    reserved = max(min(reserve_ms, limit_ms / 2), 1000.0 * cfg.quant.reserve_seconds)
+    return max(limit_ms - reserved, 0.0) if limit_ms > 0 else math.inf
 
 
-def run_progress(cfg: Config, step: int, elapsed_ms: float) -> float:
+def run_progress(cfg: Config, step: int, elapsed_ms: float, reserve_ms: float = 0.0) -> float:
     """Return the fraction of the run that is over: of the clock, or without one of the steps."""
     if cfg.run.max_wallclock_seconds > 0:
-        return elapsed_ms / training_ms(cfg)
+        return elapsed_ms / training_ms(cfg, reserve_ms)
     return step / max(cfg.run.iterations, 1)
 
 
-def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
+def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float, reserve_ms: float = 0.0) -> float:
     """Return the factor of every learning rate before step `step`, of warm-up, shape, stage and FP8.
 
     Steps stand for time at the average pace so far where there is a clock (the contest's rule), for
@@ -1766,19 +1775,19 @@ def learning_rate_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
     if schedule.lr_warmup_iters > 0 and step < schedule.lr_warmup_iters:
         factor = step / schedule.lr_warmup_iters
     elif schedule.shape == "warmdown":
-        factor = warmdown_mul(cfg, step, elapsed_ms)
+        factor = warmdown_mul(cfg, step, elapsed_ms, reserve_ms)
     else:
-        factor = cosine_mul(cfg, step, elapsed_ms)
+        factor = cosine_mul(cfg, step, elapsed_ms, reserve_ms)
     if cfg.model.fp8 != "off":
         factor *= cfg.model.fp8_lr_mul
-    return factor * stage_at(cfg, step, run_progress(cfg, step, elapsed_ms)).lr_mul
+    return factor * stage_at(cfg, step, run_progress(cfg, step, elapsed_ms, reserve_ms)).lr_mul
 
 
-def warmdown_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
+def warmdown_mul(cfg: Config, step: int, elapsed_ms: float, reserve_ms: float) -> float:
     """Return 1, then fall linearly over warmdown_frac of the run or the time that warmdown_iters take."""
     schedule, run = cfg.schedule, cfg.run
     if run.max_wallclock_seconds > 0:
-        total, done = training_ms(cfg), elapsed_ms
+        total, done = training_ms(cfg, reserve_ms), elapsed_ms
         warmdown = schedule.warmdown_iters * elapsed_ms / max(step, 1)
     else:
         total, done, warmdown = float(run.iterations), float(step), float(schedule.warmdown_iters)
@@ -1788,12 +1797,12 @@ def warmdown_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
     return max(left / warmdown, schedule.min_lr_frac) if left < warmdown else 1.0
 
 
-def cosine_mul(cfg: Config, step: int, elapsed_ms: float) -> float:
+def cosine_mul(cfg: Config, step: int, elapsed_ms: float, reserve_ms: float) -> float:
     """Return half a cosine from 1 after the warm-up to min_lr_frac, held for lr_hold_iters steps."""
     schedule, run = cfg.schedule, cfg.run
     held = step - step % schedule.lr_hold_iters
     if run.max_wallclock_seconds > 0:
-        steps = training_ms(cfg) * step / max(elapsed_ms, 1e-9)  # at this pace
+        steps = training_ms(cfg, reserve_ms) * step / max(elapsed_ms, 1e-9)  # at this pace
     else:
         steps = run.iterations
     done = min(max(held - schedule.lr_warmup_iters, 0) / max(steps - schedule.lr_warmup_iters, 1e-9), 1.0)
@@ -1808,11 +1817,11 @@ def decay_mul(cfg: OptimConfig, progress: float) -> float:
     return 1.0 + frac * (cfg.decay_taper_end - 1.0)
 
 
-def step_rates(cfg: Config, step: int, elapsed_ms: float) -> StepRates:
+def step_rates(cfg: Config, step: int, elapsed_ms: float, reserve_ms: float = 0.0) -> StepRates:
     """Return what the optimizers need to know for step `step`."""
-    progress = run_progress(cfg, step, elapsed_ms)
+    progress = run_progress(cfg, step, elapsed_ms, reserve_ms)
     return StepRates(
-        learning_rate_mul(cfg, step, elapsed_ms),
+        learning_rate_mul(cfg, step, elapsed_ms, reserve_ms),
         muon_momentum(cfg.optim, step),
         decay_mul(cfg.optim, progress),
         stage_at(cfg, step, progress).grad_clip_norm,
@@ -1968,6 +1977,11 @@ LARGEST_SIZE, LARGEST_DEPTH = 1 << 20, 256
 def has_scorer_state(cfg: EvalConfig) -> bool:
     """Whether the scorer takes anything but weights from the artifact."""
     return cfg.tilt_static_entries > 0 or cfg.fit_scales
+
+
+def uses_training_text(cfg: Config) -> bool:
+    """Whether anything but training reads training text: it belongs inside the training clock."""
+    return QUANTIZERS[cfg.quant.method].needs_calibration or has_scorer_state(cfg.eval)
 
 
 def pack_model(
@@ -2172,6 +2186,9 @@ class Training:
         self.cfg, self.ranks = cfg, ranks
         self.step = 0
         self.train_ms = 0.0
+        self.reserve_ms = 0.0  # of the clock, for what is left to do when training ends
+        self.job_seconds: dict[str, float] = {}  # what each of jobs_in_the_clock is expected to take
+        self.calibration_ms = 0.0  # what they took
         self.model = build_model(cfg, ranks.device)
         self.optimizers = Optimizers(self.model, cfg, ranks)
         self.average = new_average(self.model, cfg.average)
@@ -2233,7 +2250,7 @@ class Training:
 
     def update(self, elapsed_ms: float) -> None:
         """Change the weights with the accumulated gradients and count the step."""
-        rates = step_rates(self.cfg, self.step, elapsed_ms)
+        rates = step_rates(self.cfg, self.step, elapsed_ms, self.reserve_ms)
         self.optimizers.step(rates)
         if self.cfg.model.fp8 != "off":
             every = self.ranks.start_gather(self.fp8.seen[None].contiguous()).wait()
@@ -2252,50 +2269,122 @@ def get_phases(cfg: Config) -> list[Phase]:
     return list(dict.fromkeys(phases))
 
 
-def collect_statistics(training: Training) -> dict[str, CalibrationStats]:
+def timed_batches(training: Training, seconds: float, in_document: bool = False) -> Iterator[Batch]:
+    """Yield this rank's calibration batches: at least two, then as many as end within the seconds."""
+    clock = Clock(training.ranks)
+    clock.start()
+    for taken in range(calibration_rounds(training)):
+        if taken >= 2 and clock.read_ms() * (taken + 1) / taken > 1000 * seconds:
+            return
+        yield next_batch(training.loader, get_stages(training.cfg)[-1], training.ranks, in_document)
+
+
+def calibration_rounds(training: Training) -> int:
+    """Return how many batches each rank takes where time does not matter."""
+    return -(-training.cfg.quant.calib_batches // training.ranks.world_size)
+
+
+# Jobs that read training text after training: job(training, seconds) -> (result, units done, units in all).
+# Each does what fits in the seconds; with 0 seconds its least, by which the warm-up knows its pace.
+
+
+def collect_statistics(
+    training: Training, seconds: float = math.inf
+) -> tuple[dict[str, CalibrationStats], int, int]:
     """Pass training text through the model: what calibration keeps of every quantized matrix, all ranks."""
     model, cfg = training.model, training.cfg
     modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in quantized_names(cfg)}
     if cfg.model.tie_embeddings:
         modules["readout"] = model.readout
     model.eval()
-    stage = get_stages(cfg)[-1]
+    taken = 0
 
     def run_batches() -> None:
-        for _ in range(-(-cfg.quant.calib_batches // training.ranks.world_size)):
-            batch = next_batch(training.loader, stage, training.ranks, cfg.model.attn_in_document)
+        nonlocal taken
+        for batch in timed_batches(training, seconds, cfg.model.attn_in_document):
             (mean_loss(model, batch) * batch.targets.numel()).backward()
             training.optimizers.zero_grad()
+            taken += 1
 
     stats = collect_stats(modules, run_batches)
     for kept in stats.values():
         kept.merge(training.ranks.sum)
-    return stats
+    return stats, taken, calibration_rounds(training)
 
 
-def fit_scales(training: Training) -> tuple[float, ...]:
+def count_ngrams(training: Training, seconds: float = math.inf) -> tuple[NgramTable | None, int, int]:
+    """Count the n-grams of the first training tokens, on rank 0, which writes the artifact.
+
+    The pace of a sixteenth of them says how many can be counted in the seconds.
+    """
+    settings, shards = training.cfg.eval, training.loader.shards
+    whole = min(settings.tilt_static_tokens, sum(training.loader.sizes))
+    if not training.ranks.is_main:
+        return None, whole, whole
+    count, started = whole if math.isinf(seconds) else max(whole // 16, 2), time.perf_counter()
+    table = build_ngram_table(settings, shards, count)
+    spent = time.perf_counter() - started
+    fits = int(min(count * (seconds - spent) / spent / 1.5, whole))  # sorting slows down with their number
+    if count < fits:
+        count, table = fits, build_ngram_table(settings, shards, fits)
+    return table, count, whole
+
+
+def fit_scales(training: Training, seconds: float = math.inf) -> tuple[tuple[float, ...], int, int]:
     """Fit the scorer's factors of positive and of negative logits to the next training text, all ranks."""
-    model, cfg = training.model.eval(), training.cfg
-    stage = get_stages(cfg)[-1]
-    batches = [next_batch(training.loader, stage, training.ranks) for _ in range(cfg.quant.calib_batches)]
+    model, batches = training.model.eval(), []
     scales = torch.ones(2, dtype=torch.float64, device=training.ranks.device)
-    for _ in range(NEWTON_STEPS):
+    for index in range(NEWTON_STEPS):
         sums = torch.zeros(6, dtype=torch.float64, device=scales.device)
-        for batch in batches:
+        for batch in batches or timed_batches(training, seconds / NEWTON_STEPS):
+            if index == 0:
+                batches.append(batch)
             with torch.no_grad():
                 logits = model(batch.tokens, batch.starts_doc).flatten(0, 1)
             for part, targets in zip(logits.split(4096), batch.targets.flatten().split(4096)):
                 sums += scale_sums(part.float(), targets, scales)  # in parts: it needs their size six times
         scales = newton_step(scales, training.ranks.sum(sums))
-    return tuple(scales.tolist())
+    return tuple(scales.tolist()), len(batches), calibration_rounds(training)
 
 
-def collect_scorer_state(training: Training) -> ScorerState:
-    """Make what the scorer takes from training text; rank 0, which writes the artifact, counts n-grams."""
-    settings, table = training.cfg.eval, None
-    if settings.tilt_static_entries and training.ranks.is_main:
-        table = build_ngram_table(settings, training.loader.shards)
-    return ScorerState(table, fit_scales(training) if settings.fit_scales else ())
+def jobs_in_the_clock(cfg: Config) -> dict[str, Callable]:
+    """Name the jobs that a recipe asks for."""
+    jobs = {}
+    if QUANTIZERS[cfg.quant.method].needs_calibration:
+        jobs["batches"] = collect_statistics
+    if cfg.eval.tilt_static_entries:
+        jobs["ngram_tokens"] = count_ngrams
+    if cfg.eval.fit_scales:
+        jobs["scale_batches"] = fit_scales
+    return jobs
+
+
+def expected_seconds(training: Training) -> dict[str, float]:
+    """Time the least of each job, and say what the whole of it will take; rank 0's figures."""
+    found = {}
+    for name, job in jobs_in_the_clock(training.cfg).items():
+        started = time.perf_counter()
+        _, done, whole = job(training, 0.0)
+        found[name] = training.ranks.broadcast((time.perf_counter() - started) * whole / done)
+    return found
+
+
+def do_jobs(training: Training, log: Log) -> dict[str, tuple]:
+    """Do the jobs, each in its share of what is left of the clock; returns results, logs the time."""
+    cfg, ranks, expected = training.cfg, training.ranks, dict(training.job_seconds)
+    clock, found, notes = Clock(ranks, training.train_ms), {}, []
+    limit_ms = 1000 * cfg.run.max_wallclock_seconds or math.inf
+    clock.start()
+    for name, job in jobs_in_the_clock(cfg).items():
+        share = expected[name] / sum(expected.values()) if expected else 1.0
+        found[name], done, whole = job(training, share * (limit_ms - clock.read_ms()) / 1000)
+        expected.pop(name, None)
+        notes.append(f" {name}:{done}/{whole}")
+    training.calibration_ms = clock.stop() - training.train_ms
+    limit_ms = training_ms(cfg, training.reserve_ms)
+    reserve = 0.0 if math.isinf(limit_ms) else 1000 * cfg.run.max_wallclock_seconds - limit_ms
+    log.line(f"calibration_time:{training.calibration_ms:.0f}ms reserve:{reserve:.0f}ms{''.join(notes)}")
+    return found
 
 
 def save_checkpoint(training: Training, path: Path) -> None:
@@ -2335,7 +2424,11 @@ def warm_up(training: Training, log: Log) -> None:
     micro_ms = clock.read_ms()
     training.update(0.0)
     update_ms = clock.stop() - micro_ms
+    if uses_training_text(cfg) and cfg.run.max_wallclock_seconds > 0:
+        training.job_seconds = expected_seconds(training)
     training.load_state_dict(initial)
+    # The last step may end after training's time: it is stopped only between micro-batches.
+    training.reserve_ms = micro_ms + update_ms + 1100 * sum(training.job_seconds.values())
     step_seconds = (micro_ms * (phase.stage.micro_batches // ranks.world_size) + update_ms) / 1000
     seconds = min(cfg.run.max_wallclock_seconds or math.inf, cfg.run.iterations * step_seconds)
     log.line(
@@ -2367,7 +2460,7 @@ def log_sample(training: Training, log: Log) -> None:
 def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dict:
     """Run the training loop under the clock, then apply the average; returns steps, time and speed."""
     cfg, run = training.cfg, training.cfg.run
-    limit_ms = training_ms(cfg)
+    limit_ms = training_ms(cfg, training.reserve_ms)
     clock = Clock(training.ranks, training.train_ms)
     clock.start()
     elapsed_ms, phase, num_tokens = training.train_ms, None, 0
@@ -2378,7 +2471,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
             training.train_ms = elapsed_ms = clock.stop()
             validate_now(training, log, validate)
             clock.start()
-        progress = run_progress(cfg, step, elapsed_ms)
+        progress = run_progress(cfg, step, elapsed_ms, training.reserve_ms)
         before, phase = phase, phase_at(cfg, step, progress)
         if before not in (None, phase):
             log.line(
@@ -2539,9 +2632,17 @@ def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
 def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
     """Print the ledgers and write result.json; raise when the submission is over a limit."""
     score, ledger = result["score"], result["ledger"]
-    log.line("bytes of the submission\n" + format_ledger(ledger, cfg.quant.limit_bytes, "bytes"))
-    log.line("seconds by phase\n" + format_ledger(list(result["seconds"].items()), None, "s"))
+    clock = [(name, result[key] / 1000) for name, key in CLOCK_PARTS.items()]
+    ledgers = [
+        Ledger(BYTES, ledger, cfg.quant.limit_bytes, "bytes"),
+        Ledger(TRAINING, clock, cfg.run.max_wallclock_seconds, "s"),
+        Ledger(SCORING, [("scoring", score["seconds"])], scoring_limit(cfg.eval, score["num_bytes"]), "s"),
+        Ledger("seconds by phase", list(result["seconds"].items()), 0, "s"),
+    ]
+    broken = overruns(ledgers)
+    log.line("\n".join(ledger.format() for ledger in ledgers))
     result |= {
+        "over_limits": list(broken),
         "artifact_sha256": sha256_file(folder / ARTIFACT_NAME),
         "config_hash": fixed_hash(cfg),
         "seed": cfg.run.seed,
@@ -2549,8 +2650,12 @@ def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
     }
     write_json(folder / "result.json", result)
     log.line(f"run_folder:{folder}")
-    check_bytes(ledger, cfg.quant.limit_bytes)
-    check_seconds("scoring", score["seconds"], scoring_limit(cfg.eval, score["num_bytes"]))
+    if broken:
+        verdict = not_valid(broken)
+        log.line("\n".join(broken.values()))
+        log.line(verdict, console=not cfg.run.enforce_limits)
+        if cfg.run.enforce_limits:
+            raise BudgetError(verdict)
 
 
 def place_values(cfg: Config) -> dict[str, str]:
@@ -2596,17 +2701,11 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
 
     sha256 is the tokenizer's.
     """
-    model, cfg, started = training.model, training.cfg, time.perf_counter()
-    calibrates = QUANTIZERS[cfg.quant.method].needs_calibration
-    stats = collect_statistics(training) if calibrates else {}
+    model, cfg = training.model, training.cfg
+    found = do_jobs(training, log) if uses_training_text(cfg) else {}
+    stats = found.get("batches", {})
     if has_scorer_state(cfg.eval):
-        model.scorer_state = collect_scorer_state(training)
-    if calibrates or has_scorer_state(cfg.eval):
-        calibration = 1000 * (time.perf_counter() - started)
-        log.line(f"calibration_time:{calibration:.0f}ms reserve:{1000 * cfg.quant.reserve_seconds:.0f}ms")
-        over = training.train_ms + calibration - 1000 * cfg.run.max_wallclock_seconds
-        if cfg.run.max_wallclock_seconds > 0 and over > 0:
-            log.line(f"over_the_clock:{over:.0f}ms: raise quant.reserve_seconds or lower quant.calib_batches")
+        model.scorer_state = ScorerState(found.get("ngram_tokens"), found.get("scale_batches", ()))
     ledger = [("code (packed train_gpt.py)", code_bytes)]
     if training.ranks.is_main:
         packed: dict[int, tuple] = {}  # what was weighed, by identity: the chosen one is not packed again
@@ -2663,6 +2762,7 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     if ranks.is_main:
         seconds = {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
         result = {**facts, "score": score._asdict(), "ledger": ledger, "seconds": seconds}
+        result["calibration_ms"] = training.calibration_ms
         result["tokenizer_report"] = read_report(Path(text.pattern).parent, text.tokenizer_sha256)
         finish(log.folder, cfg, result, log)
 

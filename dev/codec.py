@@ -88,7 +88,7 @@ def measure_codec(target: Path | None, ranks: Ranks) -> dict:
         trained = open_trained(target, ranks) if target else train_quickly(ranks, Path(folder))
     training = trained.training
     training.cfg = with_values(training.cfg, CONTEST_QUANT, "bench")
-    quantized = quantize_model(training.model, training.cfg, collect_statistics(training), len)
+    quantized = quantize_model(training.model, training.cfg, collect_statistics(training)[0], len)
     codes = [stored.codes.cpu().numpy() for stored in quantized.values()]
     scales = [stored.scales.cpu().numpy().ravel() for stored in quantized.values()]
     weights = b"".join(param.detach().cpu().numpy().tobytes() for param in training.model.parameters())

@@ -121,7 +121,7 @@ def make_report(folder: Path, num_tokens: int, ranks: Ranks) -> dict:
     model, cfg = training.model, training.cfg
     code_bytes = program.stat().st_size if program.is_file() else 0
     say(f"step {training.step} of {folder}: calibrating on {cfg.quant.calib_batches} micro-batches")
-    stats = collect_statistics(training)
+    stats = collect_statistics(training)[0]
 
     def packed_bytes(quantized: dict[str, Quantized]) -> int:
         return len(pack_model(model, cfg, quantized, trained.text.tokenizer_sha256)[0])

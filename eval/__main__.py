@@ -35,11 +35,12 @@ from eval.runs import Target, find_target, newest_run
 from formats.help import describe_section
 from formats.recipe import config_fields, parse_overrides, with_values
 from scoring.adaptive import Callbacks, plan_documents
-from scoring.budget import format_ledger
+from scoring.budget import BYTES, SCORING, TRAINING, Ledger, not_valid, overruns
 from scoring.config import EVAL_MODES, EvalConfig
 from scoring.modes import SCORERS, Scoring, scored_stride
 from scoring.sliding import Pace, ScoreOptions
 from train_gpt import (
+    CLOCK_PARTS,
     GPT,
     Config,
     KeepingRanks,
@@ -180,21 +181,20 @@ def score_target(target: Target, args: Namespace, ranks: KeepingRanks, settings:
     return Scored(score, ranks.kept.numpy(), text, cfg, is_stored)
 
 
-def ledgers(scored: Scored, target: Target) -> list[tuple]:
-    """Return (title, parts, limit, unit) of every ledger that can be drawn up."""
+def draw_ledgers(scored: Scored, target: Target) -> list[Ledger]:
+    """Return every ledger that can be drawn up."""
     score, cfg, result = scored.score, scored.cfg, target.result
     size = target.artifact.stat().st_size
     parts = result["ledger"] if result else [("artifact (code not weighed)", size)]
-    rows = [("bytes of the submission", parts, cfg.quant.limit_bytes, "bytes")]
+    found = [Ledger(BYTES, parts, cfg.quant.limit_bytes, "bytes")]
     if result:
-        training = [("training", result["train_ms"] / 1000)]
-        training.append(("calibration and n-grams", result["calibration_ms"] / 1000))
-        rows.append(("training clock", training, cfg.run.max_wallclock_seconds, "s"))
-    scoring = [("scoring", score.seconds)]
-    rows.append(("scoring clock", scoring, scoring_limit(cfg.eval, score.num_bytes), "s"))
+        clock = [(name, result[key] / 1000) for name, key in CLOCK_PARTS.items()]
+        found.append(Ledger(TRAINING, clock, cfg.run.max_wallclock_seconds, "s"))
+    limit = scoring_limit(cfg.eval, score.num_bytes)
+    found.append(Ledger(SCORING, [("scoring", score.seconds)], limit, "s"))
     if result:
-        rows.append(("seconds by phase", list(result["seconds"].items()), None, "s"))
-    return rows
+        found.append(Ledger("seconds by phase", list(result["seconds"].items()), 0, "s"))
+    return found
 
 
 def implied_bytes(score: Score) -> float:
@@ -256,7 +256,8 @@ def score_one(args: Namespace, open_ranks) -> int:
     score = scored.score
     comparable = target.recorded_bpb is not None and scored.is_stored
     difference = score.val_bpb - target.recorded_bpb if comparable else None
-    accounts = ledgers(scored, target) if args.budget else []
+    accounts = draw_ledgers(scored, target) if args.budget else []
+    broken = overruns(accounts)
     tables = {}
     if args.breakdown:
         costs, cfg = get_costs(scored.nats, scored.text.target_bytes), scored.cfg
@@ -265,12 +266,12 @@ def score_one(args: Namespace, open_ranks) -> int:
         tables = break_down(costs, scored.tokens, open_tokenizer(cfg.data), how)
     if args.json:
         facts = get_facts(scored, target) | {"difference": difference, "breakdown": as_facts(tables)}
-        facts |= {"ledgers": [dict(zip(("title", "parts", "limit", "unit"), row)) for row in accounts]}
+        facts |= {"ledgers": [row._asdict() for row in accounts], "over_limits": list(broken)}
         print(json.dumps(facts))
     else:
         print_table(scored, target)
-        for title, parts, limit, unit in accounts:
-            print(f"{title}\n{format_ledger(parts, limit, unit)}")
+        for row in accounts:
+            print(row.format())
         if tables:
             print(format_tables(tables))
     tolerance = target.tolerance(score.mode)
@@ -278,7 +279,9 @@ def score_one(args: Namespace, open_ranks) -> int:
         say(f"error: not reproduced: val_bpb differs from the recorded one by {difference:+.3e}, more than "
             f"the tolerance of {tolerance:g}")  # fmt: skip
         return 1
-    return 0
+    if broken:
+        say(not_valid(broken))
+    return int(bool(broken))
 
 
 def score_two(args: Namespace, open_ranks) -> int:

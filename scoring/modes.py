@@ -55,9 +55,9 @@ class ScorerState(NamedTuple):
     scales: tuple[float, ...] = ()  # factors of positive and of negative logits, where fit_scales does
 
 
-def build_ngram_table(cfg: EvalConfig, shards: list[np.ndarray]) -> NgramTable:
-    """Build the table that a recipe asks for from the first of the training tokens."""
-    parts, left = [], cfg.tilt_static_tokens
+def build_ngram_table(cfg: EvalConfig, shards: list[np.ndarray], num_tokens: int) -> NgramTable:
+    """Build the table that a recipe asks for from the first num_tokens training tokens."""
+    parts, left = [], num_tokens
     for shard in shards:
         parts.append(np.asarray(shard[:left]))
         left -= len(parts[-1])

@@ -127,7 +127,7 @@ def test_every_coding_gives_back_the_weights_that_it_quantized(tiny_config, alon
     with torch.no_grad():
         for param in training.model.parameters():
             param.add_(0.05 * torch.sin(torch.arange(param.numel()).float()).view(param.shape))
-    stats = collect_statistics(training) if cfg.quant.method != "round" else {}
+    stats = collect_statistics(training)[0] if cfg.quant.method != "round" else {}
     quantized = quantize_model(training.model, cfg, stats, len)
     write_artifact(training.model, cfg, quantized, "f" * 64, tmp_path / "coded.bin")
     loaded, _, _ = load_artifact(tmp_path / "coded.bin", cfg, alone.device)
@@ -154,7 +154,7 @@ def test_water_filling_meets_a_target_of_bytes(tiny_config, alone, tmp_path):
         sizes.append(1000 + len(pack_model(training.model, cfg, quantized, "f" * 64)[0]))
         return sizes[-1]
 
-    quantized = quantize_model(training.model, cfg, collect_statistics(training), size_of)
+    quantized = quantize_model(training.model, cfg, collect_statistics(training)[0], size_of)
     ledger = write_artifact(training.model, cfg, quantized, "f" * 64, tmp_path / "fitted.bin")
     assert 0.998 * 11_000 <= 1000 + sum(size for _, size in ledger) <= 11_000
     assert len(sizes) <= 16
@@ -181,7 +181,7 @@ def test_bits_are_given_where_they_save_most(tiny_config, alone):
     fields |= {"quant.matrix_bits": 5, "quant.embed_bits": 5, "quant.scale_floor": False}
     cfg = with_values(tiny_config, fields, "test")
     training = shaken(cfg, alone)
-    stats = collect_statistics(training)
+    stats = collect_statistics(training)[0]
     matrices = calibrated_matrices(training.model, cfg, stats)
 
     def size_of(quantized) -> int:

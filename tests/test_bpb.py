@@ -8,7 +8,7 @@ import pytest
 from common import UserError
 from eval.logs import RunLog, ScoreLine
 from scoring.bpb import BpbMeter
-from scoring.budget import BudgetError, check_bytes, check_seconds, format_ledger
+from scoring.budget import BYTES, SCORING, TRAINING, Ledger, overruns
 
 
 def test_a_uniform_byte_model_costs_exactly_eight_bits_a_byte():
@@ -55,26 +55,29 @@ def test_a_nan_is_named_with_its_position():
         BpbMeter().add(np.array([1.0, 1.0, np.nan]), np.ones(3))
 
 
-def test_bytes_over_the_limit_name_the_overshoot_and_the_heaviest_part():
-    """Whoever is over the limit wants to know by how much and because of what."""
-    with pytest.raises(BudgetError, match=r"1,001 bytes: 1 over the limit of 1,000") as caught:
-        check_bytes([("code", 1), ("weights: codes", 1000)], 1000)
-    assert str(caught.value).index("weights: codes") < str(caught.value).index("code     ")
-
-
-def test_bytes_at_the_limit_pass():
-    """The limit itself is legal."""
-    assert check_bytes([("code", 400), ("weights", 600)], 1000) == 1000
-
-
-def test_seconds_over_the_limit_say_by_how_much():
-    """And name a knob; at the limit is within it."""
-    check_seconds("scoring", 600.0, 600.0)
-    with pytest.raises(BudgetError, match=r"scoring took 601.5 s: 1.5 over .* eval.stride"):
-        check_seconds("scoring", 601.5, 600.0)
+def test_what_is_over_a_limit_is_said_with_the_way_out():
+    """At the limit is within it; a limit of 0 is none."""
+    code = [("code", 1), ("weights: codes", 1000)]
+    clock = [("training", 170.0), ("calibration and n-grams", 21.84)]
+    assert overruns([Ledger(BYTES, code, 1001, "bytes"), Ledger(TRAINING, clock, 0, "s")]) == {}
+    assert overruns([Ledger(SCORING, [("scoring", 600.0)], 600.0, "s")]) == {}
+    broken = overruns(
+        [
+            Ledger(BYTES, code, 1000, "bytes"),
+            Ledger(TRAINING, clock, 180.0, "s"),
+            Ledger(SCORING, [("scoring", 601.5)], 600.0, "s"),
+        ]
+    )
+    assert list(broken) == [
+        "bytes of the submission 1,001 bytes of 1,000",
+        "training 191.8 s of 180",
+        "scoring 601.5 s of 600",
+    ]
+    for advice, knob in zip(broken.values(), ("matrix_bits", "reserve_seconds", "eval.stride"), strict=True):
+        assert knob in advice
 
 
 def test_the_ledger_shows_total_limit_and_what_is_left():
     """The three figures a reader looks for."""
-    text = format_ledger([("code", 400), ("weights", 500)], 1000, "bytes")
-    assert [line.split()[-2] for line in text.splitlines()] == ["400", "500", "900", "1,000", "100"]
+    text = Ledger(BYTES, [("code", 400), ("weights", 500)], 1000, "bytes").format()
+    assert [line.split()[-2] for line in text.splitlines()[1:]] == ["400", "500", "900", "1,000", "100"]

@@ -85,7 +85,14 @@ def make_run(tiny_config, alone, tmp_path):
         ledger = write_artifact(model, cfg, quantized, text.tokenizer_sha256, folder / "artifact.bin")
         model, stored, _ = load_artifact(folder / "artifact.bin", cfg, alone.device)
         score = score_model(model, stored, text, alone, Scoring())._asdict()
-        facts = {"steps": 0, "train_ms": 0.0, "tokens_per_second": 0.0, "score": score, "ledger": ledger}
+        facts = {
+            "steps": 0,
+            "train_ms": 0.0,
+            "calibration_ms": 0.0,
+            "tokens_per_second": 0.0,
+            "score": score,
+            "ledger": ledger,
+        }
         finish(folder, cfg, facts | {"seconds": {"scoring": score["seconds"]}}, Log(folder, False))
         return folder
 

@@ -6,7 +6,7 @@ from fixtures_model import recipe
 
 from formats.recipe import with_values
 from quantizers.methods import build_grid
-from scoring.budget import BudgetError, check_bytes, format_ledger
+from scoring.budget import BYTES, Ledger, overruns
 from train_gpt import Config, make_gpt, match_rules, pack_model, quantize_model, tensor_table
 
 B, C = "reference_systems/B_bese288", "reference_systems/C_pr281"
@@ -89,14 +89,14 @@ def test_the_ledger_of_a_system_has_its_payload(name):
 def test_system_b_fits_with_its_code(artifact, total):
     """88,802 bytes of code in each of the three runs."""
     parts = [("code", 88_802), ("artifact", artifact)]
-    assert check_bytes(parts) == total
-    assert f"{total:,} bytes" in format_ledger(parts, 16_000_000, "bytes")
+    ledger = Ledger(BYTES, parts, 16_000_000, "bytes")
+    assert overruns([ledger]) == {} and ledger.total == total
+    assert f"{total:,} bytes" in ledger.format()
 
 
 @pytest.mark.reference("C7")
 def test_system_c_fits_with_its_code():
     """And 497,779 more bytes would be one too many."""
     parts = [("code", 69_101), ("artifact", 15_433_121)]
-    assert check_bytes(parts) == 15_502_222
-    with pytest.raises(BudgetError, match="1 over"):
-        check_bytes([*parts, ("more", 497_779)])
+    assert Ledger(BYTES, parts, 16_000_000, "bytes").total == 15_502_222
+    assert overruns([Ledger(BYTES, [*parts, ("more", 497_779)], 16_000_000, "bytes")])

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from quantizers.gptq import Calibrated
 from quantizers.grid import quantize
 from quantizers.methods import build_grid, repair_worst
 from scoring.adaptive import Callbacks, ScoringRun, WindowSettings, score_lora, score_sgd
-from scoring.modes import build_ngram_table
 from scoring.sliding import ScoreOptions
 from train_gpt import (
     Config,
@@ -24,6 +24,7 @@ from train_gpt import (
     Training,
     attach_fp8,
     build_model,
+    count_ngrams,
     learning_rate_mul,
     train,
     training_ms,
@@ -132,7 +133,12 @@ def test_static_hints_are_counted_on_so_many_tokens():
     """eval.tilt_static_tokens: what comes later is not seen."""
     cfg = replace(Config().eval, tilt_static_entries=8, tilt_static_lengths=(2,))
     text = np.array([5, 6, 7] * 20 + [8, 9, 3] * 20, dtype=np.uint16)
-    tables = [build_ngram_table(replace(cfg, tilt_static_tokens=count), [text]) for count in (60, 120)]
+    tables = []
+    for count in (60, 120):
+        asked = SimpleNamespace(eval=replace(cfg, tilt_static_tokens=count))
+        loader = SimpleNamespace(shards=[text], sizes=[len(text)])
+        training = SimpleNamespace(cfg=asked, loader=loader, ranks=SimpleNamespace(is_main=True))
+        tables.append(count_ngrams(training)[0])
     assert len(tables[0].keys) < len(tables[1].keys)
 
 

@@ -425,11 +425,18 @@ def test_bad_input_says_what_was_expected(tiny_config, values, message):
 def test_over_budget_fails_and_loses_nothing(tiny_config):
     """The artifact and its score stay; the exit says no."""
     cfg = with_values(tiny_config, {"quant.limit_bytes": 1000}, "test")
-    with pytest.raises(BudgetError, match="over the limit of 1,000"):
+    with pytest.raises(
+        BudgetError, match=r"^NOT A VALID RUN: bytes .* [\d,]+ bytes of 1,000$"
+    ):
         train_gpt.run(cfg, ALONE)
     folder = Path(cfg.run.out_dir) / "tiny"
-    assert read_json(folder / "result.json")["score"]["val_bpb"] > 0
+    result = read_json(folder / "result.json")
+    assert result["score"]["val_bpb"] > 0
+    assert result["over_limits"][0].startswith("bytes of the submission")
     assert (folder / "artifact.bin").is_file()
+    assert (folder / "train.log").read_text().splitlines()[-1].startswith("NOT A VALID RUN: bytes")
+    train_gpt.run(with_values(cfg, {"run.enforce_limits": False}, "test"), ALONE)
+    assert (folder / "train.log").read_text().splitlines()[-1].startswith("NOT A VALID RUN: bytes")
 
 
 def test_a_run_that_cannot_start_keeps_the_older_run_of_its_name(tiny_config):

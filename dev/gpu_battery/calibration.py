@@ -34,7 +34,7 @@ def run(job: Job) -> None:
 def statistics(cfg: Config, ranks: Ranks, stats: dict[str, CalibrationStats]) -> dict:
     """Collect the statistics of one batch into `stats`."""
     training = Training(cfg, ranks, BOS_ID)
-    seconds = wall_seconds(lambda: stats.update(collect_statistics(training)), ranks.device)
+    seconds = wall_seconds(lambda: stats.update(collect_statistics(training)[0]), ranks.device)
     tokens = cfg.data.batch_tokens // cfg.data.micro_batches
     return {"seconds": seconds, "tokens": tokens, "matrices": len(stats)} | memory_gib(ranks.device)
 
