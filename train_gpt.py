@@ -36,6 +36,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+# Threads that wait give up their core after microseconds, not milliseconds: beside another process, waiting
+# ones made a step 2 to 40 times slower (dev/LOG.md, "a neighbour on the machine"). Read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import numpy as np
 import torch
 import torch.distributed as dist

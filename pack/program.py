@@ -222,7 +222,8 @@ def bundle(entry: Path, root: Path) -> list[Statement]:
     """Merge `entry` and every module below `root` that it imports into one.
 
     In order: the entry's docstring, `__future__`, third-party imports, the statements of each module and
-    last those of the entry, its main guard at the end.
+    last those of the entry, its main guard at the end. What the entry does between its imports, such as
+    setting the environment, comes before all imports that it does not need itself.
     """
     modules = collect(entry, root)
     _check_collisions(modules)
@@ -245,7 +246,17 @@ def bundle(entry: Path, root: Path) -> list[Statement]:
     body = _drop_repeated_guards(body) + guard
     always = {i for i, statement in enumerate(body) if statement.label == entry.label}
     body = [body[i] for i in needed_statements([statement.node for statement in body], always)]
-    return docstring + _merge_imports(imports, body, entry.label) + body
+    last = max((node.lineno for node in entry.tree.body if isinstance(node, Import)), default=0)
+    early = [one for one in body if one.label == entry.label and one.node.lineno < last]
+    body = [one for one in body if one not in early]
+    merged = _merge_imports(imports, early + body, entry.label)
+    needed = set().union(*(identifiers(one.node) for one in early))
+    first = [
+        one
+        for one in merged
+        if _is_future(one.node) or not needed.isdisjoint(name for name, _ in bound_names(one.node))
+    ]
+    return docstring + first + early + [one for one in merged if one not in first] + body
 
 
 def _is_main_guard(node: ast.stmt) -> bool:

@@ -565,6 +565,16 @@ def test_json_report_is_one_object_and_agrees_with_the_file(project, capsys):
     assert report["minified_bytes"] == len(unwrap(out.read_bytes()).encode())
 
 
+def test_what_is_done_between_imports_is_done_before_the_later_ones(project):
+    """Threads read their settings when the library is loaded: a program that sets them later sets nothing."""
+    early = 'import os\n\nos.environ.setdefault("SPIN", "5")\n\nimport json\n'
+    (project / "train_gpt.py").write_text(f"{early}\n\ndef main():\n    return json.dumps(1), os\n")
+    text = to_source(bundle(project / "train_gpt.py", project))
+    assert text.index("import os") < text.index("setdefault") < text.index("import json")
+    real = to_source(bundle(ENTRY, ENTRY.parent))
+    assert real.index("GOMP_SPINCOUNT") < real.index("import torch")
+
+
 def test_equal_sources_are_packed_once(project, tmp_path, monkeypatch, capsys):
     """A changed source, another wrap and a damaged copy are packed anew; what comes out is the same file."""
     jobs = []
