@@ -131,12 +131,13 @@ def from_planes(planes: bytes, width: int) -> bytes:
 def compress_best(raw: bytes) -> bytes:
     """Compress with the plain codec of the fewest bytes; the first byte holds its place in PLAIN_CODECS.
 
-    Its upper half is the logarithm of the width of byte planes, which floats are sorted into. Of what zlib
-    cannot shrink by a fiftieth, coded streams, it finds all there is: the slow codecs are spared.
+    Its upper half is the logarithm of the width of byte planes, which floats are sorted into. Where bytes are
+    all about as frequent the stream is coded already: zlib finds what there is, the slow codecs are spared.
     """
     widths = [log for log in PLANES if len(raw) % (1 << log) == 0 and (log == 0 or len(raw) < MOST_PLANES)]
     forms = {log: to_planes(raw, 1 << log) for log in widths}
-    is_coded = min(len(zlib.compress(form, 1)) for form in forms.values()) > 0.98 * len(raw)
+    huffman = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
+    is_coded = len(huffman.compress(raw) + huffman.flush()) > 0.9 * len(raw)
     packers = [pack for pack, _ in PLAIN_CODECS.values()][: 2 if is_coded else None]
     return min(
         (
