@@ -39,7 +39,7 @@ class QuantConfig:
     damping: float = option(0.01, "", "added to Hessians, a fraction of the mean diagonal", low=0)
     calib_batches: int = option(16, "", "training micro-batches that Hessians are taken from", low=1)
     reserve_seconds: float = option(
-        0.0, "", "seconds of the clock that training leaves for calibration", low=0
+        0.0, "", "least seconds of the clock kept for calibration; its need is measured", low=0
     )
     float16_numel: int = option(65_536, "", "matrices of at most so many elements stay float16", low=0)
     float16_names: str = option("", "", "patterns, with commas between, of others that stay float16")

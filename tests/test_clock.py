@@ -1,0 +1,151 @@
+"""The training clock: what follows training is timed before, reserved, and done in what is left."""
+
+import itertools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_gpt
+from common import read_json
+from formats.recipe import with_values
+from train_gpt import (
+    Environment,
+    Log,
+    Training,
+    count_ngrams,
+    do_jobs,
+    expected_seconds,
+    fit_scales,
+    timed_batches,
+    training_ms,
+    warm_up,
+)
+
+CALIBRATED = {
+    "quant.method": "gptq",
+    "quant.calib_batches": 16,
+    "quant.float16_numel": 0,
+    "run.max_wallclock_seconds": 20.0,
+    "run.val_loss_every": -1,
+}
+
+
+class SlowMachine:
+    """A clock that only moves when a piece of work says what it took."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        ticks = itertools.count(0.0, 1e-9)
+        monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: self.now + next(ticks))
+
+    def slow(self, seconds, function):
+        """Return the function, with each call taking so long; seconds may be a function of its arguments."""
+
+        def taking(*args, **keywords):
+            self.now += seconds(*args) if callable(seconds) else seconds
+            return function(*args, **keywords)
+
+        return taking
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return SlowMachine(monkeypatch)
+
+
+@pytest.fixture
+def training(tiny_config, alone):
+    return Training(with_values(tiny_config, CALIBRATED, "test"), alone, bos_id=1)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 2), (2.5, 2), (7.2, 7), (99.0, 16), (math.inf, 16)])
+def test_batches_end_within_their_seconds(training, machine, seconds, expected):
+    """The next one is taken only if it ends in time at the pace so far; two are the least."""
+    taken = 0
+    for _ in timed_batches(training, seconds):
+        machine.now += 1.0
+        taken += 1
+    assert taken == expected
+
+
+def test_a_job_gets_what_is_left_of_the_clock(training, machine, monkeypatch, tmp_path):
+    """A machine that became half as fast since the warm-up calibrates on fewer batches and is in time."""
+    monkeypatch.setattr(train_gpt, "mean_loss", machine.slow(0.5, train_gpt.mean_loss))
+    training.job_seconds = expected_seconds(training)
+    assert training.job_seconds == pytest.approx({"batches": 8.0}, rel=1e-3)
+    training.reserve_ms, training.train_ms = 8800.0, 11_900.0
+    machine.now = 100.0
+    monkeypatch.setattr(train_gpt, "mean_loss", machine.slow(0.5, train_gpt.mean_loss))  # 1 s each now
+    found = do_jobs(training, Log(tmp_path, True))
+    assert len(found["batches"]) > 4
+    assert training.calibration_ms == pytest.approx(8000.0, rel=1e-3)
+    assert "calibration_time:8000ms reserve:8800ms batches:8/16" in (tmp_path / "train.log").read_text()
+
+
+def test_fewer_tokens_are_counted_in_less_time(tiny_config, alone, machine, monkeypatch):
+    """A sixteenth tells the pace; the whole is counted where there is time for it."""
+    changes = {"eval.tilt_static_entries": 16, "eval.tilt_static_tokens": 1600}
+    training = Training(with_values(tiny_config, changes, "test"), alone, bos_id=1)
+    slow = machine.slow(lambda settings, shards, count: count / 100, train_gpt.build_ngram_table)
+    monkeypatch.setattr(train_gpt, "build_ngram_table", slow)
+    for seconds, expected in ((0.0, 100), (1.5, 100), (7.01, 400), (25.1, 1600), (math.inf, 1600)):
+        started = machine.now
+        table, done, whole = count_ngrams(training, seconds)
+        assert (done, whole) == (expected, 1600)
+        assert len(table.keys) > 0
+        if 0 < seconds < math.inf:
+            assert machine.now - started <= seconds
+
+
+def test_scales_are_fitted_to_as_many_batches_as_there_is_time_for(training, machine, monkeypatch):
+    """All Newton steps read the same batches."""
+    seen, forward = [], training.model.forward
+
+    def watched(tokens, starts_doc):
+        seen.append(tokens)
+        return forward(tokens, starts_doc)
+
+    training.model.forward = machine.slow(1.0, watched)
+    scales, done, whole = fit_scales(training, 10.1)
+    assert (done, whole, len(seen)) == (5, 16, 10)
+    assert all(np.isfinite(scales))
+    for first, again in zip(seen[:5], seen[5:], strict=True):
+        assert first is again
+
+
+def test_the_reserve_is_at_least_the_recipes_and_at_most_half(tiny_config):
+    """Without a clock there is nothing to reserve."""
+    cfg = with_values(tiny_config, {"run.max_wallclock_seconds": 100.0}, "test")
+    assert [training_ms(cfg, reserve) for reserve in (0.0, 7e3, 70e3)] == [100e3, 93e3, 50e3]
+    cfg = with_values(cfg, {"quant.reserve_seconds": 60.0}, "test")
+    assert [training_ms(cfg, reserve) for reserve in (0.0, 7e3, 70e3)] == [40e3, 40e3, 40e3]
+    cfg = with_values(cfg, {"run.max_wallclock_seconds": 0.0}, "test")
+    assert training_ms(cfg, 5e3) == math.inf
+
+
+def test_the_warm_up_reserves_and_leaves_no_trace(training, machine, monkeypatch, tmp_path):
+    """Calibration's part and one step, which may end late; the loader is back where it was."""
+    before = training.loader.state_dict()
+    monkeypatch.setattr(train_gpt, "mean_loss", machine.slow(0.25, train_gpt.mean_loss))
+    training.loss = machine.slow(0.125, training.loss)
+    warm_up(training, Log(tmp_path, True))
+    assert training.loader.state_dict() == before
+    assert training.job_seconds == pytest.approx({"batches": 4.0}, rel=1e-3)
+    assert training.reserve_ms == pytest.approx(1.1 * 4000 + 125, rel=1e-3)
+
+
+@pytest.mark.usefixtures("stand_in_program")
+def test_a_whole_run_is_within_its_clock(tiny_config):
+    """Two seconds of real time: training and calibration end within them."""
+    changes = {"run.max_wallclock_seconds": 2.0, "run.iterations": 100_000, "run.train_log_every": 0}
+    cfg = with_values(tiny_config, CALIBRATED | changes, "test")
+    train_gpt.run(cfg, Environment({}))
+    folder = Path(cfg.run.out_dir) / cfg.run.run_id
+    result = read_json(folder / "result.json")
+    assert result["over_limits"] == []
+    assert result["train_ms"] + result["calibration_ms"] <= 2000
+    log = (folder / "train.log").read_text()
+    assert re.search(r"^calibration_time:\d+ms reserve:\d+ms batches:\d+/16$", log, re.MULTILINE)
