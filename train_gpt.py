@@ -54,7 +54,7 @@ from data.shards import TRAIN_GLOB, read_report
 from data.validation import ValidationText, read_validation, scored_tokens
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
-from formats.help import FieldParser, describe_sections
+from formats.help import FieldParser, check_names, describe_sections, format_description, near_misses
 from formats.recipe import (
     changed_recipe,
     check_ranges,
@@ -459,6 +459,7 @@ class Environment(NamedTuple):
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    misspelled: tuple[str, ...] = ()  # sentences on variables that look like misspelled ones
 
 
 def read_environment() -> Environment:
@@ -466,6 +467,8 @@ def read_environment() -> Environment:
     layout = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
     numbers = {key: int(os.environ[env]) for key, env in layout.items() if env in os.environ}
     fixed = {name: os.environ[name] for name in PACKED_ENVIRONMENT.split() if name in os.environ}
+    if PACKED_RECIPE is None:
+        numbers["misspelled"] = near_misses(Config, os.environ)
     return Environment(environment_values(Config, os.environ) | fixed, **numbers)
 
 
@@ -483,6 +486,8 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
                     f"{name} is fixed in this packed program, or unknown; free are {', '.join(free)}. For "
                     "the rest change the recipe and pack it again."
                 )
+    else:
+        check_names(Config, changes)
     cfg = with_values(Config(), read_recipe(recipe_path), recipe_path) if recipe_path else Config()
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
@@ -2416,12 +2421,13 @@ def warm_up(training: Training, log: Log) -> None:
     """Compile and time real steps before the clock starts, then restore all state; prints a projection."""
     cfg, ranks = training.cfg, training.ranks
     initial = copy.deepcopy(training.state_dict())
+    num_steps = min(cfg.run.warmup_steps, cfg.run.iterations // 4)  # a short run is not all warm-up
     for phase in get_phases(cfg):
-        for step in range(max(cfg.run.warmup_steps, 1)):
+        for step in range(max(num_steps, 1)):
             training.accumulate(phase, lambda: False)
             training.update(0.0)
-            if step < cfg.run.warmup_steps:
-                log.line(f"warmup_step:{step + 1}/{cfg.run.warmup_steps}")
+            if step < num_steps:
+                log.line(f"warmup_step:{step + 1}/{num_steps}")
     clock = Clock(ranks)
     clock.start()
     training.micro_step(phase, 0)
@@ -2867,7 +2873,8 @@ def describe_to_stdout(args, environment: Environment) -> None:
     if len(elapsed) != len(steps):
         raise UserError(f"--elapsed-ms: expected {len(steps)} times, one a step, found {len(elapsed)}.")
     cfg = load_config(args.recipe, environment.overrides, args.overrides)
-    print(json.dumps(describe(cfg, steps, elapsed)))
+    found = describe(cfg, steps, elapsed)
+    print(json.dumps(found) if args.json or not sys.stdout.isatty() else format_description(found))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -2887,7 +2894,10 @@ def main(argv: list[str] | None = None) -> None:
     if PACKED_RECIPE is None:
         parser.explain(Config)
         parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
-        parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule as JSON")
+        parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule")
+        parser.add_argument(
+            "--json", action="store_true", help="with --describe: JSON, as where output is no terminal"
+        )
         parser.add_argument(
             "--steps", default="0", metavar="N,N,...", help="with --describe: steps to tabulate"
         )
@@ -2895,6 +2905,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     environment = read_environment()
     recipe_path = args.recipe if PACKED_RECIPE is None else None
+    for sentence in environment.misspelled if environment.rank == 0 else ():
+        print(f"warning: environment: {sentence}", file=sys.stderr)
     if PACKED_RECIPE is None and args.describe:
         describe_to_stdout(args, environment)
         return

@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import difflib
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from common import CommandParser, UserError
 from formats.recipe import config_fields, parse_value, read_recipe
@@ -41,9 +43,23 @@ class FieldParser(CommandParser):
         super().__init__(add_help=False, **settings)
 
     def explain(self, config) -> None:
-        """Add `--help [NAME]` for a config."""
+        """Add `--help [NAME]` for a config, and read an unknown option as a field that was meant."""
+        self.config = config
         about = "show this, or what a section or a field of the config means"
         self.add_argument("-h", "--help", action=FieldHelp, config=config, help=about)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2; an unknown option that names a field is told how fields are written."""
+        _, unrecognized, rest = message.partition("unrecognized arguments: ")
+        words = rest.split()
+        if unrecognized and words[0].startswith("--"):
+            name, _, value = words[0].partition("=")
+            value = value or (words[1] if len(words) > 1 and not words[1].startswith("-") else "VALUE")
+            fields = [f"{field}={value}" for field in meant_fields(self.config, name)]
+            known = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.8)
+            if fields and not known:
+                self.exit(2, f"{self.prog}: error: {name}: fields are written {' or '.join(fields)}\n")
+        super().error(message)
 
 
 class FieldHelp(argparse.Action):
@@ -56,6 +72,37 @@ class FieldHelp(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         print(explain(self.config, values) if values else parser.format_help().rstrip())
         parser.exit()
+
+
+def meant_fields(config, word: str) -> list[str]:
+    """Name the fields that an unknown word may mean: its key, the end of its key, or one spelled alike."""
+    key = word.lstrip("-").replace("-", "_").lower()
+    known = config_fields(config)
+    own = [full for full, item in known.items() if key in (full, item.name, item.metadata["env"].lower())]
+    ends = [full for full in known if full.endswith(f"_{key}")]
+    words = {word: full for full in known for word in (full, full.partition(".")[2])}
+    near = [words[word] for word in difflib.get_close_matches(key, words, n=1)]
+    return own or ends[:3] or near
+
+
+def check_names(config, names: Iterable[str]) -> None:
+    """Raise for the first name of the command line that is no field."""
+    for name in names:
+        if name not in config_fields(config):
+            near = " or ".join(meant_fields(config, name))
+            hint = f"Did you mean {near}?" if near else "`python train_gpt.py --help` lists all fields."
+            raise UserError(f"command line: unknown field {name!r}. {hint}")
+
+
+def near_misses(config, names: Iterable[str]) -> list[str]:
+    """Say which variables of an environment are spelled almost as those that a config reads."""
+    known = {item.metadata["env"] for item in config_fields(config).values()} - {""}
+    odd = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.9) for name in names if name.isupper()}
+    return [
+        f"{name} is not read; did you mean {near[0]}?"
+        for name, near in odd.items()
+        if near and name not in known
+    ]
 
 
 def explain(config, name: str) -> str:
@@ -149,3 +196,23 @@ def recipes_with(name: str, item: dataclasses.Field) -> dict[str, str]:
         if value != item.default:
             found[str(path.parent.relative_to(RECIPES.parent))] = format_value(value)
     return found
+
+
+def format_description(found: dict) -> str:
+    """Lay out what --describe found for people: counts, parameters, the order of blocks, the schedule."""
+    rows = [
+        ("parameters", f"{found['num_params']:,}"),
+        ("operations a token", f"{found['flops_per_token']:,} forward and backward"),
+        ("artifact, estimated", f"{found['estimated_artifact_bytes']:,} bytes without the code"),
+        ("recipe hash", found["config_hash"]),
+    ]
+    lines = [f"{name:<22}{value}" for name, value in rows]
+    lines += ["", "parameters by rule"]
+    lines += [f"  {count:>12,}  {pattern}" for pattern, count in found["params_by_rule"].items()]
+    order = ["".join([str(step["layer"]), "+" * step["push"]]) for step in found["layer_plan_recurring"]]
+    lines += ["", "order of the layers (+: kept for a skip)", f"  {' '.join(order)}", "", "schedule"]
+    columns = [name for name, value in found["schedule"][0].items() if not isinstance(value, dict)]
+    lines.append("  " + " ".join(f"{name:>12}" for name in columns))
+    for row in found["schedule"]:
+        lines.append("  " + " ".join(f"{row[name]:>12.6g}" for name in columns))
+    return "\n".join(lines)

@@ -165,9 +165,11 @@ def environment_readers(name: str) -> set[str]:
 
 
 def walk_with_owner(node: ast.AST, owner: str) -> Iterator[tuple[ast.AST, str]]:
-    """Yield each node and the outermost function around it; assignments to os.environ[...] are left out."""
+    """Yield each node and the outermost function around it; what only sets os.environ is left out."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Subscript) and not isinstance(child.ctx, ast.Load):
+            continue
+        if isinstance(child, ast.Expr) and ast.unparse(child).startswith("os.environ.setdefault("):
             continue
         is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
         inner = child.name if is_function and owner == "<module>" else owner

@@ -29,9 +29,10 @@ def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") 
     path = min(Path(path).glob("tokenizer.*"), default=Path(path))  # of a folder, the file in it
     if not path.is_file():
         raise UserError(
-            f"{path}: no such tokenizer file. `make data` trains one on the built-in corpus; "
-            "TOKENIZER_PATH or data.tokenizer_path names another, or a folder with tokenizer.model or "
-            "tokenizer.json in it."
+            f"{path}: no such tokenizer file. `make run` makes the built-in corpus and trains on it; "
+            f"`make data VOCAB={vocab_size or 1024}` makes that corpus with a tokenizer of as many entries, "
+            "`python -m data.download --variant sp1024` fetches the contest's. TOKENIZER_PATH or "
+            "data.tokenizer_path names another file, or a folder with tokenizer.model or tokenizer.json."
         )
     found = find_kind(path, kind)
     if kind and found != kind:
