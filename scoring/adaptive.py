@@ -131,8 +131,9 @@ class ScoringRun:
         return index % self.options.world_size == self.options.rank
 
     def record(self, positions: torch.Tensor, nats: torch.Tensor, started: float, num_read: int) -> None:
-        """Keep the nats of targets and what a forward pass over num_read tokens took."""
+        """Keep the nats of targets and what a forward pass over num_read tokens took; report progress."""
         self.nats[positions] = nats
+        self.advance(len(positions))
         self.score_seconds += time.perf_counter() - started
         self.score_tokens += num_read
 
@@ -144,9 +145,10 @@ class ScoringRun:
                 started = time.perf_counter()
                 positions, nats = score_batch(model, self.tokens, rows, self.options)
                 self.record(positions, nats, started, int((rows[:, 1] - rows[:, 0]).sum()))
+            else:
+                self.advance(int((rows[:, 1] - rows[:, 0] - rows[:, 2]).sum()))
             for lo, hi in scored_spans(rows):
                 self.checker.score(lo, hi, here=self.is_mine(index))
-            self.advance(int((rows[:, 1] - rows[:, 0] - rows[:, 2]).sum()))
 
     def advance(self, num_targets: int) -> None:
         """Report progress."""
@@ -619,4 +621,4 @@ def score_round(scorer: LoraScorer, batches: list[np.ndarray], turn: range) -> N
         else:
             for doc in batch:
                 scorer.session.checker.score(*scorer.documents[doc], doc, here=False)
-        scorer.session.advance(int(np.diff(scorer.documents[batch]).sum()))
+            scorer.session.advance(int(np.diff(scorer.documents[batch]).sum()))

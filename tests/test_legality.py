@@ -92,12 +92,11 @@ class Attack:
         self, case: str, tokens: np.ndarray, scale: float = 1.0, **changes
     ) -> tuple[np.ndarray, list[dict]]:
         text = ValidationText(tokens, np.ones(len(tokens) - 1), BOS, "val", "bytes", "", None)
-        ranks, events = KeepingRanks(Environment({}), "cpu"), []
+        ranks, events, self.reports = KeepingRanks(Environment({}), "cpu"), [], []
+        told = Callbacks(events.append, lambda done, total: self.reports.append((done, total)))
         with torch.no_grad():
             self.model.embed.weight.mul_(scale)
-        score_model(
-            self.model, self.configure(case, **changes), text, ranks, Scoring(Callbacks(events.append))
-        )
+        score_model(self.model, self.configure(case, **changes), text, ranks, Scoring(told))
         with torch.no_grad():
             self.model.embed.weight.div_(scale)
         return ranks.nats.double().numpy(), events
@@ -200,6 +199,17 @@ def test_a_uniform_model_costs_the_log_of_the_vocabulary(attack, case):
     model.scorer_state = ScorerState()
     nats, _ = Attack(attack.base, model)(case, TEXT, lora_sites="head", lora_lr=0.0, sgd_lr=0.0)
     assert nats == pytest.approx(math.log(VOCAB), rel=2e-7)
+
+
+@pytest.mark.parametrize("case", MODES)
+def test_progress_is_told_forward_pass_by_forward_pass(attack, case):
+    """A scorer that speaks when it is done was silent for ten minutes; the last report is the whole."""
+    nats, _ = attack(case, TEXT)
+    done = [done for done, _ in attack.reports]
+    assert done == sorted(set(done))
+    assert done[-1] == len(nats)
+    assert {total for _, total in attack.reports} == {len(nats)}
+    assert done[0] < len(nats)
 
 
 @pytest.mark.parametrize("case", IN_TEXT_ORDER)
