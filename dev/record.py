@@ -40,7 +40,8 @@ from dev.submission import (
 from eval.logs import parse_log, stable_config
 from eval.stats import SeedScore, read_scores
 from formats.recipe import config_fields, config_hash, config_value, format_toml, read_recipe, with_values
-from pack.program import ENTRY, pack
+from pack.program import ENTRY, has_library, pack
+from pack.readable import READABLE_NAME, write_readable
 from train_gpt import (
     ARTIFACT_NAME,
     PLACE_FIELDS,
@@ -77,6 +78,11 @@ class RecordPlan(NamedTuple):
     @property
     def program(self) -> Path:
         return self.work / ENTRY.name
+
+    @property
+    def readable(self) -> Path:
+        """The same program for people; absent where ruff is not installed."""
+        return self.work / READABLE_NAME
 
     @property
     def target(self) -> Path:
@@ -189,6 +195,10 @@ def make_program(plan: RecordPlan) -> None:
     for step in report.steps_left_out:
         say(f"packing left out {step}; the size is that of the file as written")
     say(f"program: {plan.program}, {report.packed_bytes:,} bytes")
+    if has_library("ruff"):
+        write_readable(plan.work / "recipe.toml", plan.readable)
+    else:
+        say(f"left out {READABLE_NAME}: it needs ruff (pip install ruff)")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -311,6 +321,8 @@ def build(plan: RecordPlan, runs: list[Run], args: Namespace) -> Path:
     track, intro = TRACKS[plan.out.name], plan.recipe.parent / "README.md"
     record = Record(plan.name, track, plan.cfg, recipe, intro, runs, plan.old, about)
     write_files(staged, record)
+    if plan.readable.is_file():
+        shutil.copyfile(plan.readable, staged / READABLE_NAME)
     write_claims(staged, record, [])
     say(f"auditing {staged}")
     reports = audit_deep(staged, kept_run(runs)) if args.audit == "all" else []

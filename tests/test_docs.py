@@ -39,7 +39,7 @@ PROGRAMS = ("python", "make", "torchrun", "pip")
 FOREIGN = ("git", "gh")  # not ours to check
 OWN_VARIABLES = {"RUN_ID", "OMP_NUM_THREADS"}
 # Named in the docs, merged by others: drop an entry when what it names is there.
-PENDING = {"--readable", "single", "tokenizers", "tokenizers/sp2048", "train_gpt_readable.py"}
+PENDING = {"tokenizers", "tokenizers/sp2048"}
 # Really run here, in this process, from the repository root.
 FAST_COMMANDS = (
     "python train_gpt.py --help model.xsa_last",
