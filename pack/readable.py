@@ -222,13 +222,14 @@ def compose(found: list[Section], sources: dict[str, SourceText], entry: str, re
             if is_text(node):
                 continue
             if label not in (current, IMPORTS_LABEL) and (current or label != entry):
-                lines += ["", *headline(label, sources[label].tree, label in introduced | {entry}), ""]
+                lines += ["", *headline(label, sources[label].tree, label in introduced | {entry})]
                 introduced.add(label)
             current = label if label != IMPORTS_LABEL else current
             if label == IMPORTS_LABEL:
                 lines.append(to_text(node))
             else:
-                lines += without_banners(printers[label].statement(node, 0), label == entry)
+                made = without_banners(printers[label].statement(node, 0), label == entry)
+                lines += [*([""] if made[0].startswith("#") else []), *made]
             lines += [""] * (2 if isinstance(node, Definition) else 0)
     return "\n".join(lines) + "\n"
 
