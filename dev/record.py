@@ -80,11 +80,6 @@ class RecordPlan(NamedTuple):
         return self.work / ENTRY.name
 
     @property
-    def readable(self) -> Path:
-        """The same program for people; absent where ruff is not installed."""
-        return self.work / READABLE_NAME
-
-    @property
     def target(self) -> Path:
         return self.out / self.name
 
@@ -195,10 +190,6 @@ def make_program(plan: RecordPlan) -> None:
     for step in report.steps_left_out:
         say(f"packing left out {step}; the size is that of the file as written")
     say(f"program: {plan.program}, {report.packed_bytes:,} bytes")
-    if has_library("ruff"):
-        write_readable(plan.work / "recipe.toml", plan.readable)
-    else:
-        say(f"left out {READABLE_NAME}: it needs ruff (pip install ruff)")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -321,8 +312,10 @@ def build(plan: RecordPlan, runs: list[Run], args: Namespace) -> Path:
     track, intro = TRACKS[plan.out.name], plan.recipe.parent / "README.md"
     record = Record(plan.name, track, plan.cfg, recipe, intro, runs, plan.old, about)
     write_files(staged, record)
-    if plan.readable.is_file():
-        shutil.copyfile(plan.readable, staged / READABLE_NAME)
+    if has_library("ruff"):
+        write_readable(plan.work / "recipe.toml", staged / READABLE_NAME)
+    else:
+        say(f"left out {READABLE_NAME}: it needs ruff (pip install ruff)")
     write_claims(staged, record, [])
     say(f"auditing {staged}")
     reports = audit_deep(staged, kept_run(runs)) if args.audit == "all" else []
