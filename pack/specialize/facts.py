@@ -25,7 +25,7 @@ class Style(NamedTuple):
 
 
 SMALLEST = Style()
-FOR_READERS = Style(True, True, True, True, {"run.save_every": -1, "run.attention": "auto"})
+FOR_READERS = Style(True, True, True, True, {"run.save_every": -1})
 
 
 @dataclass(frozen=True)
