@@ -8,11 +8,9 @@ registers the program in linecache and runs it. The source stays written for peo
 package's business alone.
 """
 
-import argparse
 import ast
 import builtins
 import importlib.util
-import json
 import re
 import sys
 import zlib
@@ -22,7 +20,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import UserError, atomic_file, run_command
+from common import UserError, atomic_file
 from formats.recipe import read_recipe
 from pack.mix import decode, decoder_text, encode
 from pack.names import (
@@ -41,6 +39,7 @@ from pack.names import (
 from pack.printing import minifier_prints_for_oldest, to_text
 from pack.rename import rename
 from pack.specialize import specialize_tree
+from pack.specialize.facts import SMALLEST, Style
 from pack.specialize.syntax import is_literal, is_text
 from pack.stub import make_stub
 
@@ -378,7 +377,7 @@ def _merge_imports(imports: list[Statement], body: list[Statement], entry_label:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def specialize(statements: list[Statement], recipe: dict) -> list[Statement]:
+def specialize(statements: list[Statement], recipe: dict, style: Style = SMALLEST) -> list[Statement]:
     """Embed a recipe in a bundle and fold what it fixes."""
     _check_literal(recipe, "recipe")
     if not any((RECIPE_NAME, "") in bound_names(statement.node) for statement in statements):
@@ -388,7 +387,7 @@ def specialize(statements: list[Statement], recipe: dict) -> list[Statement]:
         )
     labels = {id(statement.node): statement.label for statement in statements}
     tree = ast.Module([statement.node for statement in statements], [])
-    specialize_tree(tree, recipe)
+    specialize_tree(tree, recipe, style)
     return [Statement(labels.get(id(node), statements[-1].label), node) for node in tree.body]
 
 
@@ -598,41 +597,3 @@ def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str =
         file.write(packed)
     sizes = [len(text.encode()) for text in (source, folded, minified)]
     return PackReport(str(out), *sizes, len(packed), left_out)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Pack from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pack",
-        description="Pack train_gpt.py and the modules it imports into one small file that runs like it: "
-        "`python F` or `torchrun F`. Its size on disk is the code size of a record.",
-    )
-    add = parser.add_argument
-    add("--recipe", type=Path, help="recipe.toml to embed (default: none; it is read at run time)")
-    add("--out", type=Path, default=Path("runs/packed/train_gpt.py"), help="file to write (%(default)s)")
-    add("--entry", type=Path, default=ENTRY, help="program to pack; imports start from its folder")
-    add(
-        "--wrap",
-        choices=METHODS,
-        default="",
-        help="compression: brotli (the program then needs that package), lzma (standard library, about 5 %% "
-        "larger), mix (standard library, 16 to 19 %% smaller; some 15 seconds to pack and to start) or none "
-        "(readable); default: the recipe's quant.code_wrap, else brotli",
-    )
-    add("--json", action="store_true", help="print the report as one JSON object")
-    options = parser.parse_args(argv)
-    if not options.entry.is_file():
-        raise PackingError(f"{options.entry}: no such program. --entry names the file to pack.")
-    report = pack(options.recipe, options.out, options.entry, options.wrap)
-    if options.json:
-        print(json.dumps(report._asdict()))
-        return
-    print(
-        f"packed:{report.out} source_bytes:{report.source_bytes} "
-        f"folded_bytes:{report.folded_bytes} minified_bytes:{report.minified_bytes} "
-        f"packed_bytes:{report.packed_bytes} steps_left_out:{'; '.join(report.steps_left_out) or 'none'}"
-    )
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -41,8 +41,6 @@ PROGRAMS = ("python", "make", "torchrun", "pip")
 FOREIGN = ("git", "gh")  # not ours to check
 OWN_VARIABLES = {"RUN_ID", "OMP_NUM_THREADS"}
 EXAMPLES = "add-a-trick.md"  # whose fields its patches add
-# Named in the docs, merged by others: drop an entry when what it names is there.
-PENDING = {"--readable", "single", "train_gpt_readable.py"}
 # Really run here, in this process, from the repository root.
 FAST_COMMANDS = (
     "python train_gpt.py --help model.xsa_last",
@@ -150,7 +148,7 @@ def check_options(words: list[str], help_text: str) -> list[str]:
     """Return the options among words that a help text does not list."""
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     known = set(re.findall(r"--[a-z][a-z-]*", help_text))
-    return [option for option in options if option not in known | PENDING]
+    return [option for option in options if option not in known]
 
 
 def check_fields(words: list[str]) -> list[str]:
@@ -194,7 +192,7 @@ def test_the_map_of_the_readme_is_the_tree():
     named = {line.split()[0].rstrip("/") for line in block.splitlines()}
     there = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     there |= {"train_gpt.py", "common.py", "tests", "records", "tokenizers"}
-    assert named - there <= PENDING
+    assert not named - there
     assert not there - named
 
 
@@ -248,7 +246,7 @@ def test_commands_name_what_there_is(page, command):
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-        assert words[1] in targets | PENDING
+        assert words[1] in targets
         used = set(re.findall(r"\$\(([A-Z]+)\)|,\$\(([A-Z]+)\)", makefile))
         names = {name for pair in used for name in pair} | set(re.findall(r"\$\(if \$\(([A-Z]+)\)", makefile))
         assert {word.partition("=")[0] for word in words[2:]} <= names

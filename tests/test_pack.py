@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from common import UserError
 from pack import program as packer
 from pack import size
+from pack.__main__ import main
 from pack.program import (
     PackingError,
     Statement,
@@ -551,7 +552,7 @@ def test_without_the_minifier_the_program_is_valid_and_the_report_says_so(projec
 def test_json_report_is_one_object_and_agrees_with_the_file(project, capsys):
     """The trainer reads the size of its code from it."""
     out = project / "packed.py"
-    packer.main(["--entry", str(project / "train_gpt.py"), "--out", str(out), "--json"])
+    main(["--entry", str(project / "train_gpt.py"), "--out", str(out), "--json"])
     report = json.loads(capsys.readouterr().out)
     assert list(report) == [
         "out",
@@ -573,7 +574,7 @@ def test_missing_files_are_user_errors(project, arguments, message, monkeypatch)
     """A wrong path is a sentence, and leaves no half of a program."""
     monkeypatch.chdir(project)
     with pytest.raises(UserError, match=message):
-        packer.main(["--entry", "train_gpt.py", "--out", "packed.py", *arguments])
+        main(["--entry", "train_gpt.py", "--out", "packed.py", *arguments])
     assert not Path("packed.py").exists()
 
 

@@ -2,9 +2,10 @@
 
 `specialize_tree` writes the recipe into the config classes, replaces what is thereby constant, takes the
 branches that constants decide and drops what nothing names any more, until nothing changes. What cannot be
-proved constant stays. Error messages end with their first sentence. PACKED_RECIPE becomes all that the recipe
-changes, PACKED_ENVIRONMENT the environment names of all that it fixes; of these fields the classes keep, as
-constants, what the program still reads. Taken on trust, all of it house style:
+proved constant stays. Error messages end with their first sentence, and annotations go; a Style keeps them.
+PACKED_RECIPE becomes all that the recipe changes, PACKED_ENVIRONMENT the environment names of all that it
+fixes; of these fields the classes keep, as constants, what the program still reads. Taken on trust, all of it
+house style:
 
 - A config class declares its fields with `option` (formats/recipe.py); a field that is not live has the
   recipe's value in every instance. A class that the program also makes with arguments of its own is left
@@ -20,9 +21,10 @@ import ast
 
 from pack.names import bound_names, drop_annotations, needed_statements
 from pack.printing import to_text
+from pack.specialize.annotations import trim_annotations
 from pack.specialize.drop import drop_entries, drop_imports, drop_members, drop_rows
 from pack.specialize.errors import shorten_errors
-from pack.specialize.facts import PACKED_ENVIRONMENT, PACKED_RECIPE, ProgramFacts
+from pack.specialize.facts import PACKED_ENVIRONMENT, PACKED_RECIPE, SMALLEST, ProgramFacts, Style
 from pack.specialize.infer import infer, infer_pure
 from pack.specialize.inline_config import inline_config
 from pack.specialize.params import drop_parameters
@@ -32,10 +34,11 @@ from pack.specialize.syntax import literal
 MAX_ROUNDS = 50
 
 
-def specialize_tree(tree: ast.Module, recipe: dict) -> None:
+def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> None:
     """Fold a module in place; statements of its top level that stay keep their identity."""
-    program = ProgramFacts(tree, {section: dict(values) for section, values in recipe.items()})
-    shorten_errors(tree)
+    program = ProgramFacts(tree, {section: dict(values) for section, values in recipe.items()}, style)
+    if not style.whole_errors:
+        shorten_errors(tree)
     program.index()
     inline_config(program)
     packed = {PACKED_RECIPE: program.recipe, PACKED_ENVIRONMENT: " ".join(program.environment)}
@@ -63,7 +66,10 @@ def specialize_tree(tree: ast.Module, recipe: dict) -> None:
         if text == before:
             break
         before = text
-    drop_annotations(tree)  # they were facts; what they alone name goes, too
-    tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
+    if style.annotations:
+        trim_annotations(tree)
+    else:
+        drop_annotations(tree)  # they were facts; what they alone name goes, too
+        tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
     drop_imports(tree)
     ast.fix_missing_locations(tree)

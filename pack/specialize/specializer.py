@@ -14,6 +14,7 @@ from pack.specialize.syntax import (
     class_names,
     clone,
     constant_body,
+    is_constant_name,
     is_only_indexed,
     is_option,
     is_pure,
@@ -228,7 +229,7 @@ class Specializer(ast.NodeTransformer, Scopes):
 
     def settle(self, node: ast.expr) -> ast.expr:
         """Write an expression whose value is known as that value, unless that is longer."""
-        if isinstance(node, SETTLED):
+        if isinstance(node, SETTLED) or (self.program.style.constants and is_constant_name(node)):
             return node
         fact = self.look(node)
         if fact is None and not isinstance(node, Comprehension):

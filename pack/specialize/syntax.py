@@ -159,6 +159,11 @@ def is_string(node: ast.expr | None) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
+def is_constant_name(node: ast.expr) -> bool:
+    """Whether an expression is the upper-case name of a constant."""
+    return isinstance(node, ast.Name) and node.id.isupper()
+
+
 def constructor(node: ast.ClassDef | None) -> Function | None:
     """Return a class's own `__init__`."""
     body = node.body if node else []
