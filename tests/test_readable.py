@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from fixtures_model import RECIPES, ROOT, run_python
+from run_unchanged import shrink
 
 import train_gpt
-from dev.unchanged import shrink
 from formats.recipe import format_toml
 from pack.__main__ import main
 from pack.layout import Printer, SourceText, comment_owners
