@@ -50,7 +50,7 @@ from data.shards import TRAIN_GLOB, read_report
 from data.validation import ValidationText, read_validation, scored_tokens
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
-from formats.help import FieldHelp, describe_sections
+from formats.help import FieldParser, describe_sections
 from formats.recipe import (
     changed_recipe,
     check_ranges,
@@ -88,7 +88,7 @@ from kernels.machine import resolve_compile, resolve_dtype
 from quantizers.config import QuantConfig
 from quantizers.gptq import Calibrated, CalibrationStats, calibrate, collect_stats, combine_roles
 from quantizers.grid import Grid, Quantized, check_weight, stored_weights
-from quantizers.methods import QUANTIZERS, build_grid
+from quantizers.methods import QUANTIZERS, build_grids, check_codes
 from quantizers.storage import (
     TensorRow,
     check_numel,
@@ -502,9 +502,13 @@ def whole_recipe(cfg: Config) -> dict[str, dict]:
 
 def fixed_rules(cfg: Config) -> list[tuple]:
     """Return the rules that a packed program's fields passed when it was packed."""
-    rules = [*model_rules(cfg), *stage_rules(cfg, get_stages(cfg)), *average_rules(cfg)]
-    rules += QUANTIZERS[cfg.quant.method].rules(cfg.quant)
-    return rules + scoring_rules(cfg.eval, cfg.eval.context_len or cfg.data.seq_len, cfg.data.vocab_size)
+    return [
+        *model_rules(cfg),
+        *stage_rules(cfg, get_stages(cfg)),
+        *average_rules(cfg),
+        *QUANTIZERS[cfg.quant.method].rules(cfg.quant),
+        *scoring_rules(cfg.eval, cfg.eval.context_len or cfg.data.seq_len, cfg.data.vocab_size),
+    ]
 
 
 def check_config(cfg: Config) -> None:
@@ -795,11 +799,6 @@ class CastLinear(nn.Linear):
         return y if self.adapter is None else y + self.adapter(x)
 
 
-def scale_output(linear: CastLinear, cfg: ModelConfig) -> None:
-    """Scale the initial weights of what writes into the residual stream as cfg.out_init says."""
-    linear.weight.mul_(OUT_INITS[cfg.out_init](cfg.num_layers))
-
-
 def rope_base_at(cfg: ModelConfig, seq_len: int) -> float:
     """Return the RoPE base for rows of seq_len tokens: NTK-scaled beyond rope_ref_len.
 
@@ -913,7 +912,7 @@ class SelfAttention(nn.Module):
             self.projection = feature_projection(context_rule(cfg), layer, cfg.num_layers, self.head_dim)
 
     def init_weights(self) -> None:
-        scale_output(self.out, self.cfg)
+        self.out.weight.mul_(OUT_INITS[self.cfg.out_init](self.cfg.num_layers))
 
     def queries_and_keys(self, x: Tensor, context: ForwardContext, first: int = 0) -> tuple[Tensor, Tensor]:
         """Project, normalise and rotate: (B, T - first, H, K) and (B, T, G, K)."""
@@ -965,7 +964,7 @@ class MLP(nn.Module):
         self.down = CastLinear(hidden_dim, cfg.model_dim, cfg.biases != "none")
 
     def init_weights(self) -> None:
-        scale_output(self.down, self.cfg)
+        self.down.weight.mul_(OUT_INITS[self.cfg.out_init](self.cfg.num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)  # (B, T, F), swiglu (B, T, 2F)
@@ -1255,10 +1254,11 @@ class GPT(nn.Module):
             nn.init.normal_(self.embed_proj.weight, std=cfg.embed_proj_init_std)
         if self.head is not None and cfg.out_init == "zero":
             self.head.weight.zero_()
-        # The value embedding last: the order of random draws is part of what a seed means.
-        for module in sorted(self.modules(), key=lambda module: module is self.value_embed):
-            if hasattr(module, "init_weights"):
+        for module in self.modules():
+            if hasattr(module, "init_weights") and module is not self.value_embed:
                 module.init_weights()
+        if self.value_embed is not None:  # last: the order of random draws is part of what a seed means
+            self.value_embed.init_weights()
 
     def embed_tokens(self, tokens: Tensor, starts_doc: Tensor) -> Tensor:
         """Embed (B, T) tokens with their neighbours: what enters the first block, (B, T, D)."""
@@ -1594,10 +1594,6 @@ class Stack:
         self.grad: Tensor | None = None  # this rank's share of the averaged gradient
         self.pending: AsyncWork | None = None
 
-    def numel(self) -> int:
-        """Return the weights of a rank's share."""
-        return self.size * self.params[0].numel()
-
     def padded(self, tensors: list[Tensor]) -> Tensor:
         """Stack tensors, with zeros after them so that the ranks' shares are equal."""
         zeros = [torch.zeros_like(tensors[0])] * (self.size * self.ranks.world_size - len(tensors))
@@ -1650,7 +1646,7 @@ class Optimizers:
         groups: dict[tuple, list[nn.Parameter]] = {}
         for name, rule in match_rules(cfg, list(named)).items():
             rates = getattr(optim, rule.lr), getattr(optim, rule.weight_decay)
-            in_stack = rule.optimizer == "matrix" and optimizer is not None
+            in_stack = optimizer is not None and rule.optimizer == "matrix"
             shape = named[name].shape if in_stack else None  # None: AdamW, shapes may differ
             groups.setdefault((shape, *rates), []).append(named[name])
         self.adamw = torch.optim.AdamW(
@@ -1663,12 +1659,16 @@ class Optimizers:
             eps=optim.adam_eps,
             fused=True,
         )
-        stacks = [
-            Stack(params, lr, decay, optimizer(optim, model.compute_dtype), ranks)
-            for (shape, lr, decay), params in groups.items()
-            if shape is not None
-        ]
-        self.stacks = sorted(stacks, key=Stack.numel, reverse=True)
+        stacks = (
+            []
+            if optimizer is None
+            else [
+                Stack(params, lr, decay, optimizer(optim, model.compute_dtype), ranks)
+                for (shape, lr, decay), params in groups.items()
+                if shape is not None
+            ]
+        )
+        self.stacks = sorted(stacks, key=lambda stack: -stack.size * stack.params[0].numel())  # largest first
 
     @torch.no_grad()
     def step(self, rates: StepRates) -> None:
@@ -1920,7 +1920,7 @@ def tensor_table(cfg: Config, repaired: tuple[str, ...] = ()) -> tuple[TensorRow
 
 
 def quantized_names(cfg: Config) -> dict[str, str]:
-    """Map every quantized parameter to its storage, matrix or embed, in parameter order."""
+    """Map every quantized parameter to its storage, matrix, mlp or embed, in parameter order."""
     table = tensor_table(cfg)
     rules = match_rules(cfg, [row.name for row in table])
     return {row.name: rules[row.name].storage for row in table if row.storage in ("rows", "steps")}
@@ -1928,7 +1928,7 @@ def quantized_names(cfg: Config) -> dict[str, str]:
 
 def exported_grids(cfg: Config) -> dict[str, Grid]:
     """Map every quantized parameter to the grid of its stored codes."""
-    return {name: build_grid(storage, cfg.quant) for name, storage in quantized_names(cfg).items()}
+    return build_grids(quantized_names(cfg), cfg.quant)
 
 
 def calibrated_matrices(model: GPT, cfg: Config, stats: dict[str, CalibrationStats]) -> dict[str, Calibrated]:
@@ -1974,6 +1974,8 @@ def pack_model(
     model: GPT, cfg: Config, quantized: dict[str, Quantized], tokenizer_sha256: str
 ) -> tuple[bytes, list[tuple[str, int]]]:
     """Return an artifact's bytes and its ledger [(part, bytes)], whose sum is the file's size."""
+    if PACKED_RECIPE is None:
+        check_codes(quantized, QUANTIZERS[cfg.quant.method].coded(cfg.quant))
     if cfg.quant.repair_rank:
         quantized = with_factors(quantized)
     table = tensor_table(cfg, repaired_names(quantized) if cfg.quant.repair_rank else ())
@@ -2161,8 +2163,9 @@ def score_model(
     seconds = ranks.broadcast(time.perf_counter() - started)
     totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
     tail = "included" if settings.keep_tail else "cut"
-    how = settings.mode, context_len, scored_stride(settings), tail
-    return Score(*totals, *how, seconds, *outcome[1:], text.loses)
+    return Score(
+        *totals, settings.mode, context_len, scored_stride(settings), tail, seconds, *outcome[1:], text.loses
+    )
 
 
 def new_average(model: nn.Module, cfg: AverageConfig) -> Ema | Swa | None:
@@ -2766,11 +2769,10 @@ def describe_to_stdout(args, environment: Environment) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, resolve the config, run. A packed program takes live fields and actions."""
     fields = describe_sections(Config) if PACKED_RECIPE is None else " ".join(config_fields(Config))
-    parser = CommandParser(
+    parser = (FieldParser if PACKED_RECIPE is None else CommandParser)(
         prog="train_gpt.py",
         description="Train, quantize, pack and score a model as one recipe says.",
         epilog=fields,
-        add_help=PACKED_RECIPE is not None,
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
     if Config().run.save_every >= 0:
@@ -2779,8 +2781,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     parser.add_argument("--score", type=Path, metavar="FILE", help="score an artifact instead of training")
     if PACKED_RECIPE is None:
-        about = "show this, or what a section or a field of the config means"
-        parser.add_argument("-h", "--help", action=FieldHelp, config=Config, help=about)
+        parser.explain(Config)
         parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
         parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule as JSON")
         parser.add_argument(

@@ -170,9 +170,10 @@ def main() -> None:
     if job["uid"]:
         if job["spare"]:
             expose_folders([sys.prefix, sys.base_prefix], job["spare"])
+        uid = job["uid"]
         os.setgroups([])
-        os.setresgid(*[job["uid"]] * 3)
-        os.setresuid(*[job["uid"]] * 3)
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
     confine_files(job["readable"], job["writable"])
     watch_events(job["trace"])
     sys.path[0] = os.path.dirname(job["entry"])

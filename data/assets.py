@@ -3,7 +3,6 @@
 The same corpus gives the same bytes; another Python or other packages give another corpus.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import atomic_file, write_json
-from data.builtin import Module, collect_documents, find_modules, package_versions
+from data.builtin import Module, collect_documents, find_modules, hash_texts, package_versions
 from data.codecs import TokenCodec, load_codec
 from data.documents import Document
 from data.train_tokenizer import TRAINERS, train_tokenizer
@@ -71,7 +70,7 @@ PAGE = """# {name}
 
 The text is the help topics and docstrings of what follows, with the licence of each; the text itself is not
 here. Another version of one of them gives another text, and so another tokenizer: this file is the reference.
-The sha256 of the text is that of its documents in order, a zero byte behind each.
+The sha256 of the text is that of its documents in order, a zero byte after each.
 
 {parts}
 """
@@ -95,7 +94,7 @@ def list_parts() -> str:
 
 def write_page(path: Path, asset: Asset, codec: TokenCodec, report: dict, train: list[Document]) -> None:
     """Write what a reader must know to use the tokenizer and to pass it on."""
-    raw = [document.text.encode() for document in train]
+    train_sha256, train_bytes = hash_texts(train)
     page = PAGE.format(
         name=path.parent.name,
         meaning=asset.meaning,
@@ -106,8 +105,8 @@ def write_page(path: Path, asset: Asset, codec: TokenCodec, report: dict, train:
         sha256=codec.digest,
         ratio=report["report"]["bytes_per_token"],
         report=REPORT,
-        train_bytes=sum(map(len, raw)),
-        train_sha256=hashlib.sha256(b"".join(text + b"\0" for text in raw)).hexdigest(),
+        train_bytes=train_bytes,
+        train_sha256=train_sha256,
         val_bytes=report["verify"]["raw_bytes"],
         parts=list_parts(),
     )

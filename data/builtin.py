@@ -33,8 +33,17 @@ from data.verify import verify_codec
 
 CORPUS_NAME = "builtin"
 CORPUS_VERSION = 2  # raise it when a change of this file changes the text
-PACKAGES = ("torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "filelock")
-PACKAGES += ("typing_extensions",)
+PACKAGES = (
+    "torch",
+    "numpy",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "jinja2",
+    "fsspec",
+    "filelock",
+    "typing_extensions",
+)
 TOPICS_MODULE = "pydoc_data.topics"
 # Tests hold few docstrings, and those that they hold are often broken on purpose.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -204,6 +213,12 @@ def collect_documents(modules: list[Module]) -> tuple[list[Document], list[Docum
     return train, val
 
 
+def hash_texts(documents: list[Document]) -> tuple[str, int]:
+    """Return the sha256 of documents, a zero byte after each, and their bytes without those."""
+    texts = [document.text.encode() for document in documents]
+    return hashlib.sha256(b"".join(text + b"\0" for text in texts)).hexdigest(), sum(map(len, texts))
+
+
 def make_corpus(chapters: list[Chapter]) -> Corpus:
     """Split the chapters, drop repeated docstrings, and keep validation out of training."""
     is_val = [chapter.standard and hash_name(chapter.name) % VAL_EVERY == 0 for chapter in chapters]
@@ -308,10 +323,8 @@ def build(out: str | Path, vocab_size: int, list_modules: Callable[[], list[Modu
     if is_current(out, sources):
         return False
     train, val = collect_documents(list_modules())
-    texts = {"train": [one.text.encode() for one in train], "val": [one.text.encode() for one in val]}
-    whole = b"".join(text + b"\0" for found in texts.values() for text in found)
-    sources["sha256"] = hashlib.sha256(whole).hexdigest()
-    sources |= {f"{split}_bytes": sum(map(len, found)) for split, found in texts.items()}
+    sources["sha256"], _ = hash_texts(train + val)
+    sources["train_bytes"], sources["val_bytes"] = hash_texts(train)[1], hash_texts(val)[1]
     codec = write_with_tokenizer(out / TOKENIZER_NAME, train, val, sources)
     write_json(out / REPORT_NAME, verify_codec(codec, val))
     return True

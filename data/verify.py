@@ -23,8 +23,15 @@ from data.shards import digest_of_report
 from data.train_tokenizer import HOSTILE_TEXTS
 
 NUM_WORST = 5  # documents that the report names
-COUNTED = ("documents", "raw_bytes", "token_bytes", "tokens", "mismatched_documents")
-COUNTED += ("round_trip_failures", "undeclared_losses")
+COUNTED = (
+    "documents",
+    "raw_bytes",
+    "token_bytes",
+    "tokens",
+    "mismatched_documents",
+    "round_trip_failures",
+    "undeclared_losses",
+)
 SPACE = "\u2581"  # as SentencePiece writes it
 BESE_KEPT = set("abcdefghijklmnopqrstuvwxyz0123456789 .,\n?'")
 
@@ -190,9 +197,16 @@ class Tally:
         declared = self.declared(document.text)
         counted = count_bytes(self.codec, document.text, ids)
         is_counted = counted == expected_bytes(self.codec, document.text, declared)
-        sizes = (1, len(raw), counted, ids.size + 1)  # tokens with BOS
-        found = (*sizes, not is_counted, decoded != raw, decoded != declared)
-        for key, value in zip(COUNTED, found, strict=True):
+        found = {
+            "documents": 1,
+            "raw_bytes": len(raw),
+            "token_bytes": counted,
+            "tokens": ids.size + 1,  # with BOS
+            "mismatched_documents": not is_counted,
+            "round_trip_failures": decoded != raw,
+            "undeclared_losses": decoded != declared,
+        }
+        for key, value in found.items():
             self.counts[key] += int(value)
         self.text_hash.update(hashlib.sha256(raw).digest())
         if decoded != raw:

@@ -6,7 +6,7 @@ import difflib
 import textwrap
 from pathlib import Path
 
-from common import UserError
+from common import CommandParser, UserError
 from formats.recipe import config_fields, parse_value, read_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "records"
@@ -34,6 +34,18 @@ UNITS = {  # by the end of a field's name
 }
 
 
+class FieldParser(CommandParser):
+    """A parser whose --help explains a config's sections and fields, too."""
+
+    def __init__(self, **settings):
+        super().__init__(add_help=False, **settings)
+
+    def explain(self, config) -> None:
+        """Add `--help [NAME]` for a config."""
+        about = "show this, or what a section or a field of the config means"
+        self.add_argument("-h", "--help", action=FieldHelp, config=config, help=about)
+
+
 class FieldHelp(argparse.Action):
     """`--help [NAME]`: the command's help, or that of a section or a field of its config."""
 
@@ -47,12 +59,14 @@ class FieldHelp(argparse.Action):
 
 
 def explain(config, name: str) -> str:
-    """Explain a section, or a field by its name with or without the section."""
+    """Explain a section, or a field by its name, with or without the section, or the contest's name."""
     known = config_fields(config)
     sections = {section.name: section.type for section in dataclasses.fields(config)}
     if name in sections:
         return describe_section(config, name)
-    matching = [full for full in known if name in (full, full.partition(".")[2])]
+    matching = [
+        full for full, item in known.items() if name in (full, item.name, item.metadata["env"] or full)
+    ]
     if len(matching) == 1:
         return describe_field(matching[0], known[matching[0]])
     if matching:

@@ -7,8 +7,15 @@ from functools import cache
 
 # Decorators that only change what they decorate. Any other may register it somewhere, so what it
 # decorates always ships.
-PURE_DECORATORS = {"cache", "contextmanager", "dataclass", "inference_mode", "lru_cache", "no_grad"}
-PURE_DECORATORS |= {"total_ordering"}
+PURE_DECORATORS = {
+    "cache",
+    "contextmanager",
+    "dataclass",
+    "inference_mode",
+    "lru_cache",
+    "no_grad",
+    "total_ordering",
+}
 
 # Decorators of kernels that are reached by the name of what they decorate; fakes and gradients hang on it.
 KERNEL_DECORATORS = {"custom_op", "triton_op"}

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from quantizers.config import QuantConfig
 from quantizers.gptq import (
     Calibrated,
@@ -140,6 +142,15 @@ def allocate_bits(
 def solved_storage(quant: QuantConfig) -> str:
     """Say how gptq's codes are stored: some columns may have steps of their own."""
     return "steps" if quant.awq_group_cols else "rows"
+
+
+def check_codes(quantized: dict[str, Quantized], coded: str) -> None:
+    """Raise where a quantizer's codes do not fit how they are stored: rows of a grid are a byte a code."""
+    for name, matrix in quantized.items():
+        kinds = (torch.int8,) if coded == "rows" else (torch.int8, torch.int16)
+        if matrix.codes.dtype not in kinds:
+            found = f"expected {' or '.join(map(str, kinds))}, found {matrix.codes.dtype}"
+            raise ValueError(f"codes of {name}: {found}; change the quantizer")
 
 
 def grid_bits(storage: str, quant: QuantConfig) -> float:

@@ -12,8 +12,10 @@ from common import UserError
 from formats.recipe import with_values
 from train_gpt import (
     GPT,
+    PARAM_RULES,
     Config,
     ModelConfig,
+    OptimConfig,
     Optimizers,
     StepRates,
     check_config,
@@ -94,6 +96,14 @@ SWITCHES = [
 def test_recipes_have_the_published_parameter_counts(name, expected):
     """One wrong switch changes the count; these are the numbers of the contest's logs."""
     assert sum(param.numel() for param in shape_of(recipe(name)).parameters()) == expected
+
+
+def test_rows_name_optimizers_and_storages_that_there_are():
+    """ "muon" would be a natural guess, and would silently be AdamW at Muon's rate."""
+    for rule in PARAM_RULES:
+        assert rule.optimizer in ("matrix", "adamw"), rule
+        assert rule.storage in ("matrix", "mlp", "embed", "float32"), rule
+        assert rule.lr in vars(OptimConfig()) and rule.weight_decay in vars(OptimConfig()), rule
 
 
 @pytest.mark.parametrize("name", COUNTS)

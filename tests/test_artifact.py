@@ -29,10 +29,10 @@ from formats.artifact import (
 from formats.recipe import with_values
 from quantizers.gptq import output_error
 from quantizers.grid import dequantize, quantize
+from quantizers.methods import build_grid
 from train_gpt import (
     Config,
     Training,
-    build_grid,
     build_model,
     calibrated_matrices,
     collect_statistics,

@@ -598,6 +598,7 @@ def tiny_recipe(request, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error::SyntaxWarning")  # calls of None, comparisons of constants by `is`
 def test_packed_and_readable_programs_train_and_score_alike_to_the_last_bit(
     tiny_recipe, tiny_data, tmp_path, monkeypatch
 ):

@@ -18,6 +18,7 @@ from data.validation import ValidationText
 from formats.recipe import with_values
 from scoring import ngram
 from scoring.adaptive import Callbacks, LoraScorer, ScoringRun, WindowSettings, plan_documents
+from scoring.config import EVAL_MODES
 from scoring.modes import SCORERS, ScorerState, Scoring, scoring_cost
 from scoring.ngram import NO_HINT
 from scoring.sliding import ScoreOptions
@@ -46,6 +47,7 @@ MODES = {
     "lora-ttt": LORA,
     "phased": LORA | SGD | {"phase_docs": 4, "phase_count": 2},
 }
+assert {*MODES, "legacy_pre_eval"} == set(EVAL_MODES), "a new mode must meet the tests of legality: add it"
 CASES = {mode: {"mode": mode} | values for mode, values in MODES.items()}
 # Not phased and not warm, where check_config refuses hints.
 TILTED = {f"{mode} tilt": CASES[mode] | TILT for mode in MODES if mode != "phased"}
@@ -169,6 +171,7 @@ def slow_nats(model, settings, tokens: np.ndarray) -> np.ndarray:
         return score_slow_plain(slow, plan_documents(tokens, BOS) if settings.mode == "doc" else whole)
     if settings.mode == "sgd-ttt":
         return score_slow_sgd(slow, settings)
+    assert settings.mode in ("lora-ttt", "phased"), f"add a slow scorer for {settings.mode}"
     options = ScoreOptions(BOS, BATCH_TOKENS)
     session = ScoringRun(tokens, WindowSettings(CONTEXT, STRIDE), options, None, Callbacks())
     scorer = LoraScorer(model, session, settings)

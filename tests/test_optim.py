@@ -115,7 +115,7 @@ def test_a_matrix_optimizer_is_one_class_and_one_row(tiny_config, alone, monkeyp
 
 def test_every_optimizer_of_a_recipe_has_its_row():
     """A row or a description that is forgotten would be a choice that fails when it is used."""
-    assert list(MATRIX_OPTIMIZERS) == list(UPDATE_RULES)
+    assert list(MATRIX_OPTIMIZERS) == list(UPDATE_RULES), "both in train_gpt.py"
 
 
 def test_global_norm_is_clipped_once_over_all_parameters(tiny_config, alone):
@@ -178,9 +178,11 @@ def test_every_optimizer_setting_changes_the_weights(tiny_config, alone, row):
     assert not torch.equal(*ends)
 
 
-def test_state_restored_is_state_continued(tiny_config, alone):
+@pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
+def test_state_restored_is_state_continued(tiny_config, alone, name):
     """Hidden state is banned: save, restore and go on must equal going on, bitwise."""
-    cfg = with_values(tiny_config, {"average.ema_decay": 0.9}, "test")
+    values = {"average.ema_decay": 0.9, "optim.matrix_optimizer": name, "optim.normuon_beta2": 0.9}
+    cfg = with_values(tiny_config, values, "test")
     model = build_model(cfg, alone.device)
     optimizers, ema = Optimizers(model, cfg, alone), Ema(model, 0.9)
 

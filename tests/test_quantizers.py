@@ -39,7 +39,7 @@ from quantizers.grid import (
     fake_quantize,
     quantize,
 )
-from quantizers.methods import QUANTIZERS
+from quantizers.methods import QUANTIZERS, check_codes
 from quantizers.rate import StorageChoice, allocate, class_entropy_bits, entropy_bits, fit_rate
 
 pytestmark = pytest.mark.numeric
@@ -83,7 +83,16 @@ def plain_rounding(weight, grid):
 
 def test_every_method_of_a_recipe_has_its_quantizer():
     """A row or a description that is forgotten would be a choice that fails when it is used."""
-    assert list(QUANTIZERS) == list(METHODS)
+    assert list(QUANTIZERS) == list(METHODS), "QUANTIZERS (methods.py), METHODS (config.py) of quantizers/"
+
+
+def test_codes_that_their_storage_would_wrap_are_refused():
+    """int16 codes in a storage of bytes would come back as other weights, in silence."""
+    wide = quantize(random_weight(), Grid(8, "sigmas", 1.0))
+    wide = wide._replace(codes=wide.codes.to(torch.int16))
+    check_codes({"a": wide}, "steps")
+    with pytest.raises(ValueError, match=r"codes of a: expected torch.int8, found torch.int16"):
+        check_codes({"a": wide}, "rows")
 
 
 @pytest.mark.parametrize("name", ["int8 quantile", "int6 sigmas", "int4 max", "int6 floor"])

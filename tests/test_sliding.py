@@ -132,7 +132,7 @@ def session_of(tokens, events):
 
 def test_every_mode_of_a_recipe_has_its_scorer():
     """A row or a description that is forgotten would be a choice that fails when it is used."""
-    assert list(SCORERS) == list(EVAL_MODES)
+    assert list(SCORERS) == list(EVAL_MODES), "SCORERS (scoring/modes.py), EVAL_MODES (scoring/config.py)"
 
 
 @pytest.mark.parametrize("mode", EVAL_MODES)
