@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import atomic_file
-from pack.layout import Printer, SourceText
+from pack.layout import Layout
 from pack.names import Definition, Function, Import, bound_names, children, free_names
 from pack.printing import to_text
 from pack.program import (
@@ -93,9 +93,15 @@ def make_readable(recipe_path: Path, entry: Path = ENTRY) -> str:
     """Return the text of the one file that a recipe runs."""
     root = entry.resolve().parent
     statements = specialize(bundle(entry, root), read_sections(recipe_path), FOR_READERS)
+    return arrange(statements, recipe_path, entry)
+
+
+def arrange(statements: list[Statement], recipe_path: Path, entry: Path = ENTRY) -> str:
+    """Return the text of a specialized program: in order, in the words of its files, formatted."""
+    root = entry.resolve().parent
     labels = {statement.label for statement in statements} | {entry.name}
     sources = {
-        label: SourceText((root / label).read_text(encoding="utf-8")) for label in labels - {IMPORTS_LABEL}
+        label: Layout((root / label).read_text(encoding="utf-8")) for label in labels - {IMPORTS_LABEL}
     }
     text = compose(in_sections(statements, sources, entry.name), sources, entry.name, recipe_path)
     made = ruff_format(text)
@@ -108,7 +114,7 @@ def make_readable(recipe_path: Path, entry: Path = ENTRY) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def in_sections(statements: list[Statement], sources: dict[str, SourceText], entry: str) -> list[Section]:
+def in_sections(statements: list[Statement], sources: dict[str, Layout], entry: str) -> list[Section]:
     """Deal statements to sections, each before what needs it at module level."""
     banners = read_banners(sources[entry].lines)
     keys = [key for key, _, _ in banners]
@@ -206,13 +212,8 @@ def run_by_call(node: ast.stmt) -> list[Function]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def compose(found: list[Section], sources: dict[str, SourceText], entry: str, recipe: Path) -> str:
+def compose(found: list[Section], sources: dict[str, Layout], entry: str, recipe: Path) -> str:
     """Print sections below each other."""
-    by_label: dict[str, list[ast.stmt]] = defaultdict(list)
-    for section in found:
-        for label, node in section.statements:
-            by_label[label].append(node)
-    printers = {label: Printer(source, by_label[label]) for label, source in sources.items()}
     lines = [*introduction(sources[entry].tree, recipe), ""]
     introduced: set[str] = set()
     for section in found:
@@ -228,7 +229,7 @@ def compose(found: list[Section], sources: dict[str, SourceText], entry: str, re
             if label == IMPORTS_LABEL:
                 lines.append(to_text(node))
             else:
-                made = without_banners(printers[label].statement(node, 0), label == entry)
+                made = without_banners(sources[label].statement(node, 0), label == entry)
                 lines += [*([""] if made[0].startswith("#") else []), *made]
             lines += [""] * (2 if isinstance(node, Definition) else 0)
     return "\n".join(lines) + "\n"
