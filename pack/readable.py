@@ -215,7 +215,6 @@ def run_by_call(node: ast.stmt) -> list[Function]:
 def compose(found: list[Section], sources: dict[str, Layout], entry: str, recipe: Path) -> str:
     """Print sections below each other."""
     lines = [*introduction(sources[entry].tree, recipe), ""]
-    introduced: set[str] = set()
     for section in found:
         lines += ["", *section.banner, ""]
         current = ""
@@ -223,8 +222,8 @@ def compose(found: list[Section], sources: dict[str, Layout], entry: str, recipe
             if is_text(node):
                 continue
             if label not in (current, IMPORTS_LABEL) and (current or label != entry):
-                lines += ["", *headline(label, sources[label].tree, label in introduced | {entry})]
-                introduced.add(label)
+                nodes = [] if label == entry else [node for at, node in section.statements if at == label]
+                lines += ["", *headline(label, sources[label].tree, nodes)]
             current = label if label != IMPORTS_LABEL else current
             if label == IMPORTS_LABEL:
                 lines.append(to_text(node))
@@ -251,17 +250,12 @@ def introduction(tree: ast.Module, recipe: Path) -> list[str]:
     return [f'"""{text}\n"""']
 
 
-def headline(label: str, tree: ast.Module, is_short: bool) -> list[str]:
-    """Return the name of a module and, unless it is to be short, its docstring as a comment."""
-    paragraphs = "" if is_short else ast.get_docstring(tree) or ""
-    lines = [line for text in paragraphs.split("\n\n") for line in [*narrow(text), ""]]
-    return [f"# {label}", *(f"# {line}".rstrip() for line in lines[:-1] if paragraphs)]
-
-
-def narrow(text: str) -> list[str]:
-    """Return the lines of a paragraph; where one is too long for a comment, filled anew."""
-    lines = text.split("\n")
-    return textwrap.wrap(text, WIDTH - 2) if max(map(len, lines)) > WIDTH - 2 else lines
+def headline(label: str, tree: ast.Module, nodes: list[ast.stmt]) -> list[str]:
+    """Name a module and, where more is left of it than constants, say what it does, in comments."""
+    about = (ast.get_docstring(tree) or "").split("\n\n")[0]
+    is_short = len(nodes) < 3 or not any(isinstance(node, Definition) for node in nodes)
+    text = label if is_short else f"{label}: {about}"
+    return [f"# {line}" for line in textwrap.wrap(text, WIDTH - 2, break_on_hyphens=False)]
 
 
 def without_banners(lines: list[str], has_about: bool) -> list[str]:
