@@ -233,11 +233,11 @@ def bundle(entry: Path, root: Path) -> list[Statement]:
         label, node = statement
         if isinstance(node, Import):
             imports.append(statement)
-        elif label == entry.label and _is_main_guard(node):
+        elif label == entry.label and is_main_guard(node):
             guard.append(statement)
         elif node is entry.tree.body[0] and _is_docstring(node):
             docstring.append(statement)
-        elif not (_is_main_guard(node) or _is_docstring(node) or isinstance(node, ast.Pass)):
+        elif not (is_main_guard(node) or _is_docstring(node) or isinstance(node, ast.Pass)):
             body.append(statement)
     body = _drop_repeated_guards(body) + guard
     always = {i for i, statement in enumerate(body) if statement.label == entry.label}
@@ -245,7 +245,8 @@ def bundle(entry: Path, root: Path) -> list[Statement]:
     return docstring + _merge_imports(imports, body, entry.label) + body
 
 
-def _is_main_guard(node: ast.stmt) -> bool:
+def is_main_guard(node: ast.stmt) -> bool:
+    """Whether a statement is `if __name__ == "__main__"`."""
     return isinstance(node, ast.If) and ast.unparse(node.test) in MAIN_GUARDS
 
 
@@ -263,7 +264,7 @@ def _check_collisions(modules: list[SourceModule]) -> None:
     owners: dict[str, tuple[str, str]] = {}
     for module in modules:
         for node in module.tree.body:
-            if _is_main_guard(node):
+            if is_main_guard(node):
                 continue
             for name, imported in bound_names(node):
                 what = ast.unparse(node) if _is_guarded_import(node) else imported or module.label

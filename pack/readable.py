@@ -28,6 +28,7 @@ from pack.program import (
     Statement,
     bundle,
     has_library,
+    is_main_guard,
     read_sections,
     specialize,
 )
@@ -91,9 +92,15 @@ def write_readable(recipe_path: Path, out: Path, entry: Path = ENTRY) -> Readabl
 
 def make_readable(recipe_path: Path, entry: Path = ENTRY) -> str:
     """Return the text of the one file that a recipe runs."""
-    root = entry.resolve().parent
-    statements = specialize(bundle(entry, root), read_sections(recipe_path), FOR_READERS)
-    return arrange(statements, recipe_path, entry)
+    return arrange(for_readers(recipe_path, entry), recipe_path, entry)
+
+
+def for_readers(recipe_path: Path, entry: Path = ENTRY) -> list[Statement]:
+    """Return the program of a recipe: without what the main guard has for other names, the hook of audits."""
+    statements = bundle(entry, entry.resolve().parent)
+    for guard in (one.node for one in statements if is_main_guard(one.node)):
+        guard.orelse = []
+    return specialize(statements, read_sections(recipe_path), FOR_READERS)
 
 
 def arrange(statements: list[Statement], recipe_path: Path, entry: Path = ENTRY) -> str:

@@ -16,9 +16,8 @@ import train_gpt
 from formats.recipe import format_toml
 from pack.layout import Layout, first_line, place, printed
 from pack.names import Definition, bound_names, walk
-from pack.program import ENTRY, Statement, bundle, read_sections, specialize
-from pack.readable import arrange, make_readable
-from pack.specialize.facts import FOR_READERS
+from pack.program import Statement, read_sections
+from pack.readable import arrange, for_readers, make_readable
 
 TRACK = ROOT / "records" / "track_10min_16mb"
 NAIVE = TRACK / "2026-03-17_NaiveBaseline"
@@ -49,7 +48,7 @@ def readable(tmp_path_factory) -> Made:
     """Make the file of a recipe at the size of a test."""
     folder = tmp_path_factory.mktemp("readable")
     recipe = small_recipe(NAIVE, folder / NAIVE.name)
-    statements = specialize(bundle(ENTRY, ROOT), read_sections(recipe), FOR_READERS)
+    statements = for_readers(recipe)
     (folder / "readable.py").write_text(arrange(statements, recipe))
     return Made(recipe, statements, folder / "readable.py")
 
