@@ -324,7 +324,86 @@ def main(cfg: Config):
     ),
 ]
 # Programs with a trap each for a careless folder.
+FOLDED += [
+    (
+        """
+def main(cfg: Config):
+    bits = {'a': 8, 'b': 8}
+    return [bits[name] + 1 for name in sorted('ab')]
+""",
+        "bits",
+        "[9 for",
+    ),
+    (
+        """
+NEEDS = {'none': ['a'], 'other': ['b']}
+def main(cfg: Config):
+    check(cfg.model.kind)
+    return NEEDS.get(cfg.model.kind, ()), NEEDS.get('none', ())
+def check(kind):
+    for name in NEEDS.get(kind, ()):
+        raise ValueError(name)
+""",
+        "check",
+        "return ((), NEEDS.get('none', ()))",
+    ),
+    (
+        """
+class A:
+    def __init__(self, note):
+        self.kept = note
+    @property
+    def is_wide(self):
+        return self.kept is None
+    def tell(self, text):
+        if self.kept is not None:
+            self.kept(text)
+def main(cfg: Config):
+    made = A(None)
+    made.tell('it')
+    return cfg.model.seed if made.is_wide else 0
+""",
+        "tell",
+        "return cfg.model.seed\n",
+    ),
+]
 TRAPS = [
+    """
+class A:
+    def one(self):
+        return 1
+class B(A):
+    def one(self):
+        return 2
+class C:
+    def one(self):
+        return 3
+    @property
+    def two(self):
+        return 2
+def main(cfg: Config):
+    made = [A(), B(), C()]
+    found = C()
+    found.one = lambda: cfg.model.seed
+    return [each.one() for each in made], found.one(), found.two
+""",
+    """
+class A:
+    seen = 0
+    def note(self):
+        A.seen += 1
+        return self
+    def nothing(self, value):
+        pass
+def main(cfg: Config):
+    A().note().nothing(A().note())
+    return A.seen
+""",
+    """
+TABLE = {'a': 1}
+def main(cfg: Config):
+    return TABLE.get('a', 2), TABLE.get('b', cfg.model.seed), TABLE.get('b'), {'b': 3}.get('b', 1)
+""",
     """
 LIMIT = 1
 class Row(NamedTuple):

@@ -13,6 +13,7 @@ house style:
 - An annotation that names a class of the program is true.
 - Reading a name or an attribute has no effect.
 - A table with an upper-case name never changes; the keys that look it up are spelled in the program.
+- A table has the keys that it is asked for, `get` aside.
 - A computed attribute name is spelled in a string, or matches the f-string given to getattr.
 - Nobody but the program calls its methods, but for the hooks of torch.nn.Module (pack/specialize/drop.py).
 """

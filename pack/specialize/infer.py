@@ -20,6 +20,7 @@ from pack.specialize.syntax import (
 def infer(program: ProgramFacts, seen: Observations) -> None:
     """Turn what a round saw into facts for the next one."""
     relatives = program.relatives()
+    program.stored = None if seen.is_dynamic else set(seen.stores)
     for name, node in program.classes.items():
         if name in program.configs or name in relatives:
             continue

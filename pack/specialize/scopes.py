@@ -93,6 +93,8 @@ class Scopes:
                 chosen = select(found.node, self.look(key)) if isinstance(found, Table) else None
                 if chosen is not None:
                     return self.look(chosen)
+                if isinstance(found, Table):
+                    return join([self.look(value) for value in found.node.values])
             case ast.Call():
                 found = self.look_call(node)
                 if found is not None:

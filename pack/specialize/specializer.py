@@ -18,6 +18,7 @@ from pack.specialize.syntax import (
     is_only_indexed,
     is_option,
     is_pure,
+    is_text,
     literal,
     local_values,
     matched,
@@ -38,6 +39,7 @@ class Specializer(ast.NodeTransformer, Scopes):
         self.unstable: list[set[str]] = []  # names of each scope that are bound more than once
         self.stored: dict[int, Fact] = {}  # attribute target -> what is stored there
         self.hints: dict[int, Fact] = {}  # lambda -> what its parameter is
+        self.relatives = program.relatives()
 
     # Scopes
 
@@ -196,6 +198,12 @@ class Specializer(ast.NodeTransformer, Scopes):
         node.test = self.test(node.test)
         node.msg = node.msg and self.visit(node.msg)
         return None if self.is_true(node.test) else node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt | None:
+        if is_text(node):
+            return node
+        node.value = self.visit(node.value)
+        return None if isinstance(node.value, ast.Constant) else node
 
     def visit_For(self, node: ast.For) -> ast.stmt | list[ast.stmt]:
         made = self.generic_visit(node)
@@ -365,8 +373,27 @@ class Specializer(ast.NodeTransformer, Scopes):
             self.seen.stores[node.attr].append((name, self.stored.pop(id(node), None)))
         if node.attr in ("__dict__", "__setattr__"):
             self.seen.is_dynamic = True
+        if isinstance(node.ctx, ast.Load) and is_pure(node.value):
+            method = self.method(node.value, node.attr, ["property"])
+            constant = constant_body(method) if method else None
+            if constant:
+                return clone(constant)
         field = self.field(node.value, node.attr) if self.is_row(node.value) else None
         return node if field is None else self.visit(clone(field))
+
+    def method(self, owner: ast.expr, name: str, decorators: list[str]) -> Function | None:
+        """Return the method of an instance that has just these decorators, where no other can be meant."""
+        fact = self.look(owner)
+        if not isinstance(fact, Instance) or fact.name not in self.program.classes.keys() - self.relatives:
+            return None
+        if self.program.stored is None or name in self.program.stored:
+            return None
+        body = self.program.classes[fact.name].body
+        found = [one for one in body if isinstance(one, Function) and one.name == name]
+        is_other = len(found) != 1 or any((name, "") in bound_names(one) for one in body if one not in found)
+        if is_other:
+            return None
+        return found[0] if [last_name(one) for one in found[0].decorator_list] == decorators else None
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         name = node.func.id if isinstance(node.func, ast.Name) and self.is_global(node.func.id) else ""
@@ -387,8 +414,15 @@ class Specializer(ast.NodeTransformer, Scopes):
             attr = node.args[1].value
             if isinstance(attr, str) and attr.isidentifier() and name not in self.program.values:
                 return self.visit(ast.Attribute(node.args[0], attr, ast.Load()))
-        if name in self.program.functions and not self.program.functions[name].decorator_list:
-            constant = constant_body(self.program.functions[name])
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and len(node.args) == 2:
+            table, key = self.look(node.func.value), self.look(node.args[0])
+            if isinstance(table, Table) and isinstance(key, Known) and select(table.node, key) is None:
+                return node.args[1]
+        called = self.program.functions.get(name)
+        if isinstance(node.func, ast.Attribute) and is_pure(node.func.value):
+            called = self.method(node.func.value, node.func.attr, [])
+        if isinstance(called, ast.FunctionDef) and not called.decorator_list:
+            constant = constant_body(called)
             if constant and all(map(is_pure, [*node.args, *(one.value for one in node.keywords)])):
                 return clone(constant)
         return node

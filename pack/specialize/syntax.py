@@ -144,8 +144,10 @@ def parameters(arguments: ast.arguments) -> list[ast.arg]:
 
 
 def constant_body(node: ast.FunctionDef) -> ast.Constant | None:
-    """Return the constant that is all a function returns."""
-    match [one for one in node.body if not is_text(one)]:
+    """Return the constant that is all a function returns; None's when it does nothing."""
+    match [one for one in node.body if not (is_text(one) or isinstance(one, ast.Pass))]:
+        case []:
+            return ast.Constant(None)
         case [ast.Return(value=ast.Constant() as value)]:
             return value
     return None
