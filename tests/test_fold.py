@@ -366,8 +366,64 @@ def main(cfg: Config):
         "tell",
         "return cfg.model.seed\n",
     ),
+    (
+        """
+class Spec(NamedTuple):
+    window: int = 0
+    name: str = ''
+    @property
+    def is_plain(self):
+        return self.window == 0
+class Part:
+    def __init__(self, width):
+        self.window = 0 if width > 5 else width
+class Whole:
+    def __init__(self, width, number):
+        self.parts = [Part(width) for _ in range(number)]
+def small(spec: Spec) -> Spec:
+    return spec._replace(window=min(spec.window, 20))
+def main(cfg: Config):
+    whole, found = Whole(cfg.model.width, 2), []
+    for window, number in sorted({(part.window, cfg.model.seed) for part in whole.parts}):
+        spec = small(Spec(window, str(number)))
+        found.append(1 if spec.is_plain else number)
+    return found
+""",
+        "is_plain",
+        "found.append(1)",
+    ),
 ]
 TRAPS = [
+    """
+class Spec(NamedTuple):
+    window: int = 0
+def main(cfg: Config):
+    return Spec(0)._replace(window=1).window + grow(Spec(0)).window
+def grow(spec: Spec):
+    return spec._replace(window=spec.window + 1)
+""",
+    """
+def main(cfg: Config):
+    width, found = 1, []
+    for first, second in [(width, width + 1) for width in cfg.model.layers]:
+        found.append((first, second))
+    for first in found:
+        pass
+    for low, high in sorted((row[0], width) for row in found):
+        found.append((low, high))
+        if len(found) > 9:
+            break
+    return found
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+def main(cfg: Config):
+    seen = []
+    unread = Spec(seen.append(1))
+    other = Spec(2)._replace(window=seen.append(3))
+    return seen
+""",
     """
 class A:
     def one(self):

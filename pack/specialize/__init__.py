@@ -63,7 +63,8 @@ def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> 
         program.index()
         infer(program, folder.seen)
         ast.fix_missing_locations(tree)
-        text = to_text(tree) + repr((program.attributes, program.params, sorted(program.pure)))
+        facts = (program.attributes, program.candidates, program.params, sorted(program.pure))
+        text = to_text(tree) + repr(facts)
         if text == before:
             break
         before = text

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 from pack.names import Function, blocks, bound_names, children, last_name, walk
 from pack.specialize.facts import PACKED_RECIPE, ProgramFacts
@@ -12,8 +13,8 @@ from pack.specialize.syntax import constant_body, is_pure, is_string, local_valu
 MODULE_HOOKS = {"forward", "extra_repr", "train"}  # methods that torch.nn.Module calls
 
 
-def drop_dead_locals(node: Function) -> None:
-    """Drop assignments to names that the function never reads."""
+def drop_dead_locals(node: Function, is_idle: Callable[[ast.expr], bool]) -> None:
+    """Drop assignments to names that the function never reads, of values that have no effect."""
     inner = list(walk(node))
     if any(isinstance(one, ast.Global | ast.Nonlocal) for one in inner):
         return
@@ -22,13 +23,13 @@ def drop_dead_locals(node: Function) -> None:
         return
     for holder in [node, *(one for one in inner if isinstance(one, ast.stmt) and one is not node)]:
         for name, body in [] if isinstance(holder, ast.ClassDef) else blocks(holder):
-            made = [kept for one in body if (kept := _live_part(one, read)) is not None]
+            made = [kept for one in body if (kept := _live_part(one, read, is_idle)) is not None]
             body[:] = made or ([ast.Pass()] if body and name != "orelse" else [])
 
 
-def _live_part(node: ast.stmt, read: set[str]) -> ast.stmt | None:
+def _live_part(node: ast.stmt, read: set[str], is_idle: Callable[[ast.expr], bool]) -> ast.stmt | None:
     """Return an assignment without the pairs whose name is never read; None when nothing is left."""
-    if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not is_pure(node.value):
+    if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not is_idle(node.value):
         return node
     pairs = list(matched(node.targets[0], node.value))
     if any(value is None for _, value in pairs):

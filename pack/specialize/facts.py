@@ -90,6 +90,7 @@ class ProgramFacts:
     functions: dict[str, ast.FunctionDef] = field(default_factory=dict)
     pure: dict[str, Callable] = field(default_factory=dict)  # functions that can be run here
     values: dict[str, ast.expr | None] = field(default_factory=dict)  # module names bound once: their value
+    candidates: dict[tuple[str, str], Fact] = field(default_factory=dict)  # of attributes: what calls give
     stored: set[str] | None = None  # attributes that are ever set from outside a class body; None: any
 
     def index(self) -> None:

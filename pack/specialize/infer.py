@@ -59,7 +59,9 @@ def learn_record(program: ProgramFacts, seen: Observations, node: ast.ClassDef) 
         if isinstance(one, ast.AnnAssign):
             key = one.target.id
             default = scopes.look(one.value) if one.value is not None else None
-            facts = [call.get(key, default) for call in calls] + seen.replaced.get(key, [])
+            facts = [call.get(key, default) for call in calls]
+            remember(program.candidates, (node.name, key), join(facts))
+            facts += seen.replaced.get(key, [])
             remember(program.attributes, (node.name, key), scopes.annotated(one.annotation) or join(facts))
 
 

@@ -175,6 +175,15 @@ class Scopes:
                 return record and all(map(is_pure, [*args, *(one.value for one in keywords)]))
         return False
 
+    def is_idle(self, node: ast.expr) -> bool:
+        """Whether a value has no effect: a record or a changed copy of one, or what calls nothing."""
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name() as owner, attr="_replace"), args=[]):
+                fact = self.look(owner)
+                made = self.program.classes.get(fact.name) if isinstance(fact, Instance) else None
+                return is_record(made) and all(is_pure(one.value) for one in node.keywords) if made else False
+        return is_pure(node) or self.is_row(node)
+
     def field(self, row: ast.Call, name: str) -> ast.expr | None:
         """Return the expression of a row's field: the one given, or else a constant default."""
         matches, given = self.arguments(row.func.id, row)

@@ -1,11 +1,12 @@
 """One round over the program: write what is constant, take decided branches, note what is done with names."""
 
 import ast
+import re
 
 from pack.names import PURE_DECORATORS, Function, bound_names, free_names, last_name, walk
 from pack.printing import to_text
 from pack.specialize.drop import drop_dead_locals
-from pack.specialize.facts import Fact, Instance, Items, Known, Observations, ProgramFacts, Table
+from pack.specialize.facts import Fact, Instance, Items, Known, Observations, ProgramFacts, Table, join
 from pack.specialize.scopes import Scopes, select
 from pack.specialize.syntax import (
     TERMINAL,
@@ -49,10 +50,10 @@ class Specializer(ast.NodeTransformer, Scopes):
         owner, self.owner = self.owner, ""
         self.push_function(node, owner)
         node.body = self.block(node.body) or [ast.Pass()]
+        drop_dead_locals(node, self.is_idle)
         self.stack.pop()
         self.unstable.pop()
         self.owner = owner
-        drop_dead_locals(node)
         return node
 
     visit_AsyncFunctionDef = visit_FunctionDef
@@ -85,7 +86,10 @@ class Specializer(ast.NodeTransformer, Scopes):
         for _ in once:
             before = dict(scope)
             for name, (kind, value) in once.items():
-                fact = self.look(value) if value is not None else None
+                if kind.startswith("part"):
+                    fact = self.part(value, *map(int, re.findall(r"\d+", kind)))
+                else:
+                    fact = self.look(value) if value is not None else None
                 if kind == "item":
                     fact = Instance(fact.name) if isinstance(fact, Items) else None
                 if isinstance(fact, Table) and not is_only_indexed(name, node):
@@ -93,6 +97,20 @@ class Specializer(ast.NodeTransformer, Scopes):
                 scope[name] = fact
             if scope == before:
                 break
+
+    def part(self, node: ast.expr, at: int, width: int) -> Fact:
+        """Return what the items of tuples are that a comprehension makes, sorted or not."""
+        match node:
+            case ast.Call(func=ast.Name(id="sorted"), args=[inner]) if self.is_builtin("sorted"):
+                return self.part(inner, at, width)
+            case ast.SetComp() | ast.ListComp() | ast.GeneratorExp():
+                if isinstance(node.elt, ast.Tuple) and len(node.elt.elts) == width:
+                    targets = [inner for one in node.generators for inner in walk(one.target)]
+                    self.stack.append({inner.id: None for inner in targets if isinstance(inner, ast.Name)})
+                    fact = self.look(node.elt.elts[at])
+                    self.stack.pop()
+                    return None if isinstance(fact, Table) else fact
+        return None
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.Lambda:
         self.visit_defaults(node.args)
@@ -437,6 +455,18 @@ class Specializer(ast.NodeTransformer, Scopes):
                         case ast.Subscript(slice=ast.Tuple(elts=[ast.List(elts=[parameter]), _])):
                             self.hints[id(value)] = self.annotated(parameter)
 
+    def replaced(self, owner: ast.expr, given: ast.keyword) -> Fact:
+        """Return what `_replace` gives to a field: what calls give, if that makes it that again."""
+        fact, before = self.look(given.value), self.look(owner)
+        key = (before.name, given.arg) if isinstance(before, Instance) else None
+        if fact is None and key in self.program.candidates and key not in self.program.attributes:
+            known_open, self.open = self.open, set()
+            self.program.attributes[key] = self.program.candidates[key]
+            fact = join([self.look(given.value), self.program.candidates[key]])
+            del self.program.attributes[key]
+            self.open = known_open
+        return fact
+
     def observe(self, name: str, node: ast.Call) -> None:
         """Note a call's arguments, and the attributes that it sets or replaces."""
         last = node.func.attr if isinstance(node.func, ast.Attribute) else name
@@ -448,7 +478,7 @@ class Specializer(ast.NodeTransformer, Scopes):
                 self.seen.is_dynamic = True
         if last == "_replace":
             for one in node.keywords:
-                self.seen.replaced[one.arg or ""].append(self.look(one.value))
+                self.seen.replaced[one.arg or ""].append(self.replaced(node.func.value, one))
         if name in self.program.functions or name in self.program.classes:
             matches, given = self.arguments(name, node)
             facts = {key: self.look(value) for key, value in given.items()}

@@ -112,6 +112,12 @@ def local_values(node: Function) -> dict[str, list[tuple[str, ast.expr | None]]]
                 for child in (inner.iter, *inner.body, *inner.orelse):
                     visit(child)
                 return
+            case ast.For(target=ast.Tuple(elts=targets)) if all(isinstance(one, ast.Name) for one in targets):
+                for i, target in enumerate(targets):
+                    found[target.id].append((f"part {i} of {len(targets)}", inner.iter))
+                for child in (inner.iter, *inner.body, *inner.orelse):
+                    visit(child)
+                return
             case ast.comprehension():
                 for child in (inner.iter, *inner.ifs):
                     visit(child)
