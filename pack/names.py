@@ -122,6 +122,8 @@ def free_names(node: ast.AST) -> set[str]:
             return {node.id}
         case ast.Global() | ast.Nonlocal():
             return set(node.names)
+        case ast.AnnAssign(target=ast.Name()):
+            return _names_of(children(node)[1:])
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
             body = node.body if isinstance(node.body, list) else [node.body]
             around = [one for one in children(node) if one not in body]

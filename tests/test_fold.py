@@ -392,8 +392,42 @@ def main(cfg: Config):
         "is_plain",
         "found.append(1)",
     ),
+    (
+        """
+class A:
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.own = 1
+class B:
+    def __init__(self, cfg):
+        self.cfg = cfg
+def main(cfg: Config):
+    made = A(len), B([cfg.model.seed])
+    return made[0].own, read(made[1])
+def read(b: B):
+    return b.cfg
+""",
+        "A(len)",
+        "B([cfg.model.seed])",
+    ),
 ]
 TRAPS = [
+    """
+class A:
+    def __init__(self, cfg):
+        self.kept = 1
+    def same(self):
+        return self.kept
+class B(A):
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.kept = cfg.model.seed
+class C:
+    def __init__(self):
+        self.kept, self.other = 3, 4
+def main(cfg: Config):
+    return A(cfg).same(), B(cfg).same(), [one.kept for one in (C(), A(cfg))], getattr(C(), 'oth' 'er')
+""",
     """
 class Spec(NamedTuple):
     window: int = 0

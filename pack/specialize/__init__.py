@@ -53,7 +53,8 @@ def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> 
     for _ in range(MAX_ROUNDS):
         folder = Specializer(program)
         tree.body = folder.block(tree.body)
-        drop_members(tree)
+        program.index()
+        drop_members(program)
         program.index()
         drop_rows(program)
         drop_entries(program)

@@ -396,6 +396,8 @@ class Specializer(ast.NodeTransformer, Scopes):
             constant = constant_body(method) if method else None
             if constant:
                 return clone(constant)
+        fact = self.look(node.value)
+        node.owner = fact.name if isinstance(fact, Instance) else ""  # for drop_members
         field = self.field(node.value, node.attr) if self.is_row(node.value) else None
         return node if field is None else self.visit(clone(field))
 
