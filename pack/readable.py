@@ -221,6 +221,7 @@ def run_by_call(node: ast.stmt) -> list[Function]:
 
 def compose(found: list[Section], sources: dict[str, Layout], entry: str, recipe: Path) -> str:
     """Print sections below each other."""
+    introduced: set[str] = set()
     lines = [*introduction(sources[entry].tree, recipe), ""]
     for section in found:
         lines += ["", *section.banner, ""]
@@ -230,7 +231,9 @@ def compose(found: list[Section], sources: dict[str, Layout], entry: str, recipe
                 continue
             if label not in (current, IMPORTS_LABEL) and (current or label != entry):
                 nodes = [] if label == entry else [node for at, node in section.statements if at == label]
-                lines += ["", *headline(label, sources[label].tree, nodes)]
+                made = headline(label, sources[label].tree, nodes if label not in introduced else [])
+                introduced |= {label} if ": " in made[0] else set()
+                lines += ["", *made]
             current = label if label != IMPORTS_LABEL else current
             if label == IMPORTS_LABEL:
                 lines.append(to_text(node))

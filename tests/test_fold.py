@@ -410,8 +410,57 @@ def read(b: B):
         "A(len)",
         "B([cfg.model.seed])",
     ),
+    (
+        """
+class A:
+    is_wide = False
+    def __init__(self, seed):
+        self.seed = seed
+class B(NamedTuple):
+    is_wide: bool = True
+def choose(kind, seed):
+    if kind == 'dense':
+        made = A(seed)
+        return made
+    return B()
+def main(cfg: Config):
+    found = choose(cfg.model.kind, cfg.model.seed)
+    return use(found), choose(cfg.model.kind, 2).seed
+def use(made):
+    return 1 if made.is_wide else made.seed
+""",
+        "is_wide",
+        "return made.seed",
+    ),
 ]
 TRAPS = [
+    """
+class A:
+    is_wide = False
+class B:
+    is_wide = True
+def choose(seed):
+    if seed > 2:
+        return A()
+    elif seed:
+        return B()
+def streams(seed):
+    yield A()
+    return B()
+def find(seed):
+    def inner():
+        return B()
+    inner()
+    for _ in range(seed):
+        return A()
+    return A()
+async def later():
+    return A()
+def main(cfg: Config):
+    found = [choose(seed) for seed in (cfg.model.seed, 1, 0)]
+    later().close()
+    return [one and one.is_wide for one in found], list(streams(1))[0].is_wide, find(1).is_wide
+""",
     """
 class A:
     def __init__(self, cfg):

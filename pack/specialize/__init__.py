@@ -64,8 +64,8 @@ def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> 
         program.index()
         infer(program, folder.seen)
         ast.fix_missing_locations(tree)
-        facts = (program.attributes, program.candidates, program.params, sorted(program.pure))
-        text = to_text(tree) + repr(facts)
+        facts = (program.attributes, program.candidates, program.params, program.returns)
+        text = to_text(tree) + repr((facts, sorted(program.pure)))
         if text == before:
             break
         before = text

@@ -71,6 +71,7 @@ class Observations:
     stores: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # attribute: (class, Fact)
     calls: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # name: (facts, {name: Fact})
     escapes: set[str] = field(default_factory=set)  # names that are read other than to call them
+    returns: dict[str, Fact] = field(default_factory=dict)  # function: what all its returns give
     replaced: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # field: Facts
     is_dynamic: bool = False  # attributes are set or fields replaced under computed names
 
@@ -91,6 +92,7 @@ class ProgramFacts:
     pure: dict[str, Callable] = field(default_factory=dict)  # functions that can be run here
     values: dict[str, ast.expr | None] = field(default_factory=dict)  # module names bound once: their value
     candidates: dict[tuple[str, str], Fact] = field(default_factory=dict)  # of attributes: what calls give
+    returns: dict[str, Instance | Items] = field(default_factory=dict)  # function: what it gives
     stored: set[str] | None = None  # attributes that are ever set from outside a class body; None: any
 
     def index(self) -> None:

@@ -37,6 +37,9 @@ def infer(program: ProgramFacts, seen: Observations) -> None:
                     for key, value in named_values(statement):
                         if isinstance(value, ast.Constant) and key not in seen.stores:
                             remember(program.attributes, (name, key), Known(value.value))
+    for name, fact in seen.returns.items():
+        if isinstance(fact, Instance | Items) and fact != Instance() and name in program.functions:
+            program.returns[name] = fact
     for name, calls in seen.calls.items():
         if name not in seen.escapes and name not in relatives and None not in calls:
             learn_params(program, name, calls)

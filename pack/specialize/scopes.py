@@ -155,7 +155,8 @@ class Scopes:
             if name in self.program.classes:
                 return Instance(name)
             if name in self.program.functions:
-                return self.annotated(self.program.functions[name].returns) or self.evaluate(node)
+                said = self.annotated(self.program.functions[name].returns)
+                return said or self.program.returns.get(name) or self.evaluate(node)
         last = node.func.attr if isinstance(node.func, ast.Attribute) else ""
         if last == "ModuleList" and len(node.args) == 1:
             return self.items(node.args[0])

@@ -41,6 +41,7 @@ class Specializer(ast.NodeTransformer, Scopes):
         self.stored: dict[int, Fact] = {}  # attribute target -> what is stored there
         self.hints: dict[int, Fact] = {}  # lambda -> what its parameter is
         self.relatives = program.relatives()
+        self.returned: list[list[Fact]] = []  # what the functions around return
 
     # Scopes
 
@@ -49,14 +50,27 @@ class Specializer(ast.NodeTransformer, Scopes):
         self.visit_defaults(node.args)
         owner, self.owner = self.owner, ""
         self.push_function(node, owner)
+        self.returned.append([])
         node.body = self.block(node.body) or [ast.Pass()]
+        returned = self.returned.pop()
+        if not owner and len(self.stack) == 1 and not node.decorator_list and not changes_scope(node.body):
+            ends = isinstance(node.body[-1], ast.Return | ast.Raise)
+            self.seen.returns[node.name] = join(returned if ends else [*returned, Known(None)])
         drop_dead_locals(node, self.is_idle)
         self.stack.pop()
         self.unstable.pop()
         self.owner = owner
         return node
 
-    visit_AsyncFunctionDef = visit_FunctionDef
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AsyncFunctionDef:
+        self.visit_FunctionDef(node)
+        self.seen.returns.pop(node.name, None)
+        return node
+
+    def visit_Return(self, node: ast.Return) -> ast.Return:
+        node.value = node.value and self.visit(node.value)
+        self.returned[-1].append(self.look(node.value) if node.value else Known(None))
+        return node
 
     def visit_defaults(self, arguments: ast.arguments) -> None:
         arguments.defaults = [self.visit(default) for default in arguments.defaults]
