@@ -74,9 +74,8 @@ class ReadableReport(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the file: its key, the banner's lines, and the statements."""
+    """A part of the file: the banner's lines, and the statements."""
 
-    key: str
     banner: list[str]
     statements: list[Statement]
 
@@ -130,7 +129,7 @@ def in_sections(statements: list[Statement], sources: dict[str, Layout], entry: 
         groups[section_of(statement, banners, entry)].append(statement)
     order = [statement for key in keys for statement in groups[key]]
     placed = before_use(order, {id(one.node): key for key in keys for one in groups[key]})
-    return [Section(key, banner, placed[key]) for key, _, banner in banners if placed[key]]
+    return [Section(banner, placed[key]) for key, _, banner in banners if placed[key]]
 
 
 def read_banners(lines: list[str]) -> list[tuple[str, int, list[str]]]:
@@ -165,8 +164,7 @@ def before_use(order: list[Statement], keys: dict[int, str]) -> dict[str, list[S
     for statement in order:
         for name, _ in bound_names(statement.node):
             owners[name].append(statement)
-    placed: dict[str, list[Statement]] = {key: [] for key in keys.values()} | {SCORING: [], "0": []}
-    placed |= {str(number): placed.get(str(number), []) for number in range(1, 13)}
+    placed: dict[str, list[Statement]] = defaultdict(list)
     done: set[int] = set()
 
     def put(statement: Statement, key: str) -> None:
