@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from fixtures_model import RECIPES, ROOT, run_python
 from run_unchanged import shrink
 
@@ -192,11 +194,21 @@ def comment_owners(layout: Layout) -> Iterator[tuple[str, ast.stmt]]:
             yield text, owner[number]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads for matrices of this size only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def check_runs_alike(recipe: Path, file: Path, data: Path, folder: Path, monkeypatch) -> None:
     """Train and score with the file and with the checkout, and compare to the last bit."""
     monkeypatch.setattr(train_gpt, "weigh_code", lambda folder: (0, ""))
     free = [f"data.data_path={data}", f"data.tokenizer_path={data}/tokenizer.model", f"run.out_dir={folder}"]
-    done = run_python(file, *free, "run.run_id=readable", cwd=folder)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = run_python(file, *free, "run.run_id=readable", cwd=folder, env=env)
     assert done.returncode == 0, done.stderr
     train_gpt.main(["--recipe", str(recipe), *free, "run.run_id=checkout"])
     folders = [folder / name for name in ("readable", "checkout")]
@@ -211,7 +223,7 @@ def check_runs_alike(recipe: Path, file: Path, data: Path, folder: Path, monkeyp
 
 
 def test_it_trains_writes_its_artifact_and_scores_as_the_checkout_does(
-    readable, tiny_data, tmp_path, monkeypatch
+    readable, tiny_data, tmp_path, monkeypatch, one_thread
 ):
     """To the last bit: what is read is what ran."""
     check_runs_alike(readable.recipe, readable.file, tiny_data, tmp_path, monkeypatch)
@@ -219,7 +231,7 @@ def test_it_trains_writes_its_artifact_and_scores_as_the_checkout_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
-def test_every_recipe_has_a_readable_file_that_runs_alike(path, tiny_data, tmp_path, monkeypatch):
+def test_every_recipe_has_a_readable_file_that_runs_alike(path, tiny_data, tmp_path, monkeypatch, one_thread):
     """The same for all recipes in records/."""
     small = small_recipe(path.parent, tmp_path / path.parent.name)
     file = tmp_path / "readable.py"
