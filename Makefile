@@ -11,12 +11,13 @@ SEEDS ?= 1337,42,2025
 TRACK ?= track_cpu
 AGAINST ?= $(wildcard $(RECORD)/baseline.json)
 OUT ?= runs/gpu_battery
+SINGLE = $(if $(filter file,$(origin OUT)),runs/packed/train_gpt_readable.py,$(OUT))
 RUN_ID ?= cpu_$(shell date +%Y%m%d_%H%M%S)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size plot bench gpu-battery
+.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench gpu-battery
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +72,9 @@ lint: setup ## ruff: style, imports, formatting
 
 size: setup ## lines, source bytes and packed bytes of every section
 	$(PY) -m pack.size --recipe $(RECIPE)
+
+single: setup ## write the one readable file that RECIPE=... runs, into OUT=...
+	$(PY) -m pack --recipe $(RECIPE) --readable --out $(SINGLE)
 
 plot: setup ## draw docs/progress.svg from the records of the CPU track
 	$(PY) -m dev.plot

@@ -3,7 +3,7 @@
 import sys
 
 from common import run_command
-from pack.program import main
+from pack.__main__ import main
 
 if __name__ == "__main__":
     print("python -m dev.pack is called python -m pack now", file=sys.stderr)

@@ -40,7 +40,8 @@ from dev.submission import (
 from eval.logs import parse_log, stable_config
 from eval.stats import SeedScore, read_scores
 from formats.recipe import config_fields, config_hash, config_value, format_toml, read_recipe, with_values
-from pack.program import ENTRY, pack
+from pack.program import ENTRY, has_library, pack
+from pack.readable import READABLE_NAME, write_readable
 from train_gpt import (
     ARTIFACT_NAME,
     PLACE_FIELDS,
@@ -311,6 +312,10 @@ def build(plan: RecordPlan, runs: list[Run], args: Namespace) -> Path:
     track, intro = TRACKS[plan.out.name], plan.recipe.parent / "README.md"
     record = Record(plan.name, track, plan.cfg, recipe, intro, runs, plan.old, about)
     write_files(staged, record)
+    if has_library("ruff"):
+        write_readable(plan.work / "recipe.toml", staged / READABLE_NAME)
+    else:
+        say(f"left out {READABLE_NAME}: it needs ruff (pip install ruff)")
     write_claims(staged, record, [])
     say(f"auditing {staged}")
     reports = audit_deep(staged, kept_run(runs)) if args.audit == "all" else []

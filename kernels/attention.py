@@ -333,15 +333,18 @@ BACKENDS = {
     "sdpa": Backend(sdpa, "bias"),
     "math": Backend(math_attention, "segments"),
 }
-# What auto tries, best first, by device and whether windows or documents narrow what is seen: a bias costs
-# memory traffic of B * T * T, so kernels that skip what is hidden come before those that add one.
-AUTO_ORDER = {
-    ("cpu", False): ("blocked", "sdpa"),
-    ("cpu", True): ("blocked", "sdpa"),
-    ("hopper", False): ("fa3", "fa4", "cudnn", "sdpa"),
-    ("hopper", True): ("fa3", "fa4", "varlen", "flex", "sdpa"),
-    ("cuda", False): ("fa4", "fa2", "sdpa"),
-    ("cuda", True): ("fa4", "fa2", "varlen", "flex", "sdpa"),
+# What auto tries, best first, by device.
+PLAIN_ORDER = {
+    "cpu": ("blocked", "sdpa"),
+    "hopper": ("fa3", "fa4", "cudnn", "sdpa"),
+    "cuda": ("fa4", "fa2", "sdpa"),
+}
+# The same where windows or documents narrow what is seen: a bias costs memory traffic of B * T * T, so
+# kernels that skip what is hidden come before those that add one.
+NARROW_ORDER = {
+    "cpu": ("blocked", "sdpa"),
+    "hopper": ("fa3", "fa4", "varlen", "flex", "sdpa"),
+    "cuda": ("fa4", "fa2", "varlen", "flex", "sdpa"),
 }
 
 
@@ -359,7 +362,7 @@ def resolve_attention(
     if requested != "auto" and requested not in BACKENDS:
         raise UserError(f"attention={requested}: expected auto or one of {', '.join(BACKENDS)}.")
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    order = AUTO_ORDER["hopper" if hopper else device.type, not spec.is_plain]
+    order = (PLAIN_ORDER if spec.is_plain else NARROW_ORDER)["hopper" if hopper else device.type]
     refused = {}
     for name in order if requested == "auto" else [requested]:
         refused[name] = refusal(name, device, dtype, heads, spec)

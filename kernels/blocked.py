@@ -109,13 +109,13 @@ def _(dy, q, k, v, kept, window):
 
 
 def _keep_blocked(ctx, inputs, output):
-    q, k, v, _, ctx.window = inputs
+    q, k, v, _, ctx.window_len = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, output[1])
 
 
 def _blocked_gradients(ctx, dy, _):
-    return *blocked_backward(dy, *ctx.saved_tensors, ctx.window), None, None
+    return *blocked_backward(dy, *ctx.saved_tensors, ctx.window_len), None, None
 
 
 blocked_forward.register_autograd(_blocked_gradients, setup_context=_keep_blocked)

@@ -92,14 +92,14 @@ def _(dy, saved, offsets, window, max_len):
 
 
 def _keep_flash4(ctx, inputs, output):
-    q, k, v, offsets, ctx.window, ctx.max_len = inputs
+    q, k, v, offsets, ctx.window_len, ctx.max_len = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, offsets)
 
 
 def _flash4_gradients(ctx, dy, _):
     *saved, offsets = ctx.saved_tensors
-    return *flash4_backward(dy, saved, offsets, ctx.window, ctx.max_len), None, None, None
+    return *flash4_backward(dy, saved, offsets, ctx.window_len, ctx.max_len), None, None, None
 
 
 flash4_forward.register_autograd(_flash4_gradients, setup_context=_keep_flash4)

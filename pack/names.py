@@ -29,14 +29,25 @@ Definition = Function | ast.ClassDef
 Import = ast.Import | ast.ImportFrom
 
 
+# Fields of syntax nodes in which no node stands, or only an expression context.
+PLAIN_FIELDS = {"ctx", "id", "attr", "arg", "kind", "module", "level", "asname", "rest", "simple"}
+PLAIN_FIELDS |= {"is_async", "conversion", "type_comment"}
+
+
+@cache
+def node_fields(kind: type) -> tuple[str, ...]:
+    """Name the fields of a kind of node that may hold nodes."""
+    return () if kind is ast.Constant else tuple(name for name in kind._fields if name not in PLAIN_FIELDS)
+
+
 def children(node: ast.AST) -> list[ast.AST]:
     """List the nodes right below a node, expression contexts aside."""
     found = []
-    for name in node._fields:
+    for name in node_fields(node.__class__):
         value = getattr(node, name, None)
         if value.__class__ is list:
             found += [item for item in value if isinstance(item, ast.AST)]
-        elif isinstance(value, ast.AST) and name != "ctx":
+        elif isinstance(value, ast.AST):
             found.append(value)
     return found
 
@@ -111,6 +122,8 @@ def free_names(node: ast.AST) -> set[str]:
             return {node.id}
         case ast.Global() | ast.Nonlocal():
             return set(node.names)
+        case ast.AnnAssign(target=ast.Name()):
+            return _names_of(children(node)[1:])
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
             body = node.body if isinstance(node.body, list) else [node.body]
             around = [one for one in children(node) if one not in body]

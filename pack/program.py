@@ -8,12 +8,9 @@ registers the program in linecache and runs it. The source stays written for peo
 package's business alone.
 """
 
-import argparse
 import ast
 import builtins
-import hashlib
 import importlib.util
-import json
 import re
 import sys
 import zlib
@@ -23,7 +20,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import UserError, atomic_file, read_json, run_command, sha256_file, write_json
+from common import UserError, atomic_file
 from formats.recipe import read_recipe
 from pack.mix import decode, decoder_text, encode
 from pack.names import (
@@ -42,13 +39,13 @@ from pack.names import (
 from pack.printing import minifier_prints_for_oldest, to_text
 from pack.rename import rename
 from pack.specialize import specialize_tree
+from pack.specialize.facts import SMALLEST, Style
 from pack.specialize.syntax import is_literal, is_text
 from pack.stub import make_stub
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRY = REPOSITORY / "train_gpt.py"
 METHODS = ("brotli", "lzma", "mix", "none")
-LIBRARIES = ("brotli", "python_minifier")  # a missing one leaves a step out
 RECIPE_NAME = "PACKED_RECIPE"
 IMPORTS_LABEL = "third-party imports"
 MAIN_GUARDS = ("__name__ == '__main__'", "'__main__' == __name__")
@@ -237,11 +234,11 @@ def bundle(entry: Path, root: Path) -> list[Statement]:
         label, node = statement
         if isinstance(node, Import):
             imports.append(statement)
-        elif label == entry.label and _is_main_guard(node):
+        elif label == entry.label and is_main_guard(node):
             guard.append(statement)
         elif node is entry.tree.body[0] and _is_docstring(node):
             docstring.append(statement)
-        elif not (_is_main_guard(node) or _is_docstring(node) or isinstance(node, ast.Pass)):
+        elif not (is_main_guard(node) or _is_docstring(node) or isinstance(node, ast.Pass)):
             body.append(statement)
     body = _drop_repeated_guards(body) + guard
     always = {i for i, statement in enumerate(body) if statement.label == entry.label}
@@ -259,7 +256,8 @@ def bundle(entry: Path, root: Path) -> list[Statement]:
     return docstring + first + early + [one for one in merged if one not in first] + body
 
 
-def _is_main_guard(node: ast.stmt) -> bool:
+def is_main_guard(node: ast.stmt) -> bool:
+    """Whether a statement is `if __name__ == "__main__"`."""
     return isinstance(node, ast.If) and ast.unparse(node.test) in MAIN_GUARDS
 
 
@@ -277,7 +275,7 @@ def _check_collisions(modules: list[SourceModule]) -> None:
     owners: dict[str, tuple[str, str]] = {}
     for module in modules:
         for node in module.tree.body:
-            if _is_main_guard(node):
+            if is_main_guard(node):
                 continue
             for name, imported in bound_names(node):
                 what = ast.unparse(node) if _is_guarded_import(node) else imported or module.label
@@ -391,7 +389,7 @@ def _merge_imports(imports: list[Statement], body: list[Statement], entry_label:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def specialize(statements: list[Statement], recipe: dict) -> list[Statement]:
+def specialize(statements: list[Statement], recipe: dict, style: Style = SMALLEST) -> list[Statement]:
     """Embed a recipe in a bundle and fold what it fixes."""
     _check_literal(recipe, "recipe")
     if not any((RECIPE_NAME, "") in bound_names(statement.node) for statement in statements):
@@ -401,7 +399,7 @@ def specialize(statements: list[Statement], recipe: dict) -> list[Statement]:
         )
     labels = {id(statement.node): statement.label for statement in statements}
     tree = ast.Module([statement.node for statement in statements], [])
-    specialize_tree(tree, recipe)
+    specialize_tree(tree, recipe, style)
     return [Statement(labels.get(id(node), statements[-1].label), node) for node in tree.body]
 
 
@@ -611,67 +609,3 @@ def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str =
         file.write(packed)
     sizes = [len(text.encode()) for text in (source, folded, minified)]
     return PackReport(str(out), *sizes, len(packed), left_out)
-
-
-def cached_pack(recipe_path: Path | None, out: Path, entry: Path, method: str, cache: Path) -> PackReport:
-    """Pack, or copy what the same sources, recipe and tools gave before; `cache` is a folder of results."""
-    root = entry.resolve().parent
-    packages = [REPOSITORY / "pack", *(path.parent for path in root.glob("*/__init__.py"))]
-    files = sorted({*root.glob("*.py"), *(path for folder in packages for path in folder.rglob("*.py"))})
-    asked = {
-        "tools": [sys.version, *(has_library(name) for name in LIBRARIES)],
-        "method": method,
-        "recipe": read_sections(recipe_path) if recipe_path else None,
-        "entry": entry.name,
-        "sources": [sha256_file(path) for path in files],
-    }
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
-    program, note = cache / f"{key}.py", cache / f"{key}.json"
-    kept = read_json(note) if note.is_file() and program.is_file() else {}
-    if kept.pop("sha256", None) != (sha256_file(program) if kept else ""):
-        report = pack(recipe_path, program, entry, method)
-        kept = report._asdict()
-        write_json(note, kept | {"sha256": sha256_file(program)})
-    with atomic_file(out) as file:
-        file.write(program.read_bytes())
-    return PackReport(**kept | {"out": str(out)})
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Pack from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pack",
-        description="Pack train_gpt.py and the modules it imports into one small file that runs like it: "
-        "`python F` or `torchrun F`. Its size on disk is the code size of a record.",
-    )
-    add = parser.add_argument
-    add("--recipe", type=Path, help="recipe.toml to embed (default: none; it is read at run time)")
-    add("--out", type=Path, default=Path("runs/packed/train_gpt.py"), help="file to write (%(default)s)")
-    add("--entry", type=Path, default=ENTRY, help="program to pack; imports start from its folder")
-    add(
-        "--wrap",
-        choices=METHODS,
-        default="",
-        help="compression: brotli (the program then needs that package), lzma (standard library, about 5 %% "
-        "larger), mix (standard library, 16 to 19 %% smaller; some 15 seconds to pack and to start) or none "
-        "(readable); default: the recipe's quant.code_wrap, else brotli",
-    )
-    add("--cache", type=Path, metavar="DIR", help="folder that keeps results: equal sources are packed once")
-    add("--json", action="store_true", help="print the report as one JSON object")
-    options = parser.parse_args(argv)
-    if not options.entry.is_file():
-        raise PackingError(f"{options.entry}: no such program. --entry names the file to pack.")
-    job = options.recipe, options.out, options.entry, options.wrap
-    report = cached_pack(*job, options.cache) if options.cache else pack(*job)
-    if options.json:
-        print(json.dumps(report._asdict()))
-        return
-    print(
-        f"packed:{report.out} source_bytes:{report.source_bytes} "
-        f"folded_bytes:{report.folded_bytes} minified_bytes:{report.minified_bytes} "
-        f"packed_bytes:{report.packed_bytes} steps_left_out:{'; '.join(report.steps_left_out) or 'none'}"
-    )
-
-
-if __name__ == "__main__":
-    run_command(main)

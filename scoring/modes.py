@@ -185,9 +185,9 @@ def score_tail_again(model: Logits, session: ScoringRun, stride: int) -> tuple[n
 
 def broken_rules(cfg: EvalConfig) -> str:
     """Say why a score that repeats a system's mistake is invalid; empty for all others."""
-    is_misaligned = cfg.tilt_static_entries and cfg.tilt_legacy
-    found = ((is_misaligned, LEGACY_ALIGNMENT), (cfg.tail_legacy, LEGACY_TAIL))
-    return "; ".join(reason for is_set, reason in found if is_set)
+    alignment = LEGACY_ALIGNMENT if cfg.tilt_static_entries and cfg.tilt_legacy else ""
+    tail = LEGACY_TAIL if cfg.tail_legacy else ""
+    return f"{alignment}; {tail}" if alignment and tail else alignment or tail
 
 
 def warm_up_scorer(

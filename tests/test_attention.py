@@ -321,7 +321,7 @@ def test_a_backend_that_cannot_work_here_is_refused_with_the_reason(backend, rea
 def test_auto_goes_past_kernels_that_fail_or_compute_something_else(monkeypatch):
     """A wheel built for another torch may load and return wrong numbers; the self-test sees it."""
     pretend(monkeypatch, "fa3")
-    monkeypatch.setitem(kernels.attention.AUTO_ORDER, ("cpu", False), ("fa4", "fa3", "sdpa"))
+    monkeypatch.setitem(kernels.attention.PLAIN_ORDER, "cpu", ("fa4", "fa3", "sdpa"))
 
     def too_narrow(*inputs, causal, window_size):
         return dense_kernel(*inputs, causal=causal, window_size=(60, 0))

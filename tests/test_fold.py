@@ -324,7 +324,225 @@ def main(cfg: Config):
     ),
 ]
 # Programs with a trap each for a careless folder.
+FOLDED += [
+    (
+        """
+def main(cfg: Config):
+    bits = {'a': 8, 'b': 8}
+    return [bits[name] + 1 for name in sorted('ab')]
+""",
+        "bits",
+        "[9 for",
+    ),
+    (
+        """
+NEEDS = {'none': ['a'], 'other': ['b']}
+def main(cfg: Config):
+    check(cfg.model.kind)
+    return NEEDS.get(cfg.model.kind, ()), NEEDS.get('none', ())
+def check(kind):
+    for name in NEEDS.get(kind, ()):
+        raise ValueError(name)
+""",
+        "check",
+        "return ((), NEEDS.get('none', ()))",
+    ),
+    (
+        """
+class A:
+    def __init__(self, note):
+        self.kept = note
+    @property
+    def is_wide(self):
+        return self.kept is None
+    def tell(self, text):
+        if self.kept is not None:
+            self.kept(text)
+def main(cfg: Config):
+    made = A(None)
+    made.tell('it')
+    return cfg.model.seed if made.is_wide else 0
+""",
+        "tell",
+        "return cfg.model.seed\n",
+    ),
+    (
+        """
+class Spec(NamedTuple):
+    window: int = 0
+    name: str = ''
+    @property
+    def is_plain(self):
+        return self.window == 0
+class Part:
+    def __init__(self, width):
+        self.window = 0 if width > 5 else width
+class Whole:
+    def __init__(self, width, number):
+        self.parts = [Part(width) for _ in range(number)]
+def small(spec: Spec) -> Spec:
+    return spec._replace(window=min(spec.window, 20))
+def main(cfg: Config):
+    whole, found = Whole(cfg.model.width, 2), []
+    for window, number in sorted({(part.window, cfg.model.seed) for part in whole.parts}):
+        spec = small(Spec(window, str(number)))
+        found.append(1 if spec.is_plain else number)
+    return found
+""",
+        "is_plain",
+        "found.append(1)",
+    ),
+    (
+        """
+class A:
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.own = 1
+class B:
+    def __init__(self, cfg):
+        self.cfg = cfg
+def main(cfg: Config):
+    made = A(len), B([cfg.model.seed])
+    return made[0].own, read(made[1])
+def read(b: B):
+    return b.cfg
+""",
+        "A(len)",
+        "B([cfg.model.seed])",
+    ),
+    (
+        """
+class A:
+    is_wide = False
+    def __init__(self, seed):
+        self.seed = seed
+class B(NamedTuple):
+    is_wide: bool = True
+def choose(kind, seed):
+    if kind == 'dense':
+        made = A(seed)
+        return made
+    return B()
+def main(cfg: Config):
+    found = choose(cfg.model.kind, cfg.model.seed)
+    return use(found), choose(cfg.model.kind, 2).seed
+def use(made):
+    return 1 if made.is_wide else made.seed
+""",
+        "is_wide",
+        "return made.seed",
+    ),
+]
 TRAPS = [
+    """
+class A:
+    is_wide = False
+class B:
+    is_wide = True
+def choose(seed):
+    if seed > 2:
+        return A()
+    elif seed:
+        return B()
+def streams(seed):
+    yield A()
+    return B()
+def find(seed):
+    def inner():
+        return B()
+    inner()
+    for _ in range(seed):
+        return A()
+    return A()
+async def later():
+    return A()
+def main(cfg: Config):
+    found = [choose(seed) for seed in (cfg.model.seed, 1, 0)]
+    later().close()
+    return [one and one.is_wide for one in found], list(streams(1))[0].is_wide, find(1).is_wide
+""",
+    """
+class A:
+    def __init__(self, cfg):
+        self.kept = 1
+    def same(self):
+        return self.kept
+class B(A):
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.kept = cfg.model.seed
+class C:
+    def __init__(self):
+        self.kept, self.other = 3, 4
+def main(cfg: Config):
+    return A(cfg).same(), B(cfg).same(), [one.kept for one in (C(), A(cfg))], getattr(C(), 'oth' 'er')
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+def main(cfg: Config):
+    return Spec(0)._replace(window=1).window + grow(Spec(0)).window
+def grow(spec: Spec):
+    return spec._replace(window=spec.window + 1)
+""",
+    """
+def main(cfg: Config):
+    width, found = 1, []
+    for first, second in [(width, width + 1) for width in cfg.model.layers]:
+        found.append((first, second))
+    for first in found:
+        pass
+    for low, high in sorted((row[0], width) for row in found):
+        found.append((low, high))
+        if len(found) > 9:
+            break
+    return found
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+def main(cfg: Config):
+    seen = []
+    unread = Spec(seen.append(1))
+    other = Spec(2)._replace(window=seen.append(3))
+    return seen
+""",
+    """
+class A:
+    def one(self):
+        return 1
+class B(A):
+    def one(self):
+        return 2
+class C:
+    def one(self):
+        return 3
+    @property
+    def two(self):
+        return 2
+def main(cfg: Config):
+    made = [A(), B(), C()]
+    found = C()
+    found.one = lambda: cfg.model.seed
+    return [each.one() for each in made], found.one(), found.two
+""",
+    """
+class A:
+    seen = 0
+    def note(self):
+        A.seen += 1
+        return self
+    def nothing(self, value):
+        pass
+def main(cfg: Config):
+    A().note().nothing(A().note())
+    return A.seen
+""",
+    """
+TABLE = {'a': 1}
+def main(cfg: Config):
+    return TABLE.get('a', 2), TABLE.get('b', cfg.model.seed), TABLE.get('b'), {'b': 3}.get('b', 1)
+""",
     """
 LIMIT = 1
 class Row(NamedTuple):

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import UserError
+from pack import cache, size
 from pack import program as packer
-from pack import size
+from pack.__main__ import main
 from pack.program import (
     PackingError,
     Statement,
@@ -551,7 +552,7 @@ def test_without_the_minifier_the_program_is_valid_and_the_report_says_so(projec
 def test_json_report_is_one_object_and_agrees_with_the_file(project, capsys):
     """The trainer reads the size of its code from it."""
     out = project / "packed.py"
-    packer.main(["--entry", str(project / "train_gpt.py"), "--out", str(out), "--json"])
+    main(["--entry", str(project / "train_gpt.py"), "--out", str(out), "--json"])
     report = json.loads(capsys.readouterr().out)
     assert list(report) == [
         "out",
@@ -583,7 +584,7 @@ def test_equal_sources_are_packed_once(project, tmp_path, monkeypatch, capsys):
         jobs.append(job)
         return pack(*job)
 
-    monkeypatch.setattr(packer, "pack", counted)
+    monkeypatch.setattr(cache, "pack", counted)
 
     def packed(out: str, *more: str) -> tuple[int, bytes]:
         path, before = tmp_path / out, len(jobs)
@@ -595,7 +596,7 @@ def test_equal_sources_are_packed_once(project, tmp_path, monkeypatch, capsys):
             "--cache",
             str(tmp_path / "kept"),
         ]
-        packer.main([*words, "--json", *more])
+        main([*words, "--json", *more])
         report = json.loads(capsys.readouterr().out)
         assert report["out"] == str(path)
         assert report["packed_bytes"] == path.stat().st_size
@@ -622,7 +623,7 @@ def test_missing_files_are_user_errors(project, arguments, message, monkeypatch)
     """A wrong path is a sentence, and leaves no half of a program."""
     monkeypatch.chdir(project)
     with pytest.raises(UserError, match=message):
-        packer.main(["--entry", "train_gpt.py", "--out", "packed.py", *arguments])
+        main(["--entry", "train_gpt.py", "--out", "packed.py", *arguments])
     assert not Path("packed.py").exists()
 
 

@@ -32,6 +32,7 @@ def main():
 
 main()
 """
+READABLE = b"print('what people read')\n"
 MODEL_BYTES = 20_000
 LIMITS = {"quant.limit_bytes": 1_000_000, "eval.limit_seconds": 180, "eval.limit_text_bytes": 500_000}
 
@@ -116,6 +117,7 @@ def made(tmp_path, tiny_data, monkeypatch):
         return tmp_path / "records" / "track_cpu" / NAME
 
     monkeypatch.setattr(record, "pack", pack)
+    monkeypatch.setattr(record, "write_readable", lambda _, out: out.write_bytes(READABLE))
     monkeypatch.setattr(record, "run_logged", forbid)
     make.plan = record.make_plan(record.build_parser().parse_args(base))
     return make
@@ -135,6 +137,8 @@ def test_finished_runs_become_a_folder_that_passes_its_own_audit(made, old):
     for seed, bpb in SEEDS.items():
         write_run(made.plan, seed, bpb)
     folder = made("--against", str(old))
+    assert (folder / record.READABLE_NAME).read_bytes() == READABLE
+    assert read_json(folder / "submission.json")["bytes_code"] == len(PROGRAM)
     found = verdicts(folder, [folder / "baseline.json"])
     assert {check: found[check] for check in ("K1", "K2", "K5", "K6", "K7", "K8", "K24")} == dict.fromkeys(
         ("K1", "K2", "K5", "K6", "K7", "K8", "K24"), "PASS"

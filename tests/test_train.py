@@ -482,7 +482,7 @@ def test_loading_needs_only_the_artifact(finished_run, alone):
 
 def test_the_log_says_which_attention_backends_were_passed_over(tiny_config, alone, monkeypatch):
     """A silent second choice costs tens of percent; the reason names what to install."""
-    monkeypatch.setitem(kernels.attention.AUTO_ORDER, ("cpu", False), ("fa3", "sdpa"))
+    monkeypatch.setitem(kernels.attention.PLAIN_ORDER, "cpu", ("fa3", "sdpa"))
     lines = []
     log = SimpleNamespace(line=lambda text, console=True: lines.append(text))
     text = load_validation(tiny_config.data)

@@ -2,9 +2,10 @@
 
 `specialize_tree` writes the recipe into the config classes, replaces what is thereby constant, takes the
 branches that constants decide and drops what nothing names any more, until nothing changes. What cannot be
-proved constant stays. Error messages end with their first sentence. PACKED_RECIPE becomes all that the recipe
-changes, PACKED_ENVIRONMENT the environment names of all that it fixes; of these fields the classes keep, as
-constants, what the program still reads. Taken on trust, all of it house style:
+proved constant stays. Error messages end with their first sentence, and annotations go; a Style keeps them.
+PACKED_RECIPE becomes all that the recipe changes, PACKED_ENVIRONMENT the environment names of all that it
+fixes; of these fields the classes keep, as constants, what the program still reads. Taken on trust, all of it
+house style:
 
 - A config class declares its fields with `option` (formats/recipe.py); a field that is not live has the
   recipe's value in every instance. A class that the program also makes with arguments of its own is left
@@ -12,6 +13,7 @@ constants, what the program still reads. Taken on trust, all of it house style:
 - An annotation that names a class of the program is true.
 - Reading a name or an attribute has no effect.
 - A table with an upper-case name never changes; the keys that look it up are spelled in the program.
+- A table has the keys that it is asked for, `get` aside.
 - A computed attribute name is spelled in a string, or matches the f-string given to getattr.
 - Nobody but the program calls its methods, but for the hooks of torch.nn.Module (pack/specialize/drop.py).
 """
@@ -20,9 +22,10 @@ import ast
 
 from pack.names import bound_names, drop_annotations, needed_statements
 from pack.printing import to_text
+from pack.specialize.annotations import trim_annotations
 from pack.specialize.drop import drop_entries, drop_imports, drop_members, drop_rows
 from pack.specialize.errors import shorten_errors
-from pack.specialize.facts import PACKED_ENVIRONMENT, PACKED_RECIPE, ProgramFacts
+from pack.specialize.facts import PACKED_ENVIRONMENT, PACKED_RECIPE, SMALLEST, ProgramFacts, Style
 from pack.specialize.infer import infer, infer_pure
 from pack.specialize.inline_config import inline_config
 from pack.specialize.params import drop_parameters
@@ -32,10 +35,11 @@ from pack.specialize.syntax import literal
 MAX_ROUNDS = 50
 
 
-def specialize_tree(tree: ast.Module, recipe: dict) -> None:
+def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> None:
     """Fold a module in place; statements of its top level that stay keep their identity."""
-    program = ProgramFacts(tree, {section: dict(values) for section, values in recipe.items()})
-    shorten_errors(tree)
+    program = ProgramFacts(tree, {section: dict(values) for section, values in recipe.items()}, style)
+    if not style.whole_errors:
+        shorten_errors(tree)
     program.index()
     inline_config(program)
     packed = {PACKED_RECIPE: program.recipe, PACKED_ENVIRONMENT: " ".join(program.environment)}
@@ -49,7 +53,8 @@ def specialize_tree(tree: ast.Module, recipe: dict) -> None:
     for _ in range(MAX_ROUNDS):
         folder = Specializer(program)
         tree.body = folder.block(tree.body)
-        drop_members(tree)
+        program.index()
+        drop_members(program)
         program.index()
         drop_rows(program)
         drop_entries(program)
@@ -59,11 +64,15 @@ def specialize_tree(tree: ast.Module, recipe: dict) -> None:
         program.index()
         infer(program, folder.seen)
         ast.fix_missing_locations(tree)
-        text = to_text(tree) + repr((program.attributes, program.params, sorted(program.pure)))
+        facts = (program.attributes, program.candidates, program.params, program.returns)
+        text = to_text(tree) + repr((facts, sorted(program.pure)))
         if text == before:
             break
         before = text
-    drop_annotations(tree)  # they were facts; what they alone name goes, too
-    tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
+    if style.annotations:
+        trim_annotations(tree)
+    else:
+        drop_annotations(tree)  # they were facts; what they alone name goes, too
+        tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
     drop_imports(tree)
     ast.fix_missing_locations(tree)

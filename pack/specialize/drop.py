@@ -3,17 +3,18 @@
 import ast
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 from pack.names import Function, blocks, bound_names, children, last_name, walk
 from pack.specialize.facts import PACKED_RECIPE, ProgramFacts
 from pack.specialize.scopes import Scopes
 from pack.specialize.syntax import constant_body, is_pure, is_string, local_values, matched
 
-MODULE_HOOKS = {"forward", "extra_repr", "train"}  # methods that torch.nn.Module calls
+MODULE_HOOKS = {"forward", "extra_repr", "train", "reset_parameters"}  # methods that torch calls
 
 
-def drop_dead_locals(node: Function) -> None:
-    """Drop assignments to names that the function never reads."""
+def drop_dead_locals(node: Function, is_idle: Callable[[ast.expr], bool]) -> None:
+    """Drop assignments to names that the function never reads, of values that have no effect."""
     inner = list(walk(node))
     if any(isinstance(one, ast.Global | ast.Nonlocal) for one in inner):
         return
@@ -22,13 +23,13 @@ def drop_dead_locals(node: Function) -> None:
         return
     for holder in [node, *(one for one in inner if isinstance(one, ast.stmt) and one is not node)]:
         for name, body in [] if isinstance(holder, ast.ClassDef) else blocks(holder):
-            made = [kept for one in body if (kept := _live_part(one, read)) is not None]
+            made = [kept for one in body if (kept := _live_part(one, read, is_idle)) is not None]
             body[:] = made or ([ast.Pass()] if body and name != "orelse" else [])
 
 
-def _live_part(node: ast.stmt, read: set[str]) -> ast.stmt | None:
+def _live_part(node: ast.stmt, read: set[str], is_idle: Callable[[ast.expr], bool]) -> ast.stmt | None:
     """Return an assignment without the pairs whose name is never read; None when nothing is left."""
-    if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not is_pure(node.value):
+    if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not is_idle(node.value):
         return node
     pairs = list(matched(node.targets[0], node.value))
     if any(value is None for _, value in pairs):
@@ -49,14 +50,15 @@ def with_pairs(node: ast.stmt, pairs: list[tuple], kept: list[tuple]) -> ast.stm
     return ast.copy_location(made, node)
 
 
-def drop_members(tree: ast.Module) -> None:
+def drop_members(program: ProgramFacts) -> None:
     """Drop methods that nothing calls, and constants stored in attributes that nothing reads.
 
-    Only in classes whose bases are of this program, NamedTuple or, for attributes, nn.Module: other
-    libraries call and read by name. What only dropped methods read goes with them.
+    Only in classes whose bases are NamedTuple, nn.Module or nn.Linear: other libraries call and read by name.
+    What only dropped methods read goes with them.
     """
+    tree, relatives = program.tree, program.relatives()
     own = [one for one in tree.body if isinstance(one, ast.ClassDef) and not one.keywords]
-    own = [one for one in own if {last_name(base) for base in one.bases} <= {"NamedTuple", "Module"}]
+    own = [one for one in own if set(map(last_name, one.bases)) <= {"NamedTuple", "Module", "Linear"}]
     waiting = [one for node in own for one in node.body if isinstance(one, Function)]
     waiting = [one for one in waiting if not one.name.startswith("__")]
     read = NamesRead(tree, {id(one) for one in waiting})
@@ -69,7 +71,7 @@ def drop_members(tree: ast.Module) -> None:
         node.body = [one for one in node.body if id(one) not in dropped]
         for one in list(node.body):
             if isinstance(one, Function):
-                drop_stores(one, read)
+                drop_stores(one, read, node.name if node.name not in relatives else "")
             elif isinstance(one, ast.Assign) and _is_unread_constant(one, read):
                 node.body.remove(one)
         node.body = node.body or [ast.Pass()]
@@ -83,6 +85,7 @@ class NamesRead:
 
     def __init__(self, tree: ast.Module, left_out: set[int]):
         self.calls: dict[str, list[ast.Call | None]] = {name: [None] for name in MODULE_HOOKS}
+        self.owners: dict[str, set[str]] = {}  # attribute: classes whose instances it is read from, no others
         self.patterns: set[str] = set()
         self.left_out = left_out
         self.classes = {one.name for one in tree.body if isinstance(one, ast.ClassDef)}
@@ -101,6 +104,8 @@ class NamesRead:
                     self.calls.setdefault(name, []).append(node)
                     todo.remove(func)
                     todo.append(func.value)
+                case ast.Attribute(ctx=ast.Load(), attr=name) if getattr(node, "owner", ""):
+                    self.owners.setdefault(name, set()).add(node.owner)
                 case ast.Attribute(ctx=ast.Load() | ast.Del(), attr=name):
                     self.note(name)
                 case ast.AugAssign(target=ast.Attribute(attr=name)):
@@ -124,7 +129,13 @@ class NamesRead:
         return isinstance(node, ast.Name) and node.id in self.classes
 
     def __contains__(self, name: str) -> bool:
-        return name in self.calls or any(re.fullmatch(one, name) for one in self.patterns)
+        return self.may_be_of(name, "")
+
+    def may_be_of(self, name: str, owner: str) -> bool:
+        """Whether an attribute may be read from an instance of this class, or of any where none is named."""
+        read_from = self.owners.get(name, set())
+        is_owned = owner in read_from if owner else bool(read_from)
+        return is_owned or name in self.calls or any(re.fullmatch(one, name) for one in self.patterns)
 
     def may_call(self, method: Function) -> bool:
         """Whether some read of a method's name may mean this method: its arguments fit, if it is a call."""
@@ -151,16 +162,16 @@ def _is_unread_constant(node: ast.Assign, read: NamesRead) -> bool:
     return len(names) == len(node.targets) and is_pure(node.value) and not any(name in read for name in names)
 
 
-def drop_stores(method: Function, read: NamesRead) -> None:
-    """Drop from a method what it stores in attributes of self that nothing reads."""
+def drop_stores(method: Function, read: NamesRead, owner: str) -> None:
+    """Drop from a method what it stores in attributes of self that nothing reads; "" is any owner."""
     for inner in walk(method):
         body = getattr(inner, "body", None)
         if isinstance(body, list):
-            kept = [left for one in body if (left := _without_unread(one, read)) is not None]
+            kept = [left for one in body if (left := _without_unread(one, read, owner)) is not None]
             inner.body = kept or [ast.Pass()]
 
 
-def _without_unread(node: ast.stmt, read: NamesRead) -> ast.stmt | None:
+def _without_unread(node: ast.stmt, read: NamesRead, owner: str) -> ast.stmt | None:
     """Return an assignment without what it stores in attributes of self that nothing reads."""
     if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
         return node
@@ -168,14 +179,14 @@ def _without_unread(node: ast.stmt, read: NamesRead) -> ast.stmt | None:
     pairs = list(matched(targets[0], node.value))
     if len(targets) > 1 or any(value is None for _, value in pairs):
         return node
-    return with_pairs(node, pairs, [pair for pair in pairs if not _is_unread(*pair, read)])
+    return with_pairs(node, pairs, [pair for pair in pairs if not _is_unread(*pair, read, owner)])
 
 
-def _is_unread(target: ast.expr, value: ast.expr, read: NamesRead) -> bool:
+def _is_unread(target: ast.expr, value: ast.expr, read: NamesRead, owner: str) -> bool:
     """Whether a value without effects goes into an attribute of self that nothing reads."""
     match target:
         case ast.Attribute(value=ast.Name(id="self"), attr=attr):
-            return attr not in read and is_pure(value)
+            return not read.may_be_of(attr, owner) and is_pure(value)
     return False
 
 

@@ -2,14 +2,30 @@
 
 import ast
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from pack.names import bound_names
 from pack.specialize.syntax import named_values
 
 PACKED_RECIPE = "PACKED_RECIPE"  # holds what the recipe changes
 PACKED_ENVIRONMENT = "PACKED_ENVIRONMENT"  # holds the environment names of what it fixes, by spaces
+
+
+class Style(NamedTuple):
+    """What specializing leaves to a program's readers; a program that counts in bytes has none of it."""
+
+    whole_errors: bool = False  # error messages beyond their first sentence
+    annotations: bool = False
+    field_help: bool = False  # of config fields that stay
+    constants: bool = False  # names of upper-case constants
+    decided: Mapping[str, object] = MappingProxyType({})  # field with live="auto": what fixes it nevertheless
+
+
+SMALLEST = Style()
+FOR_READERS = Style(True, True, True, True, {"run.save_every": -1})
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,7 @@ class Observations:
     stores: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # attribute: (class, Fact)
     calls: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # name: (facts, {name: Fact})
     escapes: set[str] = field(default_factory=set)  # names that are read other than to call them
+    returns: dict[str, Fact] = field(default_factory=dict)  # function: what all its returns give
     replaced: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # field: Facts
     is_dynamic: bool = False  # attributes are set or fields replaced under computed names
 
@@ -65,6 +82,7 @@ class ProgramFacts:
 
     tree: ast.Module
     recipe: dict
+    style: Style = SMALLEST
     environment: list[str] = field(default_factory=list)  # names of fields that the recipe fixes
     configs: dict[str, dict] = field(default_factory=dict)  # config class: {field: value, or its class}
     attributes: dict[tuple[str, str], Fact] = field(default_factory=dict)  # (class, attribute)
@@ -73,6 +91,9 @@ class ProgramFacts:
     functions: dict[str, ast.FunctionDef] = field(default_factory=dict)
     pure: dict[str, Callable] = field(default_factory=dict)  # functions that can be run here
     values: dict[str, ast.expr | None] = field(default_factory=dict)  # module names bound once: their value
+    candidates: dict[tuple[str, str], Fact] = field(default_factory=dict)  # of attributes: what calls give
+    returns: dict[str, Instance | Items] = field(default_factory=dict)  # function: what it gives
+    stored: set[str] | None = None  # attributes that are ever set from outside a class body; None: any
 
     def index(self) -> None:
         """Find the definitions; a name that is bound twice has none."""

@@ -20,6 +20,7 @@ from pack.specialize.syntax import (
 def infer(program: ProgramFacts, seen: Observations) -> None:
     """Turn what a round saw into facts for the next one."""
     relatives = program.relatives()
+    program.stored = None if seen.is_dynamic else set(seen.stores)
     for name, node in program.classes.items():
         if name in program.configs or name in relatives:
             continue
@@ -36,6 +37,9 @@ def infer(program: ProgramFacts, seen: Observations) -> None:
                     for key, value in named_values(statement):
                         if isinstance(value, ast.Constant) and key not in seen.stores:
                             remember(program.attributes, (name, key), Known(value.value))
+    for name, fact in seen.returns.items():
+        if isinstance(fact, Instance | Items) and fact != Instance() and name in program.functions:
+            program.returns[name] = fact
     for name, calls in seen.calls.items():
         if name not in seen.escapes and name not in relatives and None not in calls:
             learn_params(program, name, calls)
@@ -58,7 +62,9 @@ def learn_record(program: ProgramFacts, seen: Observations, node: ast.ClassDef) 
         if isinstance(one, ast.AnnAssign):
             key = one.target.id
             default = scopes.look(one.value) if one.value is not None else None
-            facts = [call.get(key, default) for call in calls] + seen.replaced.get(key, [])
+            facts = [call.get(key, default) for call in calls]
+            remember(program.candidates, (node.name, key), join(facts))
+            facts += seen.replaced.get(key, [])
             remember(program.attributes, (node.name, key), scopes.annotated(one.annotation) or join(facts))
 
 

@@ -72,19 +72,22 @@ def bake_section(program: ProgramFacts, section: str, key: str, replaced: set[st
             fixed = None
             continue
         settings = {item.arg: item.value for item in call.keywords}
-        value = _parsed(f"{key}.{name}", values.get(name, default.value), kind)
+        usual = program.style.decided.get(f"{key}.{name}", default.value)
+        value = _parsed(f"{key}.{name}", values.get(name, usual), kind)
         _check_bounds(program, f"{key}.{name}", value, settings)
         call.args[0] = literal(value)
         live = settings.get("live")
         live = live.value if isinstance(live, ast.Constant) else live is not None
-        if not (value == default.value if live == "auto" else live):
+        if live == "auto":
+            live = value == default.value and f"{key}.{name}" not in program.style.decided
+        if not live:
             program.configs[section][name] = value
             program.attributes[section, name] = Known(value)
             node.body[at] = ast.copy_location(ast.Assign([one.target], literal(value)), one)
             program.environment += [env.value for env in call.args[1:2] if env.value]
             if fixed is not None and "live" not in settings and value != default.value:
                 fixed[name] = as_lists(value)
-        else:  # help is for people, and all that stay are live
+        elif not program.style.field_help:  # help is for people, and all that stay are live
             bounds = [item for item in call.keywords if item.arg != "live"]
             one.value = ast.Call(call.func, call.args[:2], bounds)
     return fixed

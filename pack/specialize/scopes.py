@@ -93,6 +93,8 @@ class Scopes:
                 chosen = select(found.node, self.look(key)) if isinstance(found, Table) else None
                 if chosen is not None:
                     return self.look(chosen)
+                if isinstance(found, Table):
+                    return join([self.look(value) for value in found.node.values])
             case ast.Call():
                 found = self.look_call(node)
                 if found is not None:
@@ -153,7 +155,8 @@ class Scopes:
             if name in self.program.classes:
                 return Instance(name)
             if name in self.program.functions:
-                return self.annotated(self.program.functions[name].returns) or self.evaluate(node)
+                said = self.annotated(self.program.functions[name].returns)
+                return said or self.program.returns.get(name) or self.evaluate(node)
         last = node.func.attr if isinstance(node.func, ast.Attribute) else ""
         if last == "ModuleList" and len(node.args) == 1:
             return self.items(node.args[0])
@@ -172,6 +175,15 @@ class Scopes:
                 record = name in self.program.classes and is_record(self.program.classes[name])
                 return record and all(map(is_pure, [*args, *(one.value for one in keywords)]))
         return False
+
+    def is_idle(self, node: ast.expr) -> bool:
+        """Whether a value has no effect: a record or a changed copy of one, or what calls nothing."""
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name() as owner, attr="_replace"), args=[]):
+                fact = self.look(owner)
+                made = self.program.classes.get(fact.name) if isinstance(fact, Instance) else None
+                return is_record(made) and all(is_pure(one.value) for one in node.keywords) if made else False
+        return is_pure(node) or self.is_row(node)
 
     def field(self, row: ast.Call, name: str) -> ast.expr | None:
         """Return the expression of a row's field: the one given, or else a constant default."""

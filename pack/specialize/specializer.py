@@ -1,11 +1,12 @@
 """One round over the program: write what is constant, take decided branches, note what is done with names."""
 
 import ast
+import re
 
 from pack.names import PURE_DECORATORS, Function, bound_names, free_names, last_name, walk
 from pack.printing import to_text
 from pack.specialize.drop import drop_dead_locals
-from pack.specialize.facts import Fact, Instance, Items, Known, Observations, ProgramFacts, Table
+from pack.specialize.facts import Fact, Instance, Items, Known, Observations, ProgramFacts, Table, join
 from pack.specialize.scopes import Scopes, select
 from pack.specialize.syntax import (
     TERMINAL,
@@ -14,9 +15,11 @@ from pack.specialize.syntax import (
     class_names,
     clone,
     constant_body,
+    is_constant_name,
     is_only_indexed,
     is_option,
     is_pure,
+    is_text,
     literal,
     local_values,
     matched,
@@ -37,6 +40,8 @@ class Specializer(ast.NodeTransformer, Scopes):
         self.unstable: list[set[str]] = []  # names of each scope that are bound more than once
         self.stored: dict[int, Fact] = {}  # attribute target -> what is stored there
         self.hints: dict[int, Fact] = {}  # lambda -> what its parameter is
+        self.relatives = program.relatives()
+        self.returned: list[list[Fact]] = []  # what the functions around return
 
     # Scopes
 
@@ -45,14 +50,27 @@ class Specializer(ast.NodeTransformer, Scopes):
         self.visit_defaults(node.args)
         owner, self.owner = self.owner, ""
         self.push_function(node, owner)
+        self.returned.append([])
         node.body = self.block(node.body) or [ast.Pass()]
+        returned = self.returned.pop()
+        if not owner and len(self.stack) == 1 and not node.decorator_list and not changes_scope(node.body):
+            ends = isinstance(node.body[-1], ast.Return | ast.Raise)
+            self.seen.returns[node.name] = join(returned if ends else [*returned, Known(None)])
+        drop_dead_locals(node, self.is_idle)
         self.stack.pop()
         self.unstable.pop()
         self.owner = owner
-        drop_dead_locals(node)
         return node
 
-    visit_AsyncFunctionDef = visit_FunctionDef
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AsyncFunctionDef:
+        self.visit_FunctionDef(node)
+        self.seen.returns.pop(node.name, None)
+        return node
+
+    def visit_Return(self, node: ast.Return) -> ast.Return:
+        node.value = node.value and self.visit(node.value)
+        self.returned[-1].append(self.look(node.value) if node.value else Known(None))
+        return node
 
     def visit_defaults(self, arguments: ast.arguments) -> None:
         arguments.defaults = [self.visit(default) for default in arguments.defaults]
@@ -82,7 +100,10 @@ class Specializer(ast.NodeTransformer, Scopes):
         for _ in once:
             before = dict(scope)
             for name, (kind, value) in once.items():
-                fact = self.look(value) if value is not None else None
+                if kind.startswith("part"):
+                    fact = self.part(value, *map(int, re.findall(r"\d+", kind)))
+                else:
+                    fact = self.look(value) if value is not None else None
                 if kind == "item":
                     fact = Instance(fact.name) if isinstance(fact, Items) else None
                 if isinstance(fact, Table) and not is_only_indexed(name, node):
@@ -90,6 +111,20 @@ class Specializer(ast.NodeTransformer, Scopes):
                 scope[name] = fact
             if scope == before:
                 break
+
+    def part(self, node: ast.expr, at: int, width: int) -> Fact:
+        """Return what the items of tuples are that a comprehension makes, sorted or not."""
+        match node:
+            case ast.Call(func=ast.Name(id="sorted"), args=[inner]) if self.is_builtin("sorted"):
+                return self.part(inner, at, width)
+            case ast.SetComp() | ast.ListComp() | ast.GeneratorExp():
+                if isinstance(node.elt, ast.Tuple) and len(node.elt.elts) == width:
+                    targets = [inner for one in node.generators for inner in walk(one.target)]
+                    self.stack.append({inner.id: None for inner in targets if isinstance(inner, ast.Name)})
+                    fact = self.look(node.elt.elts[at])
+                    self.stack.pop()
+                    return None if isinstance(fact, Table) else fact
+        return None
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.Lambda:
         self.visit_defaults(node.args)
@@ -196,6 +231,12 @@ class Specializer(ast.NodeTransformer, Scopes):
         node.msg = node.msg and self.visit(node.msg)
         return None if self.is_true(node.test) else node
 
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt | None:
+        if is_text(node):
+            return node
+        node.value = self.visit(node.value)
+        return None if isinstance(node.value, ast.Constant) else node
+
     def visit_For(self, node: ast.For) -> ast.stmt | list[ast.stmt]:
         made = self.generic_visit(node)
         is_empty = isinstance(made.iter, ast.Tuple | ast.List) and not made.iter.elts
@@ -228,7 +269,7 @@ class Specializer(ast.NodeTransformer, Scopes):
 
     def settle(self, node: ast.expr) -> ast.expr:
         """Write an expression whose value is known as that value, unless that is longer."""
-        if isinstance(node, SETTLED):
+        if isinstance(node, SETTLED) or (self.program.style.constants and is_constant_name(node)):
             return node
         fact = self.look(node)
         if fact is None and not isinstance(node, Comprehension):
@@ -364,8 +405,29 @@ class Specializer(ast.NodeTransformer, Scopes):
             self.seen.stores[node.attr].append((name, self.stored.pop(id(node), None)))
         if node.attr in ("__dict__", "__setattr__"):
             self.seen.is_dynamic = True
+        if isinstance(node.ctx, ast.Load) and is_pure(node.value):
+            method = self.method(node.value, node.attr, ["property"])
+            constant = constant_body(method) if method else None
+            if constant:
+                return clone(constant)
+        fact = self.look(node.value)
+        node.owner = fact.name if isinstance(fact, Instance) else ""  # for drop_members
         field = self.field(node.value, node.attr) if self.is_row(node.value) else None
         return node if field is None else self.visit(clone(field))
+
+    def method(self, owner: ast.expr, name: str, decorators: list[str]) -> Function | None:
+        """Return the method of an instance that has just these decorators, where no other can be meant."""
+        fact = self.look(owner)
+        if not isinstance(fact, Instance) or fact.name not in self.program.classes.keys() - self.relatives:
+            return None
+        if self.program.stored is None or name in self.program.stored:
+            return None
+        body = self.program.classes[fact.name].body
+        found = [one for one in body if isinstance(one, Function) and one.name == name]
+        is_other = len(found) != 1 or any((name, "") in bound_names(one) for one in body if one not in found)
+        if is_other:
+            return None
+        return found[0] if [last_name(one) for one in found[0].decorator_list] == decorators else None
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         name = node.func.id if isinstance(node.func, ast.Name) and self.is_global(node.func.id) else ""
@@ -386,8 +448,15 @@ class Specializer(ast.NodeTransformer, Scopes):
             attr = node.args[1].value
             if isinstance(attr, str) and attr.isidentifier() and name not in self.program.values:
                 return self.visit(ast.Attribute(node.args[0], attr, ast.Load()))
-        if name in self.program.functions and not self.program.functions[name].decorator_list:
-            constant = constant_body(self.program.functions[name])
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and len(node.args) == 2:
+            table, key = self.look(node.func.value), self.look(node.args[0])
+            if isinstance(table, Table) and isinstance(key, Known) and select(table.node, key) is None:
+                return node.args[1]
+        called = self.program.functions.get(name)
+        if isinstance(node.func, ast.Attribute) and is_pure(node.func.value):
+            called = self.method(node.func.value, node.func.attr, [])
+        if isinstance(called, ast.FunctionDef) and not called.decorator_list:
+            constant = constant_body(called)
             if constant and all(map(is_pure, [*node.args, *(one.value for one in node.keywords)])):
                 return clone(constant)
         return node
@@ -402,6 +471,18 @@ class Specializer(ast.NodeTransformer, Scopes):
                         case ast.Subscript(slice=ast.Tuple(elts=[ast.List(elts=[parameter]), _])):
                             self.hints[id(value)] = self.annotated(parameter)
 
+    def replaced(self, owner: ast.expr, given: ast.keyword) -> Fact:
+        """Return what `_replace` gives to a field: what calls give, if that makes it that again."""
+        fact, before = self.look(given.value), self.look(owner)
+        key = (before.name, given.arg) if isinstance(before, Instance) else None
+        if fact is None and key in self.program.candidates and key not in self.program.attributes:
+            known_open, self.open = self.open, set()
+            self.program.attributes[key] = self.program.candidates[key]
+            fact = join([self.look(given.value), self.program.candidates[key]])
+            del self.program.attributes[key]
+            self.open = known_open
+        return fact
+
     def observe(self, name: str, node: ast.Call) -> None:
         """Note a call's arguments, and the attributes that it sets or replaces."""
         last = node.func.attr if isinstance(node.func, ast.Attribute) else name
@@ -413,7 +494,7 @@ class Specializer(ast.NodeTransformer, Scopes):
                 self.seen.is_dynamic = True
         if last == "_replace":
             for one in node.keywords:
-                self.seen.replaced[one.arg or ""].append(self.look(one.value))
+                self.seen.replaced[one.arg or ""].append(self.replaced(node.func.value, one))
         if name in self.program.functions or name in self.program.classes:
             matches, given = self.arguments(name, node)
             facts = {key: self.look(value) for key, value in given.items()}

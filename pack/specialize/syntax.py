@@ -112,6 +112,12 @@ def local_values(node: Function) -> dict[str, list[tuple[str, ast.expr | None]]]
                 for child in (inner.iter, *inner.body, *inner.orelse):
                     visit(child)
                 return
+            case ast.For(target=ast.Tuple(elts=targets)) if all(isinstance(one, ast.Name) for one in targets):
+                for i, target in enumerate(targets):
+                    found[target.id].append((f"part {i} of {len(targets)}", inner.iter))
+                for child in (inner.iter, *inner.body, *inner.orelse):
+                    visit(child)
+                return
             case ast.comprehension():
                 for child in (inner.iter, *inner.ifs):
                     visit(child)
@@ -144,8 +150,10 @@ def parameters(arguments: ast.arguments) -> list[ast.arg]:
 
 
 def constant_body(node: ast.FunctionDef) -> ast.Constant | None:
-    """Return the constant that is all a function returns."""
-    match [one for one in node.body if not is_text(one)]:
+    """Return the constant that is all a function returns; None's when it does nothing."""
+    match [one for one in node.body if not (is_text(one) or isinstance(one, ast.Pass))]:
+        case []:
+            return ast.Constant(None)
         case [ast.Return(value=ast.Constant() as value)]:
             return value
     return None
@@ -157,6 +165,11 @@ def is_text(node: ast.stmt) -> bool:
 
 def is_string(node: ast.expr | None) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def is_constant_name(node: ast.expr) -> bool:
+    """Whether an expression is the upper-case name of a constant."""
+    return isinstance(node, ast.Name) and node.id.isupper()
 
 
 def constructor(node: ast.ClassDef | None) -> Function | None:
