@@ -300,6 +300,12 @@ def check_agreement(runs: list[Run]) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
+def git_author() -> str:
+    """Return the name that git would sign with; empty without one."""
+    asked = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip()
+
+
 def build(plan: RecordPlan, runs: list[Run], args: Namespace) -> Path:
     """Write the folder in runs/NAME, audit it, write what the audit says into it; returns the folder.
 
@@ -308,7 +314,7 @@ def build(plan: RecordPlan, runs: list[Run], args: Namespace) -> Path:
     staged = plan.work / "staged" / plan.out.name / plan.name
     shutil.rmtree(staged, ignore_errors=True)
     recipe = plan.recipe if is_unchanged(plan) else plan.work / "recipe.toml"
-    about = {"author": args.author, "github_id": args.github_id, "blurb": args.blurb}
+    about = {"author": args.author or git_author(), "github_id": args.github_id, "blurb": args.blurb}
     track, intro = TRACKS[plan.out.name], plan.recipe.parent / "README.md"
     record = Record(plan.name, track, plan.cfg, recipe, intro, runs, plan.old, about)
     write_files(staged, record)
@@ -358,6 +364,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     plan = make_plan(args)
     say(f"record {plan.target}: seeds {', '.join(map(str, plan.seeds))}; work in {plan.work}")
+    if not (args.author or git_author()) or not args.github_id:
+        say("submission.json will lack your name: add --author and --github-id, or fill them in later")
     make_program(plan)
     for seed in plan.seeds:
         train_seed(plan, seed)
@@ -366,8 +374,6 @@ def main(argv: list[str] | None = None) -> int:
     staged = build(plan, runs, args)
     shutil.copytree(staged, plan.target, dirs_exist_ok=True)
     say(f"record written: {plan.target}")
-    if not (args.author and args.github_id):
-        say("submission.json names nobody: set author and github_id before you open a pull request")
     return 0
 
 

@@ -223,11 +223,12 @@ def print_table(scored: Scored, target: Target) -> None:
         ("scored", f"{score.num_tokens:,} tokens, {score.num_bytes:,} bytes in {score.seconds:.1f} s"),
         ("implied bytes", f"{implied_bytes(score):,.0f}"),
         ("how", f"{score.mode}, context {score.context_len}, stride {score.stride}, tail {score.tail}"),
-        ("adapted", f"{score.switch_at} of {score.num_units} units"),
         ("artifact", f"{target.artifact}, {target.artifact.stat().st_size:,} bytes"),
     ]
     if result:
         rows.append(("trained", f"{result['steps']:,} steps, {result['tokens_per_second']:,.0f} tokens/s"))
+    if score.num_units:
+        rows.append(("adapted", f"{score.switch_at} of {score.num_units} units"))
     if get_order(scored.cfg.eval) != "text":
         reason = "lengths of documents decide who learns from whom (contest pull request 1536)"
         rows.append(("disputed", reason))

@@ -99,8 +99,11 @@ def format_comparison(report: dict, names: tuple[str, str]) -> str:
         f"A - B  {report['difference']:+.8f} bpb, {interval['level']:.0%} of {interval['resamples']:,} "
         f"resamples of {len(rows):,} documents in [{interval['low']:+.8f}, {interval['high']:+.8f}]"
     )
-    lines.append(f"A is better on {report['documents_better']:,} documents; A >= B in {interval['p']:.4f} "
-                 "of the resamples")  # fmt: skip
+    if any(row["bits_saved"] for row in rows):
+        share = f"A is not better in {interval['p']:.4f} of the resamples (a one-sided p-value)"
+        lines.append(f"A is better on {report['documents_better']:,} documents; {share}")
+    else:
+        lines.append("A and B cost the same on every document")
     order = sorted(rows, key=lambda row: -row["bits_saved"])
     ends = {"documents that A gains most on": order[:NUM_SHOWN], "that it loses most on": order[-NUM_SHOWN:]}
     for title, shown in ends.items():
