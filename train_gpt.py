@@ -2474,6 +2474,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
     clock = Clock(training.ranks, training.train_ms)
     clock.start()
     elapsed_ms, phase, num_tokens = training.train_ms, None, 0
+    tell = ProgressLines(log.line, "training")
     stopped = elapsed_ms >= limit_ms
     while training.step < run.iterations and not stopped:
         step = training.step
@@ -2507,6 +2508,8 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
                 f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / step:.2f}ms"
             )
         log.event(kind="train", step=step, train_loss=train_loss, train_ms=elapsed_ms)
+        done = max(run_progress(cfg, step, elapsed_ms, training.reserve_ms), step / run.iterations)
+        tell(int(10_000 * done), 10_000)
         if run.save_every > 0 and step % run.save_every == 0:
             clock.stop()
             save_checkpoint(training, log.folder / CHECKPOINT_NAME)
@@ -2765,7 +2768,8 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     model, packed_cfg, header = load_artifact(log.folder / ARTIFACT_NAME, cfg, ranks.device)
     text = load_validation(packed_cfg.data, text.pattern, header["tokenizer_sha256"])
     phase("reload")
-    score = score_model(model, packed_cfg, text, ranks, Scoring(Callbacks(progress=ProgressLines(log.line))))
+    progress = ProgressLines(log.line, "scoring")
+    score = score_model(model, packed_cfg, text, ranks, Scoring(Callbacks(progress=progress)))
     phase("scoring")
     log_score(cfg, score, log)
     ranks.close()

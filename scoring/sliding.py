@@ -143,16 +143,16 @@ class Pace:
 
 
 class ProgressLines:
-    """Write a line after the first percent and each tenth of the targets, with the time left."""
+    """Write a line after the first percent and each tenth of a job, with the time left."""
 
-    def __init__(self, write: Callable[[str], None]):
-        self.write, self.pace, self.percent = write, Pace(), 0
+    def __init__(self, write: Callable[[str], None], job: str):
+        self.write, self.job, self.pace, self.percent = write, job, Pace(), 0
 
     def __call__(self, done: int, total: int) -> None:
         left = self.pace.seconds_left(done, total)
         percent = done * 10 // total * 10 or min(done * 100 // total, 1)
         if left is not None and percent > self.percent and done < total >= 20:
-            self.write(f"scoring: {percent}% seconds_left:{left:.0f}")
+            self.write(f"{self.job}: {percent}% seconds_left:{left:.0f}")
             self.percent = percent
 
 

@@ -183,7 +183,7 @@ def test_the_log_says_early_how_long_scoring_will_take(monkeypatch):
     """After the first percent and each tenth: who is over the budget can stop in time."""
     lines, now = [], iter(range(2001))
     monkeypatch.setattr("scoring.sliding.time.perf_counter", lambda: float(next(now)))
-    progress = ProgressLines(lines.append)
+    progress = ProgressLines(lines.append, "scoring")
     for done in range(1, 1001):
         progress(done, 1000)
     assert [line.split()[1] for line in lines] == ["1%", *(f"{tenth}0%" for tenth in range(1, 10))]
