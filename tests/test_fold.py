@@ -695,6 +695,57 @@ def main(cfg: Config):
         case other:
             return other
 """,
+    """
+from typing import Protocol
+class Sender(Protocol):
+    def send(self, value: int) -> int: ...
+    def kind(self) -> str:
+        return 'stub'
+class Doubler:
+    def send(self, value: int) -> int:
+        return 2 * value
+    def kind(self) -> str:
+        return 'real'
+class Job:
+    def __init__(self, sender: Sender):
+        self.sender = sender
+    def run(self, value):
+        return self.sender.send(value), self.sender.kind()
+def main(cfg: Config):
+    return Job(Doubler()).run(cfg.model.width)
+""",
+    """
+import abc
+class Base(abc.ABC):
+    @abc.abstractmethod
+    def size(self) -> int: ...
+    def name(self):
+        return 'base'
+class Wide(Base):
+    def size(self) -> int:
+        return 5
+    def name(self):
+        return 'wide'
+def ask(one: Base):
+    return one.size(), one.name()
+def main(cfg: Config):
+    return ask(Wide()), cfg.model.width
+""",
+    """
+class Quiet:
+    def tell(self, text): ...
+    def close(self):
+        pass
+class Loud:
+    def tell(self, text):
+        return text.upper()
+    def close(self):
+        return 'closed'
+def report(to: 'Quiet | Loud', text):
+    return to.tell(text), to.close()
+def main(cfg: Config):
+    return report(Loud(), 'a' * cfg.model.width), report(Quiet(), '')
+""",
 ]
 
 

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from pack.names import Function, blocks, bound_names, children, last_name, walk
-from pack.specialize.facts import PACKED_RECIPE, ProgramFacts
+from pack.specialize.facts import PACKED_RECIPE, PLAIN_BASES, ProgramFacts
 from pack.specialize.scopes import Scopes
 from pack.specialize.syntax import constant_body, is_pure, is_string, local_values, matched
 
@@ -58,7 +58,7 @@ def drop_members(program: ProgramFacts) -> None:
     """
     tree, relatives = program.tree, program.relatives()
     own = [one for one in tree.body if isinstance(one, ast.ClassDef) and not one.keywords]
-    own = [one for one in own if set(map(last_name, one.bases)) <= {"NamedTuple", "Module", "Linear"}]
+    own = [one for one in own if set(map(last_name, one.bases)) <= PLAIN_BASES]
     waiting = [one for node in own for one in node.body if isinstance(one, Function)]
     waiting = [one for one in waiting if not one.name.startswith("__")]
     read = NamesRead(tree, {id(one) for one in waiting})

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
-from pack.names import bound_names
+from pack.names import bound_names, last_name
 from pack.specialize.syntax import named_values
 
+PLAIN_BASES = {"NamedTuple", "Module", "Linear"}  # whose methods nobody overrides but a class of the program
 PACKED_RECIPE = "PACKED_RECIPE"  # holds what the recipe changes
 PACKED_ENVIRONMENT = "PACKED_ENVIRONMENT"  # holds the environment names of what it fixes, by spaces
 
@@ -108,9 +109,10 @@ class ProgramFacts:
         self.values = values
 
     def relatives(self) -> set[str]:
-        """Name the classes that take part in inheritance within the program."""
+        """Name the classes for which others may stand in: by inheritance, or as protocols and the like."""
         found = set()
         for name, node in self.classes.items():
-            bases = {base.id for base in node.bases if isinstance(base, ast.Name)} & set(self.classes)
-            found |= bases | ({name} if bases else set())
+            bases = set(map(last_name, node.bases))
+            found |= bases & set(self.classes)
+            found |= {name} if bases - PLAIN_BASES else set()
         return found
