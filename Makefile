@@ -51,8 +51,9 @@ data: setup ## collect the built-in corpus, train a tokenizer of VOCAB entries, 
 tokenizers: setup ## make the tokenizers of tokenizers/ again from the built-in corpus
 	$(PY) -m data.tokenizer build
 
-doctor: data ## look for damage in the built-in corpus's shards
-	$(PY) -m data.doctor $(BUILTIN)
+doctor: setup ## what this machine has and what a run would use of it; look for damage in the built-in data
+	$(PY) -m dev.machine
+	@test ! -d $(BUILTIN) || $(PY) -m data.doctor $(BUILTIN)
 
 train: setup ## train RECIPE=... without the reload in a fresh process
 	$(PY) train_gpt.py --recipe $(RECIPE)

@@ -1,0 +1,151 @@
+"""What this machine has, what a run would use of it, and what to do next: `python -m dev.machine`.
+
+Its output is what an issue report should contain: it names no user, host or path outside the checkout.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import textwrap
+from pathlib import Path
+
+import torch
+
+from common import CommandParser, run_command
+from data.shards import MANIFEST_NAME, read_manifest
+from kernels.attention import BACKENDS, MaskSpec, refusal, resolve_attention
+from kernels.machine import resolve_compile, resolve_dtype
+
+PACKAGES = (
+    "numpy",
+    "sentencepiece",
+    "tokenizers",
+    "zstandard",
+    "brotli",
+    "triton",
+    "flash-attn",
+    "flash-attn-4",
+)
+HEADS = (8, 4, 64)  # of the contest's baseline: query heads, key heads, width
+PAD = "  "
+BUSY = 0.5  # load a core above which timings mean little
+
+
+def find_devices() -> dict[str, str]:
+    """Describe the processors that torch can compute on: type -> what it is."""
+    found = {"cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        size = f"{about.total_memory / 2**30:.0f} GiB"
+        found[f"cuda:{index}"] = f"{about.name}, capability {about.major}.{about.minor}, {size}, {kind}"
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU (runs do not use it yet)"
+    if torch.xpu.is_available():
+        found["xpu"] = "Intel GPU (runs do not use it yet)"
+    return found
+
+
+def choose_attention(device: torch.device) -> dict[str, dict]:
+    """Say for whole rows and for windows which backend a run would take, and why not the others."""
+    dtype, chosen = resolve_dtype("auto", device), {}
+    for title, spec in (("whole rows", MaskSpec()), ("windows of 128", MaskSpec(128))):
+        backend = resolve_attention("auto", device, dtype, HEADS, spec).backend
+        reasons = {name: refusal(name, device, dtype, HEADS, spec) for name in BACKENDS}
+        refused = {name: reason for name, reason in reasons.items() if reason}
+        chosen[title] = {"backend": backend, "refused": refused}
+    return chosen
+
+
+def find_packages() -> dict[str, str]:
+    """Return the versions of what the project can use; "missing" where there is none."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def find_data(root: Path) -> dict[str, str]:
+    """Describe the datasets in a folder by their manifests."""
+    found = {}
+    for path in sorted(root.glob(f"*/{MANIFEST_NAME}")):
+        manifest = read_manifest(path.parent) or {}
+        train, val = (manifest.get(part, {}).get("tokens", 0) for part in ("train", "val"))
+        entries = manifest.get("tokenizer", {}).get("vocab_size", "unknown")
+        found[path.parent.name] = f"{train:,} and {val:,} tokens, vocabulary {entries}"
+    return found
+
+
+def look(datasets: Path = Path("data/datasets")) -> dict:
+    """Collect everything."""
+    devices = find_devices()
+    device = torch.device("cuda:0" if "cuda:0" in devices else "cpu")
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "cores": f"{cores}, load {load:.2f}",
+        "is_busy": load > BUSY * cores,
+        "memory": f"{memory / 2**30:.0f} GiB",
+        "disk": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free",
+        "torch": torch.__version__,
+        "devices": devices,
+        "runs_on": str(device),
+        "compute_dtype": str(resolve_dtype("auto", device)).removeprefix("torch."),
+        "compile": resolve_compile("auto", device),
+        "attention": choose_attention(device),
+        "packages": find_packages(),
+        "data": find_data(datasets),
+    }
+
+
+def advise(found: dict) -> list[str]:
+    """Say what to do next."""
+    steps = []
+    if found["is_busy"]:
+        steps.append("other programs are at work: timings will mislead, and runs take fewer steps")
+    if not found["data"]:
+        steps.append("no data: `make data` writes the built-in corpus, data.prepare your own text")
+    if found["runs_on"] == "cpu":
+        steps.append("no CUDA GPU: `make run` trains the recipe for two CPU cores")
+    elif all(found["packages"][name] == "missing" for name in PACKAGES if "flash" in name):
+        steps.append("no FlashAttention: docs/gpu-and-multi-node.md says which wheel fits this torch")
+    return steps or ["nothing: everything is there"]
+
+
+def format_report(found: dict) -> str:
+    """Lay it out for a terminal of 80 columns."""
+    lines = [f"{name:<15}{found[name]}" for name in ("system", "cores", "memory", "disk", "torch")]
+    lines += [f"{name:<15}{about}" for name, about in found["devices"].items()]
+    lines.append(f"{'a run takes':<15}{found['runs_on']}, {found['compute_dtype']}, "
+                 f"torch.compile {'on' if found['compile'] else 'off'}")  # fmt: skip
+    for title, choice in found["attention"].items():
+        lines.append(f"{'attention':<15}{title}: {choice['backend']}")
+        for reason in dict.fromkeys(choice["refused"].values()):
+            names = " ".join(name for name, other in choice["refused"].items() if other == reason)
+            lines += textwrap.wrap(
+                f"not {names}: {reason}", 78, initial_indent=PAD, subsequent_indent=2 * PAD
+            )
+    lines += [f"{name:<15}{version}" for name, version in found["packages"].items()]
+    lines += [f"{'data':<15}{name}: {about}" for name, about in found["data"].items()]
+    return "\n".join([*lines, *(f"{'next':<15}{step}" for step in advise(found))])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the report."""
+    parser = CommandParser(prog="python -m dev.machine", description=__doc__.partition(":")[0] + ".",
+                           formatter_class=argparse.HelpFormatter)  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    found = look()
+    print(json.dumps(found | {"next": advise(found)}) if options.json else format_report(found))
+
+
+if __name__ == "__main__":
+    run_command(main)
