@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a module's `main` as the process: a UserError exits with 1, an interrupt with 130.
+    """Run a module's `main` as the process: a UserError or a bad file exits with 1, an interrupt with 130.
 
     A reader that has read enough, as `head` does, ends it without a word.
     """
@@ -40,6 +40,11 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains
         status = 141  # 128 + SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Name another file or folder.", file=sys.stderr)
+        status = 1
     sys.exit(status)
 
 

@@ -2440,7 +2440,7 @@ def warm_up(training: Training, log: Log) -> None:
     # The last step may end after training's time: it is stopped only between micro-batches.
     training.reserve_ms = micro_ms + update_ms + 1100 * sum(training.job_seconds.values())
     step_seconds = (micro_ms * (phase.stage.micro_batches // ranks.world_size) + update_ms) / 1000
-    seconds = min(cfg.run.max_wallclock_seconds or math.inf, cfg.run.iterations * step_seconds)
+    seconds = min(training_ms(cfg, training.reserve_ms) / 1000, cfg.run.iterations * step_seconds)
     log.line(
         f"projected_step_seconds:{step_seconds:.3f} steps:{seconds / step_seconds:.0f} seconds:{seconds:.0f}"
     )
@@ -2553,9 +2553,13 @@ def weigh_code(folder: Path) -> tuple[int, str]:
         return len(program), ""
     command = [sys.executable, "-m", "pack", "--recipe", f"{folder.resolve()}/recipe.toml"]
     command += ["--out", str(target.resolve()), "--cache", str(folder.resolve().parent / ".packed"), "--json"]
-    result = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=False)
+    shown = None if sys.stderr.isatty() else subprocess.PIPE  # its bars, for who can see them
+    result = subprocess.run(
+        command, cwd=here.parent, stdout=subprocess.PIPE, stderr=shown, text=True, check=False
+    )
     if result.returncode != 0:
-        raise UserError(f"packing the source failed: `{' '.join(command[1:])}` says\n{result.stderr.strip()}")
+        said = f" says\n{result.stderr.strip()}" if result.stderr else " failed, see above"
+        raise UserError(f"packing the source failed: `{' '.join(command[1:])}`{said}")
     left_out = json.loads(result.stdout)["steps_left_out"]
     note = f"code_packing: left out {', '.join(left_out)}; the size is that of the file as written"
     return target.stat().st_size, note if left_out else ""
@@ -2702,6 +2706,9 @@ def open_run(
         prepare_folder(log.folder, cfg, checkpoint_path is not None)
         log.line("packing: the source, folded by the recipe, is the code that counts")
         code_bytes, packing_note = weigh_code(log.folder)
+        broken = overruns([Ledger(BYTES, [("code", code_bytes)], cfg.quant.limit_bytes, "bytes")])
+        if broken and cfg.run.enforce_limits:
+            raise BudgetError(f"{not_valid(broken)}: the code alone, nothing was trained.")
     log_setup(cfg, training, text, log)
     overrides = (f"environment_override:{key}={value}" for key, value in environment.overrides.items())
     for line in (packing_note, *overrides):

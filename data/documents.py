@@ -53,6 +53,8 @@ def read_documents(files: Iterable[str | Path]) -> Iterator[Document]:
 
 def find_reader(path: Path):
     """Choose the reader of a file by its suffix; raise when the file or the suffix is unknown."""
+    if path.is_dir():
+        raise UserError(f"{path}: expected a file, found a folder. Name the files in it: {path}/*.txt.")
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):
             if not path.is_file():

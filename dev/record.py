@@ -315,7 +315,9 @@ def build(plan: RecordPlan, runs: list[Run], args: Namespace) -> Path:
     shutil.rmtree(staged, ignore_errors=True)
     recipe = plan.recipe if is_unchanged(plan) else plan.work / "recipe.toml"
     about = {"author": args.author or git_author(), "github_id": args.github_id, "blurb": args.blurb}
-    track, intro = TRACKS[plan.out.name], plan.recipe.parent / "README.md"
+    # The text of another record tells of other data and numbers: this one starts with its name.
+    intro = plan.recipe.parent / "README.md" if plan.recipe.parent.name == plan.name else Path()
+    track = TRACKS[plan.out.name]
     record = Record(plan.name, track, plan.cfg, recipe, intro, runs, plan.old, about)
     write_files(staged, record)
     if has_library("ruff"):
@@ -366,6 +368,10 @@ def main(argv: list[str] | None = None) -> int:
     say(f"record {plan.target}: seeds {', '.join(map(str, plan.seeds))}; work in {plan.work}")
     if not (args.author or git_author()) or not args.github_id:
         say("submission.json will lack your name: add --author and --github-id, or fill them in later")
+    clock = plan.cfg.run.max_wallclock_seconds
+    if clock:
+        minutes = len(plan.seeds) * (clock + 120) / 60
+        say(f"about {minutes:.0f} minutes; Ctrl-C stops it, the same command goes on with what is done")
     make_program(plan)
     for seed in plan.seeds:
         train_seed(plan, seed)

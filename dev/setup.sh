@@ -25,3 +25,4 @@ fi
 import torch
 cuda = torch.version.cuda
 print(f'setup: torch {torch.__version__},', 'a CPU build' if cuda is None else f'built for CUDA {cuda}')"
+echo "setup: for commands that start with python or torchrun: source $VENV/bin/activate"

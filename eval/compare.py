@@ -100,7 +100,7 @@ def format_comparison(report: dict, names: tuple[str, str]) -> str:
         f"resamples of {len(rows):,} documents in [{interval['low']:+.8f}, {interval['high']:+.8f}]"
     )
     if any(row["bits_saved"] for row in rows):
-        share = f"A is not better in {interval['p']:.4f} of the resamples (a one-sided p-value)"
+        share = f"A is not better in {interval['p']:.4f} of resampled documents (one pair of seeds)"
         lines.append(f"A is better on {report['documents_better']:,} documents; {share}")
     else:
         lines.append("A and B cost the same on every document")

@@ -12,7 +12,7 @@ from common import CommandParser, UserError
 from formats.recipe import config_fields, parse_value, read_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "records"
-WIDTH = 100
+WIDTH = 79
 KINDS = {
     bool: "0 or 1",
     int: "a whole number",
@@ -79,7 +79,9 @@ def meant_fields(config, word: str) -> list[str]:
     key = word.lstrip("-").replace("-", "_").lower()
     known = config_fields(config)
     own = [full for full, item in known.items() if key in (full, item.name, item.metadata["env"].lower())]
-    ends = [full for full in known if full.endswith(f"_{key}")]
+    ends = [
+        full for full, item in known.items() if f"{full}_".startswith(f"{key}_") or full.endswith(f"_{key}")
+    ]
     words = {word: full for full in known for word in (full, full.partition(".")[2])}
     near = [words[word] for word in difflib.get_close_matches(key, words, n=1)]
     return own or ends[:3] or near

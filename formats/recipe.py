@@ -128,9 +128,10 @@ def flatten_recipe(recipe: dict, source: str) -> dict:
 
 def read_recipe(path: str | Path) -> dict:
     """Read a recipe.toml as {"section.key": value}."""
+    path = Path(path) / "recipe.toml" if Path(path).is_dir() else path
     try:
         recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise UserError(f"{path}: no such recipe. Recipes are records/*/*/recipe.toml.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}.") from error

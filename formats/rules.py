@@ -78,6 +78,6 @@ def clock_rules(cfg) -> list[tuple]:
         (
             "run.max_wallclock_seconds",
             clock == 0 or reserve < clock,
-            f"must be 0 or above {reserve} reserved",
+            f"must be 0 or above {reserve:g} s, which quant.reserve_seconds keeps for calibration",
         ),
     ]

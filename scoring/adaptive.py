@@ -131,9 +131,8 @@ class ScoringRun:
         return index % self.options.world_size == self.options.rank
 
     def record(self, positions: torch.Tensor, nats: torch.Tensor, started: float, num_read: int) -> None:
-        """Keep the nats of targets and what a forward pass over num_read tokens took; report progress."""
+        """Keep the nats of targets and what a forward pass over num_read tokens took."""
         self.nats[positions] = nats
-        self.advance(len(positions))
         self.score_seconds += time.perf_counter() - started
         self.score_tokens += num_read
 
@@ -145,10 +144,9 @@ class ScoringRun:
                 started = time.perf_counter()
                 positions, nats = score_batch(model, self.tokens, rows, self.options)
                 self.record(positions, nats, started, int((rows[:, 1] - rows[:, 0]).sum()))
-            else:
-                self.advance(int((rows[:, 1] - rows[:, 0] - rows[:, 2]).sum()))
             for lo, hi in scored_spans(rows):
                 self.checker.score(lo, hi, here=self.is_mine(index))
+            self.advance(int((rows[:, 1] - rows[:, 0] - rows[:, 2]).sum()))
 
     def advance(self, num_targets: int) -> None:
         """Report progress."""
@@ -502,8 +500,12 @@ class LoraScorer:
             optimizer = torch.optim.AdamW(params, betas=betas, eps=1e-10, fused=True, **rates)
         lengths = np.diff(self.documents[batch]).ravel()
         chunk = choose_chunk_tokens(int(lengths[0]), self.cfg)
-        for start in range(0, int(lengths[0]), chunk):
+        num_targets, starts = int(lengths.sum()), range(0, int(lengths[0]), chunk)
+        for turn, start in enumerate(starts):
             self.score_chunk(batch[lengths > start], start, chunk, optimizer)
+            # Each pass takes about as long, however few documents are left: all adapters are updated.
+            shares = num_targets * (turn + 1) // len(starts) - num_targets * turn // len(starts)
+            self.session.advance(shares)
         if self.cfg.lora_warm_lanes:
             adapters = [module.adapter for module in self.sites.values()]
             self.carried[lane] = [adapter.down.detach().mean(1) for adapter in adapters]

@@ -31,8 +31,9 @@ def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") 
         raise UserError(
             f"{path}: no such tokenizer file. `make run` makes the built-in corpus and trains on it; "
             f"`make data VOCAB={vocab_size or 1024}` makes that corpus with a tokenizer of as many entries, "
-            "`python -m data.download --variant sp1024` fetches the contest's. TOKENIZER_PATH or "
-            "data.tokenizer_path names another file, or a folder with tokenizer.model or tokenizer.json."
+            "`python -m data.tokenizer train` makes one from your text, `python -m data.download --variant "
+            "sp1024` fetches the contest's. TOKENIZER_PATH or data.tokenizer_path names another file, or a "
+            "folder with tokenizer.model or tokenizer.json."
         )
     found = find_kind(path, kind)
     if kind and found != kind:
