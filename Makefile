@@ -20,7 +20,7 @@ TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 .PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench gpu-battery
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST) | fold -s -w 79
 
 run: data ## the main job: train on the built-in corpus, pack, reload in a fresh process, score
 	RUN_ID=$(RUN_ID) $(PY) train_gpt.py --recipe $(RECIPE)

@@ -79,9 +79,7 @@ def meant_fields(config, word: str) -> list[str]:
     key = word.lstrip("-").replace("-", "_").lower()
     known = config_fields(config)
     own = [full for full, item in known.items() if key in (full, item.name, item.metadata["env"].lower())]
-    ends = [
-        full for full, item in known.items() if f"{full}_".startswith(f"{key}_") or full.endswith(f"_{key}")
-    ]
+    ends = [full for full in known if full.startswith(f"{key}_") or full.endswith(f"_{key}")]
     words = {word: full for full in known for word in (full, full.partition(".")[2])}
     near = [words[word] for word in difflib.get_close_matches(key, words, n=1)]
     return own or ends[:3] or near
@@ -213,8 +211,11 @@ def format_description(found: dict) -> str:
     lines += [f"  {count:>12,}  {pattern}" for pattern, count in found["params_by_rule"].items()]
     order = ["".join([str(step["layer"]), "+" * step["push"]]) for step in found["layer_plan_recurring"]]
     lines += ["", "order of the layers (+: kept for a skip)", f"  {' '.join(order)}", "", "schedule"]
-    columns = [name for name, value in found["schedule"][0].items() if not isinstance(value, dict)]
-    lines.append("  " + " ".join(f"{name:>12}" for name in columns))
-    for row in found["schedule"]:
-        lines.append("  " + " ".join(f"{row[name]:>12.6g}" for name in columns))
+    columns = found["schedule"][0]
+    same = {name: {row[name] for row in found["schedule"]} for name in columns if name != "step"}
+    lines += [f"  {name:<20}{value:g} throughout" for name, (value, *more) in same.items() if not more]
+    changing = [name for name in columns if name == "step" or len(same[name]) > 1]
+    if len(changing) > 1:
+        lines.append("".join(f"{name.removesuffix('_tokens')[:12]:>13}" for name in changing))
+        lines += ["".join(f"{row[name]:>13.6g}" for name in changing) for row in found["schedule"]]
     return "\n".join(lines)

@@ -85,4 +85,6 @@ def test_people_get_a_table_and_programs_json(monkeypatch, capsys):
     train_gpt.main(["--describe", "--steps", "0,1000"])
     said = capsys.readouterr().out
     assert re.search(r"^parameters +17,059,912$", said, re.MULTILINE)
-    assert len(said[said.index("schedule") :].strip().splitlines()) == 4
+    assert re.search(r"^  seq_len +1024 throughout$", said, re.MULTILINE)
+    assert said.splitlines()[-2].split()[0] == "0" and said.splitlines()[-1].split()[0] == "1000"
+    assert max(map(len, said.splitlines())) <= 80
