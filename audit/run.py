@@ -8,6 +8,7 @@ import ast
 import contextlib
 import math
 import re
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable
@@ -154,6 +155,11 @@ def harness_fields(tree: ast.Module) -> dict[str, object]:
     return found if "PACKED_RECIPE" in found else {}
 
 
+def say(text: str) -> None:
+    """Write a line to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def run_program(
     program: Path, recipe: Path | None = None, settings: dict[str, str] | None = None
 ) -> dict[str, Finding]:
@@ -163,10 +169,14 @@ def run_program(
     """
     with Box(program) as box:
         plan = plan_run(box, recipe)
+        say(f"audit: {program.name} trains on a small text of ours, watched; half a minute for most programs")
         scene = Scene(box, plan._replace(settings=plan.settings | (settings or {})))
         score = printed_score(scene.base)
         if scene.base.failure or score is None:
             return explain_failure(scene.base)
+        say(
+            "audit: it trains on noise, and its scorer meets changed texts; about as long as the first run, twice"
+        )
         with ThreadPoolExecutor(2) as pool:
             noisy = pool.submit(scene.run, scene.noise)
             served = pool.submit(serve_probes, scene, score)

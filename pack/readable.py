@@ -249,8 +249,8 @@ def introduction(tree: ast.Module, recipe: Path) -> list[str]:
     about = (
         f"The file that the recipe {name} runs:\n"
         "train_gpt.py and the modules that it imports, less what the recipe switches off. What it fixes is\n"
-        "written into the code. It weighs itself as code: where weights are fitted to a size in bytes, fewer\n"
-        "are left for them than in the packed program.\n\n"
+        "written into the code. It weighs itself as code: where weights are fitted to a number of bytes,\n"
+        "they get fewer than in the packed program.\n\n"
         "    torchrun --standalone --nproc_per_node=8 FILE      on eight GPUs\n"
         "    python FILE run.seed=7                             other values of the fields declared below"
     )
