@@ -201,7 +201,10 @@ def is_pure_definition(node: ast.stmt, own: set[str]) -> bool:
     """Whether running `node` only binds its names, as far as can be told without running it."""
     if isinstance(node, Definition):
         pure = PURE_DECORATORS | KERNEL_DECORATORS
-        return all(last_name(decorator) in pure for decorator in node.decorator_list)
+        defaults = () if isinstance(node, ast.ClassDef) else (*node.args.defaults, *node.args.kw_defaults)
+        calls = [one for default in defaults if default for one in walk(default) if isinstance(one, ast.Call)]
+        is_pure = all(last_name(decorator) in pure for decorator in node.decorator_list)
+        return is_pure and not any(own & identifiers(call.func) for call in calls)
     if not isinstance(node, ast.Assign | ast.AnnAssign):
         return False
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]

@@ -746,6 +746,810 @@ def report(to: 'Quiet | Loud', text):
 def main(cfg: Config):
     return report(Loud(), 'a' * cfg.model.width), report(Quiet(), '')
 """,
+    """
+class Tool:
+    def size(self):
+        return 1
+def build():
+    class Big(Tool):
+        def size(self):
+            return 9
+    return Big()
+def ask(t: Tool):
+    return t.size()
+def main(cfg: Config):
+    return ask(build()), ask(Tool())
+""",
+    """
+class Tool:
+    def size(self):
+        return 1
+Base = Tool
+class Big(Base):
+    def size(self):
+        return 9
+def ask(t: Tool):
+    return t.size()
+def main(cfg: Config):
+    return ask(Big()), ask(Tool())
+""",
+    """
+class Tool:
+    def size(self):
+        return 1
+Big = type('Big', (Tool,), {'size': lambda self: 9})
+def ask(t: Tool):
+    return t.size()
+def main(cfg: Config):
+    return ask(Big()), ask(Tool())
+""",
+    """
+class Tool:
+    def size(self):
+        return 1
+def main(cfg: Config):
+    put = setattr
+    t = Tool()
+    put(t, 'size', lambda: 7)
+    return t.size()
+""",
+    """
+class Other:
+    def size(self):
+        return 8
+class Tool:
+    def __new__(cls, n):
+        return Other() if n > 2 else None
+    def size(self):
+        return 1
+def main(cfg: Config):
+    a, b = Tool(3), Tool(1)
+    return a.size(), b is None, bool(b)
+""",
+    """
+def nothing(*args, **kw):
+    pass
+def main(cfg: Config):
+    it = iter([1, 2, 3])
+    nothing(*it)
+    g = iter([4, 5])
+    nothing([x for x in g])
+    d = iter([1])
+    nothing({x: 1 for x in d})
+    return list(it), list(g), list(d)
+""",
+    """
+import asyncio
+class T:
+    @property
+    async def size(self):
+        return 3
+    async def other(self):
+        return 4
+async def run():
+    t = T()
+    return await t.size, await t.other()
+def main(cfg: Config):
+    return asyncio.run(run())
+""",
+    """
+TABLE = {'a': 1, 'b': 1}
+def gen():
+    x = TABLE[(yield 'first')]
+    yield x
+def main(cfg: Config):
+    g = gen()
+    return next(g), g.send('a')
+""",
+    """
+import asyncio
+TABLE = {'a': 1, 'b': 1}
+async def key(seen):
+    seen.append(1)
+    return 'a'
+async def run():
+    seen = []
+    co = key(seen)
+    x = TABLE[await co]
+    return x, seen
+def main(cfg: Config):
+    return asyncio.run(run())
+""",
+    """
+TABLE = {1: 'one', 0: 'zero'}
+def main(cfg: Config):
+    return TABLE.get(True, 'no'), TABLE.get(1.0, 'no'), TABLE.get(False, 'no'), TABLE.get(2, 'no')
+""",
+    """
+REGISTRY = {}
+def register(name):
+    def deco(f):
+        REGISTRY[name] = f
+        return f
+    return deco
+@register('dense')
+def make():
+    return 5
+def main(cfg: Config):
+    if cfg.model.kind not in REGISTRY:
+        return 'missing'
+    return REGISTRY.get(cfg.model.kind, None)()
+""",
+    """
+TABLE = {'a': 1, 'b': 1}
+def main(cfg: Config):
+    TABLE.update(c=3)
+    return TABLE.get('c', 0), [TABLE[k] for k in sorted(TABLE)], 'c' in TABLE
+""",
+    """
+class Spec(NamedTuple):
+    a: int = 1
+def main(cfg: Config):
+    s = Spec()
+    try:
+        unused = s._replace(nope=2)
+        return 'fine'
+    except (ValueError, TypeError):
+        return 'refused'
+""",
+    """
+class Spec(NamedTuple):
+    a: int
+    b: int = 1
+def main(cfg: Config):
+    try:
+        unused = Spec(b=2)
+        return 'fine'
+    except TypeError:
+        return 'refused'
+""",
+    """
+NOTES = []
+class Spec(NamedTuple):
+    a: int = 1
+class Loud(Spec):
+    def _replace(self, **kw):
+        NOTES.append(sorted(kw))
+        return self
+def change(s: Spec):
+    unused = s._replace(a=2)
+    return len(NOTES)
+def main(cfg: Config):
+    return change(Loud()), change(Spec())
+""",
+    """
+def main(cfg: Config):
+    width = cfg.model.width
+    hidden = 3
+    return sorted(vars()), sorted(dir())
+""",
+    """
+from typing import Protocol
+class Named(Protocol):
+    label: str
+class Real:
+    def __init__(self, label):
+        self.label = label
+        self.other = 2
+def show(n: Named):
+    return n.label
+def main(cfg: Config):
+    return show(Real('x' * cfg.model.seed))
+""",
+    """
+class Inner:
+    def __init__(self, n):
+        self.kept = n
+class Wrap:
+    def __init__(self, inner):
+        self.inner = inner
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+def main(cfg: Config):
+    w = Wrap(Inner(cfg.model.seed))
+    return w.kept
+""",
+    """
+class A:
+    def __init__(self, n):
+        self.kept = n
+def main(cfg: Config):
+    match A(cfg.model.seed):
+        case A(kept=3):
+            return 'three'
+        case _:
+            return 'other'
+""",
+    """
+class A:
+    __match_args__ = ('kept',)
+    def __init__(self, n):
+        self.kept = n
+def main(cfg: Config):
+    match A(cfg.model.seed):
+        case A(3):
+            return 'three'
+        case _:
+            return 'other'
+""",
+    """
+class Flags:
+    off = None
+    on = True
+def main(cfg: Config):
+    flags = Flags()
+    found = []
+    for x in (None, True, 1, 0):
+        match x:
+            case flags.off:
+                found.append('off')
+            case flags.on:
+                found.append('on')
+            case _:
+                found.append('?')
+    return found
+""",
+    """
+class A:
+    def __init__(self):
+        self._s = 0
+        self.size = 3
+    @property
+    def size(self):
+        return self._s
+    @size.setter
+    def size(self, value):
+        self._s = value * 2
+    def show(self):
+        return self._s
+def main(cfg: Config):
+    a = A()
+    first = a.show()
+    a.size = cfg.model.seed
+    return first, a.show()
+""",
+    """
+class A:
+    def __init__(self):
+        self.__dict__['log'] = []
+        self.alpha = 1
+    def __setattr__(self, key, value):
+        self.log.append((key, value))
+def main(cfg: Config):
+    return A().log
+""",
+    """
+class A:
+    def __init__(self, n):
+        self.alpha = n
+        self.beta = 2
+def main(cfg: Config):
+    return vars(A(cfg.model.seed)), A(1).__dict__
+""",
+    """
+from dataclasses import asdict
+@dataclass
+class A:
+    a: int
+    total: int = field(init=False)
+    def __post_init__(self):
+        self.total = self.a
+def main(cfg: Config):
+    return asdict(A(cfg.model.seed)), A(2) == A(2), A(2)
+""",
+    """
+class A:
+    def size(self):
+        return 3
+    __len__ = size
+    __hash__ = None
+def main(cfg: Config):
+    try:
+        hash(A())
+    except TypeError:
+        return len(A()), 'unhashable'
+    return len(A())
+""",
+    """
+class A:
+    def size(self):
+        return cfg_seed() + 3
+    length = size
+def cfg_seed():
+    return len(str(A))  * 0
+def main(cfg: Config):
+    return A().length()
+""",
+    """
+class A:
+    __slots__ = ('x',)
+    def __init__(self, n):
+        self.x = n
+def main(cfg: Config):
+    a = A(cfg.model.seed)
+    try:
+        a.y = 2
+    except AttributeError:
+        return a.x, 'slots'
+    return a.x
+""",
+    """
+COMMANDS = []
+def command(f):
+    COMMANDS.append(f)
+    return f
+class A:
+    @command
+    def run(self):
+        return 'ran'
+    @command
+    def stop(self):
+        return 'stopped'
+def main(cfg: Config):
+    return [f(A()) for f in COMMANDS]
+""",
+    """
+class A:
+    def __init__(self, n):
+        self.alpha = n
+        self.beta = 2
+    def gamma(self):
+        return 3
+def main(cfg: Config):
+    a = A(cfg.model.seed)
+    return [getattr(a, k) for k in 'alpha beta'.split()]
+""",
+    """
+class A:
+    def __init__(self, width):
+        self.width = width
+    def reset(self):
+        self.__init__(7)
+        return self
+def main(cfg: Config):
+    return A(2).width, A(2).reset().width
+""",
+    """
+NOTES = []
+def note(x):
+    NOTES.append(x)
+    return x
+def one(a=note(1)):
+    return 5
+def two(a, b=note(2)):
+    return a
+def main(cfg: Config):
+    return one(), two(cfg.model.seed), NOTES
+""",
+    """
+import torch
+from torch import nn
+class M(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        w = nn.Parameter(torch.ones(2))
+        self.gain = w
+        self.inner = inner
+        self.note = 3
+    def forward(self, x):
+        return x
+def main(cfg: Config):
+    m = M(nn.Linear(2, 2))
+    return [n for n, _ in m.named_parameters()], sorted(m.state_dict()), len(list(m.children()))
+""",
+    """
+import torch
+from torch import nn
+class L(nn.Linear):
+    def __init__(self, i, o):
+        torch.manual_seed(0)
+        super().__init__(i, o)
+        self.bias = None
+        self.out_features = 77
+def main(cfg: Config):
+    layer = L(2, 2)
+    return layer(torch.zeros(1, 2)).tolist(), repr(layer)
+""",
+    """
+import torch
+from torch import nn
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(1, 1)
+        self.register_buffer('table', torch.zeros(2))
+    def get_extra_state(self):
+        return {'v': 3}
+    def set_extra_state(self, state):
+        self.lin.v = state
+    def _apply(self, fn, recurse=True):
+        self.applied = True
+        return super()._apply(fn)
+    def _get_name(self):
+        return 'Fancy'
+    def forward(self, x):
+        return x
+def main(cfg: Config):
+    m = M()
+    m.double()
+    return sorted(m.state_dict()), 'Fancy' in repr(m), getattr(m, 'applied', None), m(3)
+""",
+    """
+import torch
+from torch import nn
+class M(nn.Module):
+    _version = 2
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(1, 1)
+    def _load_from_state_dict(self, state, prefix, *rest):
+        state[prefix + 'lin.weight'] = torch.full((1, 1), 5.0)
+        super()._load_from_state_dict(state, prefix, *rest)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + 'extra'] = torch.ones(1)
+def main(cfg: Config):
+    m = M()
+    sd = m.state_dict()
+    m.load_state_dict(sd, strict=False)
+    return sorted(sd), m.lin.weight.tolist(), sd._metadata['']['version']
+""",
+    """
+import torch
+from torch import nn
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(1, 1)
+    def named_parameters(self, *args, **kwargs):
+        yield from [(n, p) for n, p in super().named_parameters(*args, **kwargs) if 'bias' not in n]
+    def eval(self):
+        return self
+    def half(self):
+        return self
+def main(cfg: Config):
+    m = M()
+    return len(list(m.parameters())), m.eval().training
+""",
+    """
+import torch
+from torch import nn
+class Block(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+    def scale(self):
+        return 1
+    def forward(self, x):
+        return x * self.scale() + (1 if self.kind == 'a' else 2)
+def make():
+    class Special(Block):
+        def __init__(self):
+            super().__init__('b')
+        def scale(self):
+            return 10
+    return Special()
+def main(cfg: Config):
+    return Block('a')(3), make()(3)
+""",
+    """
+SEEN = []
+class D:
+    def __set__(self, obj, value):
+        SEEN.append(value)
+class A:
+    x = D()
+    def __init__(self, n):
+        self.x = n
+def main(cfg: Config):
+    A(cfg.model.seed)
+    return SEEN
+""",
+    """
+class A:
+    def __init__(self, v):
+        self.v = v
+    def get(self):
+        return 1
+class B:
+    def get(self):
+        return 2
+def total(xs: list):
+    return sum(x.get() for x in xs)
+def main(cfg: Config):
+    xs = [A(1) for _ in range(2)]
+    xs.append(B())
+    return total(xs), [x.get() for x in xs], xs[2].get()
+""",
+    """
+from torch import nn
+class A(nn.Module):
+    def get(self):
+        return 1
+class B(nn.Module):
+    def get(self):
+        return 2
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([A() for _ in range(2)])
+def main(cfg: Config):
+    m = M()
+    m.blocks[0] = B()
+    m.blocks.append(B())
+    return [b.get() for b in m.blocks]
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+    heads: int = 2
+    def more(self):
+        return 0
+def read(s: Spec):
+    return s.window, s.heads
+def make(s: Spec) -> Spec:
+    return type(s)(5, 3)
+def main(cfg: Config):
+    s = Spec(1)
+    return read(s), read(make(s))
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+    heads: int = 2
+    def more(self):
+        return 0
+def read(s: Spec):
+    return s.window, s.heads
+def make(s: Spec) -> Spec:
+    return s.__class__(5, 3)
+def main(cfg: Config):
+    s = Spec(1)
+    return read(s), read(make(s))
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+    heads: int = 2
+    def more(self):
+        return 0
+def read(s: Spec):
+    return s.window, s.heads
+def make(s: Spec) -> Spec:
+    return s._make([5, 3])
+def main(cfg: Config):
+    s = Spec(1)
+    return read(s), read(make(s))
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+    heads: int = 2
+    def more(self):
+        return type(self)(5)
+def read(s: Spec):
+    return s.window, s.heads
+def make(s: Spec) -> Spec:
+    return s.more()
+def main(cfg: Config):
+    s = Spec(1)
+    return read(s), read(make(s))
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+    heads: int = 2
+    def more(self):
+        return 0
+def read(s: Spec):
+    return s.window, s.heads
+def make(s: Spec) -> Spec:
+    return (lambda put: put(window=5))(s._replace)
+def main(cfg: Config):
+    s = Spec(1)
+    return read(s), read(make(s))
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+    heads: int = 2
+    def more(self):
+        return 0
+def read(s: Spec):
+    return s.window, s.heads
+def make(s: Spec) -> Spec:
+    return __import__('operator').methodcaller('_replace', window=5)(s)
+def main(cfg: Config):
+    s = Spec(1)
+    return read(s), read(make(s))
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+    heads: int = 2
+    def more(self):
+        return 0
+def read(s: Spec):
+    return s.window, s.heads
+def make(s: Spec) -> Spec:
+    return globals()['Spec'](5)
+def main(cfg: Config):
+    s = Spec(1)
+    return read(s), read(make(s))
+""",
+    """
+class Spec(NamedTuple):
+    window: int = 0
+    heads: int = 2
+    @classmethod
+    def big(cls):
+        return cls(5)
+def read(s: Spec):
+    return s.window, s.heads
+def make(s: Spec) -> Spec:
+    return s.big()
+def main(cfg: Config):
+    s = Spec(1)
+    return read(s), read(make(s))
+""",
+    """
+class Tool:
+    def __init__(self, size, extra=0):
+        self.size = size
+    def more(self):
+        return 0
+def read(t: Tool):
+    return t.size
+def main(cfg: Config):
+    t = Tool(1, cfg)
+    return read(t), read(type(t)(5, 3))
+""",
+    """
+class Tool:
+    def __init__(self, size, extra=0):
+        self.size = size
+    def more(self):
+        return type(self)(5, 2)
+def read(t: Tool):
+    return t.size
+def main(cfg: Config):
+    t = Tool(1, cfg)
+    return read(t), read(t.more())
+""",
+    """
+class Tool:
+    def __init__(self, size, extra=0):
+        self.size = size
+    @classmethod
+    def big(cls):
+        return cls(5, 2)
+def read(t: Tool):
+    return t.size
+def main(cfg: Config):
+    t = Tool(1, cfg)
+    return read(t), read(t.big())
+""",
+    """
+def loud(cls):
+    class Wrapped:
+        def __init__(self, *args):
+            self.inner = cls(*args)
+        def size(self):
+            return self.inner.size() + 1
+    return Wrapped
+@loud
+class Tool:
+    def size(self):
+        return 1
+def main(cfg: Config):
+    return Tool().size()
+""",
+    """
+class Meta(type):
+    def __call__(cls, *args):
+        return Other()
+class Other:
+    def size(self):
+        return 8
+class Tool(metaclass=Meta):
+    def size(self):
+        return 1
+def main(cfg: Config):
+    return Tool().size()
+""",
+    """
+class Spec(NamedTuple):
+    a: int = 1
+    b: int = 2
+def swap(s: Spec) -> Spec:
+    return s._replace(a=s.b, b=s.a)
+def main(cfg: Config):
+    s = swap(Spec())
+    return s.a, s.b, swap(s)
+""",
+    """
+def main(cfg: Config):
+    out = []
+    for i, w in [(i, cfg.model.width) for i in range(3)]:
+        if i == 1:
+            w = 5
+        out.append((i, w))
+    for a, b in {(x, 7) for x in 'pq'}:
+        out.append(b)
+    for j, k in [(j, 2) for j in range(2)]:
+        if (k := j):
+            out.append(k)
+    for m, n in [(m, None) for m in range(2)]:
+        with open('/dev/null') as n:
+            pass
+        out.append(n is None)
+    for q, r in [(q, 1) for q in range(2)]:
+        def inner():
+            nonlocal r
+            r = 9
+        inner()
+        out.append(r)
+    return sorted(map(str, out))
+""",
+    """
+def main(cfg: Config):
+    out = []
+    for a, b in [(x, y) for x in range(2) if (y := x + 1)]:
+        out.append((a, b))
+    for a2, b2 in sorted([(x, 4) for x in range(2)], key=lambda t: -t[0]):
+        b2 = b2 if a2 else 'z'
+        out.append((a2, b2))
+    return out
+""",
+    """
+class A:
+    n = 1
+class B:
+    n = 2
+def pick(flag):
+    try:
+        if flag:
+            return A()
+        raise ValueError
+    except ValueError:
+        return B()
+    finally:
+        pass
+def over(flag):
+    try:
+        return A()
+    finally:
+        if flag:
+            return B()
+def rec(k):
+    return rec(k - 1) if k else A()
+def rec2(k):
+    if k:
+        return rec2(k - 1)
+    return B() if k == 0 else A()
+def loop(k):
+    while True:
+        if k:
+            return A()
+        k += 1
+def suppressed(k):
+    import contextlib
+    with contextlib.suppress(ZeroDivisionError):
+        1 / k
+        return A()
+def main(cfg: Config):
+    found = [pick(0), pick(1), over(0), over(1), rec(2), rec2(2), loop(0), suppressed(0), suppressed(1)]
+    return [x and x.n for x in found], suppressed(0) is None
+""",
+    """
+def score(x):
+    return x + 1
+class Row(NamedTuple):
+    score: int = 0
+def main(cfg: Config):
+    r = Row(2)
+    return r.score + globals()['score'](1)
+""",
 ]
 
 

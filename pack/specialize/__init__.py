@@ -12,8 +12,12 @@ house style:
   alone, and so is a field that it gives to `replace`.
 - An annotation that names a class of the program is true.
 - Reading a name or an attribute has no effect.
-- A table with an upper-case name never changes; the keys that look it up are spelled in the program.
-- A table has the keys that it is asked for, `get` aside.
+- A table with an upper-case name changes only where the program writes `NAME[...] = value`, `NAME.update()`
+  or the like; the keys that look it up are spelled in the program.
+- A table has the keys that it is asked for, `get` aside; an attribute is stored before it is read.
+- An argument or a condition that nothing needs would not have failed; calls give methods what they take.
+- A list that a comprehension fills with instances gets no others from a function that it is given to.
+- A function is not replaced through `globals()`.
 - A computed attribute name is spelled in a string, or matches the f-string given to getattr.
 - Nobody but the program calls its methods, but for the hooks of torch.nn.Module (pack/specialize/drop.py).
 """

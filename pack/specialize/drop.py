@@ -5,12 +5,29 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from pack.names import Function, blocks, bound_names, children, last_name, walk
+from pack.names import PURE_DECORATORS, Function, blocks, bound_names, children, last_name, walk
 from pack.specialize.facts import PACKED_RECIPE, PLAIN_BASES, ProgramFacts
 from pack.specialize.scopes import Scopes
-from pack.specialize.syntax import constant_body, is_pure, is_string, local_values, matched
+from pack.specialize.syntax import (
+    class_names,
+    constant_body,
+    is_pure,
+    is_string,
+    local_values,
+    matched,
+    parameters,
+)
 
-MODULE_HOOKS = {"forward", "extra_repr", "train", "reset_parameters"}  # methods that torch calls
+PLAIN_DECORATORS = PURE_DECORATORS | {"property", "cached_property", "staticmethod", "classmethod"}
+# Methods that torch calls and attributes that it reads.
+MODULE_HOOKS = {"forward", "extra_repr", "train", "reset_parameters", "get_extra_state", "set_extra_state"}
+MODULE_HOOKS |= {"_apply", "_get_name", "_load_from_state_dict", "_save_to_state_dict", "named_parameters"}
+MODULE_HOOKS |= {"named_buffers", "named_modules", "named_children", "_named_members", "state_dict"}
+MODULE_READS = {
+    "Module": {"training"},
+    "Linear": {"training", "weight", "bias", "in_features", "out_features"},
+}
+PLAIN_TYPES = {"bool", "int", "float", "str"}
 
 
 def drop_dead_locals(node: Function, is_idle: Callable[[ast.expr], bool]) -> None:
@@ -19,7 +36,7 @@ def drop_dead_locals(node: Function, is_idle: Callable[[ast.expr], bool]) -> Non
     if any(isinstance(one, ast.Global | ast.Nonlocal) for one in inner):
         return
     read = {one.id for one in inner if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Store)}
-    if "locals" in read:
+    if read & {"locals", "vars", "dir", "eval", "exec"}:
         return
     for holder in [node, *(one for one in inner if isinstance(one, ast.stmt) and one is not node)]:
         for name, body in [] if isinstance(holder, ast.ClassDef) else blocks(holder):
@@ -56,11 +73,12 @@ def drop_members(program: ProgramFacts) -> None:
     Only in classes whose bases are NamedTuple, nn.Module or nn.Linear: other libraries call and read by name.
     What only dropped methods read goes with them.
     """
-    tree, relatives = program.tree, program.relatives()
+    tree = program.tree
     own = [one for one in tree.body if isinstance(one, ast.ClassDef) and not one.keywords]
     own = [one for one in own if set(map(last_name, one.bases)) <= PLAIN_BASES]
     waiting = [one for node in own for one in node.body if isinstance(one, Function)]
     waiting = [one for one in waiting if not one.name.startswith("__")]
+    waiting = [one for one in waiting if set(map(last_name, one.decorator_list)) <= PLAIN_DECORATORS]
     read = NamesRead(tree, {id(one) for one in waiting})
     while found := [one for one in waiting if read.may_call(one)]:
         waiting = [one for one in waiting if one not in found]
@@ -69,9 +87,10 @@ def drop_members(program: ProgramFacts) -> None:
     dropped = {id(one) for one in waiting}
     for node in own:
         node.body = [one for one in node.body if id(one) not in dropped]
+        is_unread = unread_test(program, node, read)
         for one in list(node.body):
             if isinstance(one, Function):
-                drop_stores(one, read, node.name if node.name not in relatives else "")
+                drop_stores(one, is_unread)
             elif isinstance(one, ast.Assign) and _is_unread_constant(one, read):
                 node.body.remove(one)
         node.body = node.body or [ast.Pass()]
@@ -87,6 +106,7 @@ class NamesRead:
         self.calls: dict[str, list[ast.Call | None]] = {name: [None] for name in MODULE_HOOKS}
         self.owners: dict[str, set[str]] = {}  # attribute: classes whose instances it is read from, no others
         self.patterns: set[str] = set()
+        self.reads_all = False  # does it read what an object holds, whatever the names
         self.left_out = left_out
         self.classes = {one.name for one in tree.body if isinstance(one, ast.ClassDef)}
         for one in tree.body:
@@ -104,16 +124,31 @@ class NamesRead:
                     self.calls.setdefault(name, []).append(node)
                     todo.remove(func)
                     todo.append(func.value)
+                    if name == "split" and is_string(func.value):  # getattr(x, n) for n in "a b".split()
+                        for word in func.value.value.split():
+                            self.note(word)
                 case ast.Attribute(ctx=ast.Load(), attr=name) if getattr(node, "owner", ""):
                     self.owners.setdefault(name, set()).add(node.owner)
                 case ast.Attribute(ctx=ast.Load() | ast.Del(), attr=name):
                     self.note(name)
                 case ast.AugAssign(target=ast.Attribute(attr=name)):
                     self.note(name)
+                case ast.MatchClass(kwd_attrs=names):
+                    for name in names:
+                        self.note(name)
+                case ast.ClassDef(body=body):  # `length = size`, `@size.setter`
+                    inner = [one for one in body if not isinstance(one, Function)]
+                    inner += [one for f in body if isinstance(f, Function) for one in f.decorator_list]
+                    names = [name for one in inner for name in walk(one) if isinstance(name, ast.Name)]
+                    for name in names:
+                        if isinstance(name.ctx, ast.Load):
+                            self.note(name.id)
                 case ast.Constant(value=str(text)) if " " not in text:
                     for name in re.findall(r"[A-Za-z_]\w*", text):
                         self.note(name)
             match node:
+                case ast.Name(id="vars") | ast.Attribute(attr="__dict__"):
+                    self.reads_all = True
                 case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.JoinedStr(values=parts), *_]):
                     texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
                     self.patterns.add("".join(".*" if text is None else re.escape(text) for text in texts))
@@ -159,19 +194,20 @@ def _fits(arguments: ast.arguments, call: ast.Call) -> bool:
 def _is_unread_constant(node: ast.Assign, read: NamesRead) -> bool:
     """Whether a class's constant is one that nothing reads."""
     names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-    return len(names) == len(node.targets) and is_pure(node.value) and not any(name in read for name in names)
+    is_kept = any(name in read or name.startswith("_") for name in names)
+    return len(names) == len(node.targets) and is_pure(node.value) and not is_kept
 
 
-def drop_stores(method: Function, read: NamesRead, owner: str) -> None:
-    """Drop from a method what it stores in attributes of self that nothing reads; "" is any owner."""
+def drop_stores(method: Function, is_unread: Callable[[ast.expr, ast.expr], bool]) -> None:
+    """Drop from a method what it stores in attributes of self that nothing reads."""
     for inner in walk(method):
         body = getattr(inner, "body", None)
         if isinstance(body, list):
-            kept = [left for one in body if (left := _without_unread(one, read, owner)) is not None]
+            kept = [left for one in body if (left := _without_unread(one, is_unread)) is not None]
             inner.body = kept or [ast.Pass()]
 
 
-def _without_unread(node: ast.stmt, read: NamesRead, owner: str) -> ast.stmt | None:
+def _without_unread(node: ast.stmt, is_unread: Callable[[ast.expr, ast.expr], bool]) -> ast.stmt | None:
     """Return an assignment without what it stores in attributes of self that nothing reads."""
     if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
         return node
@@ -179,15 +215,43 @@ def _without_unread(node: ast.stmt, read: NamesRead, owner: str) -> ast.stmt | N
     pairs = list(matched(targets[0], node.value))
     if len(targets) > 1 or any(value is None for _, value in pairs):
         return node
-    return with_pairs(node, pairs, [pair for pair in pairs if not _is_unread(*pair, read, owner)])
+    return with_pairs(node, pairs, [pair for pair in pairs if not is_unread(*pair)])
 
 
-def _is_unread(target: ast.expr, value: ast.expr, read: NamesRead, owner: str) -> bool:
-    """Whether a value without effects goes into an attribute of self that nothing reads."""
-    match target:
-        case ast.Attribute(value=ast.Name(id="self"), attr=attr):
-            return not read.may_be_of(attr, owner) and is_pure(value)
-    return False
+def unread_test(program: ProgramFacts, node: ast.ClassDef, read: NamesRead) -> Callable[..., bool]:
+    """Return the test whether a method's store is one of a value without effects that nothing reads.
+
+    What a class itself says of an attribute (a field, a descriptor) is for others; a module registers the
+    modules and parameters that are stored in it, whatever their names.
+    """
+    owner = node.name if node.name not in program.relatives() else ""
+    bound = set(dict(class_names(node)))
+    bases = set(map(last_name, node.bases))
+    bound = bound.union(*(MODULE_READS.get(base, ()) for base in bases))
+    plain = PLAIN_TYPES | program.configs.keys()
+    arguments = [arg for one in node.body if isinstance(one, Function) for arg in parameters(one.args)]
+    other = {
+        arg.arg
+        for arg in arguments
+        if not (isinstance(arg.annotation, ast.Name) and arg.annotation.id in plain)
+    }
+    simple = {arg.arg for arg in arguments} - other if bases & MODULE_READS.keys() else None
+
+    def is_unread(target: ast.expr, value: ast.expr) -> bool:
+        match target:
+            case ast.Attribute(value=ast.Name(id="self"), attr=attr) if attr not in bound:
+                is_free = simple is None or _is_no_module(value, simple)
+                return not read.may_be_of(attr, owner) and is_pure(value) and is_free
+        return False
+
+    return (lambda *_: False) if read.reads_all or "__setattr__" in bound else is_unread
+
+
+def _is_no_module(node: ast.expr, simple: set[str]) -> bool:
+    """Whether an expression's value surely is neither a module nor a parameter."""
+    if isinstance(node, ast.Attribute | ast.Name):
+        return (node.id if isinstance(node, ast.Name) else "") in simple
+    return isinstance(node, ast.Constant | ast.JoinedStr | ast.Compare | ast.BinOp | ast.UnaryOp | ast.Tuple)
 
 
 def drop_rows(program: ProgramFacts) -> None:

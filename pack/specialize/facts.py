@@ -1,16 +1,22 @@
 """What folding can know of a value, and what it has learned about a program."""
 
 import ast
+import builtins
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
-from pack.names import bound_names, last_name
-from pack.specialize.syntax import named_values
+from pack.names import PURE_DECORATORS, Import, bound_names, free_names, last_name, walk
+from pack.specialize.syntax import changed_names, class_names, named_values, unnamed_makers
 
 PLAIN_BASES = {"NamedTuple", "Module", "Linear"}  # whose methods nobody overrides but a class of the program
+MAKERS = {
+    "__new__",
+    "__getattr__",
+    "__getattribute__",
+}  # methods by which other objects stand behind instances
 PACKED_RECIPE = "PACKED_RECIPE"  # holds what the recipe changes
 PACKED_ENVIRONMENT = "PACKED_ENVIRONMENT"  # holds the environment names of what it fixes, by spaces
 
@@ -94,10 +100,13 @@ class ProgramFacts:
     values: dict[str, ast.expr | None] = field(default_factory=dict)  # module names bound once: their value
     candidates: dict[tuple[str, str], Fact] = field(default_factory=dict)  # of attributes: what calls give
     returns: dict[str, Instance | Items] = field(default_factory=dict)  # function: what it gives
+    unseen: set[str] = field(default_factory=set)  # classes of which calls without their name make instances
+    related: set[str] | None = None  # what `relatives` found since the last index
     stored: set[str] | None = None  # attributes that are ever set from outside a class body; None: any
 
     def index(self) -> None:
-        """Find the definitions; a name that is bound twice has none."""
+        """Find the definitions; a name that is bound twice has none, a value that changes is none."""
+        self.related = None
         counts = Counter(name for node in self.tree.body for name, _ in bound_names(node))
         once = [node for node in self.tree.body if all(counts[name] == 1 for name, _ in bound_names(node))]
         self.classes = {node.name: node for node in once if isinstance(node, ast.ClassDef)}
@@ -106,13 +115,41 @@ class ProgramFacts:
         for node in once:
             if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
                 values |= dict(named_values(node))
-        self.values = values
+        self.unseen = unnamed_makers(self.tree)
+        self.unseen = set(self.classes) if "" in self.unseen else self.unseen
+        self.values = values | dict.fromkeys(values.keys() & changed_names(self.tree))
 
     def relatives(self) -> set[str]:
-        """Name the classes for which others may stand in: by inheritance, or as protocols and the like."""
+        """Name the classes for which others may stand in: by inheritance, or as protocols and the like.
+
+        Where a base is computed, it may be any class.
+        """
+        if self.related is None:
+            self.related = self._relatives()
+        return self.related
+
+    def is_nominal(self, name: str) -> bool:
+        """Whether instances of a class, as far as others call them that, are of it or inherit from it."""
+        node = self.classes.get(name)
+        if node is None or node.keywords or not set(map(last_name, node.decorator_list)) <= PURE_DECORATORS:
+            return False
+        bases = set(map(last_name, node.bases)) - (PLAIN_BASES - self.classes.keys())
+        return not MAKERS & {key for key, _ in class_names(node)} and all(map(self.is_nominal, bases))
+
+    def _relatives(self) -> set[str]:
         found = set()
         for name, node in self.classes.items():
             bases = set(map(last_name, node.bases))
-            found |= bases & set(self.classes)
-            found |= {name} if bases - PLAIN_BASES else set()
+            found |= {name} if bases & self.classes.keys() or not self.is_nominal(name) else set()
+        imported = {
+            name for node in walk(self.tree) if isinstance(node, Import) for name, _ in bound_names(node)
+        }
+        for node in walk(self.tree):
+            named: set[str] = set()
+            if isinstance(node, ast.ClassDef):
+                named = set().union(*map(free_names, node.bases))
+            elif isinstance(node, ast.Call) and last_name(node) == "type" and len(node.args) == 3:
+                named = {"type"}
+            known = self.classes.keys() | imported | vars(builtins).keys() - {"type"}
+            found |= named & self.classes.keys() if named <= known else set(self.classes)
         return found

@@ -8,6 +8,7 @@ from pack.specialize.scopes import SAFE_BUILTINS, Scopes, may_explode
 from pack.specialize.syntax import (
     EXPRESSIONS,
     STATEMENTS,
+    changed_names,
     class_names,
     clone,
     constructor,
@@ -20,6 +21,7 @@ from pack.specialize.syntax import (
 def infer(program: ProgramFacts, seen: Observations) -> None:
     """Turn what a round saw into facts for the next one."""
     relatives = program.relatives()
+    changed = changed_names(program.tree)
     program.stored = None if seen.is_dynamic else set(seen.stores)
     for name, node in program.classes.items():
         if name in program.configs or name in relatives:
@@ -31,7 +33,9 @@ def infer(program: ProgramFacts, seen: Observations) -> None:
             for attr, stores in seen.stores.items():
                 mine = [fact for owner, fact in stores if owner == name]
                 if mine and attr not in own and not any(owner == "" for owner, _ in stores):
-                    remember(program.attributes, (name, attr), join(mine))
+                    fact = join(mine)
+                    if not isinstance(fact, Items) or attr not in changed:
+                        remember(program.attributes, (name, attr), fact)
             for statement in node.body:
                 if isinstance(statement, ast.Assign):
                     for key, value in named_values(statement):
@@ -41,7 +45,7 @@ def infer(program: ProgramFacts, seen: Observations) -> None:
         if isinstance(fact, Instance | Items) and fact != Instance() and name in program.functions:
             program.returns[name] = fact
     for name, calls in seen.calls.items():
-        if name not in seen.escapes and name not in relatives and None not in calls:
+        if name not in seen.escapes | relatives | program.unseen and None not in calls:
             learn_params(program, name, calls)
     infer_pure(program)
 
@@ -55,7 +59,7 @@ def remember(facts: dict, key: tuple[str, str], fact: Fact) -> None:
 def learn_record(program: ProgramFacts, seen: Observations, node: ast.ClassDef) -> None:
     """Find the fields of a NamedTuple that have one value in all instances."""
     calls = seen.calls.get(node.name, [])
-    if node.name in seen.escapes or None in calls or seen.is_dynamic or "" in seen.replaced:
+    if node.name in seen.escapes | program.unseen or None in calls or seen.is_dynamic or "" in seen.replaced:
         return
     scopes = Scopes(program)
     for one in node.body:

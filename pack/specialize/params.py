@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 from pack.names import PURE_DECORATORS, last_name, walk
 from pack.specialize.facts import ProgramFacts
-from pack.specialize.syntax import constructor, is_pure, parameters
+from pack.specialize.syntax import constructor, is_pure, is_steady, parameters
 
 
 def drop_parameters(program: ProgramFacts) -> None:
@@ -15,7 +15,7 @@ def drop_parameters(program: ProgramFacts) -> None:
     relatives = program.relatives()
     for name, made in [*program.functions.items(), *program.classes.items()]:
         node = constructor(made) if isinstance(made, ast.ClassDef) else made
-        if node is None or (node is not made and name in relatives):
+        if node is None or (node is not made and name in relatives | program.unseen):
             continue
         is_plain = all(last_name(one) in PURE_DECORATORS for one in node.decorator_list)
         if is_plain and name not in bound and len(calls[name]) == loads[name]:
@@ -66,12 +66,19 @@ def _drop(node: ast.FunctionDef, calls: list[ast.Call], is_method: bool) -> None
     for arg in [*node.args.args[is_method:], *node.args.kwonlyargs]:
         at = node.args.args.index(arg) - is_method if arg in node.args.args else None
         given = [value for call in calls if (value := _given(call, at, arg.arg)) is not None]
-        if arg.arg not in read and all(map(is_pure, given)):
+        if arg.arg not in read and all(map(is_steady, given)) and _has_plain_default(node.args, arg):
             _remove_parameter(node.args, arg)
             for call in calls:
                 if at is not None and at < len(call.args):
                     del call.args[at]
                 call.keywords = [one for one in call.keywords if one.arg != arg.arg]
+
+
+def _has_plain_default(arguments: ast.arguments, arg: ast.arg) -> bool:
+    """Whether making a parameter's default, if it has one, has no effect."""
+    pairs = [*zip(reversed(arguments.args), reversed(arguments.defaults))]
+    pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return all(value is None or is_pure(value) for one, value in pairs if one is arg)
 
 
 def _given(call: ast.Call, at: int | None, name: str) -> ast.expr | None:

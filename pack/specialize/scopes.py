@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 from pack.names import children, is_record, walk
-from pack.specialize.facts import Fact, Instance, Items, Known, ProgramFacts, Table, join
+from pack.specialize.facts import MAKERS, Fact, Instance, Items, Known, ProgramFacts, Table, join
 from pack.specialize.syntax import (
     EXPRESSIONS,
     Comprehension,
@@ -15,6 +15,7 @@ from pack.specialize.syntax import (
     constructor,
     is_literal,
     is_pure,
+    takes,
 )
 
 MAX_ITEMS = 10_000  # of a range that is evaluated
@@ -58,7 +59,7 @@ class Scopes:
         """Whether an expression calls nothing but what is known to have no effect."""
         quiet = self.program.configs.keys() | self.program.pure.keys()
         for inner in walk(node):
-            if isinstance(inner, ast.NamedExpr):
+            if isinstance(inner, ast.NamedExpr | ast.Yield | ast.YieldFrom | ast.Await):
                 return False
             if isinstance(inner, ast.Call):
                 name = inner.func.id if isinstance(inner.func, ast.Name) else ""
@@ -153,7 +154,8 @@ class Scopes:
         if isinstance(node.func, ast.Name) and self.is_global(node.func.id):
             name = node.func.id
             if name in self.program.classes:
-                return Instance(name)
+                is_open = MAKERS & set(dict(class_names(self.program.classes[name])))
+                return None if is_open else Instance(name)
             if name in self.program.functions:
                 said = self.annotated(self.program.functions[name].returns)
                 return said or self.program.returns.get(name) or self.evaluate(node)
@@ -182,8 +184,16 @@ class Scopes:
             case ast.Call(func=ast.Attribute(value=ast.Name() as owner, attr="_replace"), args=[]):
                 fact = self.look(owner)
                 made = self.program.classes.get(fact.name) if isinstance(fact, Instance) else None
-                return is_record(made) and all(is_pure(one.value) for one in node.keywords) if made else False
-        return is_pure(node) or self.is_row(node)
+                if made is None or not is_record(made) or fact.name in self.program.relatives():
+                    return False
+                fields = {key for key, annotation in class_names(made) if annotation}
+                return all(is_pure(one.value) and one.arg in fields for one in node.keywords)
+            case ast.Call(func=ast.Name(id=name)) if self.is_row(node):
+                fields = [one for one in self.program.classes[name].body if isinstance(one, ast.AnnAssign)]
+                defaults = [one.value for one in fields if one.value is not None]
+                names = [ast.arg(one.target.id) for one in fields]
+                return takes(ast.arguments([], names, None, [], [], None, defaults), node)
+        return is_pure(node)
 
     def field(self, row: ast.Call, name: str) -> ast.expr | None:
         """Return the expression of a row's field: the one given, or else a constant default."""

@@ -11,6 +11,7 @@ from pack.specialize.scopes import Scopes, select
 from pack.specialize.syntax import (
     TERMINAL,
     Comprehension,
+    changed_names,
     changes_scope,
     class_names,
     clone,
@@ -19,11 +20,13 @@ from pack.specialize.syntax import (
     is_only_indexed,
     is_option,
     is_pure,
+    is_steady,
     is_text,
     literal,
     local_values,
     matched,
     parameters,
+    takes,
 )
 
 SETTLED = ast.Constant | ast.Lambda | ast.Starred | ast.FormattedValue | ast.Tuple | ast.Slice
@@ -97,6 +100,7 @@ class Specializer(ast.NodeTransformer, Scopes):
         self.stack.append(scope)
         single = {n: found[0] for n, found in bindings.items() if len(found) == 1 and n not in names}
         once = {n: found for n, found in single.items() if found[0]}
+        changed = changed_names(node) if once else set()
         for _ in once:
             before = dict(scope)
             for name, (kind, value) in once.items():
@@ -104,6 +108,8 @@ class Specializer(ast.NodeTransformer, Scopes):
                     fact = self.part(value, *map(int, re.findall(r"\d+", kind)))
                 else:
                     fact = self.look(value) if value is not None else None
+                if isinstance(fact, Items) and name in changed:
+                    fact = Instance()
                 if kind == "item":
                     fact = Instance(fact.name) if isinstance(fact, Items) else None
                 if isinstance(fact, Table) and not is_only_indexed(name, node):
@@ -230,6 +236,12 @@ class Specializer(ast.NodeTransformer, Scopes):
         node.test = self.test(node.test)
         node.msg = node.msg and self.visit(node.msg)
         return None if self.is_true(node.test) else node
+
+    def visit_MatchValue(self, node: ast.MatchValue) -> ast.MatchValue:
+        value = self.visit(clone(node.value))
+        is_allowed = isinstance(value, ast.Constant) and type(value.value) in (int, float, str)
+        node.value = value if is_allowed else node.value
+        return node
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt | None:
         if is_text(node):
@@ -395,6 +407,7 @@ class Specializer(ast.NodeTransformer, Scopes):
     def visit_Name(self, node: ast.Name) -> ast.Name:
         if isinstance(node.ctx, ast.Load) and self.is_global(node.id):
             self.seen.escapes.add(node.id)
+            self.seen.is_dynamic |= node.id in ("setattr", "delattr", "vars")
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
@@ -407,11 +420,12 @@ class Specializer(ast.NodeTransformer, Scopes):
             self.seen.is_dynamic = True
         if isinstance(node.ctx, ast.Load) and is_pure(node.value):
             method = self.method(node.value, node.attr, ["property"])
-            constant = constant_body(method) if method else None
+            constant = constant_body(method) if isinstance(method, ast.FunctionDef) else None
             if constant:
                 return clone(constant)
         fact = self.look(node.value)
-        node.owner = fact.name if isinstance(fact, Instance) else ""  # for drop_members
+        is_told = isinstance(fact, Instance) and self.program.is_nominal(fact.name)
+        node.owner = fact.name if is_told else ""  # for drop_members
         field = self.field(node.value, node.attr) if self.is_row(node.value) else None
         return node if field is None else self.visit(clone(field))
 
@@ -450,14 +464,15 @@ class Specializer(ast.NodeTransformer, Scopes):
                 return self.visit(ast.Attribute(node.args[0], attr, ast.Load()))
         if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and len(node.args) == 2:
             table, key = self.look(node.func.value), self.look(node.args[0])
-            if isinstance(table, Table) and isinstance(key, Known) and select(table.node, key) is None:
-                return node.args[1]
+            keys = [one.value for one in table.node.keys] if isinstance(table, Table) else None
+            if keys is not None and isinstance(key, Known) and self.is_quiet(node.args[0]):
+                return node.args[1] if key.value not in keys else node
         called = self.program.functions.get(name)
         if isinstance(node.func, ast.Attribute) and is_pure(node.func.value):
             called = self.method(node.func.value, node.func.attr, [])
         if isinstance(called, ast.FunctionDef) and not called.decorator_list:
-            constant = constant_body(called)
-            if constant and all(map(is_pure, [*node.args, *(one.value for one in node.keywords)])):
+            constant = constant_body(called) if takes(called.args, node, first=0 if name else 1) else None
+            if constant and all(map(is_steady, [*node.args, *(one.value for one in node.keywords)])):
                 return clone(constant)
         return node
 
@@ -486,7 +501,7 @@ class Specializer(ast.NodeTransformer, Scopes):
     def observe(self, name: str, node: ast.Call) -> None:
         """Note a call's arguments, and the attributes that it sets or replaces."""
         last = node.func.attr if isinstance(node.func, ast.Attribute) else name
-        if last in ("setattr", "delattr", "__setattr__", "vars"):
+        if last in ("setattr", "delattr", "__setattr__", "vars", "exec"):
             key = node.args[1] if len(node.args) > 1 else None
             if isinstance(key, ast.Constant):
                 self.seen.stores[key.value].append(("", None))

@@ -9,6 +9,7 @@ from pack.names import Function, bound_names, children, walk
 OPTION = "option"  # declares a config field
 TERMINAL = ast.Return | ast.Raise | ast.Continue | ast.Break
 Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+CHANGERS = {"append", "extend", "insert", "remove", "pop", "popitem", "clear", "update", "setdefault", "add"}
 EXPRESSIONS = (
     *(ast.Constant, ast.Name, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call),
     *(ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.JoinedStr, ast.FormattedValue),
@@ -77,6 +78,11 @@ def is_pure(node: ast.expr) -> bool:
     allowed = (*set(EXPRESSIONS) - {ast.Call}, ast.Starred)
     parts = [child for child in children(node) if isinstance(child, ast.expr)]
     return isinstance(node, allowed) and all(map(is_pure, parts))
+
+
+def is_steady(node: ast.expr) -> bool:
+    """Whether evaluating an expression has no effect, not even on an iterator that it would go through."""
+    return is_pure(node) and not any(isinstance(inner, Comprehension | ast.Starred) for inner in walk(node))
 
 
 def changes_scope(nodes: list[ast.stmt]) -> bool:
@@ -186,6 +192,65 @@ def class_names(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None]]:
     for one in node.body:
         if not isinstance(one, ast.AnnAssign):
             yield from ((name, None) for name, _ in bound_names(one))
+
+
+def changed_names(tree: ast.AST) -> set[str]:
+    """Name the variables and attributes whose items a program changes: `name[k] = v`, `a.name.pop()`."""
+    found = set()
+    for node in walk(tree):
+        match node:
+            case ast.Subscript(value=ast.Name() | ast.Attribute() as owner, ctx=ast.Store() | ast.Del()):
+                found.add(owner.id if isinstance(owner, ast.Name) else owner.attr)
+            case ast.Attribute(value=ast.Name() | ast.Attribute() as owner, attr=attr) if attr in CHANGERS:
+                found.add(owner.id if isinstance(owner, ast.Name) else owner.attr)
+    return found
+
+
+def unnamed_makers(tree: ast.AST) -> set[str]:
+    """Name the classes that make instances by `cls`; "" where any may be made without its name."""
+    found, types, shown = set(), 0, 0
+    for node in walk(tree):
+        match node:
+            case ast.ClassDef(name=name, body=body):
+                wraps = [one for f in body if isinstance(f, Function) for one in f.decorator_list]
+                if any(isinstance(one, ast.Name) and one.id == "classmethod" for one in wraps):
+                    found.add(name)
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr="__init__"):
+                pass
+            case ast.Attribute(attr="__class__" | "__init__" | "__new__" | "_make"):
+                found.add("")
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="type"), args=[_]), attr="__name__"):
+                shown += 1
+            case ast.Compare(left=left, comparators=others):
+                calls = [one for one in (left, *others) if isinstance(one, ast.Call) and len(one.args) == 1]
+                shown += sum(isinstance(one.func, ast.Name) and one.func.id == "type" for one in calls)
+            case ast.Call(func=ast.Name(id="type")):
+                types += 1
+            case (
+                ast.Name(id="globals" | "eval" | "exec", ctx=ast.Load())
+                | ast.Constant(value="_make" | "_replace")
+            ):
+                found.add("")
+            case ast.Attribute(attr="_replace"):
+                types += 1
+            case ast.Call(func=ast.Attribute(attr="_replace")):
+                shown += 1
+    return found | ({""} if types > shown else set())
+
+
+def takes(arguments: ast.arguments, call: ast.Call, first: int = 0) -> bool:
+    """Whether a function surely takes what a call gives, behind its first parameters."""
+    plain = [*arguments.posonlyargs, *arguments.args]
+    names = [arg.arg for arg in plain][first:]
+    keys = [one.arg for one in call.keywords]
+    if len(plain) < first or None in keys or any(isinstance(arg, ast.Starred) for arg in call.args):
+        return False
+    by_name = {*names[len(call.args) :], *(arg.arg for arg in arguments.kwonlyargs)}
+    by_name -= {arg.arg for arg in arguments.posonlyargs}
+    needed = names[len(call.args) : max(len(names) - len(arguments.defaults), 0)]
+    pairs = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    needed += [arg.arg for arg, default in pairs if default is None]
+    return len(call.args) <= len(names) and set(needed) <= set(keys) <= by_name
 
 
 def is_only_indexed(name: str, tree: ast.AST) -> bool:
