@@ -174,9 +174,7 @@ def run_program(
         score = printed_score(scene.base)
         if scene.base.failure or score is None:
             return explain_failure(scene.base)
-        say(
-            "audit: it trains on noise, and its scorer meets changed texts; about as long as the first run, twice"
-        )
+        say("audit: it trains on noise, and its scorer meets changed texts; about twice as long")
         with ThreadPoolExecutor(2) as pool:
             noisy = pool.submit(scene.run, scene.noise)
             served = pool.submit(serve_probes, scene, score)
