@@ -44,14 +44,14 @@ def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> 
     program = ProgramFacts(tree, {section: dict(values) for section, values in recipe.items()}, style)
     if not style.whole_errors:
         shorten_errors(tree)
-    program.index()
+    program.look_around()
     inline_config(program)
     packed = {PACKED_RECIPE: program.recipe, PACKED_ENVIRONMENT: " ".join(program.environment)}
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             for name in packed.keys() & {name for name, _ in bound_names(node)}:
                 node.value = literal(packed[name])
-    program.index()
+    program.look_around()
     infer_pure(program)
     before = ""
     for _ in range(MAX_ROUNDS):
@@ -65,7 +65,7 @@ def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> 
         drop_parameters(program)
         tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
         drop_imports(tree)
-        program.index()
+        program.look_around()
         infer(program, folder.seen)
         ast.fix_missing_locations(tree)
         facts = (program.attributes, program.candidates, program.params, program.returns)

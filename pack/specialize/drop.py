@@ -224,7 +224,7 @@ def unread_test(program: ProgramFacts, node: ast.ClassDef, read: NamesRead) -> C
     What a class itself says of an attribute (a field, a descriptor) is for others; a module registers the
     modules and parameters that are stored in it, whatever their names.
     """
-    owner = node.name if node.name not in program.relatives() else ""
+    owner = node.name if node.name not in program.relatives else ""
     bound = set(dict(class_names(node)))
     bases = set(map(last_name, node.bases))
     bound = bound.union(*(MODULE_READS.get(base, ()) for base in bases))

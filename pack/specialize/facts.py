@@ -101,12 +101,12 @@ class ProgramFacts:
     candidates: dict[tuple[str, str], Fact] = field(default_factory=dict)  # of attributes: what calls give
     returns: dict[str, Instance | Items] = field(default_factory=dict)  # function: what it gives
     unseen: set[str] = field(default_factory=set)  # classes of which calls without their name make instances
-    related: set[str] | None = None  # what `relatives` found since the last index
+    changed: set[str] = field(default_factory=set)  # names whose items the program changes
+    relatives: set[str] = field(default_factory=set)  # classes for which others may stand in
     stored: set[str] | None = None  # attributes that are ever set from outside a class body; None: any
 
     def index(self) -> None:
         """Find the definitions; a name that is bound twice has none, a value that changes is none."""
-        self.related = None
         counts = Counter(name for node in self.tree.body for name, _ in bound_names(node))
         once = [node for node in self.tree.body if all(counts[name] == 1 for name, _ in bound_names(node))]
         self.classes = {node.name: node for node in once if isinstance(node, ast.ClassDef)}
@@ -115,18 +115,15 @@ class ProgramFacts:
         for node in once:
             if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
                 values |= dict(named_values(node))
+        self.values = values | dict.fromkeys(values.keys() & self.changed)
+
+    def look_around(self) -> None:
+        """Find what forbids to believe definitions. Folding only takes from it: once a round is enough."""
+        self.changed = changed_names(self.tree)
+        self.index()
         self.unseen = unnamed_makers(self.tree)
         self.unseen = set(self.classes) if "" in self.unseen else self.unseen
-        self.values = values | dict.fromkeys(values.keys() & changed_names(self.tree))
-
-    def relatives(self) -> set[str]:
-        """Name the classes for which others may stand in: by inheritance, or as protocols and the like.
-
-        Where a base is computed, it may be any class.
-        """
-        if self.related is None:
-            self.related = self._relatives()
-        return self.related
+        self.relatives = self.find_relatives()
 
     def is_nominal(self, name: str) -> bool:
         """Whether instances of a class, as far as others call them that, are of it or inherit from it."""
@@ -136,7 +133,11 @@ class ProgramFacts:
         bases = set(map(last_name, node.bases)) - (PLAIN_BASES - self.classes.keys())
         return not MAKERS & {key for key, _ in class_names(node)} and all(map(self.is_nominal, bases))
 
-    def _relatives(self) -> set[str]:
+    def find_relatives(self) -> set[str]:
+        """Name the classes for which others may stand in: by inheritance, or as protocols and the like.
+
+        Where a base is computed, it may be any class.
+        """
         found = set()
         for name, node in self.classes.items():
             bases = set(map(last_name, node.bases))
@@ -144,12 +145,12 @@ class ProgramFacts:
         imported = {
             name for node in walk(self.tree) if isinstance(node, Import) for name, _ in bound_names(node)
         }
+        known = self.classes.keys() | imported | vars(builtins).keys() - {"type"}
         for node in walk(self.tree):
             named: set[str] = set()
             if isinstance(node, ast.ClassDef):
                 named = set().union(*map(free_names, node.bases))
-            elif isinstance(node, ast.Call) and last_name(node) == "type" and len(node.args) == 3:
+            elif isinstance(node, ast.Call) and len(node.args) == 3 and last_name(node) == "type":
                 named = {"type"}
-            known = self.classes.keys() | imported | vars(builtins).keys() - {"type"}
             found |= named & self.classes.keys() if named <= known else set(self.classes)
         return found

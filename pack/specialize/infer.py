@@ -20,7 +20,7 @@ from pack.specialize.syntax import (
 
 def infer(program: ProgramFacts, seen: Observations) -> None:
     """Turn what a round saw into facts for the next one."""
-    relatives = program.relatives()
+    relatives = program.relatives
     changed = changed_names(program.tree)
     program.stored = None if seen.is_dynamic else set(seen.stores)
     for name, node in program.classes.items():

@@ -27,7 +27,7 @@ def inline_config(program: ProgramFacts) -> None:
         for key, section in keys.items():
             program.attributes[root, key] = Instance(section)
             program.configs[section] = {}
-            if section not in made | program.relatives():
+            if section not in made | program.relatives:
                 resolved[key] = bake_section(program, section, key, replaced)
         _refuse_unknown(program, keys)
         if set(resolved) == set(keys) and all(one is not None for one in resolved.values()):

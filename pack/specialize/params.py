@@ -12,7 +12,7 @@ def drop_parameters(program: ProgramFacts) -> None:
     """Drop unread parameters of functions and constructors that are only ever called by their name."""
     calls, loads = _uses(program.tree)
     bound = _rebound(program.tree)
-    relatives = program.relatives()
+    relatives = program.relatives
     for name, made in [*program.functions.items(), *program.classes.items()]:
         node = constructor(made) if isinstance(made, ast.ClassDef) else made
         if node is None or (node is not made and name in relatives | program.unseen):

@@ -184,7 +184,7 @@ class Scopes:
             case ast.Call(func=ast.Attribute(value=ast.Name() as owner, attr="_replace"), args=[]):
                 fact = self.look(owner)
                 made = self.program.classes.get(fact.name) if isinstance(fact, Instance) else None
-                if made is None or not is_record(made) or fact.name in self.program.relatives():
+                if made is None or not is_record(made) or fact.name in self.program.relatives:
                     return False
                 fields = {key for key, annotation in class_names(made) if annotation}
                 return all(is_pure(one.value) and one.arg in fields for one in node.keywords)

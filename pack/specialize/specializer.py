@@ -43,7 +43,7 @@ class Specializer(ast.NodeTransformer, Scopes):
         self.unstable: list[set[str]] = []  # names of each scope that are bound more than once
         self.stored: dict[int, Fact] = {}  # attribute target -> what is stored there
         self.hints: dict[int, Fact] = {}  # lambda -> what its parameter is
-        self.relatives = program.relatives()
+        self.relatives = program.relatives
         self.returned: list[list[Fact]] = []  # what the functions around return
 
     # Scopes
