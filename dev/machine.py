@@ -53,10 +53,10 @@ def choose_attention(device: torch.device) -> dict[str, dict]:
     """Say for whole rows and for windows which backend a run would take, and why not the others."""
     dtype, chosen = resolve_dtype("auto", device), {}
     for title, spec in (("whole rows", MaskSpec()), ("windows of 128", MaskSpec(128))):
-        backend = resolve_attention("auto", device, dtype, HEADS, spec).backend
-        reasons = {name: refusal(name, device, dtype, HEADS, spec) for name in BACKENDS}
-        refused = {name: reason for name, reason in reasons.items() if reason}
-        chosen[title] = {"backend": backend, "refused": refused}
+        backend, refused = resolve_attention("auto", device, dtype, HEADS, spec)
+        untried = [name for name in BACKENDS if name not in (backend, *refused)]
+        reasons = refused | {name: refusal(name, device, dtype, HEADS, spec) for name in untried}
+        chosen[title] = {"backend": backend, "refused": {name: why for name, why in reasons.items() if why}}
     return chosen
 
 
