@@ -25,11 +25,11 @@ def cached_pack(recipe_path: Path | None, out: Path, entry: Path, method: str, c
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
     program, note = cache / f"{key}.py", cache / f"{key}.json"
-    kept = read_json(note) if note.is_file() and program.is_file() else {}
-    if kept.pop("sha256", None) != (sha256_file(program) if kept else ""):
+    kept = read_json(note) if note.is_file() and program.is_file() else None
+    if kept is None or kept["sha256"] != sha256_file(program):
         report = pack(recipe_path, program, entry, method)
-        kept = report._asdict()
-        write_json(note, kept | {"sha256": sha256_file(program)})
+        kept = {"report": report._asdict(), "sha256": sha256_file(program)}
+        write_json(note, kept)
     with atomic_file(out) as file:
         file.write(program.read_bytes())
-    return PackReport(**kept | {"out": str(out)})
+    return PackReport(**kept["report"] | {"out": str(out)})
