@@ -2646,16 +2646,20 @@ def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
         file.write(format_toml(recipe).encode())
 
 
-def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
-    """Print the ledgers and write result.json; raise when the submission is over a limit."""
-    score, ledger = result["score"], result["ledger"]
+def draw_ledgers(cfg: Config, result: dict, seconds: float, num_bytes: int) -> list[Ledger]:
+    """Draw up what a run spent, and scoring num_bytes of text in so many seconds."""
     clock = [(name, result[key] / 1000) for name, key in CLOCK_PARTS.items()]
-    ledgers = [
-        Ledger(BYTES, ledger, cfg.quant.limit_bytes, "bytes"),
+    return [
+        Ledger(BYTES, result["ledger"], cfg.quant.limit_bytes, "bytes"),
         Ledger(TRAINING, clock, cfg.run.max_wallclock_seconds, "s"),
-        Ledger(SCORING, [("scoring", score["seconds"])], scoring_limit(cfg.eval, score["num_bytes"]), "s"),
+        Ledger(SCORING, [("scoring", seconds)], scoring_limit(cfg.eval, num_bytes), "s"),
         Ledger("seconds by phase", list(result["seconds"].items()), 0, "s"),
     ]
+
+
+def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
+    """Print the ledgers and write result.json; raise when the submission is over a limit."""
+    ledgers = draw_ledgers(cfg, result, result["score"]["seconds"], result["score"]["num_bytes"])
     broken = overruns(ledgers)
     log.line("\n".join(ledger.format() for ledger in ledgers))
     result |= {

@@ -35,17 +35,17 @@ from eval.runs import Target, find_target, newest_run
 from formats.help import describe_section
 from formats.recipe import config_fields, parse_overrides, with_values
 from scoring.adaptive import Callbacks, plan_documents
-from scoring.budget import BYTES, SCORING, TRAINING, Ledger, not_valid, overruns
+from scoring.budget import BYTES, SCORING, Ledger, not_valid, overruns
 from scoring.config import EVAL_MODES, EvalConfig
 from scoring.modes import SCORERS, Scoring, scored_stride
 from scoring.sliding import Pace, ScoreOptions
 from train_gpt import (
-    CLOCK_PARTS,
     GPT,
     Config,
     KeepingRanks,
     Score,
     check_config,
+    draw_ledgers,
     load_artifact,
     load_validation,
     open_tokenizer,
@@ -181,20 +181,17 @@ def score_target(target: Target, args: Namespace, ranks: KeepingRanks, settings:
     return Scored(score, ranks.kept.numpy(), text, cfg, is_stored)
 
 
-def draw_ledgers(scored: Scored, target: Target) -> list[Ledger]:
-    """Return every ledger that can be drawn up."""
-    score, cfg, result = scored.score, scored.cfg, target.result
-    size = target.artifact.stat().st_size
-    parts = result["ledger"] if result else [("artifact (code not weighed)", size)]
-    found = [Ledger(BYTES, parts, cfg.quant.limit_bytes, "bytes")]
-    if result:
-        clock = [(name, result[key] / 1000) for name, key in CLOCK_PARTS.items()]
-        found.append(Ledger(TRAINING, clock, cfg.run.max_wallclock_seconds, "s"))
+def find_ledgers(scored: Scored, target: Target) -> list[Ledger]:
+    """Return every ledger that can be drawn up: of an artifact alone, its bytes and its scoring."""
+    score, cfg = scored.score, scored.cfg
+    if target.result:
+        return draw_ledgers(cfg, target.result, score.seconds, score.num_bytes)
+    parts = [("artifact (code not weighed)", target.artifact.stat().st_size)]
     limit = scoring_limit(cfg.eval, score.num_bytes)
-    found.append(Ledger(SCORING, [("scoring", score.seconds)], limit, "s"))
-    if result:
-        found.append(Ledger("seconds by phase", list(result["seconds"].items()), 0, "s"))
-    return found
+    return [
+        Ledger(BYTES, parts, cfg.quant.limit_bytes, "bytes"),
+        Ledger(SCORING, [("scoring", score.seconds)], limit, "s"),
+    ]
 
 
 def implied_bytes(score: Score) -> float:
@@ -257,7 +254,7 @@ def score_one(args: Namespace, open_ranks) -> int:
     score = scored.score
     comparable = target.recorded_bpb is not None and scored.is_stored
     difference = score.val_bpb - target.recorded_bpb if comparable else None
-    accounts = draw_ledgers(scored, target) if args.budget else []
+    accounts = find_ledgers(scored, target) if args.budget else []
     broken = overruns(accounts)
     tables = {}
     if args.breakdown:
