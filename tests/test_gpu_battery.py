@@ -30,7 +30,7 @@ from fixtures_model import ROOT
 import dev.gpu_battery.__main__
 import dev.gpu_battery.timing
 from common import UserError, read_json
-from dev.gpu_battery.__main__ import PARTS, choose_parts, main
+from dev.gpu_battery.__main__ import AHEAD, PARTS, choose_parts, main
 from dev.gpu_battery.driver import RESULTS_NAME, BatteryPart, BatterySettings, run_battery
 from dev.gpu_battery.gpu_tests import sum_up
 from dev.gpu_battery.job import plain, read_records
@@ -182,15 +182,15 @@ def test_parts_are_chosen_by_name_in_the_order_of_the_table():
     """One order for every run, however they are asked for: results can be laid side by side."""
     assert choose_parts("") == list(PARTS)
     assert [row.name for row in choose_parts("scoring,machine")] == ["machine", "scoring"]
-    with pytest.raises(UserError, match=r"expected some of machine, .*, found speed\."):
+    with pytest.raises(UserError, match=r"expected some of train_small, .*, found speed\."):
         choose_parts("machine,speed")
 
 
 def test_the_names_of_the_table_are_different_and_its_functions_exist():
     """Functions are named by text: a typo would show on the GPU only."""
     assert len({row.name for row in PARTS}) == len(PARTS)
-    for row in PARTS:
-        module, function = row.function.split(":")
+    for name in [row.function for row in PARTS] + list(AHEAD):
+        module, function = name.split(":")
         assert callable(getattr(importlib.import_module(module), function))
 
 
@@ -198,6 +198,7 @@ def test_the_command_exits_with_1_when_a_part_is_not_ok(monkeypatch, tmp_path, c
     """And with 0 when all are; either way the table is printed and the file can be shown as Markdown."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(dev.gpu_battery.__main__, "PARTS", (part(works), part(raises)))
+    monkeypatch.setattr(dev.gpu_battery.__main__, "AHEAD", ())
     assert main(["--out", str(tmp_path / "good"), "--parts", "works"]) == 0
     assert main(["--out", str(tmp_path / "bad")]) == 1
     assert "ERROR RuntimeError: broken part" in capsys.readouterr().out

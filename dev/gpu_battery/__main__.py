@@ -20,16 +20,19 @@ from dev.gpu_battery.driver import FORMAT, RESULTS_NAME, BatteryPart, BatterySet
 from dev.gpu_battery.report import format_markdown, format_plain
 
 ALL_SECONDS = 480
+AHEAD = ("dev.gpu_battery.steps:compile_1061_ahead", "dev.gpu_battery.steps:compile_naive_ahead")
 PARTS = (
+    BatteryPart("train_small", 90, "train_gpt.py, shards to score", "dev.gpu_battery.whole_run:run", True),
+    BatteryPart("gpu_tests", 60, "pytest -m gpu", "dev.gpu_battery.gpu_tests:run", True),
     BatteryPart("machine", 40, "versions, card, bandwidth, matrix products", "dev.gpu_battery.machine:run"),
-    BatteryPart("train_small", 90, "train_gpt.py from shards to a score", "dev.gpu_battery.whole_run:run"),
-    BatteryPart("backends", 60, "attention: errors and speed by kernel", "dev.gpu_battery.backends:run"),
     BatteryPart("step_1061_low", 80, "1.0611 recipe, recurrence off", "dev.gpu_battery.steps:run_1061_low"),
     BatteryPart("step_1061_full", 110, "1.0611 recipe, recurrence on", "dev.gpu_battery.steps:run_1061_full"),
     BatteryPart("step_naive", 70, "naive recipe, the training loop", "dev.gpu_battery.steps:run_naive"),
+    BatteryPart("backends", 60, "attention: errors and speed by kernel", "dev.gpu_battery.backends:run"),
     BatteryPart("scoring", 60, "scorers of the 1.0611 architecture", "dev.gpu_battery.scoring:run"),
     BatteryPart("calibration", 45, "calibration and GPTQ of 1.0611", "dev.gpu_battery.calibration:run"),
-    BatteryPart("gpu_tests", 60, "pytest -m gpu", "dev.gpu_battery.gpu_tests:run"),
+    BatteryPart("contest_naive", 70, "the contest's train_gpt.py", "dev.gpu_battery.contest:run_naive"),
+    BatteryPart("contest_1061", 200, "the 1.0611 record's script", "dev.gpu_battery.contest:run_1061"),
 )
 
 
@@ -81,16 +84,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", default="", metavar="A,B", help="of the table; default: all")
     parser.add_argument("--rehearse", action="store_true", help="in miniature, on a CPU")
     parser.add_argument("--data", default="", metavar="FOLDER", help="a dataset for train_small")
+    parser.add_argument("--carried", default="", metavar="FOLDER", help="contest scripts (contest.py)")
+    parser.add_argument("--no-ahead", action="store_true", help="compile nothing in the background")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a results.json as Markdown")
     args = parser.parse_args(argv)
     if args.show:
         print(format_markdown(read_results(args.show)))
         return 0
     parts = choose_parts(args.parts)
-    data = str(Path(args.data).resolve()) if args.data else ""
+    data, carried = (str(Path(name).resolve()) if name else "" for name in (args.data, args.carried))
     work = args.out.with_name(args.out.name + ".work")
+    ahead = () if args.no_ahead else AHEAD
+    settings = BatterySettings(args.out, work, args.seconds, args.rehearse, data, carried, ahead)
     try:
-        report = run_battery(parts, BatterySettings(args.out, work, args.seconds, args.rehearse, data))
+        report = run_battery(parts, settings)
     except OSError as error:
         raise UserError(f"--out {args.out}: expected a folder to write to, found {error}.") from error
     print(f"\n{format_plain(report)}\n{args.out / RESULTS_NAME}")

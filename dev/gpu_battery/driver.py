@@ -41,6 +41,20 @@ class BatteryPart(NamedTuple):
     seconds: float  # most that it may take
     measures: str  # what, in a line
     function: str  # "module:function", called with a Job
+    beside: bool = False  # runs while compilers fill their caches: its times mean little
+
+
+class Started(NamedTuple):
+    """A process of the battery."""
+
+    process: subprocess.Popen
+    folder: Path  # of its records and its output
+    began: float
+    limit: float
+
+    def ends(self) -> float:
+        """Return when it is to be killed."""
+        return self.began + self.limit
 
 
 class BatterySettings(NamedTuple):
@@ -51,6 +65,9 @@ class BatterySettings(NamedTuple):
     seconds: float  # for all parts together
     rehearse: bool = False
     data: str = ""
+    carried: str = ""  # folder of what is measured beside this project (contest.py)
+    ahead: tuple[str, ...] = ()  # functions that compile what later parts run, from the start on
+    ahead_seconds: float = 150.0  # most that they may take
 
 
 class Stop:
@@ -112,31 +129,55 @@ class Battery:
     def run(self) -> dict:
         """Run all parts; returns the report."""
         self.save()
-        for part in self.parts:
-            left = self.seconds_left() - RESERVE_SECONDS
-            if self.stop.signal:
-                reason = f"the battery was stopped by {signal.Signals(self.stop.signal).name}"
-                self.save(part.name, status="skipped", reason=reason)
-            elif left < LEAST_SHARE * part.seconds:
-                reason = f"out of time: {max(left, 0):.0f} s left, it may take {part.seconds:g}"
-                self.save(part.name, status="skipped", reason=reason)
-                say(f"{part.name}: skipped, {reason}")
-            else:
-                slack = REHEARSAL_SLACK if self.settings.rehearse else 1.0
-                self.run_part(part, min(slack * part.seconds, left))
+        ahead = [self.start(f"ahead_{function.rpartition(':')[2]}", function, self.settings.ahead_seconds)
+                 for function in self.settings.ahead]  # fmt: skip
+        try:
+            for part in self.parts:
+                if ahead and not part.beside:
+                    self.join(ahead)
+                    ahead = []
+                self.run_if_time(part)
+        finally:
+            for started in ahead:
+                end_group(started.process)
         return self.report
 
-    def run_part(self, part: BatteryPart, limit: float) -> None:
-        """Run a part in a process group of its own and end the whole group, however the part ends."""
-        say(f"{part.name}: {part.measures}; at most {limit:.0f} s, {self.seconds_left():.0f} s left in all")
-        folder = self.settings.work / "parts" / part.name
+    def join(self, ahead: list[Started]) -> None:
+        """Wait for what compiles ahead, and note what it found."""
+        for started in ahead:
+            why = self.wait(started.process.pid, started.ends(), lambda: None)
+            end_group(started.process)
+            found = read_records(started.folder / "records.jsonl")
+            facts = judge(why, started.process.returncode, started.limit)
+            facts |= {"seconds": round(time.monotonic() - started.began, 1), "results": found.results}
+            if facts["status"] != "ok":
+                facts |= {"errors": found.errors, "stderr": tail(started.folder / "stderr.txt")}
+            self.report.setdefault("ahead", {})[started.folder.name] = facts
+            say(f"{started.folder.name}: {facts['status']} after {facts['seconds']} s")
+
+    def run_if_time(self, part: BatteryPart) -> None:
+        """Run a part unless the battery was stopped or too little time is left."""
+        left = self.seconds_left() - RESERVE_SECONDS
+        if self.stop.signal:
+            reason = f"the battery was stopped by {signal.Signals(self.stop.signal).name}"
+            self.save(part.name, status="skipped", reason=reason)
+        elif left < LEAST_SHARE * part.seconds:
+            reason = f"out of time: {max(left, 0):.0f} s left, it may take {part.seconds:g}"
+            self.save(part.name, status="skipped", reason=reason)
+            say(f"{part.name}: skipped, {reason}")
+        else:
+            slack = REHEARSAL_SLACK if self.settings.rehearse else 1.0
+            self.run_part(part, min(slack * part.seconds, left))
+
+    def start(self, name: str, function: str, limit: float) -> Started:
+        """Start a function in a process group of its own."""
+        folder = self.settings.work / "parts" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        records, log = folder / "records.jsonl", folder / "stderr.txt"
         settings, began = self.settings, time.monotonic()
-        places = str(records), str(settings.work), settings.data
-        job = Job(part.function, *places, settings.rehearse, limit, time.time())
-        with open(folder / "stdout.txt", "wb") as out, open(log, "wb") as err:
+        places = str(folder / "records.jsonl"), str(settings.work), settings.data, settings.carried
+        job = Job(function, *places, settings.rehearse, limit, time.time())
+        with open(folder / "stdout.txt", "wb") as out, open(folder / "stderr.txt", "wb") as err:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dev.gpu_battery.child", json.dumps(job._asdict())],
                 stdin=subprocess.DEVNULL,
@@ -146,19 +187,26 @@ class Battery:
                 env=child_environment(settings),
                 process_group=0,  # not a new session: who ends this session's processes reaches it
             )
+        return Started(process, folder, began, limit)
+
+    def run_part(self, part: BatteryPart, limit: float) -> None:
+        """Run a part and end its whole process group, however it ends."""
+        say(f"{part.name}: {part.measures}; at most {limit:.0f} s, {self.seconds_left():.0f} s left in all")
+        started = self.start(part.name, part.function, limit)
+        process, records = started.process, started.folder / "records.jsonl"
 
         def save_progress() -> None:
             self.save(part.name, status="running", results=read_records(records).results)
 
         try:
-            why = self.wait(process.pid, began + limit, save_progress)
+            why = self.wait(process.pid, started.ends(), save_progress)
         finally:
             gone = end_group(process)
-        found, seconds = read_records(records), round(time.monotonic() - began, 1)
+        found, seconds = read_records(records), round(time.monotonic() - started.began, 1)
         facts = judge(why, process.returncode, limit) | {"seconds": seconds, "limit_s": round(limit, 1)}
         facts |= {"results": found.results} | ({"errors": found.errors} if found.errors else {})
         if facts["status"] != "ok":
-            facts |= {"unfinished": found.unfinished, "stderr": tail(log)}
+            facts |= {"unfinished": found.unfinished, "stderr": tail(started.folder / "stderr.txt")}
         if not gone:
             facts["remark"] = f"process {process.pid} was still there {KILL_SECONDS:.0f} s after SIGKILL"
         self.save(part.name, **facts)

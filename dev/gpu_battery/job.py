@@ -26,6 +26,7 @@ class Job(NamedTuple):
     records: str  # file of its lines
     work: str  # folder for what it needs and nobody keeps: shards, runs, caches; shared by all parts
     data: str  # dataset folder of the user's; empty: made-up text
+    carried: str  # folder of what is measured beside this project; empty: nothing
     rehearse: bool  # in miniature, on a CPU
     seconds: float  # until it is killed
     started: float  # time.time() then

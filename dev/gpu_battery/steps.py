@@ -94,7 +94,7 @@ class Bench:
 
 def run_1061_low(job: Job) -> None:
     """One micro-batch of the 1.0611 recipe as it starts: every layer once."""
-    run_micro_batch(job, passes=1, compiled="auto")
+    run_micro_batch(job, passes=1, compiled="on")
 
 
 def run_1061_full(job: Job) -> None:
@@ -103,10 +103,40 @@ def run_1061_full(job: Job) -> None:
     run_micro_batch(job, passes, get_size(job, "compile"))
 
 
+def make_1061(job: Job, passes: int, compiled: str) -> Bench:
+    """Make the 1.0611 recipe ready."""
+    changes = {"data.data_path": write_tokens(job, load_recipe(job, "1061")), "run.compile": compiled}
+    return Bench(job, load_recipe(job, "1061", **changes), open_ranks(job.rehearse), passes)
+
+
+def make_naive(job: Job) -> Bench:
+    """Make the naive recipe ready."""
+    changes = {
+        "run.iterations": WARM_STEPS + get_size(job, "naive_steps"),
+        "run.max_wallclock_seconds": 0,
+        "run.val_loss_every": -1,
+        "run.train_log_every": 0,
+        "run.compile": get_size(job, "compile"),
+        "data.data_path": write_tokens(job, load_recipe(job, "naive")),
+    }
+    return Bench(job, load_recipe(job, "naive", **changes), open_ranks(job.rehearse), passes=1)
+
+
+def compile_1061_ahead(job: Job) -> None:
+    """Fill the compilers' caches for the parts on the 1.0611 recipe."""
+    all_passes = load_recipe(job, "1061").model.recur_passes
+    for passes, compiled in ((all_passes, get_size(job, "compile")), (1, "on")):
+        compile_or_fall_back(make_1061(job, passes, compiled))
+
+
+def compile_naive_ahead(job: Job) -> None:
+    """Fill the compilers' caches for the part on the naive recipe."""
+    compile_or_fall_back(make_naive(job))
+
+
 def run_micro_batch(job: Job, passes: int, compiled: str) -> None:
     """Measure a micro-batch that lies on the device, then as the loop runs it, then the update."""
-    changes = {"data.data_path": write_tokens(job, load_recipe(job, "1061")), "run.compile": compiled}
-    bench = Bench(job, load_recipe(job, "1061", **changes), open_ranks(job.rehearse), passes)
+    bench = make_1061(job, passes, compiled)
     compile_or_fall_back(bench)
     measure_micro_batch(bench)
     step = partial(bench.training.micro_step, bench.phase, 0)
@@ -171,16 +201,7 @@ def updates(bench: Bench) -> dict:
 
 def run_naive(job: Job) -> None:
     """The naive recipe: the loop of train_gpt.train, against the same work without waiting for the device."""
-    steps = get_size(job, "naive_steps")
-    changes = {
-        "run.iterations": WARM_STEPS + steps,
-        "run.max_wallclock_seconds": 0,
-        "run.val_loss_every": -1,
-        "run.train_log_every": 0,
-        "run.compile": get_size(job, "compile"),
-        "data.data_path": write_tokens(job, load_recipe(job, "naive")),
-    }
-    bench = Bench(job, load_recipe(job, "naive", **changes), open_ranks(job.rehearse), passes=1)
+    steps, bench = get_size(job, "naive_steps"), make_naive(job)
     compile_or_fall_back(bench)
     measure_micro_batch(bench)
     bench.training.optimizers.zero_grad()

@@ -44,7 +44,7 @@ def write_tokens(job: Job, cfg: Config) -> str:
     vocab_size = cfg.data.vocab_size
     folder = Path(job.work) / f"tokens_{vocab_size}"
     path = folder / "fineweb_train_000000.bin"
-    if not path.is_file():
+    if not path.is_file():  # two processes may write it at once: each its own, the same
         write_shard(path, draw_tokens(get_size(job, "shard_tokens"), vocab_size, seed=0), vocab_size)
     return str(folder)
 
