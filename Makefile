@@ -83,6 +83,7 @@ plot: setup ## draw docs/progress.svg from the records of the CPU track
 bench: data ## speed of training step, scoring, packing and loading, against yardsticks
 	$(PY) -m dev.bench
 
-gpu-battery: setup ## measure this project on a GPU in at most 480 s, into OUT=...; REHEARSE=1: on a CPU; PARTS=, DATA=
+gpu-battery: setup ## measure this project on a GPU in at most 480 s, into OUT=...; REHEARSE=1: on a CPU; PARTS=, DATA=, CARRIED=
 	$(PY) -m dev.gpu_battery --out $(OUT) $(if $(REHEARSE),--rehearse) \
-		$(addprefix --parts ,$(PARTS)) $(addprefix --data ,$(DATA))
+		$(addprefix --parts ,$(PARTS)) $(addprefix --data ,$(DATA)) \
+		$(addprefix --carried ,$(CARRIED))

@@ -15,6 +15,11 @@ def works(job: Job) -> None:
     job.measure("speed", lambda: NUMBERS)
 
 
+def takes_a_second(job: Job) -> None:
+    time.sleep(1)
+    job.record("done", 1)
+
+
 def raises(job: Job) -> None:
     job.record("before", 1)
     raise RuntimeError("broken part")

@@ -30,10 +30,12 @@ from fixtures_model import ROOT
 import dev.gpu_battery.__main__
 import dev.gpu_battery.timing
 from common import UserError, read_json
+from dev.gpu_battery import contest
 from dev.gpu_battery.__main__ import AHEAD, PARTS, choose_parts, main
+from dev.gpu_battery.contest import per_step, read_rates, read_times
 from dev.gpu_battery.driver import RESULTS_NAME, BatteryPart, BatterySettings, run_battery
 from dev.gpu_battery.gpu_tests import sum_up
-from dev.gpu_battery.job import plain, read_records
+from dev.gpu_battery.job import Job, plain, read_records
 from dev.gpu_battery.report import format_markdown, format_plain
 from dev.gpu_battery.sizes import RECIPES
 from dev.gpu_battery.text import draw_tokens
@@ -51,9 +53,9 @@ def run_parts(tmp_path, monkeypatch):
     """Run fake parts, `works` last; checks what holds whatever they do; returns the report's parts."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
-    def run(*parts: BatteryPart, seconds: float = 300) -> dict:
+    def run(*parts: BatteryPart, seconds: float = 300, **more) -> dict:
         out = tmp_path / "out"
-        settings = BatterySettings(out, tmp_path / "work", seconds)
+        settings = BatterySettings(out, tmp_path / "work", seconds, **more)
         report = run_battery([*parts, part(works)], settings)
         written = json.loads((out / RESULTS_NAME).read_text(), parse_constant=pytest.fail)
         assert written == plain(report)
@@ -173,6 +175,85 @@ def test_results_that_cannot_be_reached_do_not_stop_the_battery(run_parts):
     found = run_parts(*missing)
     assert [found[row.name]["status"] for row in missing] == ["failed", "failed"]
     assert found["works"]["status"] == "ok"
+
+
+# What compiles ahead
+
+
+def test_a_part_that_times_things_waits_for_what_compiles_ahead(run_parts, tmp_path):
+    """One that runs beside it does not; a compiler that hangs is killed and costs nobody else anything."""
+    ahead = ("fixtures_battery:takes_a_second", "fixtures_battery:hangs")
+    found = run_parts(part(works)._replace(name="early", beside=True), ahead=ahead, ahead_seconds=4.0)
+    report = read_json(tmp_path / "out" / RESULTS_NAME)
+    assert found["early"]["status"] == found["works"]["status"] == "ok"
+    assert report["ahead"]["ahead_takes_a_second"]["status"] == "ok"
+    assert report["ahead"]["ahead_hangs"]["status"] == "timed out"
+    ended = {path.parent.name: path.stat().st_mtime for path in tmp_path.glob("work/parts/*/records.jsonl")}
+    assert ended["early"] < ended["ahead_takes_a_second"] < ended["works"]
+
+
+def test_nothing_that_compiles_ahead_outlives_the_battery(run_parts, tmp_path):
+    """Also where no part waited for it."""
+    ahead = ("fixtures_battery:ignores_signals",)
+    records = tmp_path / "work" / "parts" / "ahead_ignores_signals" / "records.jsonl"
+    run_parts(part(works)._replace(name="early", beside=True), ahead=ahead, ahead_seconds=3.0)
+    assert not is_alive(read_records(records).results["pid"])
+
+
+# The contest's scripts
+
+LOG_1061 = """warmup_step: 1/1
+1/16 train_loss: 9.0131 train_time: 0.0m tok/s: 786432
+2/16 train_loss: 8.9 train_time: 0.0m tok/s: 524288
+"""
+LOG_NAIVE = """warmup_step:3/3
+step:1/24 train_loss:6.9379 train_time:352ms step_avg:352.00ms
+step:2/24 train_loss:6.8 train_time:702ms step_avg:351.00ms
+step:3/24 train_loss:6.7 train_time:1062ms step_avg:354.00ms
+"""
+
+
+def test_steps_of_the_contest_s_scripts_are_timed_by_their_own_logs():
+    """One tells tokens a second since its start, the other milliseconds."""
+    assert read_rates(LOG_1061) == [(1, 1000.0, 9.0131), (2, 3000.0, 8.9)]
+    marks = {str(mark.step): [mark.ms, mark.loss] for mark in read_times(LOG_NAIVE)}
+    assert per_step(marks, 1, 3) == {"step_ms": 355, "least": 350, "most": 360, "micro_batch_ms": 355 / 8}
+
+
+@pytest.fixture
+def contest_job(tmp_path):
+    """Make a job whose carried folder holds a stand-in for the contest's script; returns (job, folder)."""
+    carried = tmp_path / "carried"
+    carried.mkdir()
+    records, work = str(tmp_path / "records.jsonl"), str(tmp_path)
+    return Job("", records, work, "", str(carried), True, 60, time.time()), carried
+
+
+def test_a_script_of_the_contest_is_followed_until_its_last_step_and_ended(contest_job):
+    """It gets our shards and a stand-in for FlashAttention; nobody waits for what it does after its steps."""
+    job, carried = contest_job
+    script = (
+        "import os, sys, time, flash_attn_interface\n"
+        "assert all(os.path.getsize(f'fineweb_{split}_000000.bin') > 1024 for split in ('train', 'val'))\n"
+        "for i in range(1, 25): print(f'step:{i}/24 train_loss:6.5 train_time:{100 * i}ms x', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    (carried / "train_naive.py").write_text(script)
+    contest.run_naive(job)
+    found = read_records(Path(job.records))
+    assert found.errors == {}
+    assert found.results["steps"]["step_ms"] == 100
+    contest.run_1061(job)  # whose script is not there
+    assert read_records(Path(job.records)).results["run"] == "not carried"
+
+
+def test_a_script_of_the_contest_that_breaks_says_so(contest_job, capsys):
+    """With the end of its output."""
+    job, carried = contest_job
+    (carried / "train_naive.py").write_text("raise SystemExit('no such card')")
+    contest.run_naive(job)
+    assert "expected 24 steps, found 0" in read_records(Path(job.records)).errors["run"]
+    assert "no such card" in capsys.readouterr().err
 
 
 # The command
@@ -374,5 +455,5 @@ def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
     for options in (["--out", ""], ["--seconds", "nan"]):
         with pytest.raises(SystemExit):
             dev.gpu_battery.__main__.main(options)
-    with pytest.raises(UserError, match="--parts: expected some of machine"):
+    with pytest.raises(UserError, match="--parts: expected some of train_small"):
         dev.gpu_battery.__main__.main(["--parts", ","])
