@@ -88,7 +88,8 @@ from kernels.attention import (
 from kernels.context import ContextRule, attend_compressed, feature_projection
 from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
 from kernels.loss import blocked_loss
-from kernels.machine import resolve_compile, resolve_dtype
+from kernels.machine import keep_freed_memory, resolve_compile, resolve_dtype
+from kernels.norm import rms_norm
 from quantizers.config import QuantConfig
 from quantizers.gptq import Calibrated, CalibrationStats, calibrate, collect_stats, combine_roles
 from quantizers.grid import Grid, Quantized, check_weight, stored_weights
@@ -582,7 +583,9 @@ class Ranks:
                 f"{environment.local_rank}. Lower --nproc_per_node."
             )
         self.device = torch.device("cuda", environment.local_rank) if use_cuda else torch.device("cpu")
-        if use_cuda:
+        if not use_cuda:
+            keep_freed_memory()
+        else:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision(
                 "high"
@@ -773,11 +776,6 @@ def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "
 # validation and scoring call the same GPT.forward; layer_plan says as data which block runs when and how.
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Divide by the root mean square over the last dimension; no gain."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
 class Norm(nn.Module):
     """Normalise the last dimension as cfg.norm says: rms has no weights, layer a bias too."""
 
@@ -792,8 +790,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
         if self.kind == "layer":
             return F.layer_norm(x, (x.size(-1),), self.gain.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        gain = self.gain.to(x.dtype) if self.kind == "rms_gain" else None
-        return F.rms_norm(x, (x.size(-1),), gain, self.eps)
+        return rms_norm(x, self.gain.to(x.dtype) if self.kind == "rms_gain" else None, self.eps)
 
 
 class CastLinear(nn.Linear):
@@ -1555,7 +1552,7 @@ def newton_schulz(stack: Tensor, num_steps: int, table: str = "classic") -> Tens
     for step in range(num_steps):
         a, b, c = rows[min(step, len(rows) - 1)]
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT
 
 
@@ -1711,8 +1708,12 @@ class Optimizers:
 
     def clip(self, adam_grads: list[Tensor], shares: list[Tensor], limit: float) -> None:
         """Scale all gradients so that their global norm over all ranks is at most the limit."""
-        total = self.ranks.sum(sum(share.double().square().sum() for share in shares)) if shares else 0.0
-        total = total + sum(grad.double().square().sum() for grad in adam_grads)
+        total = torch.stack(torch._foreach_norm(adam_grads)).double().square().sum()
+        if (
+            shares
+        ):  # the ranks hold other parts of them: summed in float64, how many there are changes nothing
+            norms = torch.stack([torch.linalg.vector_norm(share, dtype=torch.float64) for share in shares])
+            total = total + self.ranks.sum(norms.square().sum())
         grads = adam_grads + shares
         torch._foreach_mul_(grads, (limit / (total.sqrt() + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
 

@@ -329,7 +329,7 @@ BACKENDS = {
     "cudnn": Backend(cudnn_first, "bias", ("cuda",), HALF, cudnn_only),
     "varlen": Backend(torch_varlen, "offsets", ("cuda",), HALF),
     "flex": Backend(flex, "blocks", ("cuda",)),  # on a CPU it has no backward pass
-    "blocked": Backend(blocked, "bias", ("cpu",), FULL),
+    "blocked": Backend(blocked, "bias", ("cpu",)),
     "sdpa": Backend(sdpa, "bias"),
     "math": Backend(math_attention, "segments"),
 }

@@ -12,20 +12,23 @@ import math
 import torch
 from torch import Tensor
 
-QUERY_BLOCK = 32  # queries a block
+QUERY_BLOCKS = {2: 128, 4: 32, 8: 32}  # bytes of an element -> queries a block
 
 
-def query_blocks(seq_len: int, window: int) -> list[tuple[int, int, int]]:
-    """Cut the queries into blocks: (first key, first query, end of queries and keys) of each."""
-    starts = range(0, seq_len, QUERY_BLOCK)
-    return [(max(0, a - window) if window else 0, a, min(a + QUERY_BLOCK, seq_len)) for a in starts]
+def query_blocks(q: Tensor, window: int) -> list[tuple[int, int, int]]:
+    """Cut the queries (B, T, H, K) into blocks: (first key, first query, end of queries and keys) of each."""
+    seq_len, size = q.size(1), QUERY_BLOCKS[q.element_size()]
+    return [
+        (max(0, start - window) if window else 0, start, min(start + size, seq_len))
+        for start in range(0, seq_len, size)
+    ]
 
 
 def weight_shapes(q: Tensor, k: Tensor, window: int) -> list[tuple[int, int, int]]:
     """Return the shape of each block's softmax weights: (B * G, H / G * S, keys)."""
-    rows, seq_len, num_heads, _ = q.shape
+    rows, _, num_heads, _ = q.shape
     num_kv_heads = k.size(2)
-    blocks = query_blocks(seq_len, window)
+    blocks = query_blocks(q, window)
     return [(rows * num_kv_heads, num_heads // num_kv_heads * (b - a), b - low) for low, a, b in blocks]
 
 
@@ -61,10 +64,11 @@ def blocked_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, T, H, K) and the softmax weights of all blocks, flat."""
     keys, values = fold_keys(k) * q.size(-1) ** -0.5, fold_keys(v)
-    future = torch.full((QUERY_BLOCK, QUERY_BLOCK), -math.inf, dtype=q.dtype).triu_(1)
+    most = QUERY_BLOCKS[q.element_size()]
+    future = torch.full((most, most), -math.inf, dtype=q.dtype).triu_(1)
     y, kept = torch.empty_like(q), q.new_empty(sum(map(math.prod, weight_shapes(q, k, window))))
     grouped_q, grouped_y = (by_group(x, k.size(2)) for x in (q, y))
-    for weights, (low, start, end) in zip(split_weights(kept, q, k, window), query_blocks(q.size(1), window)):
+    for weights, (low, start, end) in zip(split_weights(kept, q, k, window), query_blocks(q, window)):
         size = end - start
         queries = grouped_q[:, :, :, start:end]  # (B, G, H / G, S, K)
         scores = torch.bmm(fold_queries(queries), keys[:, low:end].mT)
@@ -92,7 +96,7 @@ def blocked_backward(
     keys, values = fold_keys(k) * scale, fold_keys(v)
     dq, dkeys, dvalues = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
     grouped_q, grouped_dy, grouped_dq = (by_group(x, k.size(2)) for x in (q, dy, dq))
-    for weights, (low, start, end) in zip(split_weights(kept, q, k, window), query_blocks(q.size(1), window)):
+    for weights, (low, start, end) in zip(split_weights(kept, q, k, window), query_blocks(q, window)):
         queries, dout = (fold_queries(x[:, :, :, start:end]) for x in (grouped_q, grouped_dy))
         dvalues[:, low:end].baddbmm_(weights.mT, dout)
         dweights = torch.bmm(dout, values[:, low:end].mT)

@@ -5,7 +5,6 @@ more than the products. Here a block's logits live only until its share of the g
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_LOGITS = 1 << 19  # elements of a block: 2 MiB of float32
@@ -22,16 +21,16 @@ class BlockedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(table)
         for block, wanted, grad_rows in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
-            logits = (block @ table.mT).to(wide)
-            if cap:
-                logits.div_(cap).tanh_()
-                slope = torch.addcmul(torch.ones((), dtype=wide), logits, logits, value=-1)
-                logits.mul_(cap)
-            total += F.cross_entropy(logits, wanted, reduction="sum")
+            logits, index = (block @ table.mT).to(wide), torch.arange(len(wanted), device=x.device)
+            if cap:  # cap tanh(z / cap) is 2 cap sigmoid(2 z / cap) - cap, and softmax sees no constant
+                sigmoid = logits.mul_(2 / cap).sigmoid_()
+                logits = sigmoid * (2 * cap)
             grad = torch.softmax(logits, dim=1)
-            grad[torch.arange(len(wanted), device=x.device), wanted] -= 1
+            # The log of the sum of exponentials, by the largest: its share is at least 1 / V.
+            total += (logits.amax(1) - grad.amax(1).log() - logits[index, wanted]).sum()
+            grad[index, wanted] -= 1
             if cap:
-                grad.mul_(slope)
+                grad.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1).mul_(4))
             grad = grad.to(x.dtype)
             torch.mm(grad, table, out=grad_rows)
             grad_weight.addmm_(grad.mT, block)

@@ -32,6 +32,15 @@ def test_blocks_give_the_loss_and_gradients_of_whole_logits(cap, rows, per_block
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("cap", [0.0, 300.0])
+def test_a_target_of_no_probability_costs_what_its_logit_says(cap):
+    """Its share of the sum is 0 in float32; its loss is not infinite."""
+    x, weight = torch.full((1, 4), 10.0), torch.eye(2, 4) * torch.tensor([[15.0], [-15.0]])
+    logits = x @ weight.mT
+    expected = F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, torch.tensor([1]))
+    assert blocked_loss(x, weight, torch.tensor([1]), cap).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "values",
     [{}, {"model.tie_embeddings": False, "model.out_init": "plain"}, {"model.embed_dim": 8},

@@ -2,11 +2,15 @@
 
 import json
 import os
+import platform
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fixtures_model import ROOT
 
 from dev import machine
 from formats.recipe import with_values
@@ -75,3 +79,24 @@ def test_datasets_are_described_by_their_manifests(tiny_data):
     found = machine.find_data(tiny_data.parent)
     assert "vocabulary 300" in found[tiny_data.name]
     assert re.match(r"[1-9][\d,]* and [1-9][\d,]* tokens", found[tiny_data.name])
+
+
+FAULTS = """
+import resource, sys, torch
+from kernels.machine import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(30):  # eight tensors of 8 MiB at once, as a step has them
+    tensors = [torch.ones(1 << 21) for _ in range(8)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks to glibc")
+def test_memory_of_a_step_is_kept_for_the_next():
+    """Otherwise each large tensor costs a page fault every 4 KiB, every time."""
+    faults = [
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, mode], cwd=ROOT)) for mode in ("keep", "")
+    ]
+    assert faults[1] - faults[0] > 20_000
