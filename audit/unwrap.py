@@ -1,8 +1,8 @@
 """Unwrap self-extracting programs without running them: fold constants, decompress within bounds.
 
 A value is computed only from literals, local file names and the pure functions of DECODERS; everything else
-is unknown. Unwrapping never calls anything of the program: a text packed by pack/mix.py is read with that
-module's own decoder, and only when the program ships exactly this decoder.
+is unknown. Unwrapping never calls anything of the program: a text packed by pack/mix.py is read with a
+decoder of that module, and only when the program ships exactly this decoder.
 """
 
 import ast
@@ -13,12 +13,13 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sized
+from functools import partial
 from typing import Any
 
 import brotli
 import zstandard
 
-from pack.mix import DECODER_NAME, MAX_LENGTH, decode, decoder_text
+from pack.mix import DECODER_NAME, MAX_LENGTH, decoder_text, shipped_decoder
 from pack.stub import is_mix_stub
 
 MAX_OUTPUT = 4_000_000  # bytes out of one decompression
@@ -182,20 +183,21 @@ class Constants:
         if not self.is_mixed or len(executed) > 2 * len(decoder_text()):
             return False
         try:
-            is_ours = ast.dump(parse_source(executed)) == ast.dump(ast.parse(decoder_text()))
-        except (SyntaxError, RecursionError):
+            text = executed if isinstance(executed, str) else executed.decode()
+            decoder = shipped_decoder(text)
+        except (SyntaxError, RecursionError, ValueError):  # no UTF-8, NUL
             return False
-        if is_ours:
-            self.learned[DECODER_NAME] = self._unmix
-        return is_ours
+        if decoder:
+            self.learned[DECODER_NAME] = partial(self._unmix, decoder)
+        return decoder is not None
 
-    def _unmix(self, payload: str, length: int) -> str:
+    def _unmix(self, decoder: Callable[[str, int], str], payload: str, length: int) -> str:
         if not 0 <= length <= MAX_LENGTH or re.search(r"[^\x01-\xff]", payload):
             raise Unreadable(f"a mixed text of {length:,} characters, at most {MAX_LENGTH:,}, or no bytes")
         self.work_left -= length * MAX_WORK // MAX_LENGTH
         if self.work_left < 0:
             raise Unreadable(f"mixed texts of over {MAX_LENGTH:,} characters in one module")
-        return decode(payload, length)
+        return decoder(payload, length)
 
     def dotted(self, node: ast.expr) -> str:
         """Return the full dotted name of a Name or Attribute chain, import aliases resolved, or ""."""

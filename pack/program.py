@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common import UserError, atomic_file
 from formats.recipe import read_recipe
-from pack.mix import decode, decoder_text, encode
+from pack.mix import DECODER_NAME, decoder_text, encode, shipped_decoder
 from pack.names import (
     Definition,
     Function,
@@ -553,13 +553,25 @@ def wrap(source: str, method: str) -> bytes:
     return make_stub(method, zlib.crc32(source.encode()), **values)
 
 
+def _mix_parts(tree: ast.Module) -> tuple[str, str, int]:
+    """Return the decoder's text, the payload and the number of characters of a program of method mix."""
+    deflated, assigned = tree.body[1].value.args[0].args[0].func.value.value, tree.body[2].value
+    payload, length = (argument.value for argument in assigned.args)
+    return zlib.decompress(deflated.encode("latin-1"), -15).decode(), payload, length
+
+
 def unwrap(packed: bytes) -> str:
     """Read back the source of a file that `wrap` made, without running it."""
     if not packed.startswith(b"#coding:L1\n"):
         return packed.decode()
-    assigned = next(node for node in ast.parse(packed).body if isinstance(node, ast.Assign))
+    tree = ast.parse(packed)
+    assigned = next(node for node in tree.body if isinstance(node, ast.Assign))
     if b"import zlib" in packed[:64]:
-        source = decode(*(argument.value for argument in assigned.value.args))
+        text, payload, length = _mix_parts(tree)
+        decode = shipped_decoder(text)
+        if decode is None:
+            raise PackingError("expected a program with a decoder of this packer, found another decoder.")
+        source = decode(payload, length)
         if b"%08x" % zlib.crc32(source.encode()) not in packed[-200:]:
             raise PackingError("expected a text with the checksum that the program states, found another.")
         return source
@@ -572,6 +584,25 @@ def unwrap(packed: bytes) -> str:
     import lzma
 
     return lzma.decompress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}]).decode()
+
+
+PROOF_LENGTH = 2000  # characters that the shipped decoder of `mix` decodes; `encode` proves the payload whole
+
+
+def _check_packed(packed: bytes, source: str, method: str) -> None:
+    """Refuse a program that does not hold its source."""
+    if method == "mix":
+        text, payload, length = _mix_parts(ast.parse(packed))
+        names: dict = {}
+        exec(text, names)
+        start = source[:PROOF_LENGTH]
+        same = length == len(source) and names[DECODER_NAME](payload, len(start)) == start
+    else:
+        same = unwrap(packed) == source
+    if not same:
+        raise PackingError(
+            "expected the packed program to hold its source, found other text. Try --wrap lzma."
+        )
 
 
 def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str = "") -> PackReport:
@@ -601,10 +632,7 @@ def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str =
     packed = wrap(minified, method)
     compile(packed, str(out), "exec")
     compile(minified, str(out), "exec")
-    if unwrap(packed) != minified:
-        raise PackingError(
-            f"{out}: expected the packed program to hold its source, found other text. Try --wrap lzma."
-        )
+    _check_packed(packed, minified, method)
     with atomic_file(out) as file:
         file.write(packed)
     sizes = [len(text.encode()) for text in (source, folded, minified)]

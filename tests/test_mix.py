@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from audit.folder import SubmissionFolder
 from audit.program import read_program
 from common import UserError
-from pack.mix import DECODER_NAME, MAX_LENGTH, decode, decoder_text, encode
+from pack.mix import DECODER_NAME, MAX_LENGTH, decode, decoder_text, encode, shipped_decoder
 from pack.program import PackingError, escape, pack, spell_ascii, unwrap, wrap
 
 PROGRAM = "def double(number):\n\treturn number + number\nprint(double(21), __name__)\n"
@@ -47,7 +47,7 @@ def test_the_shipped_decoder_reads_what_the_encoder_wrote():
 
 def test_bytes_are_the_same_everywhere():
     """A record's program must unpack on machines and Python versions that nobody here has tried."""
-    assert zlib.crc32(encode(PROGRAM * 9).encode("latin-1")) == 4070937917
+    assert zlib.crc32(encode(PROGRAM * 9).encode("latin-1")) == 1322824718
 
 
 def test_payload_needs_no_escapes():
@@ -104,6 +104,19 @@ def altered(change: str) -> bytes:
     if change == "length":
         return packed.replace(b",%d)" % len(PROGRAM), b",%d)" % (MAX_LENGTH + 1))
     return packed.replace(b"\nn=", b"\n%s=print\nn=" % DECODER_NAME.encode(), 1)
+
+
+def test_a_program_of_a_former_decoder_is_still_read(tmp_path):
+    """Records stay as they are: their decoder is known by its text's hash."""
+    path = ROOT / "records/track_cpu/2026-11-21_Sp2048_LoraScoring/train_gpt.py"
+    assert opaque(tmp_path, path.read_bytes()) == []
+    assert "def main(" in unwrap(path.read_bytes())
+
+
+def test_no_other_text_is_run_as_a_decoder():
+    """Its hash, or its tree, is one of ours: nothing else is executed."""
+    assert shipped_decoder(decoder_text()) is decode
+    assert shipped_decoder("raise SystemExit('ran')") is None
 
 
 @pytest.mark.parametrize("change", ["decoder", "length", "another statement"])

@@ -25,7 +25,6 @@ house style:
 import ast
 
 from pack.names import bound_names, drop_annotations, needed_statements
-from pack.printing import to_text
 from pack.specialize.annotations import trim_annotations
 from pack.specialize.drop import drop_entries, drop_imports, drop_members, drop_rows
 from pack.specialize.errors import shorten_errors
@@ -34,7 +33,7 @@ from pack.specialize.infer import infer, infer_pure
 from pack.specialize.inline_config import inline_config
 from pack.specialize.params import drop_parameters
 from pack.specialize.specializer import Specializer
-from pack.specialize.syntax import literal
+from pack.specialize.syntax import literal, outline
 
 MAX_ROUNDS = 50
 
@@ -53,7 +52,7 @@ def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> 
                 node.value = literal(packed[name])
     program.look_around()
     infer_pure(program)
-    before = ""
+    before = None
     for _ in range(MAX_ROUNDS):
         folder = Specializer(program)
         tree.body = folder.block(tree.body)
@@ -67,12 +66,11 @@ def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> 
         drop_imports(tree)
         program.look_around()
         infer(program, folder.seen)
-        ast.fix_missing_locations(tree)
         facts = (program.attributes, program.candidates, program.params, program.returns)
-        text = to_text(tree) + repr((facts, sorted(program.pure)))
-        if text == before:
+        state = outline(tree), repr((facts, sorted(program.pure)))
+        if state == before:
             break
-        before = text
+        before = state
     if style.annotations:
         trim_annotations(tree)
     else:

@@ -271,3 +271,14 @@ def is_option(node: ast.stmt) -> bool:
         case ast.AnnAssign(value=ast.Call(func=ast.Name(id=name))):
             return name == OPTION
     return False
+
+
+def outline(tree: ast.AST) -> list[tuple]:
+    """List what tells a tree from another: each node's kind, names, values and lengths of lists."""
+    return [(node.__class__, *map(_outlined, map(vars(node).get, node._fields))) for node in walk(tree)]
+
+
+def _outlined(value) -> int | str:
+    if isinstance(value, ast.AST):
+        return value.__class__.__name__
+    return len(value) if isinstance(value, list) else repr(value)
