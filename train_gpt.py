@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -88,7 +87,16 @@ from kernels.attention import (
 from kernels.context import ContextRule, attend_compressed, feature_projection
 from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
 from kernels.loss import blocked_loss
-from kernels.machine import resolve_compile, resolve_dtype
+from kernels.machine import (
+    ACCELERATORS,
+    check_device,
+    peak_memory,
+    resolve_compile,
+    resolve_device,
+    resolve_dtype,
+    why_float32,
+    wide_dtype,
+)
 from quantizers.config import QuantConfig
 from quantizers.gptq import Calibrated, CalibrationStats, calibrate, collect_stats, combine_roles
 from quantizers.grid import Grid, Quantized, check_weight, stored_weights
@@ -197,7 +205,7 @@ class RunConfig:
     run_id: str = option("", "RUN_ID", "name of the run folder; empty: time and seed", live=True)
     out_dir: str = option("runs", "", "where run folders go", live=True)
     seed: int = option(1337, "SEED", "seed of the initial weights", live=True)
-    device: str = option("auto", "", "where to compute", live="auto", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "", "where to compute", live="auto", choices=("auto", "cpu", *ACCELERATORS))
     compile: str = option("auto", "", "torch.compile", live="auto", choices=("auto", "on", "off"))
     attention: str = option("auto", "", "attention backend", live="auto", choices=("auto", *BACKENDS))
     iterations: int = option(20_000, "ITERATIONS", "most optimizer steps", live=True, low=0)
@@ -571,26 +579,14 @@ class Ranks:
 
     def __init__(self, environment: Environment, device: str):
         self.rank, self.world_size = environment.rank, environment.world_size
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "run.device=cuda: expected a CUDA device, found none. Use run.device=auto or cpu."
-            )
-        use_cuda = device != "cpu" and torch.cuda.is_available()
-        if use_cuda and environment.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"expected a GPU for each process, found {torch.cuda.device_count()} for local rank "
-                f"{environment.local_rank}. Lower --nproc_per_node."
-            )
-        self.device = torch.device("cuda", environment.local_rank) if use_cuda else torch.device("cpu")
-        if use_cuda:
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision(
-                "high"
-            )  # TF32 where products are float32: Gram matrices, heads
+        self.device = resolve_device(device, environment.local_rank)
         if self.world_size > 1:
             # Ranks wait for rank 0 while it quantizes and compresses: longer than the default ten minutes.
-            settings = {"backend": "nccl" if use_cuda else "gloo", "timeout": timedelta(hours=1)}
-            dist.init_process_group(**settings, device_id=self.device if use_cuda else None)
+            dist.init_process_group(
+                dist.get_default_backend_for_device(self.device),
+                timeout=timedelta(hours=1),
+                device_id=None if self.device.type == "cpu" else self.device,
+            )
 
     @property
     def is_main(self) -> bool:
@@ -645,25 +641,14 @@ class Ranks:
 
     def synchronize(self) -> None:
         """Wait for this rank's device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def close(self) -> None:
         """Leave the process group, all ranks together."""
-        if dist.is_initialized():
+        if self.world_size > 1:
             dist.barrier()  # a rank that leaves early takes its connections from the others
             dist.destroy_process_group()
-
-    def peak_memory_mib(self) -> int:
-        """Most memory used so far: the device's, or the process's on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) >> 20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-    def reserved_memory_mib(self) -> int:
-        """Most device memory held by the allocator; on a CPU the process's peak."""
-        on_gpu = self.device.type == "cuda"
-        return torch.cuda.max_memory_reserved(self.device) >> 20 if on_gpu else self.peak_memory_mib()
 
 
 class KeepingRanks(Ranks):
@@ -753,7 +738,8 @@ def next_batch(loader: TokenLoader, stage: Stage, ranks: Ranks, in_document: boo
     num_tokens = stage.batch_tokens // stage.micro_batches
     rows = loader.take(stage.seq_len, num_tokens, ranks.rank, ranks.world_size)
     extent = extent_of(rows.starts_segment, stage.seq_len) if in_document else None
-    return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=True) for part in rows), extent)
+    async_copy = ranks.device.type == "cuda"  # Apple's GPUs would read the source after it is freed
+    return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=async_copy) for part in rows), extent)
 
 
 def open_tokenizer(cfg: DataConfig) -> TokenCodec:
@@ -1437,6 +1423,8 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> Ch
 
 def make_gpt(cfg: Config, device: torch.device, weights_on: str = "cpu") -> GPT:
     """Make a model that computes on `device`, in that dtype and with that attention backend."""
+    if PACKED_RECIPE is None:
+        check_device(cfg, device)
     dtype = resolve_dtype(cfg.model.compute_dtype, device)
     choice = resolve_backend(cfg, device, dtype)
     with torch.device(weights_on):
@@ -1711,8 +1699,9 @@ class Optimizers:
 
     def clip(self, adam_grads: list[Tensor], shares: list[Tensor], limit: float) -> None:
         """Scale all gradients so that their global norm over all ranks is at most the limit."""
-        total = self.ranks.sum(sum(share.double().square().sum() for share in shares)) if shares else 0.0
-        total = total + sum(grad.double().square().sum() for grad in adam_grads)
+        wide = wide_dtype(self.ranks.device)
+        total = self.ranks.sum(sum(share.to(wide).square().sum() for share in shares)) if shares else 0.0
+        total = total + sum(grad.to(wide).square().sum() for grad in adam_grads)
         grads = adam_grads + shares
         torch._foreach_mul_(grads, (limit / (total.sqrt() + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
 
@@ -2342,9 +2331,9 @@ def count_ngrams(training: Training, seconds: float = math.inf) -> tuple[NgramTa
 def fit_scales(training: Training, seconds: float = math.inf) -> tuple[tuple[float, ...], int, int]:
     """Fit the scorer's factors of positive and of negative logits to the next training text, all ranks."""
     model, batches = training.model.eval(), []
-    scales = torch.ones(2, dtype=torch.float64, device=training.ranks.device)
+    scales = torch.ones(2, dtype=wide_dtype(training.ranks.device), device=training.ranks.device)
     for index in range(NEWTON_STEPS):
-        sums = torch.zeros(6, dtype=torch.float64, device=scales.device)
+        sums = torch.zeros(6, dtype=scales.dtype, device=scales.device)
         for batch in batches or timed_batches(training, seconds / NEWTON_STEPS):
             if index == 0:
                 batches.append(batch)
@@ -2572,6 +2561,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
     seen = len(text.target_bytes) // cfg.data.seq_len * cfg.data.seq_len  # as the contest counts them
     name = Path(cfg.data.data_path).resolve().name
     dtype = str(model.compute_dtype).removeprefix("torch.")
+    reason = why_float32(cfg.model.compute_dtype, ranks.device) if PACKED_RECIPE is None else ""
     log.line(f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}", console=False)
     log.line(
         f"config_hash:{fixed_hash(cfg)}\n"
@@ -2582,7 +2572,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"tokenizer_report:{read_report(Path(text.pattern).parent, text.tokenizer_sha256)}\n"
         f"model_params:{sum(param.numel() for param in model.parameters())}\n"
         f"world_size:{ranks.world_size} grad_accum_steps:{cfg.data.micro_batches // ranks.world_size}\n"
-        f"device:{ranks.device.type} compute_dtype:{dtype} compile:{training.is_compiled}\n"
+        f"device:{ranks.device.type} compute_dtype:{dtype}{reason} compile:{training.is_compiled}\n"
         f"attention_mode:gqa backend:{model.attention} "
         f"num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}\n"
         + "".join(f"attention_passed_over:{name} {why}\n" for name, why in model.passed_over.items())
@@ -2769,9 +2759,8 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     phase("set-up and warm-up")
 
     facts = train(training, log, lambda: validate(training.model, cfg, text, ranks))
-    log.line(
-        f"peak memory allocated: {ranks.peak_memory_mib()} MiB reserved: {ranks.reserved_memory_mib()} MiB"
-    )
+    used, held = (size >> 20 for size in peak_memory(ranks.device))
+    log.line(f"peak memory allocated: {used} MiB reserved: {held} MiB")
     phase("training and validation")
 
     ledger = store_model(training, log, text.tokenizer_sha256, code_bytes)
