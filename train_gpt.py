@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +54,7 @@ from data.validation import ValidationText, read_validation, scored_tokens
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
 from formats.help import FieldParser, check_names, describe_sections, format_description, near_misses
+from formats.memory import counts_to_try, memory_message, read_auto
 from formats.recipe import (
     changed_recipe,
     check_ranges,
@@ -97,6 +98,7 @@ from kernels.machine import (
     why_float32,
     wide_dtype,
 )
+from kernels.memory import fits_memory, is_out_of_memory, total_memory
 from quantizers.config import QuantConfig
 from quantizers.gptq import Calibrated, CalibrationStats, calibrate, collect_stats, combine_roles
 from quantizers.grid import Grid, Quantized, check_weight, stored_weights
@@ -245,7 +247,9 @@ class DataConfig:
     loader: str = option("sequential", "", "order of the training tokens", choices=tuple(LOADERS))
     seq_len: int = option(1024, "TRAIN_SEQ_LEN", "tokens a training row", low=2)
     batch_tokens: int = option(524_288, "TRAIN_BATCH_TOKENS", "tokens a step, all ranks together", low=1)
-    micro_batches: int = option(8, "", "a step's micro-batches; the world size divides them", low=1)
+    micro_batches: int = option(
+        8, "", "a step's micro-batches; the world size divides them; auto or 0: the fewest that fit", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -496,7 +500,9 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
                 )
     else:
         check_names(Config, changes)
-    cfg = with_values(Config(), read_recipe(recipe_path), recipe_path) if recipe_path else Config()
+        changes = read_auto(changes)
+    recipe = read_auto(read_recipe(recipe_path)) if recipe_path else {}
+    cfg = with_values(Config(), recipe, recipe_path) if recipe_path else Config()
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
     check_config(cfg)
@@ -2684,11 +2690,51 @@ def check_world_size(cfg: Config, world_size: int) -> None:
             )
 
 
+def rehearse_step(cfg: Config, ranks: Ranks, bos_id: int) -> None:
+    """Take a step's memory: weights, optimizer state, gradients and a micro-batch on top, in each phase."""
+    training = Training(cfg, ranks, bos_id)
+    for phase in get_phases(cfg):
+        training.model.train()
+        training.micro_step(phase, 0)
+        training.update(0.0)
+        training.accumulate(phase, iter((False, True)).__next__)
+
+
+def resolve_micro_batches(cfg: Config, environment: Environment, ranks: Ranks, bos_id: int) -> Config:
+    """Choose data.micro_batches=auto: the fewest of which one fits the memory of every rank's device."""
+    # Alone, so that a rank without memory keeps none waiting; its optimizer state is whole, not a share.
+    alone = Ranks(Environment({}, local_rank=environment.local_rank), cfg.run.device)
+    can_try = ranks.device.type != "cpu"
+    for count in counts_to_try(get_stages(cfg)[0], ranks.world_size, can_try):
+        tried = with_values(cfg, {"data.micro_batches": count}, "auto")
+        step = partial(rehearse_step, tried, alone, bos_id)
+        fails = torch.tensor(0.0 if not can_try or fits_memory(step, alone.device) else 1.0)
+        if ranks.sum(fails).item() == 0:
+            return tried
+        if ranks.is_main:
+            print(f"data.micro_batches=auto: {count} need more memory than there is", flush=True)
+    raise UserError(out_of_memory(tried, environment))
+
+
+def out_of_memory(cfg: Config, environment: Environment) -> str:
+    """Say what a step takes of this process's device, and what to lower."""
+    device = resolve_device(cfg.run.device, environment.local_rank)
+    with torch.device("meta"):
+        num_params = sum(param.numel() for param in GPT(cfg.model, cfg.data.vocab_size).parameters())
+    item_bytes = resolve_dtype(cfg.model.compute_dtype, device).itemsize
+    sizes = (num_params, item_bytes, total_memory(device), device.type)
+    return memory_message(cfg, get_stages(cfg), environment.world_size, sizes)
+
+
 def open_run(
     cfg: Config, environment: Environment, text: ValidationText, checkpoint_path: Path | None
 ) -> tuple[Training, Log, int]:
     """Make ranks, model (from a checkpoint if there is one) and run folder; also weigh the packed source."""
     ranks = Ranks(environment, cfg.run.device)
+    auto_note = ""
+    if PACKED_RECIPE is None and not cfg.data.micro_batches:
+        cfg = resolve_micro_batches(cfg, environment, ranks, text.bos_id)
+        auto_note = f"data.micro_batches=auto: {cfg.data.micro_batches}"
     started_at = time.localtime(ranks.broadcast(time.time()))  # rank 0's, so that all ranks name one folder
     run_id = cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at) + f"_seed{cfg.run.seed}"
     training = Training(cfg, ranks, text.bos_id)
@@ -2705,7 +2751,7 @@ def open_run(
             raise BudgetError(f"{not_valid(broken)}: the code alone, nothing was trained.")
     log_setup(cfg, training, text, log)
     overrides = (f"environment_override:{key}={value}" for key, value in environment.overrides.items())
-    for line in (packing_note, *overrides):
+    for line in (packing_note, auto_note, *overrides):
         log.line(line, console=False)
     return training, log, code_bytes
 
@@ -2755,6 +2801,8 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     text = load_validation(cfg.data)
     training, log, code_bytes = open_run(cfg, environment, text, checkpoint_path)
     ranks = training.ranks
+    if PACKED_RECIPE is None:
+        cfg = training.cfg  # where auto has become a number
     warm_up(training, log)
     phase("set-up and warm-up")
 
@@ -2779,6 +2827,16 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
         result["calibration_ms"] = training.calibration_ms
         result["tokenizer_report"] = read_report(Path(text.pattern).parent, text.tokenizer_sha256)
         finish(log.folder, cfg, result, log)
+
+
+def run_or_explain(cfg: Config, environment: Environment, checkpoint_path: Path | None = None) -> None:
+    """Run; when memory is used up, say what to lower."""
+    try:
+        run(cfg, environment, checkpoint_path)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(out_of_memory(cfg, environment)) from error
 
 
 def score_file(path: Path, live: Config, environment: Environment) -> None:
@@ -2919,7 +2977,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.score:
             score_file(args.score, cfg, environment)
         else:
-            run(cfg, environment, args.resume if Config().run.save_every >= 0 else None)
+            job = run_or_explain if PACKED_RECIPE is None else run
+            job(cfg, environment, args.resume if Config().run.save_every >= 0 else None)
     except UserError:
         if environment.rank == 0:
             raise
