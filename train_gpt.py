@@ -2976,9 +2976,10 @@ def main(argv: list[str] | None = None) -> None:
         cfg = load_config(recipe_path, environment.overrides, args.overrides)
         if args.score:
             score_file(args.score, cfg, environment)
+        elif PACKED_RECIPE is None:
+            run_or_explain(cfg, environment, args.resume)
         else:
-            job = run_or_explain if PACKED_RECIPE is None else run
-            job(cfg, environment, args.resume if Config().run.save_every >= 0 else None)
+            run(cfg, environment, args.resume if Config().run.save_every >= 0 else None)
     except UserError:
         if environment.rank == 0:
             raise
