@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU ?= cu130
+ROCM_INDEX ?= https://download.pytorch.org/whl/rocm6.4
+KFD ?= /dev/kfd
 RECIPE ?= records/track_cpu/2026-11-21_Sp2048_LoraScoring/recipe.toml
 VOCAB ?= 2048
 BUILTIN := data/datasets/builtin_sp$(VOCAB)
@@ -42,7 +44,8 @@ test-pythons: setup ## pack under Python 3.11 to 3.14, fetching what is missing:
 setup: $(STAMP) ## make .venv with everything installed; instant when it is up to date
 
 $(STAMP): requirements.txt requirements/dev.txt constraints/cpu.txt constraints/$(GPU).txt dev/setup.sh
-	VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) GPU=$(GPU) sh dev/setup.sh
+	VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) GPU=$(GPU) \
+		ROCM_INDEX=$(ROCM_INDEX) KFD=$(KFD) sh dev/setup.sh
 	@touch $@
 
 data: setup ## collect the built-in corpus, train a tokenizer of VOCAB entries, write token shards

@@ -25,14 +25,13 @@ import json
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +54,7 @@ from data.validation import ValidationText, read_validation, scored_tokens
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
 from formats.help import FieldParser, check_names, describe_sections, format_description, near_misses
+from formats.memory import counts_to_try, memory_message, read_auto
 from formats.recipe import (
     changed_recipe,
     check_ranges,
@@ -88,7 +88,18 @@ from kernels.attention import (
 from kernels.context import ContextRule, attend_compressed, feature_projection
 from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
 from kernels.loss import blocked_loss
-from kernels.machine import keep_freed_memory, resolve_compile, resolve_dtype
+from kernels.machine import (
+    ACCELERATORS,
+    check_device,
+    keep_freed_memory,
+    peak_memory,
+    resolve_compile,
+    resolve_device,
+    resolve_dtype,
+    why_float32,
+    wide_dtype,
+)
+from kernels.memory import fits_memory, is_out_of_memory, total_memory
 from kernels.norm import rms_norm
 from quantizers.config import QuantConfig
 from quantizers.gptq import Calibrated, CalibrationStats, calibrate, collect_stats, combine_roles
@@ -198,7 +209,7 @@ class RunConfig:
     run_id: str = option("", "RUN_ID", "name of the run folder; empty: time and seed", live=True)
     out_dir: str = option("runs", "", "where run folders go", live=True)
     seed: int = option(1337, "SEED", "seed of the initial weights", live=True)
-    device: str = option("auto", "", "where to compute", live="auto", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "", "where to compute", live="auto", choices=("auto", "cpu", *ACCELERATORS))
     compile: str = option("auto", "", "torch.compile", live="auto", choices=("auto", "on", "off"))
     attention: str = option("auto", "", "attention backend", live="auto", choices=("auto", *BACKENDS))
     iterations: int = option(20_000, "ITERATIONS", "most optimizer steps", live=True, low=0)
@@ -238,7 +249,9 @@ class DataConfig:
     loader: str = option("sequential", "", "order of the training tokens", choices=tuple(LOADERS))
     seq_len: int = option(1024, "TRAIN_SEQ_LEN", "tokens a training row", low=2)
     batch_tokens: int = option(524_288, "TRAIN_BATCH_TOKENS", "tokens a step, all ranks together", low=1)
-    micro_batches: int = option(8, "", "a step's micro-batches; the world size divides them", low=1)
+    micro_batches: int = option(
+        8, "", "a step's micro-batches; the world size divides them; auto or 0: the fewest that fit", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -489,7 +502,9 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
                 )
     else:
         check_names(Config, changes)
-    cfg = with_values(Config(), read_recipe(recipe_path), recipe_path) if recipe_path else Config()
+        changes = read_auto(changes)
+    recipe = read_auto(read_recipe(recipe_path)) if recipe_path else {}
+    cfg = with_values(Config(), recipe, recipe_path) if recipe_path else Config()
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
     check_config(cfg)
@@ -572,28 +587,16 @@ class Ranks:
 
     def __init__(self, environment: Environment, device: str):
         self.rank, self.world_size = environment.rank, environment.world_size
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "run.device=cuda: expected a CUDA device, found none. Use run.device=auto or cpu."
-            )
-        use_cuda = device != "cpu" and torch.cuda.is_available()
-        if use_cuda and environment.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"expected a GPU for each process, found {torch.cuda.device_count()} for local rank "
-                f"{environment.local_rank}. Lower --nproc_per_node."
-            )
-        self.device = torch.device("cuda", environment.local_rank) if use_cuda else torch.device("cpu")
-        if not use_cuda:
+        self.device = resolve_device(device, environment.local_rank)
+        if self.device.type == "cpu":
             keep_freed_memory()
-        else:
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision(
-                "high"
-            )  # TF32 where products are float32: Gram matrices, heads
         if self.world_size > 1:
             # Ranks wait for rank 0 while it quantizes and compresses: longer than the default ten minutes.
-            settings = {"backend": "nccl" if use_cuda else "gloo", "timeout": timedelta(hours=1)}
-            dist.init_process_group(**settings, device_id=self.device if use_cuda else None)
+            dist.init_process_group(
+                dist.get_default_backend_for_device(self.device),
+                timeout=timedelta(hours=1),
+                device_id=None if self.device.type == "cpu" else self.device,
+            )
 
     @property
     def is_main(self) -> bool:
@@ -648,25 +651,14 @@ class Ranks:
 
     def synchronize(self) -> None:
         """Wait for this rank's device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def close(self) -> None:
         """Leave the process group, all ranks together."""
-        if dist.is_initialized():
+        if self.world_size > 1:
             dist.barrier()  # a rank that leaves early takes its connections from the others
             dist.destroy_process_group()
-
-    def peak_memory_mib(self) -> int:
-        """Most memory used so far: the device's, or the process's on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) >> 20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-    def reserved_memory_mib(self) -> int:
-        """Most device memory held by the allocator; on a CPU the process's peak."""
-        on_gpu = self.device.type == "cuda"
-        return torch.cuda.max_memory_reserved(self.device) >> 20 if on_gpu else self.peak_memory_mib()
 
 
 class KeepingRanks(Ranks):
@@ -756,7 +748,8 @@ def next_batch(loader: TokenLoader, stage: Stage, ranks: Ranks, in_document: boo
     num_tokens = stage.batch_tokens // stage.micro_batches
     rows = loader.take(stage.seq_len, num_tokens, ranks.rank, ranks.world_size)
     extent = extent_of(rows.starts_segment, stage.seq_len) if in_document else None
-    return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=True) for part in rows), extent)
+    async_copy = ranks.device.type == "cuda"  # Apple's GPUs would read the source after it is freed
+    return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=async_copy) for part in rows), extent)
 
 
 def open_tokenizer(cfg: DataConfig) -> TokenCodec:
@@ -1434,6 +1427,8 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> Ch
 
 def make_gpt(cfg: Config, device: torch.device, weights_on: str = "cpu") -> GPT:
     """Make a model that computes on `device`, in that dtype and with that attention backend."""
+    if PACKED_RECIPE is None:
+        check_device(cfg, device)
     dtype = resolve_dtype(cfg.model.compute_dtype, device)
     choice = resolve_backend(cfg, device, dtype)
     with torch.device(weights_on):
@@ -1708,11 +1703,10 @@ class Optimizers:
 
     def clip(self, adam_grads: list[Tensor], shares: list[Tensor], limit: float) -> None:
         """Scale all gradients so that their global norm over all ranks is at most the limit."""
-        total = torch.stack(torch._foreach_norm(adam_grads)).double().square().sum()
-        if (
-            shares
-        ):  # the ranks hold other parts of them: summed in float64, how many there are changes nothing
-            norms = torch.stack([torch.linalg.vector_norm(share, dtype=torch.float64) for share in shares])
+        wide = wide_dtype(self.ranks.device)
+        total = torch.stack(torch._foreach_norm(adam_grads)).to(wide).square().sum()
+        if shares:  # ranks hold other parts of them: in float64 their number changes nothing
+            norms = torch.stack([torch.linalg.vector_norm(share, dtype=wide) for share in shares])
             total = total + self.ranks.sum(norms.square().sum())
         grads = adam_grads + shares
         torch._foreach_mul_(grads, (limit / (total.sqrt() + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
@@ -2343,9 +2337,9 @@ def count_ngrams(training: Training, seconds: float = math.inf) -> tuple[NgramTa
 def fit_scales(training: Training, seconds: float = math.inf) -> tuple[tuple[float, ...], int, int]:
     """Fit the scorer's factors of positive and of negative logits to the next training text, all ranks."""
     model, batches = training.model.eval(), []
-    scales = torch.ones(2, dtype=torch.float64, device=training.ranks.device)
+    scales = torch.ones(2, dtype=wide_dtype(training.ranks.device), device=training.ranks.device)
     for index in range(NEWTON_STEPS):
-        sums = torch.zeros(6, dtype=torch.float64, device=scales.device)
+        sums = torch.zeros(6, dtype=scales.dtype, device=scales.device)
         for batch in batches or timed_batches(training, seconds / NEWTON_STEPS):
             if index == 0:
                 batches.append(batch)
@@ -2573,6 +2567,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
     seen = len(text.target_bytes) // cfg.data.seq_len * cfg.data.seq_len  # as the contest counts them
     name = Path(cfg.data.data_path).resolve().name
     dtype = str(model.compute_dtype).removeprefix("torch.")
+    reason = why_float32(cfg.model.compute_dtype, ranks.device) if PACKED_RECIPE is None else ""
     log.line(f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}", console=False)
     log.line(
         f"config_hash:{fixed_hash(cfg)}\n"
@@ -2583,7 +2578,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"tokenizer_report:{read_report(Path(text.pattern).parent, text.tokenizer_sha256)}\n"
         f"model_params:{sum(param.numel() for param in model.parameters())}\n"
         f"world_size:{ranks.world_size} grad_accum_steps:{cfg.data.micro_batches // ranks.world_size}\n"
-        f"device:{ranks.device.type} compute_dtype:{dtype} compile:{training.is_compiled}\n"
+        f"device:{ranks.device.type} compute_dtype:{dtype}{reason} compile:{training.is_compiled}\n"
         f"attention_mode:gqa backend:{model.attention} "
         f"num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}\n"
         + "".join(f"attention_passed_over:{name} {why}\n" for name, why in model.passed_over.items())
@@ -2695,11 +2690,51 @@ def check_world_size(cfg: Config, world_size: int) -> None:
             )
 
 
+def rehearse_step(cfg: Config, ranks: Ranks, bos_id: int) -> None:
+    """Take a step's memory: weights, optimizer state, gradients and a micro-batch on top, in each phase."""
+    training = Training(cfg, ranks, bos_id)
+    for phase in get_phases(cfg):
+        training.model.train()
+        training.micro_step(phase, 0)
+        training.update(0.0)
+        training.accumulate(phase, iter((False, True)).__next__)
+
+
+def resolve_micro_batches(cfg: Config, environment: Environment, ranks: Ranks, bos_id: int) -> Config:
+    """Choose data.micro_batches=auto: the fewest of which one fits the memory of every rank's device."""
+    # Alone, so that a rank without memory keeps none waiting; its optimizer state is whole, not a share.
+    alone = Ranks(Environment({}, local_rank=environment.local_rank), cfg.run.device)
+    can_try = ranks.device.type != "cpu"
+    for count in counts_to_try(get_stages(cfg)[0], ranks.world_size, can_try):
+        tried = with_values(cfg, {"data.micro_batches": count}, "auto")
+        step = partial(rehearse_step, tried, alone, bos_id)
+        fails = torch.tensor(0.0 if not can_try or fits_memory(step, alone.device) else 1.0)
+        if ranks.sum(fails).item() == 0:
+            return tried
+        if ranks.is_main:
+            print(f"data.micro_batches=auto: {count} need more memory than there is", flush=True)
+    raise UserError(out_of_memory(tried, environment))
+
+
+def out_of_memory(cfg: Config, environment: Environment) -> str:
+    """Say what a step takes of this process's device, and what to lower."""
+    device = resolve_device(cfg.run.device, environment.local_rank)
+    with torch.device("meta"):
+        num_params = sum(param.numel() for param in GPT(cfg.model, cfg.data.vocab_size).parameters())
+    item_bytes = resolve_dtype(cfg.model.compute_dtype, device).itemsize
+    sizes = (num_params, item_bytes, total_memory(device), device.type)
+    return memory_message(cfg, get_stages(cfg), environment.world_size, sizes)
+
+
 def open_run(
     cfg: Config, environment: Environment, text: ValidationText, checkpoint_path: Path | None
 ) -> tuple[Training, Log, int]:
     """Make ranks, model (from a checkpoint if there is one) and run folder; also weigh the packed source."""
     ranks = Ranks(environment, cfg.run.device)
+    auto_note = ""
+    if PACKED_RECIPE is None and not cfg.data.micro_batches:
+        cfg = resolve_micro_batches(cfg, environment, ranks, text.bos_id)
+        auto_note = f"data.micro_batches=auto: {cfg.data.micro_batches}"
     started_at = time.localtime(ranks.broadcast(time.time()))  # rank 0's, so that all ranks name one folder
     run_id = cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at) + f"_seed{cfg.run.seed}"
     training = Training(cfg, ranks, text.bos_id)
@@ -2716,7 +2751,7 @@ def open_run(
             raise BudgetError(f"{not_valid(broken)}: the code alone, nothing was trained.")
     log_setup(cfg, training, text, log)
     overrides = (f"environment_override:{key}={value}" for key, value in environment.overrides.items())
-    for line in (packing_note, *overrides):
+    for line in (packing_note, auto_note, *overrides):
         log.line(line, console=False)
     return training, log, code_bytes
 
@@ -2766,13 +2801,14 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     text = load_validation(cfg.data)
     training, log, code_bytes = open_run(cfg, environment, text, checkpoint_path)
     ranks = training.ranks
+    if PACKED_RECIPE is None:
+        cfg = training.cfg  # where auto has become a number
     warm_up(training, log)
     phase("set-up and warm-up")
 
     facts = train(training, log, lambda: validate(training.model, cfg, text, ranks))
-    log.line(
-        f"peak memory allocated: {ranks.peak_memory_mib()} MiB reserved: {ranks.reserved_memory_mib()} MiB"
-    )
+    used, held = (size >> 20 for size in peak_memory(ranks.device))
+    log.line(f"peak memory allocated: {used} MiB reserved: {held} MiB")
     phase("training and validation")
 
     ledger = store_model(training, log, text.tokenizer_sha256, code_bytes)
@@ -2791,6 +2827,16 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
         result["calibration_ms"] = training.calibration_ms
         result["tokenizer_report"] = read_report(Path(text.pattern).parent, text.tokenizer_sha256)
         finish(log.folder, cfg, result, log)
+
+
+def run_or_explain(cfg: Config, environment: Environment, checkpoint_path: Path | None = None) -> None:
+    """Run; when memory is used up, say what to lower."""
+    try:
+        run(cfg, environment, checkpoint_path)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(out_of_memory(cfg, environment)) from error
 
 
 def score_file(path: Path, live: Config, environment: Environment) -> None:
@@ -2930,6 +2976,8 @@ def main(argv: list[str] | None = None) -> None:
         cfg = load_config(recipe_path, environment.overrides, args.overrides)
         if args.score:
             score_file(args.score, cfg, environment)
+        elif PACKED_RECIPE is None:
+            run_or_explain(cfg, environment, args.resume)
         else:
             run(cfg, environment, args.resume if Config().run.save_every >= 0 else None)
     except UserError:

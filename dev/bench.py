@@ -82,8 +82,8 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
     for _ in range(repeats):
         started = time.perf_counter()
         action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         times.append(time.perf_counter() - started)
     return median(times)
 

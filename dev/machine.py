@@ -17,7 +17,8 @@ import torch
 from common import CommandParser, run_command
 from data.shards import MANIFEST_NAME, read_manifest
 from kernels.attention import BACKENDS, MaskSpec, refusal, resolve_attention
-from kernels.machine import resolve_compile, resolve_dtype
+from kernels.machine import resolve_compile, resolve_device, resolve_dtype, why_float32
+from kernels.memory import total_memory
 
 PACKAGES = (
     "numpy",
@@ -31,6 +32,8 @@ PACKAGES = (
 )
 HEADS = (8, 4, 64)  # of the contest's baseline: query heads, key heads, width
 PAD = "  "
+DRIVER_FILES = {"NVIDIA": "/proc/driver/nvidia/version", "AMD": "/sys/module/amdgpu/version"}
+NO_DRIVER = "no file of an NVIDIA or AMD driver"
 BUSY = 0.5  # load a core above which timings mean little
 
 
@@ -42,11 +45,48 @@ def find_devices() -> dict[str, str]:
         kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         size = f"{about.total_memory / 2**30:.0f} GiB"
         found[f"cuda:{index}"] = f"{about.name}, capability {about.major}.{about.minor}, {size}, {kind}"
+    for index in range(torch.xpu.device_count() if torch.xpu.is_available() else 0):
+        about = torch.xpu.get_device_properties(index)
+        found[f"xpu:{index}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, Intel GPU"
     if torch.backends.mps.is_available():
-        found["mps"] = "Apple GPU (runs do not use it yet)"
-    if torch.xpu.is_available():
-        found["xpu"] = "Intel GPU (runs do not use it yet)"
+        size = f"{total_memory(torch.device('mps')) / 2**30:.0f} GiB"
+        found["mps:0"] = f"Apple GPU, {size} for it, macOS {platform.mac_ver()[0]}"
     return found
+
+
+def find_driver() -> str:
+    """Name the driver's version where it says one: NVIDIA's, AMD's; others say none."""
+    for name, path in DRIVER_FILES.items():
+        if Path(path).is_file():
+            words = Path(path).read_text(encoding="utf-8").split()
+            return f"{name} {next((word for word in words if word[0].isdigit()), 'of unknown version')}"
+    return NO_DRIVER
+
+
+def find_build() -> str:
+    """Say for which GPUs torch was built."""
+    kinds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": torch.version.xpu}
+    built = [f"{name} {version}" for name, version in kinds.items() if version]
+    built += ["MPS"] if torch.backends.mps.is_built() else []
+    return ", ".join(built) or "CPUs alone"
+
+
+def find_gaps() -> list[str]:
+    """List the NVIDIA and AMD GPUs for which this torch holds no kernels: their first step would fail."""
+    archs, gaps = torch.cuda.get_arch_list(), []
+    binaries = [int(arch[3:].rstrip("af")) for arch in archs if arch.startswith("sm_")]
+    portable = [int(arch[8:].rstrip("af")) for arch in archs if arch.startswith("compute_")]
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        number = 10 * about.major + about.minor
+        runs = any(found // 10 == about.major and found <= number for found in binaries)
+        runs |= any(found <= number for found in portable)
+        if torch.version.hip:
+            runs = about.gcnArchName.partition(":")[0] in archs
+        gaps += (
+            [] if runs or not archs else [f"{about.name}: this torch has kernels for {' '.join(archs)} only"]
+        )
+    return gaps
 
 
 def choose_attention(device: torch.device) -> dict[str, dict]:
@@ -85,19 +125,23 @@ def find_data(root: Path) -> dict[str, str]:
 def look(datasets: Path = Path("data/datasets")) -> dict:
     """Collect everything."""
     devices = find_devices()
-    device = torch.device("cuda:0" if "cuda:0" in devices else "cpu")
+    device = resolve_device("auto")
     cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    memory = total_memory(torch.device("cpu"))
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cores": f"{cores}, load {load:.2f}",
         "is_busy": load > BUSY * cores,
-        "memory": f"{memory / 2**30:.0f} GiB",
+        "memory": f"{memory / 2**30:.0f} GiB" if memory else "unknown",
         "disk": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free",
+        "driver": find_driver(),
         "torch": torch.__version__,
+        "built_for": find_build(),
         "devices": devices,
         "runs_on": str(device),
         "compute_dtype": str(resolve_dtype("auto", device)).removeprefix("torch."),
+        "why_float32": why_float32("auto", device),
+        "gaps": find_gaps(),
         "compile": resolve_compile("auto", device),
         "attention": choose_attention(device),
         "packages": find_packages(),
@@ -112,18 +156,29 @@ def advise(found: dict) -> list[str]:
         steps.append("other programs are at work: timings will mislead, and runs take fewer steps")
     if not found["data"]:
         steps.append("no data: `make data` writes the built-in corpus, data.prepare your own text")
-    if found["runs_on"] == "cpu":
-        steps.append("no CUDA GPU: `make run` trains the recipe for two CPU cores")
-    elif all(found["packages"][name] == "missing" for name in PACKAGES if "flash" in name):
+    for gap in found["gaps"]:
+        steps.append(f"{gap}: install a torch built for it, or set run.device=cpu")
+    kind = found["runs_on"].partition(":")[0]
+    if kind == "cpu" and found["driver"] != NO_DRIVER:
+        steps.append(f"a GPU's driver is there, but torch {found['torch']} finds no GPU: its build, for "
+                     f"{found['built_for']}, must be for this GPU and no newer than the driver")  # fmt: skip
+    elif kind == "cpu":
+        steps.append("no GPU that torch knows: `make run` trains the recipe for two CPU cores")
+    if kind == "mps" or "ROCm" in found["built_for"] or kind == "xpu":
+        steps.append(f"nobody has run this on {kind} here: compare a short run with run.device=cpu first")
+    elif kind == "cuda" and all(found["packages"][name] == "missing" for name in PACKAGES if "flash" in name):
         steps.append("no FlashAttention: docs/gpu-and-multi-node.md says which wheel fits this torch")
+    if kind in ("cuda", "xpu") and found["packages"]["triton"] == "missing":
+        steps.append("no triton, so runs are not compiled: pip install triton, on Windows triton-windows")
     return steps or ["nothing: everything is there"]
 
 
 def format_report(found: dict) -> str:
     """Lay it out for a terminal of 80 columns."""
-    lines = [f"{name:<15}{found[name]}" for name in ("system", "cores", "memory", "disk", "torch")]
+    lines = [f"{name:<15}{found[name]}" for name in ("system", "cores", "memory", "disk", "driver")]
+    lines.append(f"{'torch':<15}{found['torch']}, built for {found['built_for']}")
     lines += [f"{name:<15}{about}" for name, about in found["devices"].items()]
-    lines.append(f"{'a run takes':<15}{found['runs_on']}, {found['compute_dtype']}, "
+    lines.append(f"{'a run takes':<15}{found['runs_on']}, {found['compute_dtype']}{found['why_float32']}, "
                  f"torch.compile {'on' if found['compile'] else 'off'}")  # fmt: skip
     for title, choice in found["attention"].items():
         lines.append(f"{'attention':<15}{title}: {choice['backend']}")

@@ -15,8 +15,10 @@ def stage_rules(cfg, stages: list) -> list[tuple]:
     starts = [stage.start for stage in stages]
     fits = starts[0] == 0 and len({s < 1 for s in starts[1:]}) < 2 and starts == sorted(set(starts))
     rules = [("schedule.stages", fits, "must start at 0 and rise, by steps or by fractions of the run")]
+    by_hand = cfg.data.micro_batches > 0 or not cfg.schedule.stages
+    rules.append(("data.micro_batches", by_hand, "is auto: expected a number beside schedule.stages"))
     for stage in stages:
-        micro_tokens, rest = divmod(stage.batch_tokens, stage.micro_batches)
+        micro_tokens, rest = divmod(stage.batch_tokens, stage.micro_batches or 1)
         whole = micro_tokens >= 1 and micro_tokens % stage.seq_len == 0
         rows = f"/ micro_batches={stage.micro_batches} must be a multiple of data.seq_len={stage.seq_len}"
         rules += [

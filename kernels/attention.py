@@ -317,7 +317,7 @@ class Backend(NamedTuple):
 
     run: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
     form: str  # of its mask: bias, offsets, segments or blocks
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[str, ...] = ("cpu", "cuda", "mps", "xpu")
     dtypes: tuple[torch.dtype, ...] = HALF + FULL
     probe: Callable | None = None  # what the self-test calls instead of run
 
@@ -333,7 +333,7 @@ BACKENDS = {
     "sdpa": Backend(sdpa, "bias"),
     "math": Backend(math_attention, "segments"),
 }
-# What auto tries, best first, by device.
+# What auto tries, best first, by device; on others what torch itself has everywhere.
 PLAIN_ORDER = {
     "cpu": ("blocked", "sdpa"),
     "hopper": ("fa3", "fa4", "cudnn", "sdpa"),
@@ -361,8 +361,10 @@ def resolve_attention(
     """Choose and self-test a backend for heads (H, G, K); raise when the one asked for cannot do it."""
     if requested != "auto" and requested not in BACKENDS:
         raise UserError(f"attention={requested}: expected auto or one of {', '.join(BACKENDS)}.")
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    order = (PLAIN_ORDER if spec.is_plain else NARROW_ORDER)["hopper" if hopper else device.type]
+    orders = PLAIN_ORDER if spec.is_plain else NARROW_ORDER
+    nvidia = device.type == "cuda" and not torch.version.hip  # AMD counts capabilities in its own way
+    hopper = nvidia and torch.cuda.get_device_capability(device)[0] == 9
+    order = orders.get("hopper" if hopper else device.type, ("sdpa", "math"))
     refused = {}
     for name in order if requested == "auto" else [requested]:
         refused[name] = refusal(name, device, dtype, heads, spec)
@@ -384,7 +386,7 @@ def refusal(
         return f"it trains on {' and '.join(backend.devices)} only"
     if dtype not in backend.dtypes:
         return f"it computes in {', '.join(map(str, backend.dtypes))} only (model.compute_dtype)"
-    rounded = dtype in HALF or device.type == "cuda"  # a GPU multiplies float32 in TF32: 10 bits
+    rounded = dtype in HALF or device.type != "cpu"  # a GPU multiplies float32 in TF32: 10 bits
     tolerance = 2e-2 if rounded else 1e-3  # of the largest element
     try:
         error = self_test(name, device, dtype, heads, spec)

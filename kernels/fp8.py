@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common import UserError
+from kernels.machine import nvidia_capability
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {FORWARD: 448.0, BACKWARD: 57_344.0}
@@ -154,9 +155,8 @@ def require_fp8(rule: Fp8Rule, shapes: dict[str, tuple[int, int]], device: torch
                 f"model.fp8={rule.product}: {name} is {shape[0]} x {shape[1]}, expected multiples of "
                 f"{FP8_MULTIPLE}. Change model.model_dim, num_kv_heads or mlp_mult, or set model.fp8=off."
             )
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
-    if rule.product == "gemm" and not capable:
+    if rule.product == "gemm" and nvidia_capability(device) < FP8_CAPABILITY:
         raise UserError(
-            f"model.fp8=gemm: expected a CUDA device of capability {FP8_CAPABILITY} or later, found "
+            f"model.fp8=gemm: expected an NVIDIA GPU of capability {FP8_CAPABILITY} or later, found "
             f"{device.type}. Set model.fp8=emulate (the same rounding, slower) or model.fp8=off."
         )

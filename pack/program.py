@@ -21,6 +21,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common import UserError, atomic_file
+from formats.memory import AUTO
 from formats.recipe import read_recipe
 from pack.mix import DECODER_NAME, decoder_text, encode, shipped_decoder
 from pack.names import (
@@ -419,6 +420,11 @@ def read_sections(path: Path) -> dict[str, dict]:
     """Read a recipe.toml as {section: {key: value}}."""
     recipe: dict[str, dict] = {}
     for name, value in read_recipe(path).items():
+        if name in AUTO and value in ("auto", AUTO[name]):
+            raise PackingError(
+                f"{path}: expected a number for {name}, found auto. A run finds it: pack the recipe.toml "
+                "of its folder."
+            )
         section, _, key = name.partition(".")
         recipe.setdefault(section, {})[key] = value
     return recipe

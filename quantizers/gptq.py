@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from common import UserError
+from kernels.machine import wide_dtype
 from quantizers.grid import (
     SMALLEST_SCALE,
     Grid,
@@ -46,17 +47,17 @@ class CalibrationStats:
         self.sums: dict[str, Tensor] = {}  # "gram" (cols, cols) and "rows" (rows,), flat, each with its count
 
     def add_gram(self, values: Tensor) -> None:
-        """Add the Gram matrix of (..., cols) values, summed in float64."""
+        """Add the Gram matrix of (..., cols) values, summed in float64 where the device has it."""
         values = values.detach().flatten(0, -2).float()
-        self.add("gram", (values.mT @ values).double(), len(values))
+        self.add("gram", (values.mT @ values).to(wide_dtype(values.device)), len(values))
 
     def add_rows(self, totals: Tensor, count: int) -> None:
         """Add what `count` tokens add to the row weights (rows,)."""
-        self.add("rows", totals.detach().double(), count)
+        self.add("rows", totals.detach().to(wide_dtype(totals.device)), count)
 
     def add_squares(self, gradients: Tensor) -> None:
         """Add the squares of (..., rows) gradients to the row weights."""
-        gradients = gradients.flatten(0, -2).double()
+        gradients = gradients.flatten(0, -2).to(wide_dtype(gradients.device))
         self.add_rows(gradients.square().sum(dim=0), len(gradients))
 
     def add(self, kind: str, total: Tensor, count: int) -> None:
@@ -136,15 +137,16 @@ def factorize(
 ) -> Factor:
     """Damp a Hessian by a fraction of its mean diagonal and factor its inverse, in float64.
 
-    act_order rounds the columns of the largest inputs first.
+    act_order rounds the columns of the largest inputs first. A device without float64 lets the CPU do it.
     """
     check_matrix(hessian, name, "Calibrate with text on which the model's activations are finite.")
-    diagonal = hessian.diagonal().double()
+    exact = (hessian if wide_dtype(hessian.device) == torch.float64 else hessian.cpu()).double()
+    diagonal = exact.diagonal()
     dead = diagonal == 0
-    order = torch.arange(len(dead), device=hessian.device)
+    order = torch.arange(len(dead), device=exact.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    damped = hessian.double() + torch.diag(damping * diagonal.mean() + dead.double())
+    damped = exact + torch.diag(damping * diagonal.mean() + dead.double())
     # With the order flipped, the lower factor of H is the upper one: H = V V^T, so H^-1 = U^T U, U = V^-1.
     flipped = damped[order][:, order].flip(0, 1)
     lower, failed = torch.linalg.cholesky_ex(flipped)
@@ -153,9 +155,9 @@ def factorize(
             f"{name}: expected a positive definite Hessian, found one that is not, with damping {damping}. "
             "Raise the damping or calibrate with more text."
         )
-    identity = torch.eye(len(dead), dtype=torch.float64, device=hessian.device)
+    identity = torch.eye(len(dead), dtype=torch.float64, device=exact.device)
     upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return Factor(hessian.float(), order, upper.float(), dead)
+    return Factor(*(part.to(hessian.device) for part in (exact.float(), order, upper.float(), dead)))
 
 
 def output_error(error: Tensor, hessian: Tensor, row_weights: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from common import UserError
 
 def entropy_bits(codes: Tensor) -> float:
     """Return the order-0 entropy of integer codes, in bits for all of them together."""
-    counts = torch.unique(codes, return_counts=True)[1].double()
+    counts = torch.unique(codes, return_counts=True)[1].cpu().double()
     return float((counts * (counts.sum() / counts).log2()).sum())
 
 

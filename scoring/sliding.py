@@ -74,19 +74,20 @@ class ScaledCost(NamedTuple):
 
 
 def scale_sums(logits: torch.Tensor, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Add up gradient and Hessian of the cost in the two scales over (R, V) logits; (6,) float64."""
+    """Add up gradient and Hessian of the cost in the two scales over (R, V) logits; (6,) of their dtype."""
     parts = torch.stack([logits.clamp_min(0), logits.clamp_max(0)])  # (2, R, V): their sum is the logits
     chances = torch.einsum("s,srv->rv", scales.to(logits), parts).softmax(-1)
     means = torch.einsum("srv,rv->sr", parts, chances)
     hits = parts.gather(-1, targets.expand(2, -1).unsqueeze(-1)).squeeze(-1)
     squares = torch.einsum("srv,trv,rv->str", parts, parts, chances)
     hessian = squares - means.unsqueeze(0) * means.unsqueeze(1)
-    return torch.cat([(means - hits).double().sum(-1), hessian.double().sum(-1).flatten()])
+    return torch.cat([(means - hits).to(scales.dtype).sum(-1), hessian.to(scales.dtype).sum(-1).flatten()])
 
 
 def newton_step(scales: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """Move the two scales to where gradient and Hessian of all targets put the least cost."""
-    return scales - torch.linalg.pinv(sums[2:].view(2, 2), hermitian=True) @ sums[:2]
+    sums = sums.cpu()  # not every device has eigenvalues
+    return scales - (torch.linalg.pinv(sums[2:].view(2, 2), hermitian=True) @ sums[:2]).to(scales.device)
 
 
 class ScoreOptions(NamedTuple):

@@ -156,7 +156,7 @@ def test_what_cannot_be_8_bit_is_refused(tiny_config, alone):
     odd = with_values(tiny_config, {"model.fp8": "emulate", "model.num_kv_heads": 1}, "test")
     with pytest.raises(UserError, match=r"attn\.k is 8 x 32, expected multiples of 16.*model\.fp8=off"):
         Training(odd, alone, 0)
-    with pytest.raises(UserError, match=r"CUDA device of capability.*model\.fp8=emulate"):
+    with pytest.raises(UserError, match=r"NVIDIA GPU of capability.*model\.fp8=emulate"):
         Training(with_values(tiny_config, {"model.fp8": "gemm"}, "test"), alone, 0)
 
 

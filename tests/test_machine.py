@@ -52,25 +52,101 @@ def test_a_gpu_is_described(monkeypatch, hip):
     assert found["cuda:1"] == f"Big GPU, capability 9.0, 80 GiB, {kind}"
 
 
+def test_intels_and_apples_gpus_are_described(monkeypatch):
+    """Stand-ins again, of what their modules say."""
+    about = SimpleNamespace(name="Arc", total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: about)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 2**30)
+    monkeypatch.setattr(machine.platform, "mac_ver", lambda: ("15.1", "", ""))
+    found = machine.find_devices()
+    assert found["xpu:0"] == "Arc, 16 GiB, Intel GPU"
+    assert found["mps:0"] == "Apple GPU, 12 GiB for it, macOS 15.1"
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "hip", "runs"),
+    [
+        (["sm_75", "sm_90"], (7, 5), None, True),
+        (["sm_80", "sm_90"], (8, 9), None, True),
+        (["sm_80", "sm_90"], (7, 5), None, False),
+        (["sm_80", "sm_90a"], (6, 1), None, False),
+        (["sm_90", "compute_90"], (12, 0), None, True),
+        (["gfx90a", "gfx942"], (9, 4), "6.4", True),
+        (["gfx1100"], (9, 4), "6.4", False),
+        ([], (9, 0), None, True),
+    ],
+)
+def test_a_gpu_without_kernels_is_found(monkeypatch, archs, capability, hip, runs):
+    """Torch drops old cards; without this the first step fails with "no kernel image"."""
+    major, minor = capability
+    about = SimpleNamespace(name="Card", major=major, minor=minor, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: archs)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert machine.find_gaps() == (
+        [] if runs else [f"Card: this torch has kernels for {' '.join(archs)} only"]
+    )
+
+
+def test_the_driver_is_named_by_its_file(monkeypatch, tmp_path):
+    """NVIDIA's and AMD's; others have none."""
+    monkeypatch.setattr(machine, "DRIVER_FILES", {"NVIDIA": tmp_path / "nvidia", "AMD": tmp_path / "amd"})
+    assert machine.find_driver() == machine.NO_DRIVER
+    (tmp_path / "amd").write_text("6.12.12\n")
+    assert machine.find_driver() == "AMD 6.12.12"
+    (tmp_path / "nvidia").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27\n"
+    )
+    assert machine.find_driver() == "NVIDIA 580.65.06"
+
+
+def test_torch_says_what_it_was_built_for(monkeypatch):
+    """A CPU build is the commonest reason for a GPU that is not used."""
+    for name in ("cuda", "hip", "xpu"):
+        monkeypatch.setattr(torch.version, name, None)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
+    assert machine.find_build() == "CPUs alone"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert machine.find_build() == "ROCm 6.4"
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    assert machine.find_build() == "ROCm 6.4, MPS"
+
+
+PLAIN = {
+    "is_busy": False,
+    "data": {"x": ""},
+    "runs_on": "cpu",
+    "packages": dict.fromkeys(machine.PACKAGES, "missing"),
+    "driver": machine.NO_DRIVER,
+    "torch": "2.13.0",
+    "built_for": "CPUs alone",
+    "gaps": [],
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"data": {}}, "make data"),
         ({"is_busy": True}, "timings will mislead"),
         ({}, "make run"),
+        ({"driver": "NVIDIA 580"}, "finds no GPU: its build, for CPUs alone, must be for this GPU"),
         ({"runs_on": "cuda:0"}, "which wheel"),
+        ({"runs_on": "cuda:0"}, "triton-windows"),
+        ({"runs_on": "cuda:0", "built_for": "ROCm 6.4"}, "nobody has run this on cuda here"),
+        ({"runs_on": "xpu:0"}, "nobody has run this on xpu here"),
+        ({"runs_on": "mps:0"}, "nobody has run this on mps here"),
+        ({"gaps": ["Card: none"]}, "Card: none: install a torch built for it"),
     ],
 )
 def test_the_next_step_is_said(changes, words):
     """Whoever asks is told what to do."""
-    found = {
-        "is_busy": False,
-        "data": {"x": ""},
-        "runs_on": "cpu",
-        "packages": dict.fromkeys(machine.PACKAGES, "missing"),
-    }
-    assert any(words in step for step in machine.advise(found | changes))
-    fine = found | {"runs_on": "cuda:0", "packages": dict.fromkeys(machine.PACKAGES, "1.0")}
+    assert any(words in step for step in machine.advise(PLAIN | changes))
+    fine = PLAIN | {"runs_on": "cuda:0", "packages": dict.fromkeys(machine.PACKAGES, "1.0")}
     assert machine.advise(fine) == ["nothing: everything is there"]
 
 
@@ -100,3 +176,19 @@ def test_memory_of_a_step_is_kept_for_the_next():
         int(subprocess.check_output([sys.executable, "-c", FAULTS, mode], cwd=ROOT)) for mode in ("keep", "")
     ]
     assert faults[1] - faults[0] > 20_000
+
+
+@pytest.mark.parametrize("program", ["train_gpt", "eval.__main__"])
+def test_waiting_threads_give_up_their_core_soon(program):
+    """OpenMP reads it when torch is loaded: later would be silent and slow beside another process."""
+    code = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        f"sys.meta_path.insert(0, Watch())\nimport {program}"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True)
+    assert said.splitlines()[0] == "2000"

@@ -297,7 +297,7 @@ def test_only_missing_seeds_are_trained(made, monkeypatch):
 
 def test_gpus_train_through_torchrun(made, monkeypatch):
     """As many ranks as the machine has and every step's micro-batches allow."""
-    monkeypatch.setattr(record.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(record.torch.accelerator, "device_count", lambda: 3)
     command = record.training_command(made.plan, 7)
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # of 4 each
 
