@@ -1,6 +1,7 @@
 """The plan of the house, checked on syntax trees: imports, environment, lengths, characters."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -142,9 +143,9 @@ def test_modules_do_not_import_each_other_in_a_circle():
     assert edges == {}, "these modules import each other or a module that does"
 
 
-def test_eval_package_is_empty_and_tokenizers_is_no_package():
+def test_eval_package_imports_nothing_heavy_and_tokenizers_is_no_package():
     """An __init__.py in tokenizers/ would hide the PyPI package of that name."""
-    assert (ROOT / "eval" / "__init__.py").read_text() == ""
+    assert re.findall(r"import (\w+)", (ROOT / "eval" / "__init__.py").read_text()) == ["os"]
     assert not (ROOT / "tokenizers" / "__init__.py").exists()
     assert not (ROOT / "tokenizers.py").exists()
 
