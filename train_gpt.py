@@ -2378,6 +2378,7 @@ def do_jobs(training: Training, log: Log) -> dict[str, tuple]:
     cfg, ranks, expected = training.cfg, training.ranks, dict(training.job_seconds)
     clock, found, notes = Clock(ranks, training.train_ms), {}, []
     limit_ms = 1000 * cfg.run.max_wallclock_seconds or math.inf
+    log.line(f"calibrating: seconds_left:{sum(expected.values()):.0f}")
     clock.start()
     for name, job in jobs_in_the_clock(cfg).items():
         share = expected[name] / sum(expected.values()) if expected else 1.0
@@ -2524,6 +2525,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
     if training.average:
         training.average.apply()
     if run.val_loss_every >= 0:
+        log.line("validating: the final weights, before they are quantized")
         validate_now(training, log, validate)
     speed = 1000.0 * num_tokens / max(training.train_ms, 1e-9)
     return {"steps": training.step, "train_ms": training.train_ms, "tokens_per_second": speed}
@@ -2744,7 +2746,7 @@ def open_run(
     code_bytes, packing_note = 0, ""
     if ranks.is_main:
         prepare_folder(log.folder, cfg, checkpoint_path is not None)
-        log.line("packing: the source, folded by the recipe, is the code that counts")
+        log.line("packing: the code that counts; a new recipe or source takes up to half a minute")
         code_bytes, packing_note = weigh_code(log.folder)
         broken = overruns([Ledger(BYTES, [("code", code_bytes)], cfg.quant.limit_bytes, "bytes")])
         if broken and cfg.run.enforce_limits:
@@ -2767,6 +2769,7 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
     if has_scorer_state(cfg.eval):
         model.scorer_state = ScorerState(found.get("ngram_tokens"), found.get("scale_batches", ()))
     ledger = [("code (packed train_gpt.py)", code_bytes)]
+    log.line(f"quantizing: {cfg.quant.method}")
     if training.ranks.is_main:
         packed: dict[int, tuple] = {}  # what was weighed, by identity: the chosen one is not packed again
 

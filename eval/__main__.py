@@ -158,6 +158,8 @@ def load_target(target: Target, ranks: KeepingRanks) -> tuple[GPT, Config, dict]
 
 def score_target(target: Target, args: Namespace, ranks: KeepingRanks, settings: dict) -> Scored:
     """Load an artifact and score it under changed settings; replays the switch of an unchanged score."""
+    if ranks.is_main:
+        say(f"loading {target.artifact}, then a first batch that is not timed")
     model, stored, header = load_target(target, ranks)
     cfg = with_values(stored, settings, "command line")
     check_config(cfg)

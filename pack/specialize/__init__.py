@@ -24,6 +24,8 @@ house style:
 
 import ast
 
+from tqdm import tqdm
+
 from pack.names import bound_names, drop_annotations, needed_statements
 from pack.specialize.annotations import trim_annotations
 from pack.specialize.drop import drop_entries, drop_imports, drop_members, drop_rows
@@ -36,6 +38,7 @@ from pack.specialize.specializer import Specializer
 from pack.specialize.syntax import literal, outline
 
 MAX_ROUNDS = 50
+ROUNDS = "{desc}: round {n}, {elapsed}"  # usually eleven
 
 
 def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> None:
@@ -53,7 +56,7 @@ def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> 
     program.look_around()
     infer_pure(program)
     before = None
-    for _ in range(MAX_ROUNDS):
+    for _ in tqdm(range(MAX_ROUNDS), desc="fold", unit=" rounds", bar_format=ROUNDS, disable=None):
         folder = Specializer(program)
         tree.body = folder.block(tree.body)
         program.index()
