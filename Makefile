@@ -19,7 +19,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench gpu-battery
+.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench profile gpu-battery
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST) | fold -s -w 79
@@ -85,6 +85,9 @@ plot: setup ## draw docs/progress.svg from the records of the CPU track
 
 bench: data ## speed of training step, scoring, packing and loading, against yardsticks
 	$(PY) -m dev.bench
+
+profile: data ## where a step's time goes on this machine, by operator; AT=0.7: at that share of training
+	$(PY) -m dev.profile --recipe $(RECIPE) $(addprefix --at ,$(AT))
 
 gpu-battery: setup ## measure this project on a GPU in at most 480 s, into OUT=...; REHEARSE=1: on a CPU; PARTS=, DATA=, CARRIED=
 	$(PY) -m dev.gpu_battery --out $(OUT) $(if $(REHEARSE),--rehearse) \
