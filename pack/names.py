@@ -84,6 +84,13 @@ def blocks(node: ast.AST) -> list[tuple[str, list[ast.stmt]]]:
 
 def bound_names(node: ast.AST) -> Iterator[tuple[str, str]]:
     """Yield (name, imported object or "") for what a statement binds in the scope it stands in."""
+    kind = node.__class__
+    if kind is ast.Name:
+        if node.ctx.__class__ is ast.Store:
+            yield node.id, ""
+        return
+    if kind is ast.Constant:
+        return
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
             yield node.name, ""
@@ -98,8 +105,6 @@ def bound_names(node: ast.AST) -> Iterator[tuple[str, str]]:
         case ast.ImportFrom():
             for alias in node.names:
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}"
-        case ast.Name(ctx=ast.Store()):
-            yield node.id, ""
         case ast.ExceptHandler(name=str(name)):
             yield name, ""
     for child in children(node):
@@ -130,11 +135,17 @@ def _texts(node: ast.AST) -> list[str]:
     return [one.value for one in constants if isinstance(one.value, str)]
 
 
+SCOPE_KINDS = {ast.Global, ast.Nonlocal, ast.AnnAssign, ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda}
+SCOPE_KINDS |= {ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp}
+
+
 def free_names(node: ast.AST) -> set[str]:
     """Collect the names that code looks up outside the functions and comprehensions that bind them."""
+    if node.__class__ is ast.Name:
+        return {node.id}
+    if node.__class__ not in SCOPE_KINDS:
+        return _names_of(children(node))
     match node:
-        case ast.Name():
-            return {node.id}
         case ast.Global() | ast.Nonlocal():
             return set(node.names)
         case ast.AnnAssign(target=ast.Name()):
@@ -150,7 +161,14 @@ def free_names(node: ast.AST) -> set[str]:
 
 
 def _names_of(nodes: list[ast.AST]) -> set[str]:
-    return set().union(*map(free_names, nodes))
+    found: set[str] = set()
+    for node in nodes:
+        kind = node.__class__
+        if kind is ast.Name:
+            found.add(node.id)
+        elif kind is not ast.Constant:
+            found |= free_names(node)
+    return found
 
 
 def _own_names(node: Function | ast.Lambda, body: list[ast.AST]) -> set[str]:

@@ -523,6 +523,8 @@ def _deflated(text: str) -> bytes:
 
 def spell_ascii(source: str) -> str:
     r"""Spell a program in ASCII: characters beyond it, which only string literals hold, become \x, \u, \U."""
+    if source.isascii():
+        return source
     spelled = source.encode("ascii", "backslashreplace").decode()
     try:
         is_same = ast.dump(ast.parse(spelled)) == ast.dump(ast.parse(source))

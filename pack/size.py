@@ -15,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from common import format_table, run_command
 from pack.names import Import
 from pack.program import (
@@ -89,7 +91,8 @@ def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     owners = [IMPORTS_LABEL] * (len(pieces) - len(owners)) + owners
     whole = packed_bytes(pieces)
     parts = []
-    for name, text in source_texts(entry, found, labels).items():
+    texts = source_texts(entry, found, labels).items()
+    for name, text in tqdm(texts, desc="weigh", unit=" parts", mininterval=1.0, disable=None):
         rest = [piece for piece, owner in zip(pieces, owners, strict=True) if owner != name]
         parts.append(SectionSize(name, text.count("\n"), len(text.encode()), whole - packed_bytes(rest)))
     lines, source_bytes = sum(part.lines for part in parts), sum(part.source_bytes for part in parts)

@@ -142,11 +142,11 @@ class ProgramFacts:
         for name, node in self.classes.items():
             bases = set(map(last_name, node.bases))
             found |= {name} if bases & self.classes.keys() or not self.is_nominal(name) else set()
-        imported = {
-            name for node in walk(self.tree) if isinstance(node, Import) for name, _ in bound_names(node)
-        }
+        kinds = (ast.ClassDef, ast.Call, ast.Import, ast.ImportFrom)
+        nodes = [node for node in walk(self.tree) if node.__class__ in kinds]
+        imported = {name for node in nodes if isinstance(node, Import) for name, _ in bound_names(node)}
         known = self.classes.keys() | imported | vars(builtins).keys() - {"type"}
-        for node in walk(self.tree):
+        for node in nodes:
             named: set[str] = set()
             if isinstance(node, ast.ClassDef):
                 named = set().union(*map(free_names, node.bases))

@@ -198,6 +198,8 @@ def changed_names(tree: ast.AST) -> set[str]:
     """Name the variables and attributes whose items a program changes: `name[k] = v`, `a.name.pop()`."""
     found = set()
     for node in walk(tree):
+        if node.__class__ is not ast.Subscript and node.__class__ is not ast.Attribute:
+            continue
         match node:
             case ast.Subscript(value=ast.Name() | ast.Attribute() as owner, ctx=ast.Store() | ast.Del()):
                 found.add(owner.id if isinstance(owner, ast.Name) else owner.attr)
@@ -206,10 +208,15 @@ def changed_names(tree: ast.AST) -> set[str]:
     return found
 
 
+MAKER_KINDS = {ast.ClassDef, ast.Attribute, ast.Compare, ast.Call, ast.Name, ast.Constant}
+
+
 def unnamed_makers(tree: ast.AST) -> set[str]:
     """Name the classes that make instances by `cls`; "" where any may be made without its name."""
     found, types, shown = set(), 0, 0
     for node in walk(tree):
+        if node.__class__ not in MAKER_KINDS:
+            continue
         match node:
             case ast.ClassDef(name=name, body=body):
                 wraps = [one for f in body if isinstance(f, Function) for one in f.decorator_list]
@@ -275,10 +282,21 @@ def is_option(node: ast.stmt) -> bool:
 
 def outline(tree: ast.AST) -> list[tuple]:
     """List what tells a tree from another: each node's kind, names, values and lengths of lists."""
-    return [(node.__class__, *map(_outlined, map(vars(node).get, node._fields))) for node in walk(tree)]
+    found = []
+    for node in walk(tree):
+        kind = node.__class__
+        if kind is ast.Name:
+            found.append((kind, node.id))
+        elif kind is ast.Attribute:
+            found.append((kind, node.attr))
+        elif kind is ast.Constant:
+            found.append((kind, repr(node.value)))
+        else:
+            found.append((kind, *map(_outlined, map(vars(node).get, kind._fields))))
+    return found
 
 
-def _outlined(value) -> int | str:
-    if isinstance(value, ast.AST):
-        return value.__class__.__name__
-    return len(value) if isinstance(value, list) else repr(value)
+def _outlined(value) -> int | str | None:
+    if isinstance(value, list):
+        return len(value)
+    return value.__class__.__name__ if isinstance(value, ast.AST) else value
