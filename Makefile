@@ -61,7 +61,11 @@ doctor: setup ## what this machine has and what a run would use of it; look for 
 train: setup ## train RECIPE=... without the reload in a fresh process
 	$(PY) train_gpt.py --recipe $(RECIPE)
 
+# The vocabulary of a record that was scored on the built-in corpus: its data is made first.
+RECORD_VOCAB = $(if $(RECORD),$(shell sed -n 's/^data_path = ".*builtin_sp\([0-9]*\)".*/\1/p' $(RECORD)/recipe.toml 2>/dev/null))
+
 eval: setup ## reproduce the val_bpb of the newest run, or of RECORD=... (ARTIFACT=...); fails when it differs
+	$(if $(RECORD_VOCAB),@$(MAKE) --no-print-directory data VOCAB=$(RECORD_VOCAB))
 	$(PY) -m eval $(RECORD) $(if $(ARTIFACT),--artifact $(ARTIFACT))
 
 record: $(if $(DATA),setup,data) ## train RECIPE=... with SEEDS=..., score, audit, write a record; AGAINST=, DATA=, NAME=, TRACK=

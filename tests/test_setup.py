@@ -86,3 +86,11 @@ def test_an_intel_mac_is_refused_before_anything_is_made(set_up):
     done, found = set_up(system="Darwin x86_64")
     assert (done.returncode, found) == (1, [])
     assert "an arm64 Python" in done.stderr
+
+
+def test_make_eval_makes_the_data_of_the_record_first():
+    """A fresh clone has none, and `make data` alone makes another vocabulary."""
+    record = "records/track_cpu/2026-11-21_NaiveBaseline"
+    said = subprocess.check_output(["make", "-n", "eval", f"RECORD={record}"], cwd=ROOT, text=True)
+    assert said.index("data.builtin --vocab-size 1024") < said.index(f"-m eval {record}")
+    assert "data.builtin" not in subprocess.check_output(["make", "-n", "eval"], cwd=ROOT, text=True)
