@@ -2378,7 +2378,7 @@ def do_jobs(training: Training, log: Log) -> dict[str, tuple]:
     cfg, ranks, expected = training.cfg, training.ranks, dict(training.job_seconds)
     clock, found, notes = Clock(ranks, training.train_ms), {}, []
     limit_ms = 1000 * cfg.run.max_wallclock_seconds or math.inf
-    log.line(f"calibrating: seconds_left:{sum(expected.values()):.0f}")
+    log.line("calibrating:" + (f" seconds_left:{sum(expected.values()):.0f}" if expected else ""))
     clock.start()
     for name, job in jobs_in_the_clock(cfg).items():
         share = expected[name] / sum(expected.values()) if expected else 1.0

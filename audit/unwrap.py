@@ -185,7 +185,7 @@ class Constants:
         try:
             text = executed if isinstance(executed, str) else executed.decode()
             decoder = shipped_decoder(text)
-        except (SyntaxError, RecursionError, ValueError):  # no UTF-8, NUL
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # as parse_source has it
             return False
         if decoder:
             self.learned[DECODER_NAME] = partial(self._unmix, decoder)

@@ -83,9 +83,8 @@ def find_gaps() -> list[str]:
         runs |= any(found <= number for found in portable)
         if torch.version.hip:
             runs = about.gcnArchName.partition(":")[0] in archs
-        gaps += (
-            [] if runs or not archs else [f"{about.name}: this torch has kernels for {' '.join(archs)} only"]
-        )
+        if archs and not runs:
+            gaps.append(f"{about.name}: this torch has kernels for {' '.join(archs)} only")
     return gaps
 
 

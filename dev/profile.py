@@ -10,9 +10,7 @@ the times that are measured without it, on an idle machine and in turns.
 """
 
 import json
-import time
 from argparse import ArgumentTypeError
-from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
@@ -20,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from common import CommandParser, format_table, run_command
+from dev.gpu_battery.timing import wall_seconds
 from train_gpt import Phase, Ranks, Training, load_config, load_validation, phase_at, read_environment
 
 WARM_STEPS = 3
@@ -57,7 +56,7 @@ def profile_step(training: Training, phase: Phase, steps: int, by_shape: bool) -
         for half in halves:
             half()
     device = training.ranks.device
-    times = [[timed_ms(half, device) for half in halves] for _ in range(steps)]
+    times = [[1000 * wall_seconds(half, device) for half in halves] for _ in range(steps)]
     on_device = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device
     with profile(activities=activities, record_shapes=by_shape) as profiler:
@@ -85,15 +84,6 @@ def profile_step(training: Training, phase: Phase, steps: int, by_shape: bool) -
         sum(event.count for event in events) / steps,
         operators,
     )
-
-
-def timed_ms(action: Callable[[], object], device: torch.device) -> float:
-    """Time one call and all that it gave the device."""
-    started = time.perf_counter()
-    action()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return 1000 * (time.perf_counter() - started)
 
 
 def format_profile(found: StepProfile, rows: int) -> str:

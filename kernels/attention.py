@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common import UserError
 from kernels.blocked import blocked_forward
 from kernels.flash import flash2, flash3, flash4
+from kernels.machine import nvidia_capability
 
 
 class Extent(NamedTuple):
@@ -362,9 +363,8 @@ def resolve_attention(
     if requested != "auto" and requested not in BACKENDS:
         raise UserError(f"attention={requested}: expected auto or one of {', '.join(BACKENDS)}.")
     orders = PLAIN_ORDER if spec.is_plain else NARROW_ORDER
-    nvidia = device.type == "cuda" and not torch.version.hip  # AMD counts capabilities in its own way
-    hopper = nvidia and torch.cuda.get_device_capability(device)[0] == 9
-    order = orders.get("hopper" if hopper else device.type, ("sdpa", "math"))
+    kind = "hopper" if nvidia_capability(device)[0] == 9 else device.type
+    order = orders.get(kind, ("sdpa", "math"))
     refused = {}
     for name in order if requested == "auto" else [requested]:
         refused[name] = refusal(name, device, dtype, heads, spec)

@@ -35,23 +35,18 @@ PLAIN_FIELDS |= {"is_async", "conversion", "type_comment", "kwd_attrs", "type_ig
 PLAIN_KINDS = (ast.Constant, ast.Global, ast.Nonlocal)
 
 
-class _NodeFields(dict):
-    """The fields of a kind of node that hold nodes, lists of nodes or nothing."""
-
-    def __missing__(self, kind: type) -> tuple[str, ...]:
-        plain = PLAIN_FIELDS | ({"name"} if kind.__name__ != "TypeAlias" else set())
-        fields = () if issubclass(kind, PLAIN_KINDS) else kind._fields
-        self[kind] = tuple(name for name in fields if name not in plain)
-        return self[kind]
-
-
-NODE_FIELDS = _NodeFields()
+@cache
+def node_fields(kind: type) -> tuple[str, ...]:
+    """Name the fields of a kind of node that hold nodes, lists of nodes or nothing."""
+    plain = PLAIN_FIELDS | ({"name"} if kind.__name__ != "TypeAlias" else set())
+    fields = () if issubclass(kind, PLAIN_KINDS) else kind._fields
+    return tuple(name for name in fields if name not in plain)
 
 
 def children(node: ast.AST) -> list[ast.AST]:
     """List the nodes right below a node, expression contexts aside."""
     found = []
-    for name in NODE_FIELDS[node.__class__]:
+    for name in node_fields(node.__class__):
         value = getattr(node, name, None)
         if value.__class__ is list:
             found += value if None not in value else [item for item in value if item is not None]
@@ -68,7 +63,7 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
         if node is None:  # the key of a mapping that is unpacked, the default that a keyword lacks
             continue
         yield node
-        for name in NODE_FIELDS[node.__class__]:
+        for name in node_fields(node.__class__):
             value = getattr(node, name, None)
             if value.__class__ is list:
                 todo += value
@@ -161,14 +156,7 @@ def free_names(node: ast.AST) -> set[str]:
 
 
 def _names_of(nodes: list[ast.AST]) -> set[str]:
-    found: set[str] = set()
-    for node in nodes:
-        kind = node.__class__
-        if kind is ast.Name:
-            found.add(node.id)
-        elif kind is not ast.Constant:
-            found |= free_names(node)
-    return found
+    return set().union(*map(free_names, nodes))
 
 
 def _own_names(node: Function | ast.Lambda, body: list[ast.AST]) -> set[str]:

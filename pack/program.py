@@ -597,20 +597,15 @@ def unwrap(packed: bytes) -> str:
 PROOF_LENGTH = 2000  # characters that the shipped decoder of `mix` decodes; `encode` proves the payload whole
 
 
-def _check_packed(packed: bytes, source: str, method: str) -> None:
-    """Refuse a program that does not hold its source."""
-    if method == "mix":
-        text, payload, length = _mix_parts(ast.parse(packed))
-        names: dict = {}
-        exec(text, names)
-        start = source[:PROOF_LENGTH]
-        same = length == len(source) and names[DECODER_NAME](payload, len(start)) == start
-    else:
-        same = unwrap(packed) == source
-    if not same:
-        raise PackingError(
-            "expected the packed program to hold its source, found other text. Try --wrap lzma."
-        )
+def _holds(packed: bytes, source: str, method: str) -> bool:
+    """Whether a packed program holds its source."""
+    if method != "mix":
+        return unwrap(packed) == source
+    text, payload, length = _mix_parts(ast.parse(packed))
+    names: dict = {}
+    exec(text, names)
+    start = source[:PROOF_LENGTH]
+    return length == len(source) and names[DECODER_NAME](payload, len(start)) == start
 
 
 def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str = "") -> PackReport:
@@ -640,7 +635,10 @@ def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str =
     packed = wrap(minified, method)
     compile(packed, str(out), "exec")
     compile(minified, str(out), "exec")
-    _check_packed(packed, minified, method)
+    if not _holds(packed, minified, method):
+        raise PackingError(
+            f"{out}: expected the packed program to hold its source, found other text. Try --wrap lzma."
+        )
     with atomic_file(out) as file:
         file.write(packed)
     sizes = [len(text.encode()) for text in (source, folded, minified)]

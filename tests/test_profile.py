@@ -22,7 +22,7 @@ def test_operators_are_counted_a_step(tiny_config, alone):
 
 
 def test_the_command_prints_a_table_or_one_object(tiny_config, tmp_path, capsys):
-    """Of any recipe, at any share of its training, in 100 columns without shapes."""
+    """Of any recipe, at any share of its training; in 80 columns unless shapes are asked for."""
     path = tmp_path / "recipe.toml"
     path.write_text(format_toml(get_recipe(tiny_config, live=True)))
     stages = "schedule.stages=0:16:64:1:1:1,0.5:16:128:1:1:1"
@@ -30,6 +30,8 @@ def test_the_command_prints_a_table_or_one_object(tiny_config, tmp_path, capsys)
     profile.main([*command, "--rows", "3", "--at", "0.6", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert (found["batch_tokens"], len(found["operators"])) == (128, 3)
+    profile.main(command)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     profile.main([*command, "--shapes"])
     said = capsys.readouterr().out
     assert said.startswith("step of 64 tokens, float32, attention blocked, eager")

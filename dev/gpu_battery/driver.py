@@ -22,6 +22,7 @@ from dev.gpu_battery.job import STACK_SIGNAL, Job, plain, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS_NAME = "results.json"
+RECORDS_NAME = "records.jsonl"  # of a part
 FORMAT = 1  # of results.json
 POLL_SECONDS = 0.1
 SAVE_SECONDS = 5.0  # between updates of results.json while a part runs
@@ -52,9 +53,10 @@ class Started(NamedTuple):
     began: float
     limit: float
 
-    def ends(self) -> float:
-        """Return when it is to be killed."""
-        return self.began + self.limit
+    @property
+    def records(self) -> Path:
+        """Name the file of its lines."""
+        return self.folder / RECORDS_NAME
 
 
 class BatterySettings(NamedTuple):
@@ -145,15 +147,8 @@ class Battery:
     def join(self, ahead: list[Started]) -> None:
         """Wait for what compiles ahead, and note what it found."""
         for started in ahead:
-            why = self.wait(started.process.pid, started.ends(), lambda: None)
-            end_group(started.process)
-            found = read_records(started.folder / "records.jsonl")
-            facts = judge(why, started.process.returncode, started.limit)
-            facts |= {"seconds": round(time.monotonic() - started.began, 1), "results": found.results}
-            if facts["status"] != "ok":
-                facts |= {"errors": found.errors, "stderr": tail(started.folder / "stderr.txt")}
+            facts = self.end(started, lambda: None)
             self.report.setdefault("ahead", {})[started.folder.name] = facts
-            say(f"{started.folder.name}: {facts['status']} after {facts['seconds']} s")
 
     def run_if_time(self, part: BatteryPart) -> None:
         """Run a part unless the battery was stopped or too little time is left."""
@@ -175,7 +170,8 @@ class Battery:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         settings, began = self.settings, time.monotonic()
-        places = str(folder / "records.jsonl"), str(settings.work), settings.data, settings.carried
+        records = folder / RECORDS_NAME
+        places = str(records), str(settings.work), settings.data, settings.carried
         job = Job(function, *places, settings.rehearse, limit, time.time())
         with open(folder / "stdout.txt", "wb") as out, open(folder / "stderr.txt", "wb") as err:
             process = subprocess.Popen(
@@ -193,25 +189,29 @@ class Battery:
         """Run a part and end its whole process group, however it ends."""
         say(f"{part.name}: {part.measures}; at most {limit:.0f} s, {self.seconds_left():.0f} s left in all")
         started = self.start(part.name, part.function, limit)
-        process, records = started.process, started.folder / "records.jsonl"
 
         def save_progress() -> None:
-            self.save(part.name, status="running", results=read_records(records).results)
+            self.save(part.name, status="running", results=read_records(started.records).results)
 
+        self.save(part.name, **self.end(started, save_progress))
+
+    def end(self, started: Started, save_progress: Callable[[], None]) -> dict:
+        """Wait for a process, end its group however it ends, and return what it found."""
+        process, limit = started.process, started.limit
         try:
-            why = self.wait(process.pid, started.ends(), save_progress)
+            why = self.wait(process.pid, started.began + limit, save_progress)
         finally:
             gone = end_group(process)
-        found, seconds = read_records(records), round(time.monotonic() - started.began, 1)
+        found, seconds = read_records(started.records), round(time.monotonic() - started.began, 1)
         facts = judge(why, process.returncode, limit) | {"seconds": seconds, "limit_s": round(limit, 1)}
         facts |= {"results": found.results} | ({"errors": found.errors} if found.errors else {})
         if facts["status"] != "ok":
             facts |= {"unfinished": found.unfinished, "stderr": tail(started.folder / "stderr.txt")}
         if not gone:
             facts["remark"] = f"process {process.pid} was still there {KILL_SECONDS:.0f} s after SIGKILL"
-        self.save(part.name, **facts)
         reason = f" ({facts['reason']})" if "reason" in facts else ""
-        say(f"{part.name}: {facts['status']}{reason} after {facts['seconds']} s")
+        say(f"{started.folder.name}: {facts['status']}{reason} after {facts['seconds']} s")
+        return facts
 
     def wait(self, pid: int, until: float, save_progress: Callable[[], None]) -> str:
         """Wait for a process without reaping it; returns "" at its end, else what ended the wait."""

@@ -44,8 +44,8 @@ def open_ranks(rehearse: bool) -> Ranks:
 
 def synchronize(device: torch.device) -> None:
     """Wait for a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def wall_seconds(action: Callable[[], object], device: torch.device) -> float:
