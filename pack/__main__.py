@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         choices=METHODS,
         default="",
         help="compression: brotli (the program then needs that package), lzma (standard library, about 5 %% "
-        "larger), mix (standard library, 16 to 19 %% smaller; some 15 seconds to pack and to start) or none "
+        "larger), mix (standard library, 16 to 19 %% smaller; 4 seconds more to pack and 3 to start) or none "
         "(readable); default: the recipe's quant.code_wrap, else brotli",
     )
     add(

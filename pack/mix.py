@@ -11,7 +11,8 @@ of `contexts`, `rebuild` and `decode` themselves, so encoder and decoder cannot 
 and the floats' + - * / alone, which give the same bits on every machine and Python.
 
 Decoding is what every rank waits for before it starts. A table a context is a quarter faster than one for
-all; an error under 0.01 teaches the weights nothing, and most are (dev/LOG.md).
+all, and a chance that is a level, whose logit and successors are looked up, another; of two bits in five the
+chance was right by 0.01, and they teach nothing (dev/LOG.md).
 
 The payload's digits have base 253 and are characters that a string literal of a latin-1 source holds
 unescaped: all but NUL, CR and the backslash.
@@ -28,10 +29,13 @@ from hashlib import sha256
 from common import UserError
 
 BASE = 253  # digits of a payload
-MAX_LENGTH = 1 << 18  # characters; decoding takes 0.04 ms each
+MAX_LENGTH = 1 << 18  # characters; decoding takes 0.03 ms each
 DECODER_NAME = "D"  # what `decode` is called where it ships
 # Decoders that programs packed before today's ship, by the sha256 of their text.
-FORMER_DECODERS = {"d4da40d9b82edc44764f69314ca361eb9e1253f13cd3c2d764414aee2663e3d8"}  # to 2026-11-28
+FORMER_DECODERS = {
+    "d4da40d9b82edc44764f69314ca361eb9e1253f13cd3c2d764414aee2663e3d8",  # to 2026-11-27
+    "71053fe09ec2313e783a537b58547f9a69267294f808ac3e283c4c968bf286b9",  # to 2026-11-28
+}
 
 
 def contexts():
@@ -83,23 +87,29 @@ def rebuild(length, answer):
     while odds < 177e3:
         squash += [odds / (1 + odds)]
         odds *= 1.01
-    stretch = []  # chance in 256ths -> logit
+    stretch = []  # level, a chance in 4000ths -> logit
+    moves = [], []  # bit that came -> level -> level
     place = 0
-    for chance in range(256):
-        while squash[place] * 256 < chance + 0.5:
+    for level in range(4000):
+        while squash[place] * 4000 < level + 0.5:
             place += 1
         stretch += [place / 100 - 12.14]
-    chances = {}  # context -> bits of the character so far -> chance that the next bit is 1
+        moves[0].append(level * 3 // 4)
+        moves[1].append(level * 3 // 4 + 1000)
+    stretch += [0]  # 4000: nothing came yet
+    moves[0].append(100)
+    moves[1].append(3900)
+    tables = [{} for place in range(10)]  # context -> bits of the character so far -> level
     weights = [[0.09] * 11 for place in range(256)]
     text = ""
     reader = contexts()
     texts = next(reader)
     while len(text) < length:
-        rows = [chances.setdefault(str(order) + context, {}) for order, context in enumerate(texts)]
+        rows = [table.setdefault(context, {}) for table, context in zip(tables, texts)]
         node = 1
         while node < 128:
-            found = [row.get(node, 0.5) for row in rows]
-            inputs = [stretch[int(chance * 256)] for chance in found] + [0.3]
+            found = [row.get(node, 4000) for row in rows]
+            inputs = [stretch[level] for level in found] + [0.3]
             ones = weights[node]
             twos = weights[128 + ord(text[-1:] or "\0")]
             total = 0
@@ -113,8 +123,9 @@ def rebuild(length, answer):
                     value *= error
                     ones[order] += value
                     twos[order] += value
-            for row, chance in zip(rows, found):
-                row[node] = chance + (bit - chance) * (0.95 if chance == 0.5 else 0.22)
+                move = moves[bit]
+                for row, level in zip(rows, found):
+                    row[node] = move[level]
             node += node + bit
         text += chr(node - 128)
         texts = reader.send(text[-1])

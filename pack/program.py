@@ -10,11 +10,13 @@ package's business alone.
 
 import ast
 import builtins
+import gc
 import importlib.util
 import re
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -608,6 +610,19 @@ def _holds(packed: bytes, source: str, method: str) -> bool:
     return length == len(source) and names[DECODER_NAME](payload, len(start)) == start
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Do not look for garbage in circles meanwhile: trees hold little, to look takes a second of fourteen."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@without_collection()
 def pack(recipe_path: Path | None, out: Path, entry: Path = ENTRY, method: str = "") -> PackReport:
     """Bundle, embed, fold, minify, compress, check and write the program.
 

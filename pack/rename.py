@@ -268,6 +268,6 @@ def _unpublished(tree: ast.Module) -> set[int]:
             return False
         return id(node) in methods or node.name not in handed_on
 
-    nodes = list(walk(tree))
+    nodes = walk(tree)
     free = {id(node) for node in nodes if isinstance(node, Function) and is_free(node)}
     return free | {id(node) for node in nodes if isinstance(node, ast.Lambda)}

@@ -26,7 +26,7 @@ import ast
 
 from tqdm import tqdm
 
-from pack.names import bound_names, drop_annotations, needed_statements
+from pack.names import bound_names, by_kind, drop_annotations, needed_statements, walk
 from pack.specialize.annotations import trim_annotations
 from pack.specialize.drop import drop_entries, drop_imports, drop_members, drop_rows
 from pack.specialize.errors import shorten_errors
@@ -62,9 +62,10 @@ def specialize_tree(tree: ast.Module, recipe: dict, style: Style = SMALLEST) -> 
         program.index()
         drop_members(program)
         program.index()
-        drop_rows(program)
-        drop_entries(program)
-        drop_parameters(program)
+        kinds = by_kind(walk(tree))
+        drop_rows(program, kinds)
+        drop_entries(program, kinds)
+        drop_parameters(program, kinds)
         tree.body = [tree.body[i] for i in needed_statements(tree.body, set())]
         drop_imports(tree)
         program.look_around()

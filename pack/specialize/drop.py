@@ -27,12 +27,13 @@ MODULE_READS = {
     "Module": {"training"},
     "Linear": {"training", "weight", "bias", "in_features", "out_features"},
 }
+READING_KINDS = {ast.Call, ast.Attribute, ast.AugAssign, ast.MatchClass, ast.ClassDef, ast.Constant, ast.Name}
 PLAIN_TYPES = {"bool", "int", "float", "str"}
 
 
 def drop_dead_locals(node: Function, is_idle: Callable[[ast.expr], bool]) -> None:
     """Drop assignments to names that the function never reads, of values that have no effect."""
-    inner = list(walk(node))
+    inner = walk(node)
     if any(isinstance(one, ast.Global | ast.Nonlocal) for one in inner):
         return
     read = {one.id for one in inner if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Store)}
@@ -119,6 +120,8 @@ class NamesRead:
         while todo:
             node = todo.pop()
             todo += [child for child in children(node) if id(child) not in self.left_out]
+            if node.__class__ not in READING_KINDS:
+                continue
             match node:
                 case ast.Call(func=ast.Attribute(attr=name) as func) if not self._is_class(func.value):
                     self.calls.setdefault(name, []).append(node)
@@ -254,11 +257,13 @@ def _is_no_module(node: ast.expr, simple: set[str]) -> bool:
     return isinstance(node, ast.Constant | ast.JoinedStr | ast.Compare | ast.BinOp | ast.UnaryOp | ast.Tuple)
 
 
-def drop_rows(program: ProgramFacts) -> None:
-    """Drop rows of tables that every use of the table passes over."""
+def drop_rows(program: ProgramFacts, kinds: dict[type, list]) -> None:
+    """Drop rows of tables that every use of the table passes over; `kinds` holds the program's nodes."""
+    if any(map(_filter_of, kinds[ast.For])):
+        for function in [*kinds[ast.FunctionDef], *kinds[ast.AsyncFunctionDef]]:
+            drop_loop_rows(function)
     filters: dict[str, list[str]] = defaultdict(list)  # table: by the call of which field a use filters it
-    uses: Counter = Counter()
-    for node in walk(program.tree):
+    for node in kinds[ast.comprehension]:
         match node:
             case ast.comprehension(
                 target=ast.Name(id=row),
@@ -266,37 +271,29 @@ def drop_rows(program: ProgramFacts) -> None:
                 ifs=[ast.Call(func=ast.Attribute(value=ast.Name(id=called), attr=attr)), *_],
             ) if row == called:
                 filters[table].append(attr)
-            case ast.FunctionDef() | ast.AsyncFunctionDef():
-                drop_loop_rows(node)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            uses[node.id] += 1
+    uses = Counter(node.id for node in kinds[ast.Name] if isinstance(node.ctx, ast.Load))
     for name, fields in filters.items():
         table = program.values.get(name)
         if len(fields) == uses[name] and len(set(fields)) == 1 and isinstance(table, ast.Tuple | ast.List):
             table.elts = [row for row in table.elts if not _fails(program, row, fields[0])]
 
 
-def drop_entries(program: ProgramFacts) -> None:
+def drop_entries(program: ProgramFacts, kinds: dict[type, list]) -> None:
     """Drop entries of tables that are only looked up, where nothing else in the program spells the key."""
     tables = {
         name: value
         for name, value in program.values.items()
         if isinstance(value, ast.Dict) and name.isupper() and all(map(is_string, value.keys))
     }
-    loads, lookups, spelled, texts = Counter(), Counter(), Counter(), set()
-    statements = [one for one in program.tree.body if (PACKED_RECIPE, "") not in bound_names(one)]
-    for node in (inner for one in statements for inner in walk(one)):
-        match node:
-            case ast.Expr(value=ast.Constant() as text):
-                texts.add(id(text))
-            case ast.Name(id=name) if name in tables:
-                loads[name] += isinstance(node.ctx, ast.Load)
-            case ast.Subscript(value=ast.Name(id=name), ctx=ast.Load()) if name in tables:
-                lookups[name] += 1
-            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="get")) if name in tables:
-                lookups[name] += 1
-            case ast.Constant(value=str(text)) if id(node) not in texts:
-                spelled.update({text, *re.split(r"\W", text)})
+    loads = Counter(node.id for node in kinds[ast.Name] if isinstance(node.ctx, ast.Load))
+    owners = [node.value for node in kinds[ast.Subscript] if isinstance(node.ctx, ast.Load)]
+    methods = [node.func for node in kinds[ast.Call] if isinstance(node.func, ast.Attribute)]
+    owners += [node.value for node in methods if node.attr == "get"]
+    lookups = Counter(owner.id for owner in owners if isinstance(owner, ast.Name))
+    recipes = [one for one in program.tree.body if (PACKED_RECIPE, "") in bound_names(one)]
+    aside = {id(node.value) for node in kinds[ast.Expr]} | {id(node) for one in recipes for node in walk(one)}
+    texts = [node.value for node in kinds[ast.Constant] if is_string(node) and id(node) not in aside]
+    spelled = Counter(word for text in texts for word in {text, *re.split(r"\W", text)})
     for name, table in tables.items():
         if loads[name] == lookups[name]:
             kept = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if spelled[k.value] > 1]
@@ -319,17 +316,23 @@ def _fails(program: ProgramFacts, row: ast.expr, key: str) -> bool:
 def drop_loop_rows(function: Function) -> None:
     """Drop the rows of a spelled out list for which the loop over it does nothing."""
     for loop in [node for node in walk(function) if isinstance(node, ast.For)]:
-        if len(loop.body) != 1 or not isinstance(loop.body[0], ast.If) or loop.body[0].orelse or loop.orelse:
-            continue
-        test, is_negated = loop.body[0].test, False
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            test, is_negated = test.operand, True
-        names = [item.id for item in getattr(loop.target, "elts", []) if isinstance(item, ast.Name)]
-        rows = _rows_of(loop.iter, function)
-        if rows is None or not isinstance(test, ast.Name) or names.count(test.id) != 1:
-            continue
-        position = names.index(test.id)
-        rows.elts = [row for row in rows.elts if not _is_passed_over(row, len(names), position, is_negated)]
+        found, rows = _filter_of(loop), _rows_of(loop.iter, function)
+        if found and rows is not None:
+            rows.elts = [row for row in rows.elts if not _is_passed_over(row, len(loop.target.elts), *found)]
+
+
+def _filter_of(loop: ast.For) -> tuple[int, bool] | None:
+    """Return (position, is it negated) of the item of a loop's rows without which its body does nothing."""
+    if len(loop.body) != 1 or not isinstance(loop.body[0], ast.If) or loop.body[0].orelse or loop.orelse:
+        return None
+    test, is_negated = loop.body[0].test, False
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        test, is_negated = test.operand, True
+    items = getattr(loop.target, "elts", [])
+    names = [item.id for item in items if isinstance(item, ast.Name)]
+    if not isinstance(test, ast.Name) or names.count(test.id) != 1 or len(names) < len(items):
+        return None
+    return names.index(test.id), is_negated
 
 
 def _rows_of(node: ast.expr, function: Function) -> ast.List | ast.Tuple | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
-from pack.names import PURE_DECORATORS, Import, bound_names, free_names, last_name, walk
+from pack.names import PURE_DECORATORS, bound_names, by_kind, free_names, last_name, walk
 from pack.specialize.syntax import changed_names, class_names, named_values, unnamed_makers
 
 PLAIN_BASES = {"NamedTuple", "Module", "Linear"}  # whose methods nobody overrides but a class of the program
@@ -119,11 +119,12 @@ class ProgramFacts:
 
     def look_around(self) -> None:
         """Find what forbids to believe definitions. Folding only takes from it: once a round is enough."""
-        self.changed = changed_names(self.tree)
+        kinds = by_kind(walk(self.tree))
+        self.changed = changed_names(kinds)
         self.index()
-        self.unseen = unnamed_makers(self.tree)
+        self.unseen = unnamed_makers(kinds)
         self.unseen = set(self.classes) if "" in self.unseen else self.unseen
-        self.relatives = self.find_relatives()
+        self.relatives = self.find_relatives(kinds)
 
     def is_nominal(self, name: str) -> bool:
         """Whether instances of a class, as far as others call them that, are of it or inherit from it."""
@@ -133,24 +134,20 @@ class ProgramFacts:
         bases = set(map(last_name, node.bases)) - (PLAIN_BASES - self.classes.keys())
         return not MAKERS & {key for key, _ in class_names(node)} and all(map(self.is_nominal, bases))
 
-    def find_relatives(self) -> set[str]:
+    def find_relatives(self, kinds: dict[type, list]) -> set[str]:
         """Name the classes for which others may stand in: by inheritance, or as protocols and the like.
 
-        Where a base is computed, it may be any class.
+        Where a base is computed, it may be any class. `kinds` holds the program's nodes by kind.
         """
         found = set()
         for name, node in self.classes.items():
             bases = set(map(last_name, node.bases))
             found |= {name} if bases & self.classes.keys() or not self.is_nominal(name) else set()
-        kinds = (ast.ClassDef, ast.Call, ast.Import, ast.ImportFrom)
-        nodes = [node for node in walk(self.tree) if node.__class__ in kinds]
-        imported = {name for node in nodes if isinstance(node, Import) for name, _ in bound_names(node)}
+        imports = [*kinds[ast.Import], *kinds[ast.ImportFrom]]
+        imported = {name for node in imports for name, _ in bound_names(node)}
         known = self.classes.keys() | imported | vars(builtins).keys() - {"type"}
-        for node in nodes:
-            named: set[str] = set()
-            if isinstance(node, ast.ClassDef):
-                named = set().union(*map(free_names, node.bases))
-            elif isinstance(node, ast.Call) and len(node.args) == 3 and last_name(node) == "type":
-                named = {"type"}
-            found |= named & self.classes.keys() if named <= known else set(self.classes)
+        named = [set().union(*map(free_names, node.bases)) for node in kinds[ast.ClassDef]]
+        made = [node for node in kinds[ast.Call] if len(node.args) == 3 and last_name(node) == "type"]
+        for names in [*named, *({"type"} for _ in made)]:
+            found |= names & self.classes.keys() if names <= known else set(self.classes)
         return found

@@ -8,7 +8,6 @@ from pack.specialize.scopes import SAFE_BUILTINS, Scopes, may_explode
 from pack.specialize.syntax import (
     EXPRESSIONS,
     STATEMENTS,
-    changed_names,
     class_names,
     clone,
     constructor,
@@ -21,7 +20,6 @@ from pack.specialize.syntax import (
 def infer(program: ProgramFacts, seen: Observations) -> None:
     """Turn what a round saw into facts for the next one."""
     relatives = program.relatives
-    changed = changed_names(program.tree)
     program.stored = None if seen.is_dynamic else set(seen.stores)
     for name, node in program.classes.items():
         if name in program.configs or name in relatives:
@@ -34,7 +32,7 @@ def infer(program: ProgramFacts, seen: Observations) -> None:
                 mine = [fact for owner, fact in stores if owner == name]
                 if mine and attr not in own and not any(owner == "" for owner, _ in stores):
                     fact = join(mine)
-                    if not isinstance(fact, Items) or attr not in changed:
+                    if not isinstance(fact, Items) or attr not in program.changed:
                         remember(program.attributes, (name, attr), fact)
             for statement in node.body:
                 if isinstance(statement, ast.Assign):

@@ -11,7 +11,6 @@ from pack.specialize.syntax import (
     EXPRESSIONS,
     Comprehension,
     class_names,
-    clone,
     constructor,
     is_literal,
     is_pure,
@@ -211,7 +210,7 @@ class Scopes:
             return None
         names: dict[str, object] = {}
         try:
-            closed = _Close(self, names, node).visit(clone(node))
+            closed = _Closer(self, names, node).close(node)
             code = compile(ast.fix_missing_locations(ast.Expression(closed)), "fold", "eval")
             value = eval(code, {"__builtins__": {}} | names)
         except Exception:  # an open expression, or one that fails: it may fail where it stands, too
@@ -247,13 +246,25 @@ def may_explode(node: ast.expr) -> bool:
     )
 
 
-class _Close(ast.NodeTransformer):
-    """Replace what is known in an expression by names of values; raises LookupError for the unknown."""
+class _Closer:
+    """Copies of expressions with names of values for what is known; LookupError at the first unknown."""
 
     def __init__(self, scopes: Scopes, names: dict[str, object], node: ast.expr):
         self.scopes, self.names = scopes, names
         inner = [child for child in walk(node) if isinstance(child, ast.comprehension)]
         self.own = {child.id for one in inner for child in walk(one.target) if isinstance(child, ast.Name)}
+
+    def close(self, node):
+        """Copy a node, a list of nodes or what else a field holds."""
+        if isinstance(node, list):
+            return [self.close(item) for item in node]
+        if not isinstance(node, ast.expr | ast.comprehension | ast.keyword):
+            return node
+        if isinstance(node, ast.Attribute) or (isinstance(node, ast.Name) and node.id not in self.own):
+            return self.known(node)
+        if isinstance(node, ast.Call):
+            return ast.Call(self.function(node.func), self.close(node.args), self.close(node.keywords))
+        return type(node)(**{name: self.close(value) for name, value in ast.iter_fields(node)})
 
     def value(self, value) -> ast.expr:
         name = f"_{len(self.names)}"
@@ -268,22 +279,13 @@ class _Close(ast.NodeTransformer):
             return self.value(config_object(self.scopes.program, fact.name))
         raise LookupError
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return node if node.id in self.own else self.known(node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        return self.known(node)
-
-    def visit_Call(self, node: ast.Call) -> ast.Call:
-        name = node.func.id if isinstance(node.func, ast.Name) else ""
+    def function(self, node: ast.expr) -> ast.expr:
+        name = node.id if isinstance(node, ast.Name) else ""
         pure = self.scopes.program.pure
         is_pure_call = name in pure and self.scopes.is_global(name)
         if name in self.own or not (is_pure_call or self.scopes.is_builtin(name)):
             raise LookupError
-        function = self.value(pure[name] if is_pure_call else SAFE_BUILTINS[name])
-        args = [self.visit(arg) for arg in node.args]
-        keywords = [ast.keyword(one.arg, self.visit(one.value)) for one in node.keywords]
-        return ast.Call(function, args, keywords)
+        return self.value(pure[name] if is_pure_call else SAFE_BUILTINS[name])
 
 
 def config_object(program: ProgramFacts, name: str) -> SimpleNamespace:

@@ -3,7 +3,7 @@
 import ast
 import re
 
-from pack.names import PURE_DECORATORS, Function, bound_names, free_names, last_name, walk
+from pack.names import PURE_DECORATORS, Function, bound_names, by_kind, free_names, last_name, walk
 from pack.printing import to_text
 from pack.specialize.drop import drop_dead_locals
 from pack.specialize.facts import Fact, Instance, Items, Known, Observations, ProgramFacts, Table, join
@@ -100,7 +100,6 @@ class Specializer(ast.NodeTransformer, Scopes):
         self.stack.append(scope)
         single = {n: found[0] for n, found in bindings.items() if len(found) == 1 and n not in names}
         once = {n: found for n, found in single.items() if found[0]}
-        changed = changed_names(node) if once else set()
         for _ in once:
             before = dict(scope)
             for name, (kind, value) in once.items():
@@ -108,7 +107,7 @@ class Specializer(ast.NodeTransformer, Scopes):
                     fact = self.part(value, *map(int, re.findall(r"\d+", kind)))
                 else:
                     fact = self.look(value) if value is not None else None
-                if isinstance(fact, Items) and name in changed:
+                if isinstance(fact, Items) and name in changed_names(by_kind(walk(node))):
                     fact = Instance()
                 if kind == "item":
                     fact = Instance(fact.name) if isinstance(fact, Items) else None

@@ -194,55 +194,42 @@ def class_names(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None]]:
             yield from ((name, None) for name, _ in bound_names(one))
 
 
-def changed_names(tree: ast.AST) -> set[str]:
-    """Name the variables and attributes whose items a program changes: `name[k] = v`, `a.name.pop()`."""
-    found = set()
-    for node in walk(tree):
-        if node.__class__ is not ast.Subscript and node.__class__ is not ast.Attribute:
-            continue
-        match node:
-            case ast.Subscript(value=ast.Name() | ast.Attribute() as owner, ctx=ast.Store() | ast.Del()):
-                found.add(owner.id if isinstance(owner, ast.Name) else owner.attr)
-            case ast.Attribute(value=ast.Name() | ast.Attribute() as owner, attr=attr) if attr in CHANGERS:
-                found.add(owner.id if isinstance(owner, ast.Name) else owner.attr)
-    return found
+def changed_names(kinds: dict[type, list]) -> set[str]:
+    """Name the variables and attributes whose items nodes, by kind, change: `name[k] = v`, `a.name.pop()`."""
+    owners = [node.value for node in kinds[ast.Subscript] if not isinstance(node.ctx, ast.Load)]
+    owners += [node.value for node in kinds[ast.Attribute] if node.attr in CHANGERS]
+    by_name = {owner.id for owner in owners if isinstance(owner, ast.Name)}
+    return by_name | {owner.attr for owner in owners if isinstance(owner, ast.Attribute)}
 
 
-MAKER_KINDS = {ast.ClassDef, ast.Attribute, ast.Compare, ast.Call, ast.Name, ast.Constant}
-
-
-def unnamed_makers(tree: ast.AST) -> set[str]:
+def unnamed_makers(kinds: dict[type, list]) -> set[str]:
     """Name the classes that make instances by `cls`; "" where any may be made without its name."""
     found, types, shown = set(), 0, 0
-    for node in walk(tree):
-        if node.__class__ not in MAKER_KINDS:
-            continue
+    for node in kinds[ast.ClassDef]:
+        wraps = [one for f in node.body if isinstance(f, Function) for one in f.decorator_list]
+        if any(isinstance(one, ast.Name) and one.id == "classmethod" for one in wraps):
+            found.add(node.name)
+    for node in kinds[ast.Attribute]:
         match node:
-            case ast.ClassDef(name=name, body=body):
-                wraps = [one for f in body if isinstance(f, Function) for one in f.decorator_list]
-                if any(isinstance(one, ast.Name) and one.id == "classmethod" for one in wraps):
-                    found.add(name)
             case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr="__init__"):
                 pass
             case ast.Attribute(attr="__class__" | "__init__" | "__new__" | "_make"):
                 found.add("")
             case ast.Attribute(value=ast.Call(func=ast.Name(id="type"), args=[_]), attr="__name__"):
                 shown += 1
-            case ast.Compare(left=left, comparators=others):
-                calls = [one for one in (left, *others) if isinstance(one, ast.Call) and len(one.args) == 1]
-                shown += sum(isinstance(one.func, ast.Name) and one.func.id == "type" for one in calls)
-            case ast.Call(func=ast.Name(id="type")):
-                types += 1
-            case (
-                ast.Name(id="globals" | "eval" | "exec", ctx=ast.Load())
-                | ast.Constant(value="_make" | "_replace")
-            ):
-                found.add("")
             case ast.Attribute(attr="_replace"):
                 types += 1
-            case ast.Call(func=ast.Attribute(attr="_replace")):
-                shown += 1
-    return found | ({""} if types > shown else set())
+    for node in kinds[ast.Compare]:
+        calls = [one for one in (node.left, *node.comparators) if isinstance(one, ast.Call)]
+        calls = [one.func for one in calls if len(one.args) == 1]
+        shown += sum(isinstance(one, ast.Name) and one.id == "type" for one in calls)
+    for node in kinds[ast.Call]:
+        types += isinstance(node.func, ast.Name) and node.func.id == "type"
+        shown += isinstance(node.func, ast.Attribute) and node.func.attr == "_replace"
+    looks_up = {"globals", "eval", "exec"}
+    is_dynamic = any(node.id in looks_up and isinstance(node.ctx, ast.Load) for node in kinds[ast.Name])
+    is_spelled = any(node.value in ("_make", "_replace") for node in kinds[ast.Constant])
+    return found | ({""} if is_dynamic or is_spelled or types > shown else set())
 
 
 def takes(arguments: ast.arguments, call: ast.Call, first: int = 0) -> bool:
