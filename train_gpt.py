@@ -49,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 from common import CommandParser, UserError, atomic_file, run_command, sha256_file, write_json
 from data.codecs import TokenCodec, load_codec
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
-from data.shards import TRAIN_GLOB, read_report
+from data.shards import TRAIN_GLOB, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
@@ -489,7 +489,8 @@ def read_environment() -> Environment:
 def load_config(recipe_path: str | None, environment: dict[str, str], overrides: list[str]) -> Config:
     """Resolve a config: defaults < recipe < environment < "section.key=value" overrides; then check it.
 
-    A packed program has the recipe's values as its defaults, and only live fields.
+    What none of these says of the tokenizer, the dataset's manifest does. A packed program has the recipe's
+    values as its defaults, and only live fields.
     """
     changes = parse_overrides(overrides)
     if PACKED_RECIPE is not None:
@@ -507,6 +508,11 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
     cfg = with_values(Config(), recipe, recipe_path) if recipe_path else Config()
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
+    if PACKED_RECIPE is None:
+        named = recipe.keys() | environment.keys() | changes.keys()
+        stated = stated_tokenizer(cfg.data.data_path)
+        free = {name: value for name, value in stated.items() if name not in named}
+        cfg = with_values(cfg, free, f"manifest of {cfg.data.data_path}")
     check_config(cfg)
     return cfg
 

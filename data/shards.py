@@ -20,6 +20,7 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 TRAIN_GLOB = "fineweb_train_*.bin"
 VAL_GLOB = "fineweb_val_*.bin"
+MANIFEST_FIELDS = {"kind": "tokenizer_kind", "vocab_size": "vocab_size"}  # its key -> data field
 MANIFEST_NAME = "manifest.json"
 # Marks a folder whose shards are being replaced. Without it, shards without a manifest are not ours.
 UNFINISHED_NAME = "unfinished.json"
@@ -126,6 +127,14 @@ def read_manifest(folder: str | Path) -> dict | None:
     """Read the manifest that lies beside a folder's shards; None where there is none."""
     path = Path(folder) / MANIFEST_NAME
     return read_json(path) if path.is_file() else None
+
+
+def stated_tokenizer(folder: str | Path) -> dict:
+    """Return the data fields {name: value} that a folder's manifest and the tokenizer beside it state."""
+    stated = (read_manifest(folder) or {}).get("tokenizer", {})
+    fields = {f"data.{to}": stated[key] for key, to in MANIFEST_FIELDS.items() if key in stated}
+    path = Path(folder) / str(stated.get("file", ""))
+    return fields | ({"data.tokenizer_path": str(path)} if path.is_file() else {})
 
 
 def digest_of_report(report: dict) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from fixtures_model import RECIPES, ROOT
+from fixtures_model import RECIPES, ROOT, TINY_VOCAB
 
 from common import UserError
 from formats.help import describe_section, describe_sections, explain
@@ -114,6 +114,18 @@ def test_the_naive_baseline_recipe_is_the_default_config():
     """The contest's command without a recipe and the recipe folder must be one thing."""
     path = ROOT / "records/track_10min_16mb/2026-03-17_NaiveBaseline/recipe.toml"
     assert load_config(str(path), {}, []) == Config()
+
+
+def test_what_nothing_says_of_the_tokenizer_the_manifest_of_the_data_does(tiny_data, tmp_path):
+    """Own text trains without a word on its vocabulary; what a recipe or a person says of it holds."""
+    named = [f"data.data_path={tiny_data}"]
+    found = load_config(None, {}, named).data
+    assert (found.vocab_size, found.tokenizer_path) == (TINY_VOCAB, str(tiny_data / "tokenizer.model"))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[data]\nvocab_size = 512\n")
+    assert load_config(str(recipe), {}, named).data.vocab_size == 512
+    assert load_config(str(recipe), {"data.vocab_size": "300"}, named).data.vocab_size == 300
+    assert load_config(None, {}, [*named, "data.tokenizer_path=else"]).data.tokenizer_path == "else"
 
 
 def test_configs_are_frozen():
