@@ -19,7 +19,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench profile gpu-battery
+.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench profile gpu-check gpu-battery
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST) | fold -s -w 79
@@ -92,6 +92,9 @@ bench: data ## speed of training step, scoring, packing and loading, against yar
 
 profile: data ## where a step's time goes on this machine, by operator; AT=0.7: at that share of training
 	$(PY) -m dev.profile --recipe $(RECIPE) $(addprefix --at ,$(AT))
+
+gpu-check: setup ## the trainer, every recipe, scorer and attention backend on an emulated GPU; some ten minutes
+	$(TESTS) tests/test_emulator.py
 
 gpu-battery: setup ## measure this project on a GPU in at most 480 s, into OUT=...; REHEARSE=1: on a CPU; PARTS=, DATA=, CARRIED=
 	$(PY) -m dev.gpu_battery --out $(OUT) $(if $(REHEARSE),--rehearse) \
