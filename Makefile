@@ -22,7 +22,9 @@ TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 .PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench profile gpu-check gpu-battery
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST) | fold -s -w 79
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { n = split($$2, words, " "); line = sprintf("  make %-12s", $$1); \
+		for (i = 1; i <= n; i++) { if (length(line) + length(words[i]) > 78) { print line; line = sprintf("%19s", "") } \
+		line = line " " words[i] } print line }' $(MAKEFILE_LIST)
 
 run: data ## the main job: train on the built-in corpus, pack, reload in a fresh process, score
 	RUN_ID=$(RUN_ID) $(PY) train_gpt.py --recipe $(RECIPE)
@@ -30,9 +32,11 @@ run: data ## the main job: train on the built-in corpus, pack, reload in a fresh
 
 test: setup ## all fast tests (under 5 minutes on 2 cores)
 	$(TESTS) -m "not slow and not gpu"
+	EMULATED_GPU=1 $(TESTS) tests/test_emulator.py -m "not slow"
 
 test-slow: setup ## the tests that take over 5 s each
 	$(TESTS) -m "slow and not gpu"
+	EMULATED_GPU=1 $(TESTS) tests/test_emulator.py -m slow
 
 test-hosts: setup ## the tests of numbers as other processors compute them, with one and two threads (up to 15 minutes)
 	$(PY) -m tests.run_hosts
@@ -94,7 +98,7 @@ profile: data ## where a step's time goes on this machine, by operator; AT=0.7: 
 	$(PY) -m dev.profile --recipe $(RECIPE) $(addprefix --at ,$(AT))
 
 gpu-check: setup ## the trainer, every recipe, scorer and attention backend on an emulated GPU; some ten minutes
-	$(TESTS) tests/test_emulator.py
+	EMULATED_GPU=1 $(TESTS) tests/test_emulator.py
 
 gpu-battery: setup ## measure this project on a GPU in at most 480 s, into OUT=...; REHEARSE=1: on a CPU; PARTS=, DATA=, CARRIED=
 	$(PY) -m dev.gpu_battery --out $(OUT) $(if $(REHEARSE),--rehearse) \

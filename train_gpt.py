@@ -509,7 +509,14 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
     if PACKED_RECIPE is None:
-        named = recipe.keys() | environment.keys() | changes.keys()
+        typed = environment.keys() | changes.keys()
+        named = recipe.keys() | typed
+        if "data.data_path" in typed and not Path(cfg.data.data_path).is_dir():
+            raise UserError(
+                f"data.data_path={cfg.data.data_path}: no such folder. `make data` writes the built-in "
+                "corpus, `python -m data.prepare` your own text, `python -m data.download --variant sp1024` "
+                "the contest's."
+            )
         stated = stated_tokenizer(cfg.data.data_path)
         free = {name: value for name, value in stated.items() if name not in named}
         cfg = with_values(cfg, free, f"manifest of {cfg.data.data_path}")
@@ -2419,11 +2426,22 @@ def resume(training: Training, path: Path) -> None:
     training.load_state_dict(map_leaves(state, np.ndarray, torch.from_numpy))
 
 
+def slow_note(training: Training) -> str:
+    """Say of a CPU that it will take minutes for a step meant for GPUs; a packed program does not."""
+    if PACKED_RECIPE is not None or training.ranks.device.type != "cpu":
+        return ""
+    num_params = sum(param.numel() for param in training.model.parameters())
+    work = 6e-12 * num_params * training.cfg.data.batch_tokens
+    advice = "minutes on a CPU; recipes in records/track_cpu are made for one"
+    return f". A step takes {work:.0f} TFLOP: {advice}" if work > 10 else ""
+
+
 def warm_up(training: Training, log: Log) -> None:
     """Compile and time real steps before the clock starts, then restore all state; prints a projection."""
     cfg, ranks = training.cfg, training.ranks
     initial = copy.deepcopy(training.state_dict())
     num_steps = min(cfg.run.warmup_steps, cfg.run.iterations // 4)  # a short run is not all warm-up
+    log.line(f"warming up: {max(num_steps, 1)} steps in each phase, off the clock{slow_note(training)}")
     for phase in get_phases(cfg):
         for step in range(max(num_steps, 1)):
             training.accumulate(phase, lambda: False)
@@ -2839,9 +2857,21 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
 
 
 def run_or_explain(cfg: Config, environment: Environment, checkpoint_path: Path | None = None) -> None:
-    """Run; when memory is used up, say what to lower."""
+    """Run; when memory is used up, say what to lower, and after an interrupt what is left."""
+    if checkpoint_path and not checkpoint_path.is_file():
+        raise UserError(
+            f"{checkpoint_path}: no such checkpoint. run.save_every=N writes {CHECKPOINT_NAME} into the "
+            "folder of a run."
+        )
     try:
         run(cfg, environment, checkpoint_path)
+    except KeyboardInterrupt:
+        if environment.rank == 0:
+            left = "its log is all that is left; run.save_every=N keeps checkpoints for --resume"
+            if cfg.run.save_every > 0:
+                left = f"its last {CHECKPOINT_NAME} goes on with --resume"
+            print(f"The run was stopped before its end: {left}.", file=sys.stderr)
+        raise
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import itertools
 import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -259,6 +260,8 @@ def write_dataset(
     for path in out.glob(ALL_SHARDS_GLOB):
         if path.name not in written:  # of an earlier, longer dataset
             path.unlink()
+    if not (out / codec.path.name).is_file():  # else it is the one: check_folder has seen its hash
+        shutil.copyfile(codec.path, out / codec.path.name)
     write_json(out / MANIFEST_NAME, manifest)
     (out / UNFINISHED_NAME).unlink()
     return manifest
@@ -328,7 +331,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(
         prog="python -m data.prepare",
         description="Tokenize your own text into training and validation shards.",
-        epilog="Then train on the folder: DATA_PATH=DIR TOKENIZER_PATH=MODEL python train_gpt.py",
+        epilog="Then train on the folder, which has the tokenizer too: DATA_PATH=DIR python train_gpt.py",
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     choice = parser.add_mutually_exclusive_group()

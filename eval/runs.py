@@ -64,6 +64,8 @@ def find_target(path: Path, chosen: Path | None = None) -> Target:
             f"{path}: expected {RESULT_NAME} (a complete run), or {RECIPE_NAME} and README.md (a record), "
             "found neither. Run it again or name an artifact."
         )
+    if path.name == ARTIFACT_NAME and (path.parent / RESULT_NAME).is_file():
+        return find_run(path.parent)  # which knows where its data lie
     return Target(path, live_config({}))
 
 
@@ -82,7 +84,8 @@ def find_run(folder: Path) -> Target:
     artifact = folder / ARTIFACT_NAME
     if sha256_file(artifact) != result["artifact_sha256"]:
         raise UserError(
-            f"{artifact}: not the file that {RESULT_NAME} describes. Run it again, or name the artifact."
+            f"{artifact}: not the file that {RESULT_NAME} describes, or damaged. Run it again, or "
+            "score a copy of it elsewhere by itself."
         )
     live = with_values(Config(), read_recipe(folder / RECIPE_NAME) | result["places"], str(folder))
     score, text = result["score"], read_log(folder, result.get("seed"))

@@ -74,10 +74,21 @@ class FieldHelp(argparse.Action):
         parser.exit()
 
 
+NANOGPT = {  # its names that ours do not resemble
+    "batch_size": "data.batch_tokens",
+    "block_size": "data.seq_len",
+    "n_embd": "model.model_dim",
+    "max_iters": "run.iterations",
+    "learning_rate": "optim.matrix_lr",
+}
+
+
 def meant_fields(config, word: str) -> list[str]:
     """Name the fields that an unknown word may mean: its key, the end of its key, or one spelled alike."""
     key = word.lstrip("-").replace("-", "_").lower()
     known = config_fields(config)
+    if key in NANOGPT:
+        return [NANOGPT[key]]
     own = [full for full, item in known.items() if key in (full, item.name, item.metadata["env"].lower())]
     ends = [full for full in known if full.startswith(f"{key}_") or full.endswith(f"_{key}")]
     words = {word: full for full in known for word in (full, full.partition(".")[2])}

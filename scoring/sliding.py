@@ -144,17 +144,19 @@ class Pace:
 
 
 class ProgressLines:
-    """Write a line after the first percent and each tenth of a job, with the time left."""
+    """Write a line after the first percent, each tenth of a job and 5 seconds, with the time left."""
 
     def __init__(self, write: Callable[[str], None], job: str):
         self.write, self.job, self.pace, self.percent = write, job, Pace(), 0
+        self.at = time.perf_counter()  # of the last line
 
     def __call__(self, done: int, total: int) -> None:
-        left = self.pace.seconds_left(done, total)
-        percent = done * 10 // total * 10 or min(done * 100 // total, 1)
-        if left is not None and percent > self.percent and done < total >= 20:
+        left, now = self.pace.seconds_left(done, total), time.perf_counter()
+        percent = done * 100 // total
+        is_due = percent // 10 > self.percent // 10 or percent > self.percent == 0 or now - self.at >= 5
+        if left is not None and is_due and percent > self.percent and done < total >= 20:
             self.write(f"{self.job}: {percent}% seconds_left:{left:.0f}")
-            self.percent = percent
+            self.percent, self.at = percent, now
 
 
 @torch.no_grad()

@@ -131,8 +131,6 @@ class Module(backend_registration._DummyBackendModule):
 
 def register() -> None:
     """Make the device known to torch, once in a process, and its tensors out of nothing."""
-    if torch._C._get_privateuse1_backend_name() == NAME:
-        return
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     for name in MAKERS:
         torch.library.impl(f"aten::{name}", "PrivateUse1")(maker(name))
@@ -154,13 +152,15 @@ def maker(name: str) -> Callable[..., DeviceTensor]:
     )
 
 
+register()  # now, before autograd counts the devices
+
+
 @contextmanager
 def emulated_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Counts]:
     """Offer the device, with what an NVIDIA GPU of a capability chooses and every attention package.
 
     Each rank sees one such device, its own; they talk by gloo.
     """
-    register()
     COUNTS.__init__()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.accelerator, "synchronize", COUNTS.synchronize)

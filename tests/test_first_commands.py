@@ -13,7 +13,11 @@ COMMANDS = [
     # the contest's README
     ("", {}, r"`make run` makes the built-in corpus.*data.download --variant sp1024"),
     ("", {"RUN_ID": "baseline_sp1024", "VOCAB_SIZE": "1024"}, EMPTY),
-    ("", {"DATA_PATH": "./data/datasets/fineweb10B_sp1024/", "MAX_WALLCLOCK_SECONDS": "0"}, EMPTY),
+    (
+        "",
+        {"DATA_PATH": "./data/datasets/fineweb10B_sp1024/", "MAX_WALLCLOCK_SECONDS": "0"},
+        r"fineweb10B_sp1024/: no such folder.*data.download --variant sp1024",
+    ),
     ("", {"ITERATIONS": "200", "VAL_LOSS_EVERY": "0", "VAL_BATCH_SIZE": "8192"}, EMPTY),
     ("", {"NUM_LAYER": "3"}, r"NUM_LAYER is not read; did you mean NUM_LAYERS\?"),
     ("", {"ITERATION": "200"}, r"ITERATION is not read; did you mean ITERATIONS\?"),
@@ -30,6 +34,8 @@ COMMANDS = [
     ("--num-layers=4", {}, r"--num-layers: fields are written model.num_layers=4$"),
     ("--num_layers 4", {}, r"--num_layers: fields are written model.num_layers=VALUE$"),
     ("--batch_tokens=8192", {}, r"fields are written data.batch_tokens=8192$"),
+    ("--batch_size=12", {}, r"fields are written data.batch_tokens=12$"),
+    ("--block_size=256", {}, r"fields are written data.seq_len=256$"),
     ("--device=cpu", {}, r"fields are written run.device=cpu$"),
     ("--compile=off", {}, r"fields are written run.compile=off$"),
     ("config/train_shakespeare_char.py", {}, r"expected section.key=value, found 'config/train"),
@@ -42,7 +48,7 @@ COMMANDS = [
     ("optim.matrix_lr=-1", {}, r"optim.matrix_lr=-1.0 must be at least 0"),
     ("--recipe missing.toml", {}, r"missing.toml: no such recipe"),
     ("--recipes x", {}, r"--recipes.*Did you mean --recipe\?"),
-    ("--resume missing.safetensors", {}, EMPTY),
+    ("--resume missing.safetensors", {}, r"missing.safetensors: no such checkpoint.*run.save_every"),
 ]
 
 

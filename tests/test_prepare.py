@@ -451,6 +451,7 @@ def test_a_shorter_dataset_leaves_no_shard_of_a_longer_one(prepare, source, tmp_
         "fineweb_train_000000.bin",
         "fineweb_val_000000.bin",
         "manifest.json",
+        "small.model",  # DATA_PATH alone finds it
     ]
 
 

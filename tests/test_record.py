@@ -328,7 +328,7 @@ def test_children_see_no_setting_of_the_environment(monkeypatch):
         (["--seeds", "one"], "different numbers"),
         (["--name", "My record"], "YYYY-MM-DD_Name"),
         (["--out", "records/elsewhere"], "track_cpu"),
-        (["--data", "nowhere"], "no shards match"),
+        (["--data", "nowhere"], "no such folder"),
         (["--against", "nowhere"], "no such file"),
         (["data.tokenizer_path=nowhere.model"], "no such tokenizer"),
         ([f"data.tokenizer_path={ROOT}/tokenizers/sp1024"], "1024 entries, the model's vocabulary has 300"),

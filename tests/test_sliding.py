@@ -180,14 +180,18 @@ def test_the_deadline_is_in_proportion_to_the_text(tiny_config, tiny_model, alon
 
 
 def test_the_log_says_early_how_long_scoring_will_take(monkeypatch):
-    """After the first percent and each tenth: who is over the budget can stop in time."""
-    lines, now = [], iter(range(2001))
-    monkeypatch.setattr("scoring.sliding.time.perf_counter", lambda: float(next(now)))
+    """After the first percent, each tenth and 5 seconds: who is over the budget can stop in time."""
+    lines, now = [], [0.0]
+    monkeypatch.setattr("scoring.sliding.time.perf_counter", lambda: now[0])
     progress = ProgressLines(lines.append, "scoring")
     for done in range(1, 1001):
+        now[0] += 0.01 if done <= 400 else 0.1
         progress(done, 1000)
-    assert [line.split()[1] for line in lines] == ["1%", *(f"{tenth}0%" for tenth in range(1, 10))]
-    assert lines[0] == "scoring: 1% seconds_left:990"  # a target a second in this test
+    tenths, slow = ["1%", "10%", "20%", "30%", "40%"], [f"{at}%" for at in range(44, 100, 5)]
+    shown = [line.split()[1] for line in lines]
+    assert shown[:5] == tenths
+    assert len(shown[5:]) == pytest.approx(len(slow), abs=6)  # at least each 5 seconds, 50 targets
+    assert lines[0] == "scoring: 1% seconds_left:10"  # a hundred targets a second, at first
     assert Pace().seconds_left(30, 1000) is None  # a start of unknown cost tells nothing
 
 
