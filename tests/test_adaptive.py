@@ -5,6 +5,7 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -734,3 +735,14 @@ def test_mistakes_are_named(tiny_model):
     session.options = session.options._replace(world_size=3)
     with pytest.raises(UserError, match="warm_lanes=4"):
         score_lora(tiny_model, session, replace(LORA, lora_sites="q", lora_warm_lanes=4))
+
+
+def test_a_batch_advances_as_its_passes_take_time():
+    """A bar that moved evenly would begin too slowly: early passes read the most."""
+    session = SimpleNamespace(options=SimpleNamespace(device="cpu"), settings=SimpleNamespace(context_len=16))
+    lengths, starts = np.array([40, 12, 12]), np.arange(0, 40, 8)
+    on_cpu = LoraScorer.share_out(SimpleNamespace(session=session), lengths, starts, 8)
+    assert sum(on_cpu) == 64
+    assert on_cpu == [12, 23, 10, 9, 10]  # of 30, 54, 22, 22, 22: rows alive times what each reads, and 6
+    session.options.device = "cuda"
+    assert LoraScorer.share_out(SimpleNamespace(session=session), lengths, starts, 8) == [12, 13, 13, 13, 13]

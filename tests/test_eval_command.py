@@ -249,6 +249,15 @@ def record(make_run, tmp_path, monkeypatch):
     return folder, run
 
 
+def test_the_artifact_of_a_run_is_scored_as_the_run(make_run):
+    """Its folder knows where its data lie; elsewhere a file is scored by itself."""
+    folder = make_run("whole")
+    assert find_target(folder / "artifact.bin") == find_target(folder)
+    copy = folder.parent / "copy.bin"
+    copy.write_bytes((folder / "artifact.bin").read_bytes())
+    assert find_target(copy).artifact == copy
+
+
 def test_a_record_is_scored_from_the_artifact_that_it_states(record, tmp_path, capsys):
     """Its own file, or the run's with that hash, or the one that is named; others are refused."""
     folder, run = record

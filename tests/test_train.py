@@ -490,3 +490,26 @@ def test_the_log_says_which_attention_backends_were_passed_over(tiny_config, alo
     logged = "\n".join(lines).splitlines()
     assert "attention_mode:gqa backend:sdpa num_heads:4 num_kv_heads:2" in logged
     assert "attention_passed_over:fa3 it trains on cuda only" in logged
+
+
+def test_an_interrupted_run_says_what_is_left(tiny_config, monkeypatch, capsys):
+    """Only a checkpoint can go on; who has none learns how to keep one."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt, "run", stop)
+    for every, said in ((0, "run.save_every=N keeps checkpoints"), (5, "goes on with --resume")):
+        with pytest.raises(KeyboardInterrupt):
+            train_gpt.run_or_explain(
+                with_values(tiny_config, {"run.save_every": every}, "test"), Environment({})
+            )
+        assert said in capsys.readouterr().err
+
+
+def test_a_step_that_takes_a_cpu_minutes_is_announced(tiny_config, alone):
+    """The contest's default on a laptop would be silent for its first minutes."""
+    training = Training(tiny_config, alone, 1)
+    assert train_gpt.slow_note(training) == ""
+    training.cfg = with_values(tiny_config, {"data.batch_tokens": 1 << 30}, "test")
+    assert "TFLOP: minutes on a CPU" in train_gpt.slow_note(training)
