@@ -28,7 +28,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -509,19 +509,28 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
     if PACKED_RECIPE is None:
-        typed = environment.keys() | changes.keys()
-        named = recipe.keys() | typed
-        if "data.data_path" in typed and not Path(cfg.data.data_path).is_dir():
-            raise UserError(
-                f"data.data_path={cfg.data.data_path}: no such folder. `make data` writes the built-in "
-                "corpus, `python -m data.prepare` your own text, `python -m data.download --variant sp1024` "
-                "the contest's."
-            )
-        stated = stated_tokenizer(cfg.data.data_path)
-        free = {name: value for name, value in stated.items() if name not in named}
-        cfg = with_values(cfg, free, f"manifest of {cfg.data.data_path}")
+        cfg = follow_data(cfg, recipe.keys(), environment.keys() | changes.keys())
     check_config(cfg)
     return cfg
+
+
+def follow_data(cfg: Config, recipe: Set[str], typed: Set[str]) -> Config:
+    """Take from the dataset's manifest what neither the recipe names of the tokenizer nor a person has typed.
+
+    With a data folder that is typed, the recipe's path of a tokenizer is another dataset's.
+    """
+    folder = cfg.data.data_path
+    if "data.data_path" in typed:
+        recipe = recipe - {"data.tokenizer_path"}
+        if not Path(folder).is_dir():
+            raise UserError(
+                f"data.data_path={folder}: no such folder. `make data` writes the built-in corpus, "
+                "`python -m data.prepare` your own text, `python -m data.download --variant sp1024` the "
+                "contest's."
+            )
+    stated = stated_tokenizer(folder)
+    free = {name: value for name, value in stated.items() if name not in recipe | typed}
+    return with_values(cfg, free, f"manifest of {folder}")
 
 
 def fixed_recipe(cfg: Config) -> dict[str, dict]:

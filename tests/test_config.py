@@ -122,8 +122,9 @@ def test_what_nothing_says_of_the_tokenizer_the_manifest_of_the_data_does(tiny_d
     found = load_config(None, {}, named).data
     assert (found.vocab_size, found.tokenizer_path) == (TINY_VOCAB, str(tiny_data / "tokenizer.model"))
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[data]\nvocab_size = 512\n")
-    assert load_config(str(recipe), {}, named).data.vocab_size == 512
+    recipe.write_text("[data]\nvocab_size = 512\ntokenizer_path = 'of other data'\n")
+    found = load_config(str(recipe), {}, named).data
+    assert (found.vocab_size, found.tokenizer_path) == (512, str(tiny_data / "tokenizer.model"))
     assert load_config(str(recipe), {"data.vocab_size": "300"}, named).data.vocab_size == 300
     assert load_config(None, {}, [*named, "data.tokenizer_path=else"]).data.tokenizer_path == "else"
 
