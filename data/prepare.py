@@ -260,8 +260,9 @@ def write_dataset(
     for path in out.glob(ALL_SHARDS_GLOB):
         if path.name not in written:  # of an earlier, longer dataset
             path.unlink()
-    if not (out / codec.path.name).is_file():  # else it is the one: check_folder has seen its hash
-        shutil.copyfile(codec.path, out / codec.path.name)
+    beside = out / codec.path.name
+    if beside.resolve() != codec.path.resolve():
+        shutil.copyfile(codec.path, beside)
     write_json(out / MANIFEST_NAME, manifest)
     (out / UNFINISHED_NAME).unlink()
     return manifest

@@ -446,6 +446,8 @@ def test_a_shorter_dataset_leaves_no_shard_of_a_longer_one(prepare, source, tmp_
     """A loader takes every shard in the folder; a stale one would be trained on, or scored."""
     out = prepare("--input", source, "--shard-tokens", 100)
     (out / "fineweb_val_bytes_000000.bin").touch()  # a stale byte sidecar
+    tokenizer = (out / "small.model").read_bytes()
+    (out / "small.model").write_bytes(b"of an earlier dataset")
     prepare("--input", source)
     assert sorted(path.name for path in out.iterdir()) == [
         "fineweb_train_000000.bin",
@@ -453,6 +455,7 @@ def test_a_shorter_dataset_leaves_no_shard_of_a_longer_one(prepare, source, tmp_
         "manifest.json",
         "small.model",  # DATA_PATH alone finds it
     ]
+    assert (out / "small.model").read_bytes() == tokenizer
 
 
 def test_a_run_that_fails_leaves_no_manifest_and_the_next_one_succeeds(prepare, source, tmp_path):
