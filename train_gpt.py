@@ -91,6 +91,7 @@ from kernels.loss import blocked_loss
 from kernels.machine import (
     ACCELERATORS,
     check_device,
+    copy_to_device,
     keep_freed_memory,
     peak_memory,
     resolve_compile,
@@ -156,6 +157,8 @@ PACKED_ENVIRONMENT = ""
 CLOCK_PARTS = {"training": "train_ms", "calibration and n-grams": "calibration_ms"}  # of result.json
 ARTIFACT_NAME, CHECKPOINT_NAME = "artifact.bin", "checkpoint.safetensors"
 TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "tiktoken", "bese")
+
+READ_EVERY_MS = 1000.0  # how long the clock of a GPU goes on without being read
 
 NEWTON_STEPS = 2  # of fit_scales: the cost is nearly a parabola there
 
@@ -647,8 +650,8 @@ class Ranks:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
             flat *= 1 / self.world_size
-            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-                tensor.copy_(part.view_as(tensor))
+            parts = flat.split([tensor.numel() for tensor in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(one) for one, part in zip(tensors, parts)])
 
     def start_scatter_average(self, stack: Tensor) -> AsyncWork:
         """Begin to average a (world * n, ...) stack over ranks; this rank will get its (n, ...) share."""
@@ -692,17 +695,42 @@ class KeepingRanks(Ranks):
 
 
 class Clock:
-    """The training clock in milliseconds: rank 0's, the same on every rank, stopped while validating."""
+    """The training clock in milliseconds: rank 0's, the same on every rank, stopped while validating.
 
-    def __init__(self, ranks: Ranks, total_ms: float = 0.0):
+    To read it is to wait for the device. A tick is a micro-batch: a CPU's clock is read at every one, a GPU's
+    about once a second and, towards the limit, after half the ticks that may be left; in between it goes on
+    at the pace of the last ticks, the same on every rank.
+    """
+
+    def __init__(self, ranks: Ranks, total_ms: float = 0.0, limit_ms: float = math.inf):
         self.ranks = ranks
         self.total_ms = total_ms
+        self.limit_ms = limit_ms
         self.started = 0.0
+        self.read_at = self.shown_ms = total_ms  # when it was read last, what it showed last
+        self.pace = 0.0  # ms a tick
+        self.ticks, self.due = 0, 1  # since it was read, and at which it is read again
+        self.is_read = True  # at the last tick
 
     def start(self) -> None:
         """Start the clock."""
         self.ranks.synchronize()
         self.started = time.perf_counter()
+        self.read_at, self.ticks, self.due = self.total_ms, 0, 1
+
+    def tick(self) -> float:
+        """Count a micro-batch and return the time; is_read says whether it was read."""
+        self.ticks += 1
+        self.is_read = self.ticks >= self.due
+        now = self.read_ms() if self.is_read else self.read_at + self.ticks * self.pace
+        if self.is_read:
+            self.pace = (now - self.read_at) / self.ticks
+            self.read_at, self.ticks = now, 0
+            wait_ms = min(READ_EVERY_MS, (self.limit_ms - now) / 2)
+            on_cpu = self.ranks.device.type == "cpu"
+            self.due = 1 if on_cpu else max(int(wait_ms / max(self.pace, 1e-3)), 1)
+        self.shown_ms = max(self.shown_ms, now)
+        return self.shown_ms
 
     def read_ms(self) -> float:
         """Return rank 0's training time so far, after what the device has been given is done."""
@@ -770,8 +798,7 @@ def next_batch(loader: TokenLoader, stage: Stage, ranks: Ranks, in_document: boo
     num_tokens = stage.batch_tokens // stage.micro_batches
     rows = loader.take(stage.seq_len, num_tokens, ranks.rank, ranks.world_size)
     extent = extent_of(rows.starts_segment, stage.seq_len) if in_document else None
-    async_copy = ranks.device.type == "cuda"  # Apple's GPUs would read the source after it is freed
-    return Batch(*(torch.from_numpy(part).to(ranks.device, non_blocking=async_copy) for part in rows), extent)
+    return Batch(*(copy_to_device(part, ranks.device) for part in rows), extent)
 
 
 def open_tokenizer(cfg: DataConfig) -> TokenCodec:
@@ -2256,15 +2283,15 @@ class Training:
         loss.backward()
         return loss.detach()
 
-    def accumulate(self, phase: Phase, out_of_time: Callable[[], bool]) -> float | None:
-        """Add up a step's gradients; returns the mean loss over ranks, or None when time ran out in it."""
+    def accumulate(self, phase: Phase, out_of_time: Callable[[], bool]) -> Tensor | None:
+        """Add up a step's gradients; returns this rank's mean loss, or None when time ran out in it."""
         self.model.train()
         if phase.qat:
             with stored_weights(self.model, self.grids, self.cfg.quant.qat_sharpness):
                 return self.run_micro_steps(phase, out_of_time)
         return self.run_micro_steps(phase, out_of_time)
 
-    def run_micro_steps(self, phase: Phase, out_of_time: Callable[[], bool]) -> float | None:
+    def run_micro_steps(self, phase: Phase, out_of_time: Callable[[], bool]) -> Tensor | None:
         """Run a step's micro-batches of this rank."""
         total = torch.zeros((), device=self.ranks.device)
         for index in range(phase.stage.micro_batches // self.ranks.world_size):
@@ -2272,7 +2299,7 @@ class Training:
                 self.optimizers.zero_grad()
                 return None
             total += self.micro_step(phase, index)
-        return float(self.ranks.sum(total).item()) / self.ranks.world_size
+        return total
 
     def update(self, elapsed_ms: float) -> None:
         """Change the weights with the accumulated gradients and count the step."""
@@ -2496,19 +2523,52 @@ def log_sample(training: Training, log: Log) -> None:
     log.line(f"sample: step:{training.step} text:{json.dumps(''.join(stream_text(codec, '', drawn)))}")
 
 
+class StepLoss(NamedTuple):
+    """What a step leaves for the log."""
+
+    step: int
+    loss: Tensor  # (): this rank's mean
+    elapsed_ms: float
+    has_line: bool  # in the log; all have an event
+
+
+def report_losses(training: Training, log: Log, losses: list[StepLoss]) -> None:
+    """Log the losses that wait, then drop them: to read them waits for the device. Raises for NaN."""
+    if not losses:
+        return
+    ranks, iterations = training.ranks, training.cfg.run.iterations
+    means = ranks.sum(torch.stack([one.loss for one in losses])) / ranks.world_size
+    for (step, _, elapsed_ms, has_line), mean in zip(losses, means.tolist()):
+        if not math.isfinite(mean):
+            raise UserError(
+                f"step {step}: expected a finite train_loss, found {mean}; the log is kept. "
+                "Lower optim.matrix_lr and optim.tied_embed_lr, or set optim.grad_clip_norm=1."
+            )
+        if has_line:
+            log.line(
+                f"step:{step}/{iterations} train_loss:{mean:.4f} "
+                f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / step:.2f}ms"
+            )
+        log.event(kind="train", step=step, train_loss=mean, train_ms=elapsed_ms)
+    losses.clear()
+
+
 def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dict:
     """Run the training loop under the clock, then apply the average; returns steps, time and speed."""
     cfg, run = training.cfg, training.cfg.run
     limit_ms = training_ms(cfg, training.reserve_ms)
-    clock = Clock(training.ranks, training.train_ms)
+    clock = Clock(training.ranks, training.train_ms, limit_ms)
     clock.start()
     elapsed_ms, phase, num_tokens = training.train_ms, None, 0
+    losses: list[StepLoss] = []  # that are still on the device
     tell = ProgressLines(log.line, "training")
     stopped = elapsed_ms >= limit_ms
     while training.step < run.iterations and not stopped:
         step = training.step
         if run.val_loss_every > 0 and step % run.val_loss_every == 0:
-            training.train_ms = elapsed_ms = clock.stop()
+            training.train_ms = clock.stop()
+            elapsed_ms = max(elapsed_ms, training.train_ms)
+            report_losses(training, log, losses)
             validate_now(training, log, validate)
             clock.start()
         progress = run_progress(cfg, step, elapsed_ms, training.reserve_ms)
@@ -2518,28 +2578,22 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
                 f"phase: seq_len:{phase.stage.seq_len} batch_tokens:{phase.stage.batch_tokens} "
                 f"passes:{phase.passes} qat:{phase.qat} step:{step} train_time:{elapsed_ms:.0f}ms"
             )
-        train_loss = training.accumulate(phase, lambda: clock.read_ms() >= limit_ms)
+        train_loss = training.accumulate(phase, lambda: clock.tick() >= limit_ms)
         if train_loss is None:
             stopped = True
             continue
-        if not math.isfinite(train_loss):
-            raise UserError(
-                f"step {step + 1}: expected a finite train_loss, found {train_loss}; the log is kept. "
-                "Lower optim.matrix_lr and optim.tied_embed_lr, or set optim.grad_clip_norm=1."
-            )
         training.update(elapsed_ms)
         step, num_tokens = training.step, num_tokens + phase.stage.batch_tokens
-        training.train_ms = elapsed_ms = clock.read_ms()
+        training.train_ms = elapsed_ms = clock.tick()
         stopped = elapsed_ms >= limit_ms
-        if run.train_log_every > 0 and (step <= 10 or step % run.train_log_every == 0 or stopped):
-            log.line(
-                f"step:{step}/{run.iterations} train_loss:{train_loss:.4f} "
-                f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / step:.2f}ms"
-            )
-        log.event(kind="train", step=step, train_loss=train_loss, train_ms=elapsed_ms)
-        done = max(run_progress(cfg, step, elapsed_ms, training.reserve_ms), step / run.iterations)
-        tell(int(10_000 * done), 10_000)
-        if run.save_every > 0 and step % run.save_every == 0:
+        has_line = run.train_log_every > 0 and (step <= 10 or step % run.train_log_every == 0 or stopped)
+        losses.append(StepLoss(step, train_loss, elapsed_ms, has_line))
+        saves = run.save_every > 0 and step % run.save_every == 0
+        if clock.is_read or has_line or saves:
+            report_losses(training, log, losses)
+            done = max(run_progress(cfg, step, elapsed_ms, training.reserve_ms), step / run.iterations)
+            tell(int(10_000 * done), 10_000)
+        if saves:
             clock.stop()
             save_checkpoint(training, log.folder / CHECKPOINT_NAME)
             clock.start()
@@ -2548,6 +2602,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
             log_sample(training, log)
             clock.start()
     training.train_ms = clock.stop()
+    report_losses(training, log, losses)
     if training.step < run.iterations:
         log.line(
             f"stopping_early: wallclock_cap train_time:{training.train_ms:.0f}ms "

@@ -99,6 +99,7 @@ class Fp8State:
         self.rule = rule
         self.seen = torch.zeros(num_weights, len(ROLES), device=device)
         self.history = torch.zeros(rule.history_len, num_weights, len(ROLES), device=device)
+        self.largest = torch.tensor([LARGEST[role] for role in ROLES], device=device)
         self.steps = 0
         self.scales = self.next_scales()
 
@@ -110,9 +111,8 @@ class Fp8State:
     def next_scales(self) -> Tensor:
         """Return the (N, 3) scales that the history gives; 1 where nothing was seen."""
         amax = self.history[0] if self.rule.amax == "most_recent" else self.history.amax(0)
-        largest = torch.tensor([LARGEST[role] for role in ROLES], device=amax.device)
         usable = (amax > 0) & torch.isfinite(amax)
-        return torch.where(usable, largest / amax * 2.0**-self.rule.margin, torch.ones_like(amax))
+        return torch.where(usable, self.largest / amax * 2.0**-self.rule.margin, torch.ones_like(amax))
 
     def roll(self, seen: Tensor) -> None:
         """End a step: `seen`, this step's amax over all ranks, becomes the newest row of the history."""

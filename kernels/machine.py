@@ -4,7 +4,9 @@ import ctypes
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._triton import has_triton
 
 from common import UserError
@@ -41,6 +43,17 @@ def resolve_device(requested: str, index: int = 0) -> torch.device:
     torch.accelerator.set_device_index(index)
     torch.set_float32_matmul_precision("high")  # TF32 where products are float32: Gram matrices, heads
     return torch.device(kind, index)
+
+
+PINNING = {"cuda"}  # devices that copy from locked memory while the CPU goes on
+
+
+def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device, where it can be without waiting for what the device has to do before."""
+    tensor = torch.from_numpy(array)
+    if device.type in PINNING:
+        return tensor.pin_memory().to(device, non_blocking=True)  # torch keeps it until it is copied
+    return tensor.to(device)
 
 
 def has_bfloat16(device: torch.device) -> bool:

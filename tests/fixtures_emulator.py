@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import fixtures_attention
 import pytest
@@ -77,6 +78,7 @@ class Counts:
     def __init__(self):
         self.operators: Counter = Counter()  # name -> calls on the device
         self.syncs: Counter = Counter()  # name -> times that the CPU waited
+        self.pinned = WeakSet()  # tensors of the CPU that are locked in memory
 
     def synchronize(self, device=None) -> None:
         """Stand in for torch.accelerator.synchronize."""
@@ -138,9 +140,16 @@ def register() -> None:
 
 
 def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    """Copy numbers of the CPU to a new tensor: what torch.tensor(values, device=...) ends in."""
+    """Copy numbers of the CPU to a new tensor; waits unless they are locked in memory."""
+    COUNTS.syncs["copy to the device"] += not (non_blocking and source in COUNTS.pinned)
     target.held.copy_(source)
     return target
+
+
+def pin_memory(source: Tensor, device=None) -> Tensor:
+    """Stand in for Tensor.pin_memory."""
+    COUNTS.pinned.add(copy := source.clone())
+    return copy
 
 
 def maker(name: str) -> Callable[..., DeviceTensor]:
@@ -164,6 +173,8 @@ def emulated_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Counts]:
     COUNTS.__init__()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.accelerator, "synchronize", COUNTS.synchronize)
+        patch.setattr(Tensor, "pin_memory", pin_memory)
+        patch.setattr(machine, "PINNING", {NAME})
         patch.setattr(train_gpt, "resolve_device", lambda name, rank: machine.resolve_device(name))
         patch.setattr(
             train_gpt.dist, "get_default_backend_for_device", lambda device: f"cpu:gloo,{NAME}:gloo"

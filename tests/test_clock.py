@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import train_gpt
 from common import read_json
 from formats.recipe import with_values
 from train_gpt import (
+    Clock,
     Environment,
     Log,
     Training,
@@ -59,6 +61,57 @@ def machine(monkeypatch):
 @pytest.fixture
 def training(tiny_config, alone):
     return Training(with_values(tiny_config, CALIBRATED, "test"), alone, bos_id=1)
+
+
+class Card:
+    """Ranks on a device whose clock should not be read often."""
+
+    device = torch.device("cuda")
+
+    def __init__(self):
+        self.readings = 0
+
+    def synchronize(self) -> None:
+        self.readings += 1
+
+    def broadcast(self, value: float) -> float:
+        return value
+
+
+@pytest.mark.parametrize("tick_ms", [3.0, 140.0, 4000.0])
+def test_a_gpus_clock_is_read_once_a_second_and_never_passes_the_limit(tick_ms, machine):
+    """Ticks of one pace: at most one of them is over; what the clock shows in between is right, too."""
+    card, limit_ms = Card(), 20_000.0
+    clock = Clock(card, 0.0, limit_ms)
+    clock.start()
+    shown, ticks = 0.0, 0
+    while shown < limit_ms:
+        machine.now += tick_ms / 1000
+        ticks += 1
+        shown = clock.tick()
+        assert shown == pytest.approx(ticks * tick_ms, rel=1e-4)
+    assert clock.is_read and ticks == math.ceil(limit_ms / tick_ms)
+    assert card.readings <= 2 + min(ticks, 20 + math.log2(limit_ms / tick_ms) + 2)
+
+
+def test_a_gpus_clock_holds_its_limit_when_steps_become_slower(machine):
+    """Between readings at most half of what is left is spent at the pace so far; time does not run back."""
+    clock = Clock(Card(), 0.0, 10_000.0)
+    clock.start()
+    shown, spent = [0.0], 0.0
+    while shown[-1] < 10_000.0:
+        step = 0.010 if spent < 5 else 0.018
+        machine.now, spent = machine.now + step, spent + step
+        shown.append(clock.tick())
+    assert shown == sorted(shown) and spent == pytest.approx(10.0, abs=0.02)
+
+
+def test_a_cpus_clock_is_read_at_every_tick(machine, alone):
+    clock = Clock(alone)
+    clock.start()
+    for i in range(1, 6):
+        machine.now += i
+        assert clock.tick() == pytest.approx(500 * i * (i + 1), rel=1e-3) and clock.is_read
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, 2), (2.5, 2), (7.2, 7), (99.0, 16), (math.inf, 16)])
