@@ -158,6 +158,7 @@ CLOCK_PARTS = {"training": "train_ms", "calibration and n-grams": "calibration_m
 ARTIFACT_NAME, CHECKPOINT_NAME = "artifact.bin", "checkpoint.safetensors"
 TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "tiktoken", "bese")
 
+CALIBRATION_TOKENS = 1 << 15  # that pass through the model at once: each visit's activations are kept
 READ_EVERY_MS = 1000.0  # how long the clock of a GPU goes on without being read
 
 NEWTON_STEPS = 2  # of fit_scales: the cost is nearly a parabola there
@@ -799,6 +800,14 @@ def next_batch(loader: TokenLoader, stage: Stage, ranks: Ranks, in_document: boo
     rows = loader.take(stage.seq_len, num_tokens, ranks.rank, ranks.world_size)
     extent = extent_of(rows.starts_segment, stage.seq_len) if in_document else None
     return Batch(*(copy_to_device(part, ranks.device) for part in rows), extent)
+
+
+def in_pieces(batch: Batch, num_tokens: int) -> Iterator[Batch]:
+    """Cut a batch into groups of rows of at most num_tokens, one row at least, or its only row into parts."""
+    rows, seq_len = batch.tokens.shape
+    size, dim = (max(num_tokens // seq_len, 1), 0) if rows > 1 else (num_tokens, 1)
+    for parts in zip(*(part.split(size, dim) for part in batch[:3])):
+        yield Batch(*parts, batch.extent)
 
 
 def open_tokenizer(cfg: DataConfig) -> TokenCodec:
@@ -2355,8 +2364,9 @@ def collect_statistics(
     def run_batches() -> None:
         nonlocal taken
         for batch in timed_batches(training, seconds, cfg.model.attn_in_document):
-            (mean_loss(model, batch) * batch.targets.numel()).backward()
-            training.optimizers.zero_grad()
+            for part in in_pieces(batch, CALIBRATION_TOKENS):
+                (mean_loss(model, part) * part.targets.numel()).backward()
+                training.optimizers.zero_grad()
             taken += 1
 
     stats = collect_stats(modules, run_batches)

@@ -14,6 +14,7 @@ from fixtures_model import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_gpt
 from common import UserError
 from formats.artifact import (
     ARTIFACT_PREFIX,
@@ -27,16 +28,20 @@ from formats.artifact import (
     unpack_artifact,
 )
 from formats.recipe import with_values
+from kernels.attention import Extent, count_docs
 from quantizers.gptq import output_error
 from quantizers.grid import dequantize, quantize
 from quantizers.methods import build_grid
 from train_gpt import (
+    Batch,
     Config,
     Training,
     build_model,
     calibrated_matrices,
     collect_statistics,
+    in_pieces,
     load_artifact,
+    mean_loss,
     pack_model,
     quantize_model,
     quantized_names,
@@ -137,6 +142,47 @@ def test_every_coding_gives_back_the_weights_that_it_quantized(tiny_config, alon
     assert len(repaired) == (min(cfg.quant.repair_top, len(quantized)) if cfg.quant.repair_rank else 0)
     for name, stored in quantized.items():
         assert torch.equal(back[name], dequantize(stored)), name
+
+
+@pytest.mark.numeric
+def test_calibration_passes_a_large_batch_in_pieces(tiny_config, alone, monkeypatch):
+    """98,304 tokens at once, each visit's activations kept, took 67.5 GB; sums over pieces are the same."""
+    values = {"quant.method": "gptq", "quant.calib_batches": 2, "model.compute_dtype": "float32"}
+    cfg = with_values(tiny_config, values, "test")
+    found, sizes = [], []
+
+    def counted(model, batch):
+        sizes[-1].append(batch.tokens.numel())
+        return mean_loss(model, batch)
+
+    monkeypatch.setattr(train_gpt, "mean_loss", counted)
+    for limit in (train_gpt.CALIBRATION_TOKENS, 2 * cfg.data.seq_len, 1):
+        monkeypatch.setattr(train_gpt, "CALIBRATION_TOKENS", limit)
+        sizes.append([])
+        found.append(collect_statistics(Training(cfg, alone, bos_id=1))[0])
+    per_batch = cfg.data.batch_tokens // cfg.data.micro_batches
+    assert sizes[0] == [per_batch] * 2
+    assert set(sizes[1]) == {2 * cfg.data.seq_len} and sum(sizes[1]) == 2 * per_batch
+    assert set(sizes[2]) == {cfg.data.seq_len} and sum(sizes[2]) == 2 * per_batch
+    for name, kept in found[0].items():
+        for other in found[1:]:
+            for mine, theirs in (
+                (kept.hessian, other[name].hessian),
+                (kept.row_weights, other[name].row_weights),
+            ):
+                assert float((mine - theirs).abs().max()) <= 1e-5 * float(mine.abs().max()), name
+
+
+def test_a_packed_row_is_cut_within_its_extent():
+    """Parts of one row: every target once, and no part has more documents than the row."""
+    starts = torch.zeros(1, 100, dtype=torch.bool)
+    starts[0, [0, 7, 30, 31, 64, 90]] = True
+    tokens = torch.arange(100)[None]
+    batch = Batch(tokens, tokens + 1, starts, Extent(6, 33))
+    parts = list(in_pieces(batch, 32))
+    assert [part.tokens.size(1) for part in parts] == [32, 32, 32, 4]
+    assert torch.equal(torch.cat([part.targets for part in parts], 1), batch.targets)
+    assert all(part.extent == batch.extent and count_docs(part.starts_doc) <= 6 for part in parts)
 
 
 @pytest.mark.numeric
