@@ -22,10 +22,10 @@ GPU_KINDS = ("cuda", "xpu", "mps")
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    """Let torch find so many accelerators of a kind; returns the calls that make one the current one."""
+    """Let torch find accelerators of a kind; returns what is set: the current one, products' precision."""
 
-    def find(kind: str, count: int = 1) -> list[int]:
-        chosen: list[int] = []
+    def find(kind: str, count: int = 1) -> list[int | str]:
+        chosen: list[int | str] = []
         stand_ins = {
             "current_accelerator": lambda check_available=False: torch.device(kind),
             "device_count": lambda: count,
@@ -33,7 +33,7 @@ def accelerator(monkeypatch):
         }
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(torch.accelerator, name, stand_in)
-        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
         return chosen
 
     return find
@@ -42,11 +42,11 @@ def accelerator(monkeypatch):
 @pytest.mark.parametrize("kind", GPU_KINDS)
 @pytest.mark.parametrize("requested", ["auto", "named"])
 def test_auto_and_its_name_take_the_accelerator(accelerator, kind, requested):
-    """The process of local rank 1 takes the second one and makes it the current one."""
+    """The process of local rank 1 takes the second one, makes it the current one and lets it use TF32."""
     chosen = accelerator(kind, 2)
     found = machine.resolve_device(kind if requested == "named" else requested, 1)
     assert found == torch.device(kind, 1)
-    assert chosen == [1]
+    assert chosen == [1, "high"]
     assert machine.resolve_device("cpu") == torch.device("cpu")
 
 
@@ -101,12 +101,22 @@ def test_waiting_for_a_device_is_torchs_interface(accelerator, monkeypatch):
 def test_only_cuda_copies_while_the_program_goes_on(monkeypatch, kind, asynchronous):
     """Apple's GPUs read the source later, when a batch that nobody keeps may be freed: silent garbage."""
     copied = []
-    stand_in = SimpleNamespace(to=lambda device, non_blocking: copied.append((device.type, non_blocking)))
-    monkeypatch.setattr(train_gpt.torch, "from_numpy", lambda part: stand_in)
+
+    class Source:
+        pinned = False
+
+        def pin_memory(self):
+            self.pinned = True
+            return self
+
+        def to(self, device, non_blocking=False):
+            copied.append((device.type, self.pinned, non_blocking))
+
+    monkeypatch.setattr(train_gpt.torch, "from_numpy", lambda part: Source())
     loader = SimpleNamespace(take=lambda *sizes: (0, 1, 2))
     ranks = SimpleNamespace(device=torch.device(kind), rank=0, world_size=1)
     next_batch(loader, train_gpt.Stage(0, 4, 8, 1), ranks)
-    assert copied == [(kind, asynchronous)] * 3
+    assert copied == [(kind, asynchronous, asynchronous)] * 3
 
 
 # Dtypes
