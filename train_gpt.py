@@ -2259,8 +2259,7 @@ class Training:
         plain = ranks.device.type == "cpu" and not cfg.model.asymmetric_softcap
         self.loss = mean_loss_in_blocks if plain else mean_loss
         self.fp8 = None if cfg.model.fp8 == "off" else attach_fp8(self.model, cfg.model, ranks.device)
-        # 8-bit products record their amax in place, which a compiled graph may not.
-        self.is_compiled = self.fp8 is None and resolve_compile(cfg.run.compile, ranks.device)
+        self.is_compiled = resolve_compile(cfg.run.compile, ranks.device)
         if self.is_compiled:
             torch._dynamo.config.recompile_limit = 8 + 8 * len(get_phases(cfg))  # eight extents of documents
             self.loss = torch.compile(mean_loss, dynamic=False, fullgraph=True)

@@ -99,14 +99,10 @@ class Fp8State:
         self.rule = rule
         self.seen = torch.zeros(num_weights, len(ROLES), device=device)
         self.history = torch.zeros(rule.history_len, num_weights, len(ROLES), device=device)
+        self.calibrated = rule.calibration_steps == 0  # whether products are 8-bit by now
         self.largest = torch.tensor([LARGEST[role] for role in ROLES], device=device)
         self.steps = 0
         self.scales = self.next_scales()
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether products are 8-bit by now."""
-        return self.steps >= self.rule.calibration_steps
 
     def next_scales(self) -> Tensor:
         """Return the (N, 3) scales that the history gives; 1 where nothing was seen."""
@@ -119,7 +115,12 @@ class Fp8State:
         self.history = torch.cat((seen[None], self.history[:-1]))
         self.scales = self.next_scales()
         self.seen.zero_()
-        self.steps += 1
+        self.count(self.steps + 1)
+
+    def count(self, steps: int) -> None:
+        """Set the steps done; compiled products look at `calibrated` alone, which changes once."""
+        self.steps = steps
+        self.calibrated = steps >= self.rule.calibration_steps
 
     def state_dict(self) -> dict:
         return {"seen": self.seen, "history": self.history, "steps": self.steps}
@@ -128,7 +129,7 @@ class Fp8State:
         self.seen.copy_(state["seen"])
         self.history = state["history"].to(self.history.device, copy=True)
         self.scales = self.next_scales()
-        self.steps = state["steps"]
+        self.count(state["steps"])
 
 
 class Fp8Gemm:
