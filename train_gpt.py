@@ -976,9 +976,20 @@ class SelfAttention(nn.Module):
     def init_weights(self) -> None:
         self.out.weight.mul_(OUT_INITS[self.cfg.out_init](self.cfg.num_layers))
 
-    def queries_and_keys(self, x: Tensor, context: ForwardContext, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Project, normalise and rotate: (B, T - first, H, K) and (B, T, G, K)."""
-        q, k = self.q(x[:, first:]), self.k(x)
+    def project(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries of positions from `first` on, keys and values, each (B, T, its width).
+
+        A compiled step makes one product of three: x is read once, its gradient is not added up in passes.
+        """
+        parts = (self.q, self.k, self.v)
+        if not (self.training and torch.compiler.is_compiling()) or self.q.fp8 is not None:
+            return self.q(x[:, first:]), self.k(x), self.v(x)
+        weight = torch.cat([part.weight for part in parts]).to(x.dtype)
+        bias = None if self.q.bias is None else torch.cat([part.bias for part in parts]).to(x.dtype)
+        return F.linear(x, weight, bias).split([part.out_features for part in parts], dim=-1)
+
+    def normalize_and_rotate(self, q: Tensor, k: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Normalise and rotate queries and keys: (B, T - first, H, K) and (B, T, G, K)."""
         if POSITIONS[self.cfg.positions][1] == "width":  # one head as wide as the model
             q, k = (rotate(part.unsqueeze(2), context.rope).squeeze(2) for part in (q, k))
         q, k = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
@@ -986,14 +997,14 @@ class SelfAttention(nn.Module):
             q, k = rms_norm(q), rms_norm(k)
         if POSITIONS[self.cfg.positions][1] == "head":
             q, k = rotate(q, context.rope), rotate(k, context.rope)
-        return (q * self.q_gain.to(x.dtype)[:, None] if self.cfg.qk_norm else q), k
+        return (q * self.q_gain.to(q.dtype)[:, None] if self.cfg.qk_norm else q), k
 
     def forward(
         self, x: Tensor, context: ForwardContext, first_value: Tensor | None, first: int
     ) -> tuple[Tensor, Tensor]:
         """Return the output of positions from `first` on, (B, T - first, D), and all values (B, T, G, K)."""
-        q, k = self.queries_and_keys(x, context, first)
-        v = self.v(x)
+        q, k, v = self.project(x, first)
+        q, k = self.normalize_and_rotate(q, k, context)
         if self.cfg.value_embed_layers and self.layer in context.extra_values:
             v = v + context.extra_values[self.layer]
         v = v.unflatten(-1, (-1, self.head_dim))

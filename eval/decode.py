@@ -26,8 +26,9 @@ class CachedAttention(nn.Module):
         self.cache = ContextCache(context_rule(attn.cfg))
 
     def forward(self, x: Tensor, shared, first_value: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
-        q, k = self.attn.queries_and_keys(x, shared)
-        v = self.attn.v(x).unflatten(-1, (-1, self.attn.head_dim))
+        q, k, v = self.attn.project(x, first)
+        q, k = self.attn.normalize_and_rotate(q, k, shared)
+        v = v.unflatten(-1, (-1, self.attn.head_dim))
         self.cache.append(k, v)
         return self.attn.out(self.cache.attend(q).flatten(2)), v
 
