@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from weakref import WeakSet
 
 import fixtures_attention
 import pytest
@@ -78,7 +77,6 @@ class Counts:
     def __init__(self):
         self.operators: Counter = Counter()  # name -> calls on the device
         self.syncs: Counter = Counter()  # name -> times that the CPU waited
-        self.pinned = WeakSet()  # tensors of the CPU that are locked in memory
 
     def synchronize(self, device=None) -> None:
         """Stand in for torch.accelerator.synchronize."""
@@ -116,7 +114,8 @@ def compute(func, args: tuple, kwargs: dict):
 def waits(name: str, args: tuple) -> bool:
     """Whether an operator makes the CPU wait for the device."""
     if name == "copy_":
-        return not isinstance(args[0], DeviceTensor)
+        leaves, comes = (not isinstance(one, DeviceTensor) for one in args[:2])
+        return leaves or (comes and pageable(*args[1:]))
     if name.strip("_").startswith("index"):
         return any(isinstance(one, Tensor) and one.dtype == torch.bool for one in tree_leaves(args[1]))
     return name in SYNCS
@@ -140,16 +139,22 @@ def register() -> None:
 
 
 def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    """Copy numbers of the CPU to a new tensor; waits unless they are locked in memory."""
-    COUNTS.syncs["copy to the device"] += not (non_blocking and source in COUNTS.pinned)
+    """Copy numbers of the CPU to a new tensor: what torch.tensor(values, device=...) ends in."""
+    COUNTS.syncs["_copy_from"] += pageable(source, non_blocking)
     target.held.copy_(source)
     return target
 
 
+def pageable(source: Tensor, non_blocking: bool = False) -> bool:
+    """Whether a copy to the device waits for it: of an array that is not locked in the CPU's memory."""
+    return source.dim() > 0 and not (non_blocking and hasattr(source, "is_locked"))
+
+
 def pin_memory(source: Tensor, device=None) -> Tensor:
     """Stand in for Tensor.pin_memory."""
-    COUNTS.pinned.add(copy := source.clone())
-    return copy
+    locked = source.clone()
+    locked.is_locked = True
+    return locked
 
 
 def maker(name: str) -> Callable[..., DeviceTensor]:
