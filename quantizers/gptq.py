@@ -62,7 +62,7 @@ class CalibrationStats:
 
     def add(self, kind: str, total: Tensor, count: int) -> None:
         """Add to one of the sums and to its count."""
-        packed = torch.cat([total.flatten(), total.new_tensor([count])])
+        packed = torch.cat([total.flatten(), total.new_full((1,), count)])
         self.sums[kind] = self.sums[kind] + packed if kind in self.sums else packed
 
     def merge(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:

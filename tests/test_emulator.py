@@ -16,7 +16,16 @@ from run_unchanged import small_recipes
 import train_gpt
 from common import read_json
 from formats.recipe import flatten_recipe, with_values
-from train_gpt import Config, Environment, Ranks, load_artifact, load_validation, run, score_model
+from train_gpt import (
+    Config,
+    Environment,
+    Ranks,
+    Training,
+    load_artifact,
+    load_validation,
+    run,
+    score_model,
+)
 
 RECIPES = small_recipes()
 # What no recipe above has, on top of the tiny configuration.
@@ -119,6 +128,19 @@ def test_a_step_never_waits_for_the_device(changes, tiny_config, monkeypatch):
             run_on("auto", with_values(cfg, {"run.iterations": iterations}, "test"), f"n{iterations}")
         waits.append(gpu.syncs)
     assert waits[1] - waits[0] == Counter()
+
+
+def test_calibration_waits_twice_a_batch(tiny_config):
+    """To read the clock and to count tokens; statistics stay on the device, their counts too."""
+    waits = []
+    for batches in (2, 5):
+        with emulated_gpu() as gpu:
+            fields = {"quant.method": "gptq", "quant.calib_batches": batches, "run.device": "auto"}
+            training = Training(with_values(tiny_config, fields, "test"), Ranks(Environment({}), "auto"), 1)
+            gpu.syncs.clear()
+            train_gpt.collect_statistics(training)
+            waits.append(gpu.syncs)
+    assert waits[1] - waits[0] == Counter({"synchronize": 3, "bincount": 3})
 
 
 @pytest.mark.parametrize("mode", MODES)
