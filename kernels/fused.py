@@ -10,7 +10,7 @@ keep float32 between reading and writing, forward and backward; they work eagerl
 any strides as long as the last is 1, and give the same bits in every run. Weights and gains are the float32
 masters; they are rounded to the activations' dtype at their use, as in the plain form. Which operations pay
 on a card is found out by kernels/fused_choice.py.
-Shapes: B rows, T positions, H query heads, G kv heads (G divides H), K head dim, D model, F mlp, V vocabulary.
+Shapes: B rows, T positions, H query heads, G kv heads (G divides H), K head dim, D model, F mlp, V words.
 """
 
 from typing import NamedTuple
@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.fused_heads import gate_forward, norm_rotate_forward
+from kernels.fused_loss import head_loss_forward
+from kernels.fused_mlp import SquareMlp
 from kernels.loss import blocked_loss
 from kernels.norm import rms_norm
 
@@ -35,7 +38,9 @@ class HeadGate(NamedTuple):
 def norm_rotate(
     x: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor | None = None, fused: bool = False
 ) -> Tensor:
-    """RMS-normalise heads (B, T, H, K), rotate them as `rotate` does, and scale each head by its gain (H,)."""
+    """RMS-normalise heads (B, T, H, K), rotate them as `rotate` does, scale each by its gain of (H,)."""
+    if fused:
+        return norm_rotate_forward(x, *last_positions(rope, x.size(1)), gain)
     x = rotate(rms_norm(x), rope)
     return x if gain is None else x * gain.to(x.dtype)[:, None]
 
@@ -45,14 +50,21 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
     The tables may be longer: x holds the last of their positions.
     """
-    cos, sin = (table[-x.size(1) :] for table in rope)
+    cos, sin = last_positions(rope, x.size(1))
     half = cos.size(-1)
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
+def last_positions(rope: tuple[Tensor, Tensor], seq_len: int) -> list[Tensor]:
+    """Return the tables of the last positions."""
+    return [table[-seq_len:] for table in rope]
+
+
 def square_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, fused: bool = False) -> Tensor:
     """Return max(h, slope h)^2 down^T with h = x up^T, for x (..., D), up (F, D), down (D, F)."""
+    if fused:
+        return SquareMlp.apply(x.flatten(0, -2), up.to(x.dtype), down.to(x.dtype), slope).view(x.shape)
     h = F.linear(x, up.to(x.dtype))
     return F.linear(F.leaky_relu(h, slope).square(), down.to(x.dtype))
 
@@ -62,6 +74,11 @@ def exclude_and_gate(y: Tensor, v: Tensor | None, gate: HeadGate | None, fused: 
 
     v (B, T, G, K) None: nothing is taken out; gate None: none.
     """
+    if fused and gate is None:
+        return gate_forward(y, v, None, None, 0.0, 0.0)
+    if fused:
+        x, weight, scale, slope = gate
+        return gate_forward(y, v, x[..., : weight.size(1)], weight, scale, slope)
     if v is not None:
         y = subtract_self_value(y, v)
     if gate is None:
@@ -86,4 +103,6 @@ def head_loss(x: Tensor, rows: Tensor, targets: Tensor, cap: float, fused: bool 
 
     Logits z are capped to cap * tanh(z / cap); cap 0: they are not.
     """
+    if fused:
+        return head_loss_forward(x, rows, targets, cap)[0]
     return blocked_loss(x, rows, targets, cap)
