@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.jit import jit, tl
 
 ROTATED_TOKENS = 64  # of a program
-GATED_TOKENS = 32
+GATED_TOKENS = 16
 EPS = torch.finfo(torch.float32).eps  # of the norm, as rms_norm has it for bfloat16
 LEAST_NORM = 1e-12  # of a value, as F.normalize has it
 

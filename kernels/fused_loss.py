@@ -14,15 +14,14 @@ MOST_VOCAB = 1 << 16  # a program holds a row in registers
 
 
 @jit
-def loss_kernel(
-    logits, targets, losses, vocab_size, CAP: tl.constexpr, BLOCK: tl.constexpr
-):  # of a row; the logits become their gradient
+def loss_kernel(logits, targets, losses, vocab_size, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    # A program does a row, whose logits become their gradient.
     row = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, BLOCK)
     live = entry < vocab_size
     place = logits + row * vocab_size + entry
     z = tl.load(place, mask=live, other=0.0).to(tl.float32)
-    if CAP:  # cap tanh(z / cap) is 2 cap sigmoid(2 z / cap) - cap, and softmax sees no constant
+    if CAP > 0:  # cap tanh(z / cap) is 2 cap sigmoid(2 z / cap) - cap, and softmax sees no constant
         share = 1.0 / (1.0 + tl.exp(z * (-2.0 / CAP)))
         z = share * (2.0 * CAP)
     is_target = entry == tl.load(targets + row)
@@ -33,7 +32,7 @@ def loss_kernel(
     total = tl.sum(grad, 0)
     tl.store(losses + row, tl.log(total) + largest - wanted)
     grad = grad / total - tl.where(is_target, 1.0, 0.0)
-    if CAP:
+    if CAP > 0:
         grad *= 4.0 * share * (1.0 - share)
     tl.store(place, grad.to(logits.dtype.element_ty), mask=live)
 

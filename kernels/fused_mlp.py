@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.jit import jit, tl
 
 # Of a program: two programs share a multiprocessor, so that one writes while the other multiplies.
-TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 SIGNS = 8  # a byte; F is a multiple of it
 
 
@@ -24,12 +24,14 @@ def square_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     num_columns = tl.cdiv(size_n, BLOCK_N)
-    program_m = tl.program_id(0) // num_columns  # neighbours share the rows of a
+    first_m = (tl.program_id(0) // num_columns).to(tl.int64) * BLOCK_M  # neighbours share the rows of a
     program_n = tl.program_id(0) % num_columns
-    m = (program_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    left_m = (size_m - first_m).to(tl.int32)  # rows from here on
+    m = tl.arange(0, BLOCK_M)
     n = program_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    a_place = a + (m % size_m * a_row)[:, None] + k[None, :]  # what lies beyond the edges is not stored
+    # Offsets within a tile have 32 bits; what lies beyond the edges is not stored.
+    a_place = a + first_m * a_row + (m % left_m * a_row)[:, None] + k[None, :]
     b_place = b + (n % size_n * b_n)[None, :] + (k * b_k)[:, None]
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, SIZE_K, BLOCK_K):
@@ -42,23 +44,30 @@ def square_kernel(
         product = tl.dot(left, right, product, input_precision="ieee")
         a_place += BLOCK_K
         b_place += BLOCK_K * b_k
-    live = (m < size_m)[:, None] & (n < size_n)[None, :]
-    place = (m * size_n)[:, None] + n[None, :]
-    byte = program_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-    sign_place = signs + (m * (size_n // 8))[:, None] + byte[None, :]
-    sign_live = (m < size_m)[:, None] & (byte < size_n // 8)[None, :]
+    # By halves of the columns: what a half needs beside the products then fits the registers.
+    HALF: tl.constexpr = BLOCK_N // 2
+    halves = tl.permute(tl.reshape(product, (BLOCK_M, 2, HALF)), (0, 2, 1))
+    products = tl.split(halves)
     bit = tl.arange(0, 8)[None, None, :]
-    if BACKWARD:
-        packed = tl.load(sign_place, mask=sign_live, other=0).to(tl.int32)
-        negative = tl.reshape((packed[:, :, None] >> bit) & 1, (BLOCK_M, BLOCK_N))
-        root = tl.sqrt(tl.load(square + place, mask=live, other=0.0).to(tl.float32))
-        product *= root * tl.where(negative == 1, -2.0 * SLOPE, 2.0)
-    else:
-        negative = tl.reshape((product < 0).to(tl.int32), (BLOCK_M, BLOCK_N // 8, 8))
-        tl.store(sign_place, tl.sum(negative << bit, 2).to(tl.uint8), mask=sign_live)
-        product = tl.where(product < 0, SLOPE * product, product)
-        product *= product
-    tl.store(out + place, product.to(out.dtype.element_ty), mask=live)
+    for half in tl.static_range(2):
+        part = products[half]
+        n = program_n * BLOCK_N + half * HALF + tl.arange(0, HALF)
+        byte = program_n * (BLOCK_N // 8) + half * (HALF // 8) + tl.arange(0, HALF // 8)
+        live = (m < left_m)[:, None] & (n < size_n)[None, :]
+        place = (m * size_n)[:, None] + n[None, :]
+        sign_place = signs + first_m * (size_n // 8) + (m * (size_n // 8))[:, None] + byte[None, :]
+        sign_live = (m < left_m)[:, None] & (byte < size_n // 8)[None, :]
+        if BACKWARD:
+            packed = tl.load(sign_place, mask=sign_live, other=0).to(tl.int32)
+            negative = tl.reshape((packed[:, :, None] >> bit) & 1, (BLOCK_M, HALF))
+            root = tl.sqrt(tl.load(square + first_m * size_n + place, mask=live, other=0.0).to(tl.float32))
+            part *= root * tl.where(negative == 1, -2.0 * SLOPE, 2.0)
+        else:
+            negative = tl.reshape((part < 0).to(tl.int32), (BLOCK_M, HALF // 8, 8))
+            tl.store(sign_place, tl.sum(negative << bit, 2).to(tl.uint8), mask=sign_live)
+            part = tl.where(part < 0, SLOPE * part, part)
+            part *= part
+        tl.store(out + first_m * size_n + place, part.to(out.dtype.element_ty), mask=live)
 
 
 def launch(a: Tensor, b: Tensor, out: Tensor, signs: Tensor, **options) -> None:
@@ -91,7 +100,7 @@ def square_back(dy: Tensor, down: Tensor, square: Tensor, signs: Tensor, slope: 
     """Return the gradient of h, (N, F), from dy (N, D), down (D, F) and what square_up returned."""
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     out = torch.empty_like(square)
-    launch(dy, down, out, signs, SLOPE=slope, square=square)
+    launch(dy, down, out, signs, SLOPE=abs(slope), square=square)
     return out
 
 
