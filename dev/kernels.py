@@ -1,4 +1,4 @@
-"""Compile the fused kernels for GPUs that are not here, and say what each needs: registers, spills, shared memory.
+"""Compile the fused kernels for GPUs that are not here, and say what registers and memory each needs.
 
 PYTHONPATH=.venv/kernels python -m dev.kernels                  a table of the sizes of the 1.0611 recipe
 PYTHONPATH=.venv/kernels python -m dev.kernels --write          the same into dev/kernels.json

@@ -10,6 +10,7 @@ A race is a measurement, so processes may disagree: rank 0's names are to hold f
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -244,4 +245,4 @@ def time_form(form: Callable[..., Tensor], leaves: list[Tensor], compiled: bool)
         module.synchronize()
     except torch.OutOfMemoryError:
         return math.inf
-    return median(a.elapsed_time(b) for a, b in zip(events, events[1:]))
+    return median(a.elapsed_time(b) for a, b in pairwise(events))

@@ -45,25 +45,24 @@ def square_kernel(
         a_place += BLOCK_K
         b_place += BLOCK_K * b_k
     # By halves of the columns: what a half needs beside the products then fits the registers.
-    HALF: tl.constexpr = BLOCK_N // 2
-    halves = tl.permute(tl.reshape(product, (BLOCK_M, 2, HALF)), (0, 2, 1))
+    halves = tl.permute(tl.reshape(product, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
     products = tl.split(halves)
     bit = tl.arange(0, 8)[None, None, :]
     for half in tl.static_range(2):
         part = products[half]
-        n = program_n * BLOCK_N + half * HALF + tl.arange(0, HALF)
-        byte = program_n * (BLOCK_N // 8) + half * (HALF // 8) + tl.arange(0, HALF // 8)
+        n = program_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        byte = program_n * (BLOCK_N // 8) + half * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
         live = (m < left_m)[:, None] & (n < size_n)[None, :]
         place = (m * size_n)[:, None] + n[None, :]
         sign_place = signs + first_m * (size_n // 8) + (m * (size_n // 8))[:, None] + byte[None, :]
         sign_live = (m < left_m)[:, None] & (byte < size_n // 8)[None, :]
         if BACKWARD:
             packed = tl.load(sign_place, mask=sign_live, other=0).to(tl.int32)
-            negative = tl.reshape((packed[:, :, None] >> bit) & 1, (BLOCK_M, HALF))
+            negative = tl.reshape((packed[:, :, None] >> bit) & 1, (BLOCK_M, BLOCK_N // 2))
             root = tl.sqrt(tl.load(square + first_m * size_n + place, mask=live, other=0.0).to(tl.float32))
             part *= root * tl.where(negative == 1, -2.0 * SLOPE, 2.0)
         else:
-            negative = tl.reshape((part < 0).to(tl.int32), (BLOCK_M, HALF // 8, 8))
+            negative = tl.reshape((part < 0).to(tl.int32), (BLOCK_M, BLOCK_N // 16, 8))
             tl.store(sign_place, tl.sum(negative << bit, 2).to(tl.uint8), mask=sign_live)
             part = tl.where(part < 0, SLOPE * part, part)
             part *= part
