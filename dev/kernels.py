@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,12 +136,15 @@ def count_amd(text: str) -> dict:
 def measure(targets: list[str]) -> dict:
     """Compile every launch of the 1.0611 recipe for some targets: {kernel: {target: facts}}."""
     launches = launches_of(FusedShape(), torch.bfloat16)
-    found: dict[str, dict] = {}
-    for launch in launches:
-        name = launch.kernel.function.__name__
-        name += "_backward" if launch.constants.get("BACKWARD") else ""
-        found[name] = {target: compile_for(launch, target) for target in targets}
-    return found
+    return {
+        kernel_name(launch): {target: compile_for(launch, target) for target in targets}
+        for launch in launches
+    }
+
+
+def kernel_name(launch: Launch) -> str:
+    """Name the kernel of a launch, and which half of one that does both."""
+    return launch.kernel.function.__name__ + ("_backward" if launch.constants.get("BACKWARD") else "")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,6 +153,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"into {TABLE.name}")
     parser.add_argument("--targets", default=",".join(TARGETS), help="some of %(default)s")
     args = parser.parse_args(argv)
+    if find_spec("triton") is None:
+        raise UserError(
+            "expected the package triton, found none. `make gpu-check` puts it into .venv/kernels: name that "
+            "folder in PYTHONPATH."
+        )
     unknown = set(args.targets.split(",")) - set(TARGETS)
     if unknown:
         raise UserError(
