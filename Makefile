@@ -17,6 +17,9 @@ SINGLE = $(if $(filter file,$(origin OUT)),runs/packed/train_gpt_readable.py,$(O
 RUN_ID ?= cpu_$(shell date +%Y%m%d_%H%M%S)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
+# Triton and the numpy that its interpreter takes, for the tests of kernels without a GPU alone.
+KERNELS := $(VENV)/kernels
+KERNEL_TESTS = PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_fused_kernels.py
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 .PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench profile gpu-check gpu-battery
@@ -34,9 +37,10 @@ test: setup ## all fast tests (under 5 minutes on 2 cores)
 	$(TESTS) -m "not slow and not gpu"
 	EMULATED_GPU=1 $(TESTS) tests/test_emulator.py -m "not slow"
 
-test-slow: setup ## the tests that take over 5 s each
+test-slow: setup $(KERNELS)/.ready ## the tests that take over 5 s each
 	$(TESTS) -m "slow and not gpu"
 	EMULATED_GPU=1 $(TESTS) tests/test_emulator.py -m slow
+	$(KERNEL_TESTS)
 
 test-hosts: setup ## the tests of numbers as other processors compute them, with one and two threads (up to 15 minutes)
 	$(PY) -m tests.run_hosts
@@ -51,6 +55,10 @@ $(STAMP): requirements.txt requirements/dev.txt constraints/cpu.txt constraints/
 	VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) GPU=$(GPU) \
 		ROCM_INDEX=$(ROCM_INDEX) KFD=$(KFD) sh dev/setup.sh
 	@touch $@
+
+$(KERNELS)/.ready: requirements/kernels.txt | setup
+	$(PY) -m pip install --quiet --upgrade --target $(KERNELS) -r $< && touch $@ || \
+		echo "no Triton for this machine: the tests of kernels will be skipped"
 
 data: setup ## collect the built-in corpus, train a tokenizer of VOCAB entries, write token shards
 	$(PY) -m data.builtin --vocab-size $(VOCAB) --out $(BUILTIN)
@@ -97,8 +105,9 @@ bench: data ## speed of training step, scoring, packing and loading, against yar
 profile: data ## where a step's time goes on this machine, by operator; AT=0.7: at that share of training
 	$(PY) -m dev.profile --recipe $(RECIPE) $(addprefix --at ,$(AT))
 
-gpu-check: setup ## the trainer, every recipe, scorer and attention backend on an emulated GPU; some ten minutes
+gpu-check: setup $(KERNELS)/.ready ## trainer, recipes, scorers, attention on an emulated GPU; Triton kernels; some ten minutes
 	EMULATED_GPU=1 $(TESTS) tests/test_emulator.py
+	$(KERNEL_TESTS)
 
 gpu-battery: setup ## measure this project on a GPU in at most 480 s, into OUT=...; REHEARSE=1: on a CPU; PARTS=, DATA=, CARRIED=
 	$(PY) -m dev.gpu_battery --out $(OUT) $(if $(REHEARSE),--rehearse) \

@@ -18,7 +18,7 @@ PURE_DECORATORS = {
 }
 
 # Decorators of kernels that are reached by the name of what they decorate; fakes and gradients hang on it.
-KERNEL_DECORATORS = {"custom_op", "triton_op"}
+KERNEL_DECORATORS = {"custom_op", "triton_op", "jit"}
 
 # torch.library and Triton read argument annotations (schemas, tl.constexpr); singledispatch reads types.
 DISPATCHERS = {"singledispatch", "singledispatchmethod"}

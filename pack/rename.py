@@ -146,7 +146,7 @@ class Scan:
 
 
 def rename(tree: ast.Module, kept_globals: list[str], kept_locals: set[str]) -> None:
-    """Give the names of a module short ones; those of kernels (kept_locals) stay, and then all globals."""
+    """Give the names of a module short ones; what kernels name (kept_locals) stays, wherever it stands."""
     scan = Scan(tree)
     if DYNAMIC & set(scan.module.variables):
         return
@@ -155,7 +155,7 @@ def rename(tree: ast.Module, kept_globals: list[str], kept_locals: set[str]) -> 
         for name, variable in scope.variables.items():
             is_global = scope is scan.module
             stays = isinstance(scope.node, ast.ClassDef) or name.startswith("__") or name in kept_locals
-            stays = stays or (is_global and (bool(kept_locals) or name in kept_globals))
+            stays = stays or (is_global and name in kept_globals)
             dotted = [n for n, _ in variable.spelled if isinstance(n, ast.alias) and "." in n.name]
             variable.is_kept |= stays or any(not one.asname for one in dotted)
     paint(scan)

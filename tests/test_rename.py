@@ -169,7 +169,8 @@ def test_no_short_name_hides_what_a_scope_reads():
     assert space["a"] == 1 and space[name]([5])(7) == (7, 1, [1], 2)
 
 
-def test_names_of_kernels_and_then_all_globals_stay():
+def test_names_of_kernels_stay_and_other_globals_shorten():
     """A Triton kernel reads its globals and constants by name."""
-    made = renamed("LIMIT = 1\ndef kernel(BLOCK):\n    return BLOCK + LIMIT\n", kept_locals=["BLOCK"])
-    assert made == "LIMIT = 1\n\ndef kernel(BLOCK):\n    return BLOCK + LIMIT"
+    source = "LIMIT = 1\nOTHER = 2\ndef kernel(BLOCK):\n    return BLOCK + LIMIT\n"
+    made = renamed(source, kept_locals=["BLOCK", "LIMIT"])
+    assert made == "LIMIT = 1\na = 2\n\ndef b(BLOCK):\n    return BLOCK + LIMIT"
