@@ -87,7 +87,8 @@ from kernels.attention import (
 )
 from kernels.context import ContextRule, attend_compressed, feature_projection
 from kernels.fp8 import Fp8Gemm, Fp8Rule, Fp8State, require_fp8
-from kernels.loss import blocked_loss
+from kernels.fused import HeadGate, exclude_and_gate, head_loss, norm_rotate, rotate, square_mlp
+from kernels.fused_choice import FusedShape, resolve_fused
 from kernels.machine import (
     ACCELERATORS,
     check_device,
@@ -333,6 +334,9 @@ class ModelConfig:
     checkpoint_every: int = option(0, "", "recompute every n-th visit in backward; 0: none", low=0)
     compute_dtype: str = option(
         "auto", "", "dtype of activations and matrix products", choices=("auto", *DTYPES)
+    )
+    fused: str = option(
+        "off", "", "training on a GPU: off, auto or some of qk,mlp,xsa,loss as one kernel each"
     )
     fp8: str = option(
         "off", "", "8-bit products in training; emulate: anywhere", choices=("off", "emulate", "gemm")
@@ -885,17 +889,6 @@ def rope_tables(seq_len: int, dims: int, base: float, like: Tensor) -> tuple[Ten
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply RoPE to the first d dimensions of (B, T, H, K), those of the tables; pairs are (i, i + d / 2).
-
-    The tables may be longer: x holds the last of their positions.
-    """
-    cos, sin = (table[-x.size(1) :] for table in rope)
-    half = cos.size(-1)
-    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-
-
 def rotate_interleaved(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn pairs (i, i + K / 2) of (B, T, H, K) by the angles of pairs (2i, 2i + 1), as system A does."""
     cos, sin = (table.repeat_interleave(2, dim=-1) for table in rope)
@@ -910,16 +903,12 @@ class ForwardContext(NamedTuple):
     rope: tuple[Tensor, Tensor] | None  # of queries and keys: cos and sin, (T, 1, d / 2)
     masks: dict[tuple[int, int], AttentionMask]  # (window, first query) -> what queries may see
     extra_values: dict[int, Tensor]  # layer -> (B, T, G * K), added to its values
+    fused: Set[str] = frozenset()  # operations that are one GPU kernel, see model.fused
 
 
-def subtract_self_value(y: Tensor, v: Tensor) -> Tensor:
-    """Take out of each head's output its part along the position's own value (XSA, arXiv 2603.09078).
-
-    y <- y - (y . v^) v^ with v^ = v / |v|, for y (B, T, H, K) and v (B, T, G, K); G divides H.
-    """
-    direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
-    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H / G, K)
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+def fuses(cfg: ModelConfig, name: str, fused: Set[str]) -> bool:
+    """Whether an operation is one GPU kernel; where the recipe asks for none, a packed program has none."""
+    return cfg.fused != "off" and name in fused
 
 
 class AttnGate(nn.Module):
@@ -939,10 +928,9 @@ class AttnGate(nn.Module):
     def init_weights(self) -> None:
         nn.init.normal_(self.gate.weight, std=0.005 if self.kind == "dense" else 0.0)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # (B, T, D), (B, T, H, K)
+    def forward(self, x: Tensor) -> HeadGate:  # (B, T, D)
         scale, slope = {"out": (2.0, 1.0), "sparse": (1.0, 0.5), "dense": (1.0, 1.0)}[self.kind]
-        score = self.gate(x[..., : self.gate.in_features].contiguous())  # (B, T, H)
-        return y * (scale * torch.sigmoid(slope * score)).unsqueeze(-1)
+        return HeadGate(x, self.gate.weight, scale, slope)
 
 
 def context_rule(cfg: ModelConfig) -> ContextRule:
@@ -993,11 +981,15 @@ class SelfAttention(nn.Module):
         if POSITIONS[self.cfg.positions][1] == "width":  # one head as wide as the model
             q, k = (rotate(part.unsqueeze(2), context.rope).squeeze(2) for part in (q, k))
         q, k = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
-        if self.cfg.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
-        if POSITIONS[self.cfg.positions][1] == "head":
+        by_head = POSITIONS[self.cfg.positions][1] == "head"
+        if by_head and self.cfg.qk_norm:
+            fused = fuses(self.cfg, "qk", context.fused)
+            return norm_rotate(q, context.rope, self.q_gain, fused), norm_rotate(k, context.rope, None, fused)
+        if by_head:
             q, k = rotate(q, context.rope), rotate(k, context.rope)
-        return (q * self.q_gain.to(q.dtype)[:, None] if self.cfg.qk_norm else q), k
+        if self.cfg.qk_norm:
+            q, k = rms_norm(q) * self.q_gain.to(q.dtype)[:, None], rms_norm(k)
+        return q, k
 
     def forward(
         self, x: Tensor, context: ForwardContext, first_value: Tensor | None, first: int
@@ -1017,10 +1009,10 @@ class SelfAttention(nn.Module):
             y = attend(q @ projection, k, v @ projection, context.masks[self.window, first])
         else:
             y = attend(q, k, v, context.masks[self.window, first])
-        if self.xsa:
-            y = subtract_self_value(y, v[:, first:])
-        if self.attn_gate is not None:
-            y = self.attn_gate(x[:, first:], y)
+        if self.xsa or self.attn_gate is not None:
+            own = v[:, first:] if self.xsa else None
+            gate = self.attn_gate(x[:, first:]) if self.attn_gate is not None else None
+            y = exclude_and_gate(y, own, gate, fuses(self.cfg, "xsa", context.fused))
         return self.out(y.flatten(2)), v
 
 
@@ -1039,7 +1031,11 @@ class MLP(nn.Module):
     def init_weights(self) -> None:
         self.down.weight.mul_(OUT_INITS[self.cfg.out_init](self.cfg.num_layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, fused: Set[str]) -> Tensor:
+        cfg = self.cfg
+        is_plain = cfg.mlp == "square" and cfg.biases == "none" and cfg.fp8 == "off"
+        if is_plain and fuses(cfg, "mlp", fused) and self.training:
+            return square_mlp(x, self.up.weight, self.down.weight, cfg.leaky_slope, True)
         h = self.up(x)  # (B, T, F), swiglu (B, T, 2F)
         if self.cfg.mlp == "swiglu":
             value, gate = h.chunk(2, dim=-1)
@@ -1096,9 +1092,9 @@ class Block(nn.Module):
             return x
         return self.resid_scale.to(x.dtype) * x + self.embed_mix.to(x.dtype) * embedded
 
-    def fed(self, normed: Tensor) -> Tensor:
+    def fed(self, normed: Tensor, fused: Set[str]) -> Tensor:
         """Return the scaled output of the mlp."""
-        y = self.mlp(normed)
+        y = self.mlp(normed, fused)
         return self.mlp_scale.to(y.dtype) * y if self.cfg.channel_scales else y
 
     def forward(self, residual: Residual, context: ForwardContext, step: Step) -> Residual:
@@ -1115,11 +1111,12 @@ class Block(nn.Module):
             first_value = value if residual.first_value is None else residual.first_value
         if step.kind == "serial":
             x = mixed + attended
-            return Residual(x + self.fed(self.mlp_norm(x) * self.norm_scale), None, first_value)
+            x = x + self.fed(self.mlp_norm(x) * self.norm_scale, context.fused)
+            return Residual(x, None, first_value)
         if step.kind == "gptj":
-            return Residual(mixed + attended + self.fed(normed), None, first_value)
+            return Residual(mixed + attended + self.fed(normed, context.fused), None, first_value)
         mlp_lane = x if residual.mlp is None else residual.mlp[:, step.first :]
-        fed = self.fed(self.mlp_norm(mlp_lane) * self.norm_scale)
+        fed = self.fed(self.mlp_norm(mlp_lane) * self.norm_scale, context.fused)
         keep, post = self.lane_keep.to(x.dtype), self.lane_post.to(x.dtype)
         return Residual(
             keep[0] * x + post[0, 0] * attended + post[1, 0] * fed,
@@ -1289,6 +1286,7 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.attention = attention
         self.passed_over: dict[str, str] = {}  # backends that auto tried before -> why they do not serve
+        self.fused: Set[str] = frozenset()  # in training, what model.fused resolved to
         vocab_size += cfg.vocab_pad
         self.embed = nn.Embedding(vocab_size, cfg.embed_dim or cfg.model_dim)
         self.embed_proj = CastLinear(cfg.embed_dim, cfg.model_dim) if cfg.embed_dim else None
@@ -1372,7 +1370,7 @@ class GPT(nn.Module):
             spec = MaskSpec(window, cfg.attn_in_document, extent)
             masks[window, first] = build_mask(spec, starts_doc, self.attention, embedded.dtype, first)
         extra_values = self.value_embed(tokens, embedded.dtype) if self.value_embed is not None else {}
-        return ForwardContext(embedded, rope, masks, extra_values)
+        return ForwardContext(embedded, rope, masks, extra_values, self.fused)
 
     def join_skip(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
         """Add a kept output with its weights, or blend it in with its sigmoid gate."""
@@ -1455,9 +1453,10 @@ def mean_loss(model: nn.Module, batch: Batch, passes: int | None = None) -> Tens
 
 
 def mean_loss_in_blocks(model: GPT, batch: Batch, passes: int | None = None) -> Tensor:
-    """Mean cross-entropy as mean_loss has it, without whole logits: faster on a CPU (kernels/loss.py)."""
+    """Mean cross-entropy as mean_loss has it, without whole logits: faster on a CPU, and fused on a GPU."""
     x, rows = model.before_head(model.hidden(batch.tokens, batch.starts_doc, 0, passes, batch.extent))
-    return blocked_loss(x.flatten(0, 1), rows, batch.targets.flatten(), model.cfg.logit_softcap)
+    fused = fuses(model.cfg, "loss", model.fused)
+    return head_loss(x.flatten(0, 1), rows, batch.targets.flatten(), model.cfg.logit_softcap, fused)
 
 
 def fp8_linears(model: GPT) -> dict[str, CastLinear]:
@@ -2252,6 +2251,30 @@ def new_average(model: nn.Module, cfg: AverageConfig) -> Ema | Swa | None:
     return Swa(model) if cfg.swa_every > 0 else None
 
 
+def choose_fused(
+    model: GPT, cfg: Config, ranks: Ranks, is_compiled: bool
+) -> tuple[frozenset[str], dict[str, str]]:
+    """Find out which operations of model.fused are kernels on this card, and why others are not; rank 0's."""
+    shape, stage = cfg.model, get_stages(cfg)[0]
+    found = resolve_fused(
+        shape.fused,
+        ranks.device,
+        model.compute_dtype,
+        FusedShape(
+            stage.batch_tokens // stage.micro_batches,
+            shape.model_dim,
+            (shape.num_heads, shape.num_kv_heads, shape.model_dim // shape.num_heads),
+            rope_dims(shape),
+            round(shape.mlp_mult * shape.model_dim),
+            cfg.data.vocab_size + shape.vocab_pad,
+            shape.model_dim if shape.attn_gate == "dense" else AttnGate.WIDTH,
+        ),
+        is_compiled,
+    )
+    tried = sorted({*found.names, *found.refused})
+    return frozenset(name for name in tried if ranks.broadcast(name in found.names)), found.refused
+
+
 class Training:
     """Everything that a step changes, with one state_dict."""
 
@@ -2267,13 +2290,16 @@ class Training:
         self.average = new_average(self.model, cfg.average)
         self.loader = open_loader(cfg, bos_id)
         self.grids = exported_grids(cfg) if cfg.quant.qat_start < 1 else {}
-        plain = ranks.device.type == "cpu" and not cfg.model.asymmetric_softcap
-        self.loss = mean_loss_in_blocks if plain else mean_loss
         self.fp8 = None if cfg.model.fp8 == "off" else attach_fp8(self.model, cfg.model, ranks.device)
         self.is_compiled = resolve_compile(cfg.run.compile, ranks.device)
+        if cfg.model.fused != "off":
+            self.model.fused, self.not_fused = choose_fused(self.model, cfg, ranks, self.is_compiled)
+        on_cpu = ranks.device.type == "cpu" and not self.is_compiled
+        in_blocks = on_cpu or fuses(cfg.model, "loss", self.model.fused)
+        self.loss = mean_loss_in_blocks if in_blocks and not cfg.model.asymmetric_softcap else mean_loss
         if self.is_compiled:
             torch._dynamo.config.recompile_limit = 8 + 8 * len(get_phases(cfg))  # eight extents of documents
-            self.loss = torch.compile(mean_loss, dynamic=False, fullgraph=True)
+            self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
 
     def parts(self) -> dict:
         """Name the parts whose state survives a step."""
@@ -2670,6 +2696,14 @@ def weigh_code(folder: Path) -> tuple[int, str]:
     return target.stat().st_size, note if left_out else ""
 
 
+def fused_lines(training: Training) -> str:
+    """Say which operations of model.fused are kernels, and why others are not; nothing where it is off."""
+    if training.cfg.model.fused == "off":
+        return ""
+    passed_over = "".join(f"fused_passed_over:{name} {why}\n" for name, why in training.not_fused.items())
+    return f"fused:{','.join(sorted(training.model.fused)) or 'none'}\n{passed_over}"
+
+
 def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -> None:
     """Log what runs, in the contest's lines where it has them."""
     ranks, optim, run, model = training.ranks, cfg.optim, cfg.run, training.model
@@ -2692,6 +2726,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"attention_mode:gqa backend:{model.attention} "
         f"num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}\n"
         + "".join(f"attention_passed_over:{name} {why}\n" for name, why in model.passed_over.items())
+        + fused_lines(training)
         + f"tie_embeddings:{tied} embed_lr:{optim.tied_embed_lr if tied else optim.embed_lr} "
         f"head_lr:{0.0 if tied else optim.head_lr} matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}\n"
         f"train_batch_tokens:{cfg.data.batch_tokens} train_seq_len:{cfg.data.seq_len} "

@@ -21,9 +21,9 @@ from torch import Tensor
 from common import UserError
 from kernels.fused import HeadGate, exclude_and_gate, head_loss, norm_rotate, square_mlp
 from kernels.fused_loss import MOST_VOCAB
-from kernels.fused_mlp import SIGNS
+from kernels.fused_mlp import BYTE_SIGNS
 
-DTYPES = (torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
 TOLERANCE = 2e-2  # of the largest element, as kernels/attention.py has it
 TESTED_TOKENS = 130  # no multiple of a block
 MOST_GATE_WIDTH = 32
@@ -74,7 +74,7 @@ def resolve_fused(
         )
     refused = {}
     for name in names:
-        why = refusal(name, device, dtype, shape)
+        why = why_plain(name, device, dtype, shape)
         if wanted == "auto" and not why:
             why = lost_race(race(name, device, dtype, shape, compiled))
         refused |= {name: why} if why else {}
@@ -87,13 +87,13 @@ def resolve_fused(
     return FusedChoice(tuple(name for name in names if name not in refused), refused)
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype, shape: FusedShape) -> str:
+def why_plain(name: str, device: torch.device, dtype: torch.dtype, shape: FusedShape) -> str:
     """Say why an operation cannot be a kernel; empty when it can."""
-    why = static_refusal(name, device, dtype, shape)
+    why = why_always_plain(name, device, dtype, shape)
     if why:
         return why
     try:
-        error = self_test(name, device, dtype, shape)
+        error = largest_error(name, device, dtype, shape)
     except Exception as problem:  # what a compiler or a driver raises has no common class
         return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
     return (
@@ -101,21 +101,21 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, shape: FusedSha
     )
 
 
-def static_refusal(name: str, device: torch.device, dtype: torch.dtype, shape: FusedShape) -> str:
+def why_always_plain(name: str, device: torch.device, dtype: torch.dtype, shape: FusedShape) -> str:
     """Say what rules a kernel out before it is tried."""
     head_dim = shape.heads[2]
     if device.type != "cuda":
         return f"a {device.type} runs no such kernels"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if dtype not in DTYPES:
-        return f"it computes in {', '.join(map(str, DTYPES))} only (model.compute_dtype)"
+    if dtype not in FUSED_DTYPES:
+        return f"it computes in {', '.join(map(str, FUSED_DTYPES))} only (model.compute_dtype)"
     if name in ("qk", "xsa") and head_dim & (head_dim - 1):
         return f"a head's dimension of {head_dim} is no power of two"
     if name == "xsa" and shape.gate_width > MOST_GATE_WIDTH:
         return f"its gates read {shape.gate_width} channels, at most {MOST_GATE_WIDTH}"
-    if name == "mlp" and shape.mlp_dim % SIGNS:
-        return f"a hidden size of {shape.mlp_dim} is no multiple of {SIGNS}"
+    if name == "mlp" and shape.mlp_dim % BYTE_SIGNS:
+        return f"a hidden size of {shape.mlp_dim} is no multiple of {BYTE_SIGNS}"
     if name == "loss" and shape.vocab_size > MOST_VOCAB:
         return f"a vocabulary of {shape.vocab_size:,} is larger than {MOST_VOCAB:,}"
     return ""
@@ -189,7 +189,7 @@ TRIALS = {
 }
 
 
-def self_test(name: str, device: torch.device, dtype: torch.dtype, shape: FusedShape) -> float:
+def largest_error(name: str, device: torch.device, dtype: torch.dtype, shape: FusedShape) -> float:
     """Compare output and gradients with the plain form in float32; the largest difference, relative."""
     small = shape._replace(tokens=TESTED_TOKENS)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():

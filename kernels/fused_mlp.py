@@ -14,7 +14,7 @@ from kernels.jit import jit, tl
 
 # Of a program: two programs share a multiprocessor, so that one writes while the other multiplies.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-SIGNS = 8  # a byte; F is a multiple of it
+BYTE_SIGNS = 8  # a byte; F is a multiple of it
 
 
 @jit
@@ -84,14 +84,14 @@ def square_up(x: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """Return max(h, slope h)^2 with h = x up^T, (N, F), and the signs of h, (N, F / 8) bytes."""
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(len(x), len(up))
-    signs = x.new_empty(len(x), len(up) // SIGNS, dtype=torch.uint8)
+    signs = x.new_empty(len(x), len(up) // BYTE_SIGNS, dtype=torch.uint8)
     launch(x, up.mT, out, signs, SLOPE=slope)
     return out, signs
 
 
 @square_up.register_fake
 def _(x, up, slope):
-    return x.new_empty(len(x), len(up)), x.new_empty(len(x), len(up) // SIGNS, dtype=torch.uint8)
+    return x.new_empty(len(x), len(up)), x.new_empty(len(x), len(up) // BYTE_SIGNS, dtype=torch.uint8)
 
 
 @torch.library.custom_op("golf::square_back", mutates_args=())

@@ -10,6 +10,7 @@ from fixtures_numbers import assert_close_at_scale
 
 from common import UserError
 from formats.recipe import with_values
+from kernels.fused import subtract_self_value
 from train_gpt import (
     GPT,
     PARAM_RULES,
@@ -24,7 +25,6 @@ from train_gpt import (
     num_skips,
     recur_passes_at,
     rope_base_at,
-    subtract_self_value,
 )
 
 pytestmark = pytest.mark.numeric

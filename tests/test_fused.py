@@ -13,7 +13,7 @@ from common import UserError, read_json
 from dev.kernels import TABLE, kernel_name, launches_of
 from kernels import fused_choice
 from kernels.fused import exclude_and_gate
-from kernels.fused_choice import TRIALS, FusedShape, lost_race, resolve_fused, self_test, static_refusal
+from kernels.fused_choice import TRIALS, FusedShape, largest_error, lost_race, resolve_fused, why_always_plain
 from pack.program import pack, unwrap
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -52,7 +52,7 @@ def test_without_value_and_gate_nothing_happens():
 
 def test_a_cpu_computes_plainly_at_no_cost(monkeypatch):
     """Nothing is tried; the log can say why."""
-    monkeypatch.setattr(fused_choice, "self_test", pytest.fail)
+    monkeypatch.setattr(fused_choice, "largest_error", pytest.fail)
     assert resolve_fused("off", CPU, BF16, FusedShape(), True) == ((), {})
     choice = resolve_fused("auto", CPU, BF16, FusedShape(), True)
     assert choice == ((), dict.fromkeys(("qk", "mlp", "xsa", "loss"), "a cpu runs no such kernels"))
@@ -83,10 +83,10 @@ def test_what_was_asked_for_by_name_and_cannot_be_stops_the_run():
 def test_shapes_that_kernels_cannot_do_are_refused(monkeypatch, name, changes, reason):
     """Before anything is compiled."""
     monkeypatch.setattr(fused_choice, "find_spec", lambda name: True)
-    assert static_refusal(name, GPU, BF16, FusedShape()._replace(**changes)) == reason
-    assert "bfloat16" in static_refusal(name, GPU, torch.float32, FusedShape())
+    assert why_always_plain(name, GPU, BF16, FusedShape()._replace(**changes)) == reason
+    assert "bfloat16" in why_always_plain(name, GPU, torch.float32, FusedShape())
     monkeypatch.setattr(fused_choice, "find_spec", lambda name: None)
-    assert static_refusal(name, GPU, BF16, FusedShape()) == "Triton is not installed"
+    assert why_always_plain(name, GPU, BF16, FusedShape()) == "Triton is not installed"
 
 
 def test_auto_keeps_what_passes_its_test_and_wins_its_race(monkeypatch):
@@ -100,7 +100,7 @@ def test_auto_keeps_what_passes_its_test_and_wins_its_race(monkeypatch):
         return errors[name]
 
     monkeypatch.setattr(fused_choice, "find_spec", lambda name: True)
-    monkeypatch.setattr(fused_choice, "self_test", fake_test)
+    monkeypatch.setattr(fused_choice, "largest_error", fake_test)
     monkeypatch.setattr(fused_choice, "race", lambda name, *_: times[name])
     choice = resolve_fused("auto", GPU, BF16, FusedShape(), True)
     assert choice.names == ("qk",)
@@ -135,7 +135,7 @@ def test_trials_take_gradients_of_every_input(monkeypatch, name):
 
     for factor, passes in ((1.0, True), (1.1, False)):
         monkeypatch.setitem(TRIALS, name, scaled(factor))
-        assert (self_test(name, CPU, BF16, shape) <= fused_choice.TOLERANCE) is passes
+        assert (largest_error(name, CPU, BF16, shape) <= fused_choice.TOLERANCE) is passes
 
 
 # Packed and compiled

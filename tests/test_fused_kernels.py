@@ -15,10 +15,12 @@ from fixtures_model import run_python
 from fixtures_numbers import assert_close_at_scale
 from torch.library import opcheck
 
+import train_gpt
 from common import read_json
 from dev.kernels import TABLE
+from formats.recipe import with_values
 from kernels import fused_heads, fused_loss, fused_mlp
-from kernels.fused_choice import TRIALS, FusedShape, gradients, self_test
+from kernels.fused_choice import TRIALS, FusedShape, gradients, largest_error
 from pack.program import pack
 
 BF16 = torch.bfloat16
@@ -160,12 +162,12 @@ def test_operators_tell_torch_the_truth():
 def test_the_self_test_passes_and_finds_a_wrong_kernel(name, monkeypatch):
     """At the 1.0611 recipe's heads, in bfloat16; a kernel whose output is cut short is found."""
     shape = FusedShape()._replace(model_dim=128, mlp_dim=256, vocab_size=500)
-    assert self_test(name, torch.device("cpu"), BF16, shape) < 2e-2
+    assert largest_error(name, torch.device("cpu"), BF16, shape) < 2e-2
     trial = TRIALS[name](shape._replace(tokens=20), torch.empty(0, dtype=BF16))
     monkeypatch.setitem(
         TRIALS, name, lambda *_: trial._replace(run=lambda fused, *x: 1.1**fused * trial.run(fused, *x))
     )
-    assert self_test(name, torch.device("cpu"), BF16, shape) > 2e-2
+    assert largest_error(name, torch.device("cpu"), BF16, shape) > 2e-2
 
 
 # Packed and compiled
@@ -222,3 +224,46 @@ def test_kernels_compile_for_the_contests_gpu_without_spills(tmp_path):
     done = run_python("-c", COMPILE_PACKED, out, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n") == [*(f"{name} spill_bytes 0" for name in stored), ""]
+
+
+# What each operation of model.fused calls in a step.
+OPERATORS = {
+    "qk": {"golf::norm_rotate", "golf::norm_rotate_backward"},
+    "mlp": {"golf::square_up", "golf::square_back"},
+    "xsa": {"golf::exclude_and_gate", "golf::exclude_and_gate_backward"},
+    "loss": {"golf::head_loss"},
+}
+
+
+@pytest.mark.parametrize("names", [("qk",), ("mlp",), ("xsa",), ("loss",), tuple(TRIALS)], ids=",".join)
+def test_a_model_with_kernels_learns_what_it_learns_without(names, tiny_config, alone):
+    """Loss and every gradient of a training step, recurrence, windows of documents and gates included."""
+    fields = {
+        "model.compute_dtype": "float32",
+        "model.mlp_mult": 2,
+        "model.leaky_slope": 0.5,
+        "model.rope_dims": 8,
+        "model.xsa_last": 2,
+        "model.attn_gate": "sparse",
+        "model.out_init": "depth",
+        "model.logit_softcap": 15.0,
+        "model.attn_in_document": True,
+        "data.loader": "packed",
+        "run.device": "cpu",
+    }
+    found = []
+    for fused in (frozenset(), frozenset(names)):
+        cfg = with_values(tiny_config, fields | {"model.fused": "auto"}, "test")
+        training = train_gpt.Training(cfg, alone, bos_id=1)
+        assert training.model.fused == frozenset() and "cpu" in training.not_fused["qk"]
+        training.model.fused = fused
+        training.loss = train_gpt.mean_loss_in_blocks if "loss" in fused else train_gpt.mean_loss
+        training.model.train()
+        with torch.profiler.profile() as profile:
+            loss = training.micro_step(train_gpt.get_phases(cfg)[0], 0)
+        called = {event.key for event in profile.key_averages() if event.key.startswith("golf::")}
+        assert called == {name for fused_name in fused for name in OPERATORS[fused_name]}
+        found.append([loss, *(param.grad for param in training.model.parameters() if param.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 20
+    for mine, theirs in zip(*found):
+        assert_close_at_scale(theirs, mine, 400)
