@@ -96,12 +96,11 @@ def compile_for(launch: Launch, target: str) -> dict:
             signature[name] = "constexpr"
             continue
         value = launch.arguments[place]
-        signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-        if (
-            value is not None and not isinstance(value, Tensor) and value == 1
-        ):  # Triton takes it as a constant
+        is_tensor = isinstance(value, Tensor)
+        signature[name] = TYPES[value.dtype] if is_tensor else "i32"
+        if not is_tensor and value == 1:  # Triton makes it a constant
             signature[name], constants[name] = "constexpr", 1
-        elif isinstance(value, Tensor) or value % 16 == 0:
+        elif is_tensor or value % 16 == 0:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     made = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
@@ -113,8 +112,9 @@ def assemble(ptx: str, target: str) -> dict:
     """Return registers a thread and bytes of spills, as the assembler that Triton brings says them."""
     import triton.backends.nvidia as nvidia
 
-    name = "ptxas-blackwell" if target == "sm_100" else "ptxas"
-    path = Path(nvidia.__file__).parent / "bin" / name
+    tools = Path(nvidia.__file__).parent / "bin"
+    newer = tools / "ptxas-blackwell"  # from Triton 3.6 on
+    path = newer if target == "sm_100" and newer.is_file() else tools / "ptxas"
     arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"

@@ -222,8 +222,9 @@ def race(
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         trial = TRIALS[name](shape, torch.empty(0, device=device, dtype=dtype))
         forms = lambda *leaves: trial.run(True, *leaves), trial.plain
-        times = [time_form(form, trial.leaves, compiled) for form in forms]
-    return times[0], times[1]
+        fused, plain = (time_form(form, trial.leaves, compiled) for form in forms)
+    torch.get_device_module(device).empty_cache()
+    return fused, plain
 
 
 def time_form(form: Callable[..., Tensor], leaves: list[Tensor], compiled: bool) -> float:
@@ -231,8 +232,7 @@ def time_form(form: Callable[..., Tensor], leaves: list[Tensor], compiled: bool)
     form = torch.compile(form, fullgraph=True, dynamic=False) if compiled else form
     module = torch.get_device_module(leaves[0].device)
     try:
-        y = form(*leaves)
-        dy = torch.ones_like(y)
+        dy = torch.ones_like(form(*leaves))
         for _ in range(3):
             torch.autograd.grad(form(*leaves), leaves, dy)
         module.synchronize()

@@ -96,8 +96,8 @@ def rotation(x: Tensor, cos: Tensor, has_gain: bool) -> tuple[tuple[int, int], d
 
 @torch.library.custom_op("golf::norm_rotate", mutates_args=())
 def norm_rotate_forward(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None) -> Tensor:
-    """Normalise, rotate and scale (B, T, H, K); cos and sin (T, 1, d / 2) contiguous."""
-    x = last_dense(x)
+    """Normalise, rotate and scale (B, T, H, K); cos and sin are (T, 1, d / 2)."""
+    x, cos, sin = last_dense(x), cos.contiguous(), sin.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid, constants = rotation(x, cos, gain is not None)
     sizes = x.size(0) * x.size(1), x.size(1)
@@ -116,7 +116,7 @@ def norm_rotate_backward(
     dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the gain, float32 (H,); empty without one."""
-    dy, x = last_dense(dy), last_dense(x)
+    dy, x, cos, sin = last_dense(dy), last_dense(x), cos.contiguous(), sin.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid, constants = rotation(x, cos, gain is not None)
     partial = x.new_empty((0, 0) if gain is None else grid[::-1], dtype=torch.float32)

@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from fixtures_fused import compare, gate_case, loss_case, mlp_case, norm_case, write_project
-from fixtures_model import run_python
+from fixtures_model import ROOT, run_python
 from fixtures_numbers import assert_close_at_scale
 
 from common import UserError, read_json
@@ -163,3 +164,15 @@ def test_the_table_of_registers_has_every_kernel_and_no_spills_on_the_contests_g
     for name, found in table.items():
         assert found["sm_90"]["spill_bytes"] == 0, name
         assert found["sm_90"]["shared_bytes"] <= 227 << 10, name
+
+
+def test_the_documented_registers_are_those_of_the_table():
+    """A kernel that changes is compiled and written down again."""
+    rows = re.findall(
+        r"\n\| `(\w+_kernel\w*)` \| (.*) \|", (ROOT / "docs" / "gpu-and-multi-node.md").read_text()
+    )
+    columns = ("registers", "spill_bytes", "shared_bytes", "num_warps")
+    assert dict(rows) == {
+        name: " | ".join(f"{found['sm_90'][column]:,}" for column in columns)
+        for name, found in read_json(TABLE).items()
+    }

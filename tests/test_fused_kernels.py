@@ -7,6 +7,7 @@ The interpreter is chosen before Triton is imported: these tests run in a proces
 import importlib.util
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from torch.library import opcheck
 
 import train_gpt
 from common import read_json
+from dev.gpu_battery import fused as battery
+from dev.gpu_battery.job import Job, read_records
+from dev.gpu_battery.sizes import SIZES
 from dev.kernels import TABLE
 from formats.recipe import with_values
 from kernels import fused_heads, fused_loss, fused_mlp
@@ -168,6 +172,26 @@ def test_the_self_test_passes_and_finds_a_wrong_kernel(name, monkeypatch):
         TRIALS, name, lambda *_: trial._replace(run=lambda fused, *x: 1.1**fused * trial.run(fused, *x))
     )
     assert largest_error(name, torch.device("cpu"), BF16, shape) > 2e-2
+
+
+@pytest.mark.slow
+def test_the_battery_measures_them(tmp_path, monkeypatch):
+    """As on a card, but for its clock: errors, repeatability, both forms and the variants."""
+    monkeypatch.setattr(battery, "static_refusal", lambda *_: "")
+    monkeypatch.setitem(SIZES, "fused_shape", (None, (20, 32, (2, 1, 16), 8, 64, 100, 4)))
+    for module, name in ((fused_mlp, "TILE"), (fused_loss, "CHUNK_LOGITS")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    records = tmp_path / "records"
+    job = Job("", str(records), str(tmp_path), "", "", True, 300.0, time.time())
+    battery.run(job)
+    battery.measure_variants(job, FusedShape(*SIZES["fused_shape"][1]), torch.device("cpu"))
+    found = read_records(records)
+    assert found.errors == {}
+    for name in TRIALS:
+        assert found.results[f"{name}_repeats"] is True
+        assert found.results[f"{name}_error"] < 1e-3
+        assert found.results[f"{name}_kernel"]["ms"] > 0
+    assert found.results["mlp_wide"]["tflops"] > 0 and "loss_chunk_16777216" in found.results
 
 
 # Packed and compiled

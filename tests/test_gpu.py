@@ -8,6 +8,7 @@ import torch
 
 from common import read_json
 from formats.recipe import with_values
+from kernels.fused_choice import TRIALS, FusedShape, refusal
 from train_gpt import Environment, Ranks, load_artifact, load_validation, run, score_model
 
 pytestmark = [
@@ -33,3 +34,10 @@ def test_the_main_job_runs_on_a_gpu_and_its_artifact_scores_alike_on_a_cpu(tiny_
     text = load_validation(packed_cfg.data, "", header["tokenizer_sha256"])
     assert math.isfinite(on_gpu)
     assert score_model(model, packed_cfg, text, cpu).val_bpb == pytest.approx(on_gpu, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_fused_kernels_agree_with_their_plain_forms(name):
+    """At the sizes of the 1.0611 recipe; whether they pay is the battery's question."""
+    pytest.importorskip("triton")
+    assert refusal(name, torch.device("cuda"), torch.bfloat16, FusedShape()) == ""

@@ -29,6 +29,7 @@ PARTS = (
     BatteryPart("step_1061_full", 110, "1.0611 recipe, recurrence on", "dev.gpu_battery.steps:run_1061_full"),
     BatteryPart("step_naive", 70, "naive recipe, the training loop", "dev.gpu_battery.steps:run_naive"),
     BatteryPart("backends", 60, "attention: errors and speed by kernel", "dev.gpu_battery.backends:run"),
+    BatteryPart("fused", 60, "fused kernels against their plain forms", "dev.gpu_battery.fused:run"),
     BatteryPart("scoring", 60, "scorers of the 1.0611 architecture", "dev.gpu_battery.scoring:run"),
     BatteryPart("calibration", 45, "calibration and GPTQ of 1.0611", "dev.gpu_battery.calibration:run"),
     BatteryPart("contest_naive", 70, "the contest's train_gpt.py", "dev.gpu_battery.contest:run_naive"),

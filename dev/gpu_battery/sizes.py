@@ -22,6 +22,8 @@ SIZES = {  # name -> (full, miniature)
     "attention_window": (512, 32),
     "packed_tokens": (98_304, 512),
     "packed_segment": (2048, 64),
+    # tokens, D, (H, G, K), rope_dims, F, V, columns of the gate
+    "fused_shape": ((98_304, 512, (8, 4, 64), 16, 2048, 8192, 12), (512, 64, (4, 2, 16), 8, 128, 512, 12)),
     "short_rows": ((64, 192), (4, 64)),
     "shard_tokens": (8_000_000, 60_000),
     "compile": ("auto", "off"),  # of all but step_1061_low: a busy CPU takes a minute for a graph
