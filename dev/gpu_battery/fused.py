@@ -20,9 +20,9 @@ from kernels.fused_choice import (
     FusedShape,
     Trial,
     gradients,
-    self_test,
-    static_refusal,
+    largest_error,
     time_form,
+    why_always_plain,
 )
 
 LEAST_SECONDS = 8.0  # that a variant may take: it is compiled
@@ -39,7 +39,7 @@ def run(job: Job) -> None:
     shape = FusedShape(*get_size(job, "fused_shape"))
     job.record("what", shape._asdict() | {"dtype": str(dtype_on(device))})
     for name in TRIALS:
-        why = static_refusal(name, device, dtype_on(device), shape)
+        why = why_always_plain(name, device, dtype_on(device), shape)
         measure_fitting(job, f"{name}_plain", partial(measure_form, name, shape, device, "plain"), device)
         if why:
             job.record(f"{name}_kernel", {"refused": why})
@@ -53,7 +53,7 @@ def run(job: Job) -> None:
 def check(job: Job, name: str, shape: FusedShape, device: torch.device) -> None:
     """Compare a kernel with the plain form in float32; beyond rounding is a fault, and so are other bits."""
     dtype = dtype_on(device)
-    found = job.measure(f"{name}_error", lambda: self_test(name, device, dtype, shape))
+    found = job.measure(f"{name}_error", lambda: largest_error(name, device, dtype, shape))
     if found is not None and not found <= TOLERANCE:  # NaN included
         job.fault(f"{name}_error", f"differs from the plain form by {found:.3g} of the largest element")
     same = job.measure(
