@@ -14,7 +14,7 @@ def with_block(text: str, command: str, block: str) -> str:
     first, last = (mark.format(command=command) for mark in MARKS)
     pattern = re.compile(f"{re.escape(first)}\n.*?{re.escape(last)}", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise UserError(f"expected the lines {first!r} and {last!r} once each. Put them where the table goes.")
+        raise UserError(f"expected the lines {first!r} and {last!r} once each. Put them back.")
     return pattern.sub(lambda _: f"{first}\n{block}\n{last}", text)
 
 

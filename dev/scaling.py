@@ -67,7 +67,7 @@ def variants(work: Work) -> dict[str, Work]:
         "gradients travel in bfloat16": work._replace(gradient_bytes=2),
         "a matrix has an owner in each machine: no padding to 64": work._replace(pads=False),
         "both": work._replace(gradient_bytes=2, pads=False),
-        f"{BATCH_FACTOR} times the batch, by {BATCH_FACTOR} times the tokens": work._replace(stages=(larger,)),
+        f"{BATCH_FACTOR} times the tokens a step": work._replace(stages=(larger,)),
     }
 
 
@@ -93,7 +93,7 @@ def format_tables(work: Work) -> str:
         ([f"{MOST} cards", "MB a rank sends", *speed], variant_rows(work)),
     )
     made = ("\n".join(map(markdown_row, [head, ["---"] * len(head), *rows])) for head, rows in tables)
-    return f"\n{'\n\n'.join(made)}\n"
+    return "\n" + "\n\n".join(made) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:

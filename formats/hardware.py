@@ -240,7 +240,8 @@ def memory_gb(work: Work, tokens: float, item_bytes: int) -> float:
     """Return the memory that training takes with micro-batches of so many tokens, 10^9 bytes."""
     visits = work.visits * (1 - work.recomputed)
     kept = visits * (KEPT_CHANNELS * work.model_dim + KEPT_HIDDEN * work.mlp_dim)
-    return (tokens * item_bytes * (kept + KEPT_LOGITS * work.vocab_size) + STATE_BYTES * work.num_params) / 1e9
+    activations = tokens * item_bytes * (kept + KEPT_LOGITS * work.vocab_size)
+    return (activations + STATE_BYTES * work.num_params) / 1e9
 
 
 def fitting_counts(work: Work, machine: Machine) -> tuple[int, ...] | None:

@@ -94,7 +94,7 @@ def check_measured(path: Path, report: dict) -> None:
     if report["rehearsal"] or report["card"] == "none":
         kind = "a rehearsal" if report["rehearsal"] else "one of a machine without a GPU"
         raise UserError(
-            f"{path}: expected a battery of a GPU, found {kind}. Run `make gpu-battery` on a machine with one."
+            f"{path}: expected a battery of a GPU, found {kind}. Run `make gpu-battery` on one."
         )
 
 

@@ -41,7 +41,7 @@ def run_short() -> list[str]:
 
 def used_cards(cards: int) -> int:
     """Return how many of a machine's cards can share a step's micro-batches evenly."""
-    return max(count for count in range(1, MICRO_BATCHES + 1) if MICRO_BATCHES % count == 0 and count <= cards)
+    return max(count for count in range(1, min(cards, MICRO_BATCHES) + 1) if MICRO_BATCHES % count == 0)
 
 
 def compare(ours: float, theirs: float) -> str:
