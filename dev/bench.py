@@ -38,7 +38,6 @@ from data.prepare import write_dataset
 from data.shards import write_shard
 from data.train_tokenizer import train_tokenizer
 from dev.codec import measure_codec
-from dev.gpu_battery.short import run_short
 from formats.recipe import with_values
 from kernels.machine import resolve_compile
 from pack.program import pack
@@ -299,6 +298,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu", action="store_true", help="measure a GPU, and nothing of the above")
     args = parser.parse_args(argv)
     if args.gpu:
+        from dev.gpu_battery.short import run_short  # the battery needs POSIX
+
         print("\n".join(run_short()))
         return
     ranks = Ranks(Environment({}), "auto")

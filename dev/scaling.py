@@ -14,7 +14,7 @@ from dev.gpu_battery.sizes import RECIPES, ROOT
 from dev.pages import DOCS, write_block
 from formats.hardware import (
     LINKS,
-    Stage,
+    StepShape,
     Work,
     exchanged_bytes,
     fitting_counts,
@@ -61,7 +61,7 @@ def scaling_rows(work: Work) -> list[list[str]]:
 def variants(work: Work) -> dict[str, Work]:
     """Return what would change a large machine's step, one thing each."""
     stage = work.stages[0]
-    larger = Stage(stage.seq_len, BATCH_FACTOR * stage.batch_tokens, stage.micro_batches)
+    larger = StepShape(stage.seq_len, BATCH_FACTOR * stage.batch_tokens, stage.micro_batches)
     return {
         "as it is": work,
         "gradients travel in bfloat16": work._replace(gradient_bytes=2),

@@ -6,7 +6,6 @@ bandwidth, launches that the CPU makes, what ranks exchange, and what a visit of
 (dev/gpu_battery/measurements.py). Packed programs leave this out.
 """
 
-import math
 import re
 import shlex
 from pathlib import Path
@@ -82,8 +81,8 @@ MOVED_CHANNELS, MOVED_HIDDEN, MOVED_LOGITS = 61.5, 4.0, 6.0
 # Memory that a compiled step keeps, a token: model_dims a visit, mlp sizes in model_dims, vocabularies.
 # From three peaks that torch's allocator stated with kernels that did nothing: 29.6 GB (11 visits) and
 # 44.2 GB (17 visits) of 98,304 tokens, 10.5 GB of the naive recipe's 65,536. formats/memory.py: eager.
-KEPT_CHANNELS, KEPT_HIDDEN, KEPT_LOGITS = 8.9, 3.83, 1.3
-STATE_BYTES = 20  # a parameter: float32 weight, gradient, two moments, average
+COMPILED_CHANNELS, COMPILED_HIDDEN, COMPILED_LOGITS = 8.9, 3.83, 1.3
+TRAINED_BYTES = 20  # a parameter: float32 weight, gradient, two moments, average
 FIT_SHARE = 0.9  # of a card's memory; the rest is the driver's, the libraries' and lost between blocks
 # Launches counted there: 903 of 11 visits, and an update with and without clipping; 6 ms for 566.
 VISIT_LAUNCHES, UPDATE_LAUNCHES, CLIP_LAUNCHES, LAUNCH_US = 82, 217, 349, 10.6
@@ -141,7 +140,7 @@ class Work(NamedTuple):
         return max(visits for _, visits in self.parts)
 
 
-class Stage(NamedTuple):
+class StepShape(NamedTuple):
     """The shape of a step."""
 
     seq_len: int
@@ -177,8 +176,8 @@ def read_work(found: dict) -> Work:
     config, plan = found["config"], found["layer_plan_recurring"]
     data, model, run = config["data"], config["model"], config["run"]
     dim, vocab, visits = model["model_dim"], data["vocab_size"], len(plan)
-    stages = [Stage(*row[1:4]) for row in config["schedule"]["stages"]]
-    stages = stages or [Stage(data["seq_len"], data["batch_tokens"], data["micro_batches"])]
+    stages = [StepShape(*row[1:4]) for row in config["schedule"]["stages"]]
+    stages = stages or [StepShape(data["seq_len"], data["batch_tokens"], data["micro_batches"])]
     head_flops = 6.0 * dim * vocab
     attention = 6.0 * dim * data["seq_len"]
     visit_flops = (found["flops_per_token"] - head_flops) / visits
@@ -229,7 +228,8 @@ def contest_tokens(data: dict) -> int:
     """Return the tokens of the contest's validation text: of the nearest vocabulary that its logs know."""
     if data["tokenizer_kind"] == "caseops":
         return CASEOPS_TOKENS
-    nearest = min(CONTEST_TOKENS, key=lambda size: abs(math.log(size / data["vocab_size"])))
+    entries = data["vocab_size"]
+    nearest = min(CONTEST_TOKENS, key=lambda size: max(size / entries, entries / size))
     return CONTEST_TOKENS[nearest]
 
 
@@ -239,9 +239,9 @@ def contest_tokens(data: dict) -> int:
 def memory_gb(work: Work, tokens: float, item_bytes: int) -> float:
     """Return the memory that training takes with micro-batches of so many tokens, 10^9 bytes."""
     visits = work.visits * (1 - work.recomputed)
-    kept = visits * (KEPT_CHANNELS * work.model_dim + KEPT_HIDDEN * work.mlp_dim)
-    activations = tokens * item_bytes * (kept + KEPT_LOGITS * work.vocab_size)
-    return (activations + STATE_BYTES * work.num_params) / 1e9
+    kept = visits * (COMPILED_CHANNELS * work.model_dim + COMPILED_HIDDEN * work.mlp_dim)
+    activations = tokens * item_bytes * (kept + COMPILED_LOGITS * work.vocab_size)
+    return (activations + TRAINED_BYTES * work.num_params) / 1e9
 
 
 def fitting_counts(work: Work, machine: Machine) -> tuple[int, ...] | None:
@@ -274,7 +274,7 @@ def update_ms(work: Work, machine: Machine) -> float:
     flops = 0.0
     for count, rows, columns in work.matrices:
         short, long = min(rows, columns), max(rows, columns)
-        flops += 5 * math.ceil(count / machine.count) * (4 * short**2 * long + 2 * short**3)
+        flops += 5 * -(-count // machine.count) * (4 * short**2 * long + 2 * short**3)
     launches = UPDATE_LAUNCHES + CLIP_LAUNCHES * work.clips
     return max(flops / (PRODUCT_SHARE * machine.card.tflops * 1e9), launches * LAUNCH_US / 1000)
 
@@ -284,7 +284,7 @@ def exchanged_bytes(work: Work, ranks: int) -> dict[str, float]:
     share = (ranks - 1) / ranks
     owners = ranks if work.pads else min(ranks, CARDS_A_MACHINE)
     stacked = sum(count * rows * cols for count, rows, cols in work.matrices)
-    padded = sum(math.ceil(count / owners) * owners * rows * cols for count, rows, cols in work.matrices)
+    padded = sum(-(-count // owners) * owners * rows * cols for count, rows, cols in work.matrices)
     return {
         "gradients of matrices": share * padded * work.gradient_bytes,
         "updates of matrices": share * padded * UPDATE_BYTES,

@@ -93,9 +93,7 @@ def check_measured(path: Path, report: dict) -> None:
     """Raise for a battery that no GPU ran."""
     if report["rehearsal"] or report["card"] == "none":
         kind = "a rehearsal" if report["rehearsal"] else "one of a machine without a GPU"
-        raise UserError(
-            f"{path}: expected a battery of a GPU, found {kind}. Run `make gpu-battery` on one."
-        )
+        raise UserError(f"{path}: expected a battery of a GPU, found {kind}. Run `make gpu-battery` on one.")
 
 
 def enter(path: Path, report: dict, store: Path = MEASUREMENTS, page: Path = PAGE) -> dict:
