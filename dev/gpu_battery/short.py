@@ -17,7 +17,7 @@ OUT = Path("runs/gpu_bench")
 SECONDS = 170
 PARTS = "machine,step_1061_full,step_naive,scoring"
 LOW, FULL, NAIVE = PUBLISHED.values()  # milliseconds a step of 8xH100 SXM
-AS_FAST = 0.03  # a difference that repeated runs have as well
+AS_FAST = 0.05  # a difference that repeated runs have as well
 CONTEST = "the contest's 8xH100 SXM"
 
 
