@@ -4,10 +4,8 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU ?= cu130
-ifeq ($(GPU),1)
-override GPU := cu130
-BENCH := --gpu
-endif
+BENCH := $(if $(filter 1,$(GPU)),--gpu)
+override GPU := $(patsubst 1,cu130,$(GPU))
 ROCM_INDEX ?= https://download.pytorch.org/whl/rocm6.4
 KFD ?= /dev/kfd
 RECIPE ?= records/track_cpu/2026-11-21_Sp2048_LoraScoring/recipe.toml

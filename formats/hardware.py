@@ -41,6 +41,7 @@ CARDS = {
     "a100-40": Card("NVIDIA A100 40 GB", "A100-SXM4-40GB", 312, 1555, 40, 300),
     "a100": Card("NVIDIA A100 80 GB", "A100", 312, 2039, 80, 300),
     "l40s": Card("NVIDIA L40S", "L40S", 362, 864, 48, 32),
+    "l40": Card("NVIDIA L40", "L40", 181, 864, 48, 32),
     "l4": Card("NVIDIA L4", "NVIDIA L4", 121, 300, 24, 32),
     "5090": Card("NVIDIA RTX 5090", "RTX 5090", 209, 1792, 32, 64),
     "4090": Card("NVIDIA RTX 4090", "RTX 4090", 165, 1008, 24, 32),
