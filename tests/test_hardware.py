@@ -204,7 +204,8 @@ def test_machines_hold_eight_cards():
     ("said", "key"),
     [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100pcie"), ("NVIDIA H200", "h200"),
      ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA L40S", "l40s"),
-     ("NVIDIA L40", "l40"), ("NVIDIA L4", "l4"), ("NVIDIA GeForce RTX 4090", "4090"), ("Tesla T4", "t4"), ("Voodoo 2", "")],
+     ("NVIDIA L40", "l40"), ("NVIDIA L4", "l4"), ("NVIDIA GeForce RTX 4090", "4090"),
+     ("Tesla T4", "t4"), ("Voodoo 2", "")],
 )  # fmt: skip
 def test_cards_are_known_by_what_their_driver_calls_them(said, key):
     """The battery holds its numbers against the peak of the card that it finds."""
