@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU ?= cu130
+BENCH := $(if $(filter 1,$(GPU)),--gpu)
+override GPU := $(patsubst 1,cu130,$(GPU))
 ROCM_INDEX ?= https://download.pytorch.org/whl/rocm6.4
 KFD ?= /dev/kfd
 RECIPE ?= records/track_cpu/2026-11-21_Sp2048_LoraScoring/recipe.toml
@@ -99,8 +101,8 @@ single: setup ## write the one readable file that RECIPE=... runs, into OUT=...
 plot: setup ## draw docs/progress.svg from the records of the CPU track
 	$(PY) -m dev.plot
 
-bench: data ## speed of training step, scoring, packing and loading, against yardsticks
-	$(PY) -m dev.bench
+bench: $(if $(BENCH),setup,data) ## speed of step, scoring, packing and loading, against yardsticks; GPU=1: of a GPU
+	$(PY) -m dev.bench $(BENCH)
 
 profile: data ## where a step's time goes on this machine, by operator; AT=0.7: at that share of training
 	$(PY) -m dev.profile --recipe $(RECIPE) $(addprefix --at ,$(AT))

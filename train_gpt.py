@@ -53,6 +53,7 @@ from data.shards import TRAIN_GLOB, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
+from formats.hardware import project
 from formats.help import FieldParser, check_names, describe_sections, format_description, near_misses
 from formats.memory import counts_to_try, memory_message, read_auto
 from formats.recipe import (
@@ -3039,6 +3040,7 @@ def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
     by_rule: dict[str, int] = {}
     for name, rule in rules.items():
         by_rule[rule.pattern] = by_rule.get(rule.pattern, 0) + named[name].numel()
+    shapes = ["x".join(map(str, named[name].shape)) for name in rules if rules[name].optimizer == "matrix"]
     plan = layer_plan(cfg.model, cfg.model.recur_passes)
     rows = []
     for step, elapsed in zip(steps, elapsed_ms):
@@ -3060,6 +3062,7 @@ def describe(cfg: Config, steps: list[int], elapsed_ms: list[float]) -> dict:
         "config_hash": fixed_hash(cfg),
         "num_params": sum(param.numel() for param in named.values()),
         "params_by_rule": by_rule,
+        "matrix_shapes": {shape: shapes.count(shape) for shape in dict.fromkeys(shapes)},
         "layer_plan": [step._asdict() for step in layer_plan(cfg.model, 1)],
         "layer_plan_recurring": [step._asdict() for step in plan],
         "flops_per_token": flops_per_token(cfg, named, [step.layer for step in plan]),
@@ -3087,13 +3090,16 @@ def estimate_artifact_bytes(cfg: Config) -> int:
 
 
 def describe_to_stdout(args, environment: Environment) -> None:
-    """Print what --describe asks for."""
+    """Print what --describe, or --hardware, asks for."""
     steps = [int(step) for step in args.steps.split(",")]
     elapsed = [float(ms) for ms in args.elapsed_ms.split(",")] if args.elapsed_ms else [0.0] * len(steps)
     if len(elapsed) != len(steps):
         raise UserError(f"--elapsed-ms: expected {len(steps)} times, one a step, found {len(elapsed)}.")
     cfg = load_config(args.recipe, environment.overrides, args.overrides)
     found = describe(cfg, steps, elapsed)
+    if args.hardware:
+        words = (["--recipe", args.recipe] if args.recipe else []) + args.overrides
+        found["hardware"] = project(found, args.hardware, words)
     print(json.dumps(found) if args.json or not sys.stdout.isatty() else format_description(found))
 
 
@@ -3122,12 +3128,14 @@ def main(argv: list[str] | None = None) -> None:
             "--steps", default="0", metavar="N,N,...", help="with --describe: steps to tabulate"
         )
         parser.add_argument("--elapsed-ms", default="", metavar="MS,...", help="with --describe: their times")
+        about = "describe the run on such machines: h100x8,4090,t4,... (docs/scaling.md)"
+        parser.add_argument("--hardware", default="", metavar="NAME,...", help=about)
     args = parser.parse_args(argv)
     environment = read_environment()
     recipe_path = args.recipe if PACKED_RECIPE is None else None
     for sentence in environment.misspelled if environment.rank == 0 else ():
         print(f"warning: environment: {sentence}", file=sys.stderr)
-    if PACKED_RECIPE is None and args.describe:
+    if PACKED_RECIPE is None and (args.describe or args.hardware):
         describe_to_stdout(args, environment)
         return
     try:

@@ -3,6 +3,7 @@
     python -m dev.bench                 all parts, a table
     python -m dev.bench --only step     one of: step, scoring, packing, loader, data, codec
     python -m dev.bench --json          one JSON object
+    python -m dev.bench --gpu           this GPU in under three minutes, against the contest's machine
 
 `--only codec` codes the contest's quantization of a trained model: of the CPU track's, trained for 45 s on
 the built-in corpus, or with `--artifact PATH` of an artifact file or of a run folder with a checkpoint.
@@ -294,7 +295,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=[*PARTS, "codec"], help="measure one part")
     parser.add_argument("--artifact", type=Path, help="codec: an artifact, or a run folder with a checkpoint")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--gpu", action="store_true", help="measure a GPU, and nothing of the above")
     args = parser.parse_args(argv)
+    if args.gpu:
+        from dev.gpu_battery.short import run_short  # the battery needs POSIX
+
+        print("\n".join(run_short()))
+        return
     ranks = Ranks(Environment({}), "auto")
     rows, found = [], {}
     for name in [args.only] if args.only else [*PARTS, "codec"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common import CommandParser, UserError
+from formats.hardware import format_hardware
 from formats.recipe import config_fields, parse_value, read_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "records"
@@ -229,4 +230,5 @@ def format_description(found: dict) -> str:
     if len(changing) > 1:
         lines.append("".join(f"{name.removesuffix('_tokens')[:12]:>13}" for name in changing))
         lines += ["".join(f"{row[name]:>13.6g}" for name in changing) for row in found["schedule"]]
+    lines += ["", *format_hardware(found["hardware"])] if "hardware" in found else []
     return "\n".join(lines)

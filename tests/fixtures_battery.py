@@ -70,3 +70,34 @@ def leaves_a_child(job: Job) -> None:
 
 def exits(job: Job) -> None:
     sys.exit(3)
+
+
+def made_up_report(card: str = "NVIDIA H100 80GB HBM3", started: str = "2026-12-01 10:00:00") -> dict:
+    """Return what a battery on a GPU might have found; every number is made up."""
+    found = {
+        "machine": {"versions": {"torch": "2.11.0", "triton": "3.6.0"}},
+        "step_1061_low": {"micro_step": {"ms": 90.0}, "update": {"ms": 6.0}},
+        "step_1061_full": {
+            "micro_batch": {"ms": 125.0, "mfu": 0.25, "peak_gib": 41.2},
+            "micro_step": {"ms": 130.0},
+            "update": {"ms": 10.0},
+        },
+        "step_naive": {"loop": {"ms": 400.0, "mfu": 0.2, "peak_gib": 9.8}, "bubble": {"ms": 5.5}},
+        "backends": {"auto_plain": {"takes": "fa3"}, "auto_documents": {"takes": "varlen"}},
+        "scoring": {
+            "chunked": {"tokens_per_second": 900_000.0},
+            "lora_first": {"tokens_per_second": 10.0},
+            "lora_300": {"tokens_per_second": 10_000.0},
+            "lora_1000": {"tokens_per_second": 15_000.0},
+            "sgd": {"out_of_memory": "words"},
+        },
+        "calibration": {"batch": {"out_of_memory": "words"}, "batch_1_2": {"seconds": 2.5}},
+        "contest_1061": {"full": {"step_ms": 1000.0}},
+        "contest_naive": {},
+    }
+    parts = {name: {"status": "ok", "measures": "x", "results": results} for name, results in found.items()}
+    parts["contest_naive"]["status"] = "failed"
+    return {
+        "format": 1, "started": started, "rehearsal": False, "commit": "abc123", "python": "3.12.0",
+        "card": f"{card}, 81559 MiB, 580.1", "limit_s": 480, "seconds": 400.0, "parts": parts,
+    }  # fmt: skip

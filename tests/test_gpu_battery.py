@@ -36,12 +36,16 @@ from dev.gpu_battery.contest import per_step, read_rates, read_times
 from dev.gpu_battery.driver import RESULTS_NAME, BatteryPart, BatterySettings, run_battery
 from dev.gpu_battery.gpu_tests import sum_up
 from dev.gpu_battery.job import Job, plain, read_records
+from dev.gpu_battery.measurements import collect_figures
 from dev.gpu_battery.report import format_markdown, format_plain
 from dev.gpu_battery.sizes import RECIPES
 from dev.gpu_battery.text import draw_tokens
 from dev.gpu_battery.timing import GPU_CATEGORIES, sum_up_trace, too_fast, unless_out_of_memory, utilization
 from dev.gpu_battery.whole_run import SHORT, storage_here
 from train_gpt import load_config
+
+ON_GPU_ONLY = ("mfu_1061", "mfu_naive", "peak_gib_1061", "peak_gib_naive")
+ON_GPU_ONLY += ("contest_1061_ms", "contest_naive_ms", "ratio_1061", "ratio_naive")  # or not carried
 
 
 def part(function, seconds: float = 60) -> BatteryPart:
@@ -390,6 +394,9 @@ def test_all_parts_rehearse_on_a_cpu_in_under_five_minutes(tmp_path):
     bad = {name: row for name, row in report["parts"].items() if row["status"] != "ok"}
     assert bad == {}
     assert list(report["parts"]) == [row.name for row in PARTS]
+    figures = collect_figures(report)  # under the names that the parts give them
+    missing = [name for name, value in figures.items() if value in (None, {}) and name not in ON_GPU_ONLY]
+    assert missing == [] and figures["attention"]["plain"] == "blocked"
     assert time.monotonic() - started < 300
 
 

@@ -250,15 +250,15 @@ def test_a_resumed_run_is_the_uninterrupted_run_bitwise(tiny_config, tmp_path, v
 @pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("values", [[], ["optim.normuon_beta2=0.9", "data.loader=shuffled"]])
-def test_one_two_and_four_ranks_train_the_same_weights(tiny_config, tmp_path, values):
-    """Ten steps in float64 to 1e-9, orthogonalization included; no stack of five layers divides by four."""
+def test_one_to_eight_ranks_train_the_same_weights_and_score(tiny_config, tmp_path, values):
+    """Ten steps in float64 to 1e-9, orthogonalization included; stacks of five layers are padded to eight."""
     shape = {
         "model.compute_dtype": "float64", "model.num_layers": 5, "run.iterations": 10, "run.save_every": 10,
-        "run.val_loss_every": -1, "optim.grad_clip_norm": 0.5, "model.dropout": 0.1,
+        "run.val_loss_every": -1, "optim.grad_clip_norm": 0.5, "model.dropout": 0.1, "data.micro_batches": 8,
     }  # fmt: skip
     cfg = with_values(tiny_config, shape, "test")
-    weights = {}
-    for world_size in (1, 2, 4):
+    weights, scores = {}, {}
+    for world_size in (1, 2, 4, 8):
         command = [
             "-m",
             "torch.distributed.run",
@@ -268,8 +268,11 @@ def test_one_two_and_four_ranks_train_the_same_weights(tiny_config, tmp_path, va
         ]
         result = run_python(*command, *as_overrides(cfg), *values, f"run.run_id={world_size}", timeout=500)
         assert result.returncode == 0, result.stderr
-        weights[world_size] = weights_of(Path(cfg.run.out_dir) / str(world_size) / CHECKPOINT_NAME)
-    for world_size in (2, 4):
+        folder = Path(cfg.run.out_dir) / str(world_size)
+        weights[world_size] = weights_of(folder / CHECKPOINT_NAME)
+        scores[world_size] = read_json(folder / "result.json")["score"]["val_bpb"]
+    for world_size in (2, 4, 8):
+        assert scores[world_size] == pytest.approx(scores[1], abs=1e-9)
         for ours, expected in zip(weights[world_size], weights[1], strict=True):
             np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-9)
 

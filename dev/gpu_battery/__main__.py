@@ -4,6 +4,7 @@
     python -m dev.gpu_battery --out FOLDER --parts machine,backends
     python -m dev.gpu_battery --out FOLDER --rehearse         the same code in miniature on a CPU
     python -m dev.gpu_battery --show FOLDER/results.json      a Markdown table of what was found
+    python -m dev.gpu_battery --enter FOLDER/results.json     its main figures into docs/gpu-measurements.md
 
 FOLDER/results.json is rewritten after each part and is whole at any time; scratch (shards, runs, compilers'
 caches) goes to FOLDER.work beside it, so that FOLDER stays small enough to copy. A part that fails, hangs or
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from common import CommandParser, UserError, read_json, run_command
 from dev.gpu_battery.driver import FORMAT, RESULTS_NAME, BatteryPart, BatterySettings, run_battery
+from dev.gpu_battery.measurements import PAGE, enter
 from dev.gpu_battery.report import format_markdown, format_plain
 
 ALL_SECONDS = 480
@@ -88,9 +90,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--carried", default="", metavar="FOLDER", help="contest scripts (contest.py)")
     parser.add_argument("--no-ahead", action="store_true", help="compile nothing in the background")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a results.json as Markdown")
+    parser.add_argument("--enter", type=Path, metavar="FILE", help="enter a results.json into the docs")
     args = parser.parse_args(argv)
     if args.show:
         print(format_markdown(read_results(args.show)))
+        return 0
+    if args.enter:
+        found = enter(args.enter, read_results(args.enter))
+        print(f"{PAGE}: {found['card']}, {found['date']}, commit {found['commit']}")
         return 0
     parts = choose_parts(args.parts)
     data, carried = (str(Path(name).resolve()) if name else "" for name in (args.data, args.carried))

@@ -14,6 +14,7 @@ from statistics import median
 import torch
 
 from dev.gpu_battery.job import Job
+from formats.hardware import CARDS, find_card
 from train_gpt import Environment, Ranks
 
 NOT_ON_CPU = "not on a CPU"
@@ -24,17 +25,6 @@ ERROR_CHARS = 120  # of what an allocator says before it gives advice
 GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")  # of a trace's events: what occupies the device
 CPU_CATEGORIES = ("cpu_op",)
 PEAK_SHARES = ("mfu", "of_peak")  # keys of results
-# Dense bf16 TFLOP/s by vendor's data sheet; the first name that the card's holds.
-PEAK_TFLOPS = (
-    ("H200", 989.0),
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.0),
-    ("B200", 2250.0),
-    ("A100", 312.0),
-    ("L40S", 362.0),
-    ("RTX 4090", 165.0),
-)
 
 
 def open_ranks(rehearse: bool) -> Ranks:
@@ -79,11 +69,9 @@ def timed(action: Callable[[], object], device: torch.device, repeats: int = REP
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Look up the card's bf16 peak; None for one that the table does not have."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TFLOPS if known in name), None)
+    """Look up the card's bf16 peak; None for one that the table does not have, or without bf16."""
+    key = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else ""
+    return CARDS[key].tflops if key and CARDS[key].item_bytes == 2 else None
 
 
 def utilization(flops: float, ms: float, device: torch.device) -> float | str:
