@@ -199,7 +199,7 @@ def test_the_battery_measures_them(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [pack, write_readable])
 def test_a_packed_program_runs_its_kernels(tmp_path, write):
-    """Renamed, folded, out of a string, or for readers: Triton finds the source, numbers are the plain ones."""
+    """Renamed, folded, out of a string, or for readers: Triton finds the source, numbers stay."""
     out = tmp_path / "packed.py"
     write(tmp_path / "auto.toml", out, write_project(tmp_path))
     names = ("qk", "xsa", "mlp", "loss")
