@@ -26,6 +26,7 @@ from formats.recipe import with_values
 from kernels import fused_heads, fused_loss, fused_mlp
 from kernels.fused_choice import TRIALS, FusedShape, gradients, largest_error
 from pack.program import pack
+from pack.readable import write_readable
 
 BF16 = torch.bfloat16
 FLOAT32 = torch.float32
@@ -198,11 +199,11 @@ def test_the_battery_measures_them(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_packed_program_runs_its_kernels(tmp_path):
-    """Renamed, folded, out of a string: Triton finds the source, and the numbers are the plain form's."""
-    entry = write_project(tmp_path)
+@pytest.mark.parametrize("write", [pack, write_readable])
+def test_a_packed_program_runs_its_kernels(tmp_path, write):
+    """Renamed, folded, out of a string, or for readers: Triton finds the source, numbers stay."""
     out = tmp_path / "packed.py"
-    pack(tmp_path / "auto.toml", out, entry, "lzma")
+    write(tmp_path / "auto.toml", out, write_project(tmp_path))
     names = ("qk", "xsa", "mlp", "loss")
     plain, kernels = json.loads(run_python(out).stdout), json.loads(run_python(out, *names).stdout)
     assert (plain.pop(), kernels.pop()) == (False, True)
