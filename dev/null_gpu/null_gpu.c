@@ -68,7 +68,10 @@ void null_launch(const char *name, long blocks) {
     unsigned i = 5381;
     for (const char *c = name; *c; c++) i = i * 33 + *c;
     for (i %= NUM_SLOTS; known[i].name && strcmp(known[i].name, name); i = (i + 1) % NUM_SLOTS);
-    if (!known[i].name) name_kernel(known[i].name = strdup(name), known[i].name);
+    if (!known[i].name) {
+        known[i].name = strdup(name);
+        name_kernel(known[i].name, known[i].name);
+    }
     launch(KERNELS, known[i].name, blocks);
 }
 

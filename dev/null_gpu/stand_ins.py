@@ -7,6 +7,7 @@ returns; a kernel of ours is called through JITFunction.run. Here both only look
 import ctypes
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -75,8 +76,8 @@ def replace_triton(moved: TritonBytes) -> None:
     from triton.runtime.autotuner import Autotuner, Heuristics
     from triton.runtime.jit import JITFunction
 
-    def generated(self, name: str, source: str, device: str = "cuda") -> GeneratedKernel:
-        return GeneratedKernel(name, source, moved)
+    def generated(self, kernel_name: str, source_code: str, device_str: str = "cuda") -> GeneratedKernel:
+        return GeneratedKernel(kernel_name, source_code, moved)
 
     def launched(self, *args, grid, warmup=False, **kwargs) -> None:
         defaults = {parameter.name: parameter.default for parameter in self.params if parameter.has_default}
@@ -110,5 +111,6 @@ def keep_masks() -> torch.library.Library:
         found = int(torch.frombuffer(copied, dtype=x.dtype).count_nonzero()) if x.numel() else 0
         return torch.empty_strided((found, x.dim()), (1, max(found, 1)), dtype=torch.int64, device=x.device)
 
-    library.impl("nonzero", nonzero, "CUDA", with_keyset=True)
+    with warnings.catch_warnings(action="ignore"):  # that it overrides one, which is the point
+        library.impl("nonzero", nonzero, "CUDA", with_keyset=True)
     return library
