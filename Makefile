@@ -19,7 +19,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench profile gpu-check gpu-battery
+.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench profile gpu-check gpu-battery null-gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { n = split($$2, words, " "); line = sprintf("  make %-12s", $$1); \
@@ -99,6 +99,9 @@ profile: data ## where a step's time goes on this machine, by operator; AT=0.7: 
 
 gpu-check: setup ## the trainer, every recipe, scorer and attention backend on an emulated GPU; some ten minutes
 	EMULATED_GPU=1 $(TESTS) tests/test_emulator.py
+
+null-gpu: setup ## what the trainer gives a GPU, counted without one, against the stored figures; CUDA_VENV=...
+	$(PY) -m dev.null_gpu --check $(addprefix --environment ,$(CUDA_VENV))
 
 gpu-battery: setup ## measure this project on a GPU in at most 480 s, into OUT=...; REHEARSE=1: on a CPU; PARTS=, DATA=, CARRIED=
 	$(PY) -m dev.gpu_battery --out $(OUT) $(if $(REHEARSE),--rehearse) \

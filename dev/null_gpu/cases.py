@@ -30,6 +30,7 @@ LORA_LENGTHS = (48, 300, 1000, 2000)  # tokens of a document
 LORA_DOCS = 64
 ATTENTION = ("flash_fwd", "flash_bwd", "fmha", "attention", "mha_")  # parts of kernels' names
 GB = 1e9
+FOUND_NAME = "found.json"  # what a case's process writes
 
 
 class Work(NamedTuple):
@@ -204,18 +205,25 @@ def count_calibration(bed: Bed) -> Found:
     return Found(figures, work.kernels, {})
 
 
-CASES: dict[str, tuple[str, Callable[[Bed], Found]]] = {
-    "step_1061_low": (
-        "1.0611 recipe, every layer once",
-        partial(count_step, name="1061", attention="varlen", passes=1),
+count_1061 = partial(count_step, name="1061", attention="varlen")
+
+
+class Case(NamedTuple):
+    """A row of the table of cases."""
+
+    title: str
+    count: Callable[[Bed], Found]
+
+
+# "low" and "full" are the recurrence off and on; each step has the tokens of one of RANKS GPUs.
+CASES = {
+    "step_1061_low": Case("a step of the 1.0611 recipe, recurrence off", partial(count_1061, passes=1)),
+    "step_1061_full": Case("the same with all passes of the recurrence", partial(count_1061, passes=3)),
+    "step_naive": Case(
+        "a step of the naive recipe", partial(count_step, name="naive", attention="sdpa", passes=1)
     ),
-    "step_1061_full": (
-        "1.0611 recipe, all passes",
-        partial(count_step, name="1061", attention="varlen", passes=3),
-    ),
-    "step_naive": ("naive recipe", partial(count_step, name="naive", attention="sdpa", passes=1)),
-    "lora_chunk": ("LoRA scoring, a chunk by documents' length", count_lora),
-    "calibration": ("one calibration batch", count_calibration),
+    "lora_chunk": Case("LoRA scoring, by the chunk and the length of documents; eager", count_lora),
+    "calibration": Case("one calibration batch; eager", count_calibration),
 }
 
 

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 
-from dev.null_gpu.cases import CASES, Bed, write_found
+from dev.null_gpu.cases import CASES, FOUND_NAME, Bed, write_found
 from dev.null_gpu.counters import Counters
 from dev.null_gpu.stand_ins import TritonBytes, keep_masks, replace_triton
-
-FOUND_NAME = "found.json"
 
 
 def main() -> None:
@@ -22,7 +20,7 @@ def main() -> None:
     moved = TritonBytes(counters.launch)
     replace_triton(moved)
     masks = keep_masks()
-    write_found(CASES[case][1](Bed(counters, moved, folder)), folder / FOUND_NAME)
+    write_found(CASES[case].count(Bed(counters, moved, folder)), folder / FOUND_NAME)
     del masks
 
 

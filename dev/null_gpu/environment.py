@@ -41,7 +41,7 @@ class CudaEnvironment(NamedTuple):
         if not found:
             raise UserError(
                 f"{self.folder}: expected a virtual environment with the CUDA build of torch, found none. "
-                "Make one with `python -m dev.null_gpu --make-environment` (4.8 GB from the package index), or "
+                "Make one: `python -m dev.null_gpu --make-environment` (4.8 GB from the package index), or "
                 "name another with --environment FOLDER."
             )
         return found[0].parent.parent.parent
@@ -51,18 +51,21 @@ class CudaEnvironment(NamedTuple):
         found = sorted(self.site.glob("nvidia/cu13/include/cuda_runtime_api.h"))
         if not found:
             raise UserError(
-                f"{self.site}: expected headers of CUDA 13 (nvidia/cu13/include), found none. The null GPU is "
-                f"written for torch {TORCH}: `python -m dev.null_gpu --make-environment`."
+                f"{self.site}: expected headers of CUDA 13 (nvidia/cu13/include), found none. The null GPU "
+                f"is written for torch {TORCH}: `python -m dev.null_gpu --make-environment`."
             )
-        return [found[0].parent, self.site / "triton" / "backends" / "nvidia" / "include"]  # crt/ is the latter's
+        return [
+            found[0].parent,
+            self.site / "triton" / "backends" / "nvidia" / "include",
+        ]  # crt/ is the latter's
 
 
 def check_machine(system: str, machine: str, tools: dict[str, str | None]) -> None:
     """Raise on a machine that cannot run the null GPU; tools maps programs to their paths."""
     if (system, machine) != ("Linux", "x86_64"):
         raise UserError(
-            f"the null GPU: expected Linux on x86-64, found {system} on {machine}. It is a C library below torch's "
-            "CUDA build for that system alone; elsewhere `make gpu-check` runs on an emulated GPU."
+            f"the null GPU: expected Linux on x86-64, found {system} on {machine}. It is a C library below "
+            "torch's CUDA build for that system alone; elsewhere `make gpu-check` runs on an emulated GPU."
         )
     missing = [name for name, path in tools.items() if not path]
     if missing:
@@ -87,8 +90,8 @@ def make_environment(folder: Path) -> None:
     for command in ([sys.executable, "-m", "venv", folder], [python, "-m", "pip", "install", *PACKAGES]):
         if subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL).returncode:
             raise UserError(
-                f"{folder}: expected `{' '.join(map(str, command))}` to work. Its own message is above; free 5 GB "
-                "of disk, or name an environment that is there with --environment FOLDER."
+                f"{folder}: expected `{' '.join(map(str, command))}` to work. Its message is above; free "
+                "5 GB of disk, or name an environment that is there with --environment FOLDER."
             )
 
 
@@ -107,7 +110,9 @@ def build_library(environment: CudaEnvironment, scratch: Path = SCRATCH) -> Path
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    names = {name for path in (site / "torch" / "lib").glob("*.so") for name in exported(path, "--undefined-only")}
+    names = {
+        name for path in (site / "torch" / "lib").glob("*.so") for name in exported(path, "--undefined-only")
+    }
     for path in site.glob("nvidia/cu13/lib/libcudart.so*"):
         names |= {name for name in exported(path, "--defined-only") if name.startswith("cuda")}
     names |= driver_names((headers[0] / "cuda.h").read_text())
@@ -119,8 +124,8 @@ def build_library(environment: CudaEnvironment, scratch: Path = SCRATCH) -> Path
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(
-            f"{SOURCE}: expected gcc to build it with the headers of {headers[0]}, found:\n{done.stderr[:2000]}"
-            f"\nUse torch {TORCH}: `python -m dev.null_gpu --make-environment`."
+            f"{SOURCE}: expected gcc to build it with {headers[0]}, found:\n{done.stderr[:2000]}\n"
+            f"Use torch {TORCH}: `python -m dev.null_gpu --make-environment`."
         )
     driver = folder / "libcuda.so.1"  # the same file: one set of counters, whichever name loads it
     driver.unlink(missing_ok=True)
