@@ -19,6 +19,7 @@ from dev.null_gpu.counters import Counts, KernelCount, read_dump
 from dev.null_gpu.environment import (
     DEFAULT_ENVIRONMENT,
     SOURCE,
+    TORCH,
     CudaEnvironment,
     build_library,
     check_machine,
@@ -123,7 +124,7 @@ def test_names_of_the_driver_include_renamed_ones():
 def test_figures_within_their_tolerance_did_not_move():
     """Memory and bytes by a hundredth; counts must be the same; times are never compared."""
     same = {"launches": 100.0, "peak_gb": 10.09, "loop_syncs": 2.0, "cpu_ms_update": 7.0, "compile_s": 9.0}
-    report.check(STORED, {"a": same})
+    report.check(STORED, TORCH, {"a": same})
 
 
 @pytest.mark.parametrize(
@@ -138,21 +139,27 @@ def test_figures_within_their_tolerance_did_not_move():
 def test_what_moved_is_named(change, message):
     """Case, figure, both values and what to do."""
     with pytest.raises(UserError, match=rf"1 figures moved(.|\n)*{message}(.|\n)*--store"):
-        report.check(STORED, {"a": STORED["after"]["cases"]["a"] | change})
+        report.check(STORED, TORCH, {"a": STORED["after"]["cases"]["a"] | change})
 
 
 def test_a_check_without_stored_figures_says_so():
     """Not that everything is fine."""
     with pytest.raises(UserError, match=r"found none\. Run with --store"):
-        report.check({}, {})
+        report.check({}, TORCH, {})
+
+
+def test_figures_of_another_torch_are_not_compared():
+    """Its kernels are others."""
+    with pytest.raises(UserError, match=r"expected torch 2\.11\.0, whose figures are stored, found 2\.12\.0"):
+        report.check(STORED, "2.12.0", STORED["after"]["cases"])
 
 
 def test_the_last_column_that_is_stored_is_compared():
     """Figures from before a change are for reading."""
     stored = STORED | {"before": {"torch": "2.11.0", "cases": {"a": {"launches": 1.0}}}}
-    report.check(stored, STORED["after"]["cases"])
+    report.check(stored, TORCH, STORED["after"]["cases"])
     with pytest.raises(UserError, match="stored as 'before'"):
-        report.check({"before": stored["before"]}, STORED["after"]["cases"])
+        report.check({"before": stored["before"]}, TORCH, STORED["after"]["cases"])
 
 
 def test_storing_fills_one_column_and_keeps_the_rest(tmp_path):
@@ -170,6 +177,9 @@ def test_storing_fills_one_column_and_keeps_the_rest(tmp_path):
     assert text.startswith("# A\n<!--") and text.endswith("-->\n\n## B\n") and "old" not in text
     assert "| launches, update |  |  |  |  | 126 | 90 |" in text
     assert "| launches |  | 4,434 |" in text
+    chunk = {"lora_chunk": {"launches_2000": 4465.463414634147}}
+    report.store("after", "2.11.0", chunk, figures, page)
+    report.check(report.read_figures(figures), "2.11.0", chunk)  # kept in six digits, compared in six
     page.write_text("nothing")
     with pytest.raises(UserError, match="expected the marks"):
         report.store("after", "2.11.0", {}, figures, page)
@@ -220,6 +230,8 @@ def test_an_environment_without_the_cuda_build_is_refused(tmp_path):
     library.touch()
     with pytest.raises(UserError, match="expected headers of CUDA 13"):
         CudaEnvironment(tmp_path).headers()
+    (tmp_path / "lib/python3.12/site-packages/torch-2.11.0+cu130.dist-info").mkdir()
+    assert CudaEnvironment(tmp_path).torch_version() == "2.11.0+cu130"
 
 
 def test_unknown_cases_are_named():

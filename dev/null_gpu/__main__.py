@@ -42,7 +42,6 @@ from dev.null_gpu.environment import (
     DEFAULT_ENVIRONMENT,
     ROOT,
     SCRATCH,
-    TORCH,
     CudaEnvironment,
     build_library,
     make_environment,
@@ -152,10 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         write_json(args.json, found)
     if args.check:
-        report.check(report.read_figures(report.FIGURES), figures)
+        report.check(report.read_figures(report.FIGURES), environment.torch_version(), figures)
         print("\nas stored")
     if args.store:
-        report.store(args.store, TORCH, figures, report.FIGURES, report.PAGE)
+        report.store(args.store, environment.torch_version(), figures, report.FIGURES, report.PAGE)
         print(f"\nstored as {args.store!r} in {report.FIGURES}")
 
 

@@ -104,7 +104,7 @@ def run_loop(bed: Bed, training: Training, steps: int) -> None:
     folder = bed.folder / "loop"
     folder.mkdir(exist_ok=True)
     training.cfg = with_values(training.cfg, {"run.iterations": training.step + steps}, "null GPU")
-    train(training, Log(folder, False), lambda: None)
+    train(training, Log(folder, True), lambda: None)
 
 
 def count_loop(bed: Bed, training: Training) -> Counts:

@@ -46,6 +46,10 @@ class CudaEnvironment(NamedTuple):
             )
         return found[0].parent.parent.parent
 
+    def torch_version(self) -> str:
+        """Read which torch it has."""
+        return next(self.site.glob("torch-*.dist-info")).name.removesuffix(".dist-info").partition("-")[2]
+
     def headers(self) -> list[Path]:
         """Name the folders of CUDA's headers, the runtime's first."""
         found = sorted(self.site.glob("nvidia/cu13/include/cuda_runtime_api.h"))

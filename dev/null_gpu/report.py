@@ -61,14 +61,17 @@ def tolerance(name: str) -> float | None:
     return next(share for pattern, share in TOLERANCES if re.search(pattern, name))
 
 
+def lasting(row: dict[str, float]) -> dict[str, float]:
+    """Return the figures of a case that are compared, in six digits."""
+    return {name: float(f"{value:.6g}") for name, value in row.items() if tolerance(name) is not None}
+
+
 def moved(expected: Figures, found: Figures) -> Iterator[str]:
     """Yield a line for each figure that is not what it is expected to be, for the cases that were found."""
     for case, figures in found.items():
         known = expected.get(case, {})
         for name in sorted({*known, *figures}):
-            share = tolerance(name)
-            if share is None:
-                continue
+            share = tolerance(name) or 0.0
             before, now = known.get(name), figures.get(name)
             if before is None or now is None:
                 yield f"{case} {name}: expected {text_of(before)}, found {text_of(now)}"
@@ -82,12 +85,17 @@ def text_of(value: float | None) -> str:
     return "none" if value is None else f"{value:,.6g}"
 
 
-def check(stored: dict, found: Figures) -> None:
+def check(stored: dict, torch_version: str, found: Figures) -> None:
     """Raise where figures moved, with what to do next."""
     column = next((name for name in reversed(STORED) if name in stored), None)
     if column is None:
         raise UserError(f"{FIGURES}: expected stored figures, found none. Run with --store.")
-    lines = list(moved(stored[column]["cases"], found))
+    if stored[column]["torch"] != torch_version:
+        raise UserError(
+            f"expected torch {stored[column]['torch']}, whose figures are stored, found {torch_version}. "
+            "Name an environment with it (--environment), or keep figures of this one with --store."
+        )
+    lines = list(moved(stored[column]["cases"], {case: lasting(row) for case, row in found.items()}))
     if lines:
         raise UserError(
             f"{len(lines)} figures moved from those stored as {column!r}:\n  " + "\n  ".join(lines) + "\n"
@@ -125,11 +133,6 @@ def pad_names(rows: list[tuple]) -> list[tuple]:
 def read_figures(path: Path) -> dict:
     """Read the stored figures; empty where nothing is stored."""
     return read_json(path) if path.is_file() else {}
-
-
-def lasting(row: dict[str, float]) -> dict[str, float]:
-    """Return the figures of a case that are compared, in six digits."""
-    return {name: float(f"{value:.6g}") for name, value in row.items() if tolerance(name) is not None}
 
 
 def store(column: str, torch_version: str, found: Figures, figures: Path, page: Path) -> None:
