@@ -12,6 +12,7 @@ from scoring.adaptive import (
     Callbacks,
     ScoringResult,
     ScoringRun,
+    choose_chunk_tokens,
     plan_document_windows,
     plan_documents,
     score_lora,
@@ -20,7 +21,7 @@ from scoring.adaptive import (
     score_sgd,
     weights_digest,
 )
-from scoring.config import EvalConfig
+from scoring.config import EvalConfig, scoring_deadline
 from scoring.ngram import (
     KEY_DTYPE,
     LEGACY_ALIGNMENT,
@@ -190,6 +191,48 @@ def broken_rules(cfg: EvalConfig) -> str:
     return f"{alignment}; {tail}" if alignment and tail else alignment or tail
 
 
+def deadline_note(cfg: EvalConfig, score, how: str = "by the clock") -> str:
+    """Say where adaptation of a `score` of train_gpt.py ended early, and what to change; empty if it did not."""
+    if score.switch_at >= score.num_units:
+        return ""
+    limit = scoring_deadline(cfg, score.num_bytes)
+    aim = f", to end within {limit:.1f} s" if limit else ""
+    return (
+        f"deadline: adapted {score.switch_at} of {score.num_units} units, {how}, and scored the rest plainly: "
+        f"{score.seconds:.1f} s{aim}. To adapt further: a faster machine, more ranks, less adaptation a unit "
+        "(eval.lora_chunk_tokens up, eval.lora_rank or eval.sgd_epochs down), a higher eval.limit_seconds, or "
+        "eval.deadline_s=-1, which may pass the limit."
+    )
+
+
+def rehearsal_lengths(session: ScoringRun, cfg: EvalConfig) -> list[int]:
+    """Return lengths of documents that need every graph that the text's will: for each chunk the longest.
+
+    Beyond a whole window all passes are alike.
+    """
+    spans = plan_documents(session.tokens, session.options.bos_id, cfg.lora_max_doc_tokens)
+    longest: dict[int, int] = {}
+    for length in np.unique(spans[:, 1] - spans[:, 0]).tolist():
+        chunk = choose_chunk_tokens(length, cfg)
+        enough = session.settings.context_len + 2 * chunk
+        longest[chunk] = enough if length > enough and choose_chunk_tokens(enough, cfg) == chunk else length
+    return list(longest.values())
+
+
+def rehearse_graphs(model: nn.Module, session: ScoringRun, cfg: EvalConfig, vocab_size: int) -> None:
+    """Make the graphs of adaptive passes, each rank by itself, on random documents of the text's lengths."""
+    options = session.options._replace(cost=plain_cost, rank=0, world_size=1)
+    starts = np.cumsum([0, *rehearsal_lengths(session, cfg)])
+    tokens = np.random.default_rng(0).integers(0, vocab_size, starts[-1] + 1)
+    tokens[tokens == options.bos_id] = (options.bos_id + 1) % vocab_size
+    tokens[starts] = options.bos_id
+    settings = session.settings._replace(deadline_s=0.0, switch_at=-1)
+    rehearsal = ScoringRun(
+        tokens.astype(session.tokens.dtype), settings, options, session.ranks, Callbacks()
+    )
+    score_lora(model, rehearsal, cfg)
+
+
 def warm_up_scorer(
     model: nn.Module, scorer: Logits, session: ScoringRun, cfg: EvalConfig, vocab_size: int
 ) -> None:
@@ -204,8 +247,13 @@ def warm_up_scorer(
     tokens = np.random.default_rng(0).integers(0, vocab_size, min(num_tokens, len(session.tokens)))
     tokens = tokens.astype(session.tokens.dtype)
     before = weights_digest(model)
-    rehearsal = ScoringRun(tokens, session.settings, options, session.ranks, Callbacks())
-    score_session(scorer, rehearsal, cfg)
+    # Its clock is not the text's: a deadline would end the rehearsal where compiling takes long.
+    settings = session.settings._replace(deadline_s=0.0)
+    rehearsal = ScoringRun(tokens, settings, options, session.ranks, Callbacks())
+    if options.compiles:
+        rehearse_graphs(model, session, cfg, vocab_size)
+    else:
+        score_session(scorer, rehearsal, cfg)
     if weights_digest(model) != before:
         raise ValueError("warming up moved the model's weights")
     session.checker.event("load", 0, 0)

@@ -99,6 +99,7 @@ class ScoreOptions(NamedTuple):
     rank: int = 0
     world_size: int = 1
     cost: Cost = plain_cost
+    compiles: bool = False  # whether adapters learn in graphs of torch.compile
 
 
 class CompiledWindows:
