@@ -167,7 +167,9 @@ class ScoringRun:
         now = time.perf_counter()
         last_unit, self.checked_at = now - self.checked_at, now
         pace = self.score_seconds / max(self.score_tokens, 1)
-        finish = now - self.checker.started + growth * last_unit + pace * tokens_left / self.options.world_size
+        finish = (
+            now - self.checker.started + growth * last_unit + pace * tokens_left / self.options.world_size
+        )
         return self.ranks.broadcast(finish) < self.settings.deadline_s
 
     def outcome(self, num_units: int, switch_at: int) -> ScoringResult:

@@ -26,7 +26,10 @@ class EvalConfig:
     keep_tail: bool = option(False, "", "score the targets past the last whole window too")
     tail_legacy: bool = option(False, "", "systems B, C: the last targets count many times; invalid")
     deadline_s: float = option(
-        0.0, "", "end adaptation so that scoring takes at most this; 0: 95 % of limit_seconds; -1: never", low=-1
+        0.0,
+        "",
+        "end adaptation so that scoring takes at most this; 0: 95 % of limit_seconds; -1: never",
+        low=-1,
     )
     tilt_online: float = option(0.0, "", "strength of hints from the text scored so far, times share", low=0)
     tilt_static_entries: int = option(

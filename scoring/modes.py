@@ -1,6 +1,7 @@
 """The scorers by name: from a recipe's [eval] section to the nats of every target."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -192,16 +193,16 @@ def broken_rules(cfg: EvalConfig) -> str:
 
 
 def deadline_note(cfg: EvalConfig, score, how: str = "by the clock") -> str:
-    """Say where adaptation of a `score` of train_gpt.py ended early, and what to change; empty if it did not."""
+    """Say where a score's adaptation ended early, and what to change; empty where it did not end early."""
     if score.switch_at >= score.num_units:
         return ""
     limit = scoring_deadline(cfg, score.num_bytes)
     aim = f", to end within {limit:.1f} s" if limit else ""
     return (
-        f"deadline: adapted {score.switch_at} of {score.num_units} units, {how}, and scored the rest plainly: "
-        f"{score.seconds:.1f} s{aim}. To adapt further: a faster machine, more ranks, less adaptation a unit "
-        "(eval.lora_chunk_tokens up, eval.lora_rank or eval.sgd_epochs down), a higher eval.limit_seconds, or "
-        "eval.deadline_s=-1, which may pass the limit."
+        f"deadline: adapted {score.switch_at} of {score.num_units} units, {how}, and scored the rest "
+        f"plainly: {score.seconds:.1f} s{aim}. To adapt further: a faster machine, more ranks, cheaper "
+        "adaptation (eval.lora_chunk_tokens up, eval.lora_rank or eval.sgd_epochs down), a higher "
+        "eval.limit_seconds, or eval.deadline_s=-1, which may pass the limit."
     )
 
 
@@ -227,9 +228,7 @@ def rehearse_graphs(model: nn.Module, session: ScoringRun, cfg: EvalConfig, voca
     tokens[tokens == options.bos_id] = (options.bos_id + 1) % vocab_size
     tokens[starts] = options.bos_id
     settings = session.settings._replace(deadline_s=0.0, switch_at=-1)
-    rehearsal = ScoringRun(
-        tokens.astype(session.tokens.dtype), settings, options, session.ranks, Callbacks()
-    )
+    rehearsal = ScoringRun(tokens.astype(session.tokens.dtype), settings, options, session.ranks, Callbacks())
     score_lora(model, rehearsal, cfg)
 
 
@@ -263,7 +262,10 @@ def score_session(model: nn.Module, session: ScoringRun, cfg: EvalConfig) -> Sco
     """Score a session's text as cfg.mode says."""
     session.checker.invalid = broken_rules(cfg)
     if SCORERS[cfg.mode].adapt is not None:
-        return SCORERS[cfg.mode].adapt(model, session, cfg)
+        # What nobody rehearsed runs as it is: compiling it takes minutes, and the clock runs.
+        calm = torch.compiler.set_stance("eager_on_recompile") if session.options.compiles else nullcontext()
+        with calm:
+            return SCORERS[cfg.mode].adapt(model, session, cfg)
     context_len, bos_id = session.settings.context_len, session.options.bos_id
     session.score_windows(model, SCORERS[cfg.mode].plan(cfg, context_len, session.tokens, bos_id))
     return session.outcome(0, 0)

@@ -187,7 +187,7 @@ def test_the_deadline_is_in_proportion_to_the_text(tiny_config, tiny_model, alon
 
 
 def test_a_recipe_without_a_deadline_keeps_its_hash():
-    """The default says "in time for the limit": recipes that never named it are the recipes that they were."""
+    """The default means "in time for the limit": recipes that never named it are what they were."""
     assert EvalConfig().deadline_s == 0.0
 
 
