@@ -546,16 +546,19 @@ class LoraScorer:
             optimizer = torch.optim.AdamW(params, betas=betas, eps=1e-10, fused=True, **rates)
         lengths = staged.lengths[: len(batch)]
         starts = np.arange(0, int(lengths[0]), chunk)
-        shares, num_read = self.share_out(lengths, starts, chunk), 0
-        for start, share in zip(starts.tolist(), shares):
+        shares, num_read, retired = self.share_out(lengths, starts, chunk), 0, [0.0] * len(self.sites)
+        for i, (start, share) in enumerate(zip(starts.tolist(), shares)):
+            if self.graph is not None and params:
+                sums = self.drop_rows(optimizer, int((lengths > start).sum()), len(starts) - 1 - i)
+                retired = [before + more for before, more in zip(retired, sums)] if sums else retired
             num_read += self.score_chunk(staged, start, chunk, optimizer)
             self.session.advance(share)
         real = np.arange(staged.nats.size(1)) < staged.lengths[:, None]
         nats = staged.nats.cpu()[torch.from_numpy(real)]
         self.session.record(torch.from_numpy(staged.span[:, :-1][real]), nats, began, num_read)
         if self.cfg.lora_warm_lanes:
-            adapters = [module.adapter for module in self.sites.values()]
-            self.carried[lane] = [adapter.down.detach()[:, : len(batch)].mean(1) for adapter in adapters]
+            downs = [module.adapter.down.detach()[:, : len(batch)] for module in self.sites.values()]
+            self.carried[lane] = [(down.sum(1) + more) / len(batch) for down, more in zip(downs, retired)]
         detach_adapters(self.model)
 
     def stage(self, batch: np.ndarray, chunk: int) -> StagedDocuments:
@@ -598,8 +601,9 @@ class LoraScorer:
         """
         options, longest = self.session.options, int(batch.lengths[0])
         learns = optimizer is not None and longest > start + chunk
-        in_graph = learns and self.graph is not None  # of one shape as long as the batch lasts
-        rows = len(batch.lengths) if in_graph else int((batch.lengths > start).sum())
+        in_graph = learns and self.graph is not None
+        rows = int((batch.lengths > start).sum())
+        rows = optimizer.param_groups[0]["params"][0].size(1) if in_graph else rows
         begin, end = max(0, start + chunk - self.session.settings.context_len), start + chunk
         end = end if in_graph else min(end, longest)
         inputs, targets = batch.tokens[:rows, begin:end], batch.tokens[:rows, start + 1 : end + 1]
@@ -623,6 +627,25 @@ class LoraScorer:
             losses.backward(((batch.ends[:rows] > start + chunk) / chunk).expand_as(losses).contiguous())
             optimizer.step()
         return inputs.numel() * (3 if learns else 1)
+
+    @torch.no_grad()
+    def drop_rows(self, optimizer, alive: int, updates_left: int) -> list[torch.Tensor]:
+        """Take documents that have ended out of the adapters once they are a quarter of the rows.
+
+        A graph computes all rows, and the longest document of a text is many times its neighbours. Returns
+        the sum of what left of each site's A, decayed as the updates that are left would; [] if none did.
+        """
+        params, rows = optimizer.param_groups[0]["params"], max(alive, 2)
+        if 4 * rows > 3 * params[0].size(1):
+            return []
+        decay = (1 - self.cfg.lora_lr * self.cfg.lora_weight_decay) ** updates_left
+        sums = [decay * down[:, rows:].sum(1) for down in params[::2]]  # A and B of a site take turns
+        for param in params:  # strides of a slice would need a graph of their own
+            param.grad, state = None, optimizer.state[param]
+            param.data = param[:, :rows].clone(memory_format=torch.contiguous_format)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name][:, :rows].clone(memory_format=torch.contiguous_format)
+        return sums
 
     def run_graph(
         self, inputs: torch.Tensor, starts_doc: torch.Tensor, targets: torch.Tensor

@@ -768,7 +768,7 @@ def graphs(monkeypatch):
 
 
 # A document that is one chunk, single tokens, fewer and more than a batch takes, and longer than a window.
-LENGTHS = (45, 30, 24, 24, 12, 6, 6, 6, 5, 1, 1)
+LENGTHS = (45, 30, 23, 18, 24, 24, 12, 6, 6, 6, 5, 1, 1)
 MASKED = {"run.attention": "sdpa", "model.attn_in_document": True, "model.recur_layers": (1, 1)}
 
 
@@ -801,7 +801,7 @@ def both_ways(model, tokens, lora, cost=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"lora_warm_lanes": 2}, {"lora_batch_docs": 1}, {"lora_short_chunks": ((8, 3),)}]
+    "changes", [{}, {"lora_warm_lanes": 2, "lora_batch_docs": 4}, {"lora_batch_docs": 1}]
 )
 def test_graphs_give_the_scores_and_events_of_eager_passes(graphs, sdpa_model, changes):
     """Rows that have ended stay in a graph's batch and its last chunk is whole: nobody's score moves."""
