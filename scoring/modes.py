@@ -229,7 +229,7 @@ def rehearse_graphs(model: nn.Module, session: ScoringRun, cfg: EvalConfig, voca
     tokens[starts] = options.bos_id
     settings = session.settings._replace(deadline_s=0.0, switch_at=-1)
     rehearsal = ScoringRun(tokens.astype(session.tokens.dtype), settings, options, session.ranks, Callbacks())
-    score_lora(model, rehearsal, cfg)
+    SCORERS[cfg.mode].adapt(model, rehearsal, cfg)
 
 
 def warm_up_scorer(
@@ -249,7 +249,7 @@ def warm_up_scorer(
     # Its clock is not the text's: a deadline would end the rehearsal where compiling takes long.
     settings = session.settings._replace(deadline_s=0.0)
     rehearsal = ScoringRun(tokens, settings, options, session.ranks, Callbacks())
-    if options.compiles:
+    if SCORERS[cfg.mode].plan is None and options.compiles:
         rehearse_graphs(model, session, cfg, vocab_size)
     else:
         score_session(scorer, rehearsal, cfg)
