@@ -123,13 +123,14 @@ from quantizers.storage import (
 from scoring.adaptive import Callbacks, ScoringRun, WindowSettings
 from scoring.bpb import BpbMeter
 from scoring.budget import BYTES, SCORING, TRAINING, BudgetError, Ledger, not_valid, overruns
-from scoring.config import EvalConfig
+from scoring.config import EvalConfig, scoring_deadline, scoring_limit
 from scoring.generate import Sampling, draw_tokens, last_logits, stream_text
 from scoring.modes import (
     SCORERS,
     ScorerState,
     Scoring,
     build_ngram_table,
+    deadline_note,
     read_scorer_state,
     score_session,
     score_tail_again,
@@ -2177,16 +2178,6 @@ class Score(NamedTuple):
     not_comparable: str  # what the tokenizer drops of the text, which other scores pay for; empty for nothing
 
 
-def seconds_for(cfg: EvalConfig, seconds: float, num_bytes: int) -> float:
-    """Scale seconds that are meant for cfg.limit_text_bytes of text to so many bytes."""
-    return seconds * num_bytes / cfg.limit_text_bytes if cfg.limit_text_bytes else seconds
-
-
-def scoring_limit(cfg: EvalConfig, num_bytes: int) -> float:
-    """Return the seconds that scoring so many bytes of text may take."""
-    return seconds_for(cfg, cfg.limit_seconds, num_bytes)
-
-
 def score_options(cfg: Config, text: ValidationText, ranks: Ranks) -> ScoreOptions:
     """Return how a scoring is batched and which batches are this rank's."""
     batch_tokens = cfg.run.val_batch_tokens // cfg.data.micro_batches
@@ -2217,12 +2208,16 @@ def score_model(
     tokens = scored_tokens(text, context_len, settings.keep_tail)
     options = score_options(cfg, text, ranks)
     num_bytes = int(text.target_bytes[: len(tokens) - 1].sum())
-    deadline_s = seconds_for(settings, settings.deadline_s, num_bytes)
-    windows = WindowSettings(context_len, settings.stride, deadline_s, scoring.switch_at)
+    windows = WindowSettings(
+        context_len, settings.stride, scoring_deadline(settings, num_bytes), scoring.switch_at
+    )
+    compiles = scoring.warms_up and resolve_compile(cfg.run.compile, ranks.device)
+    if SCORERS[settings.mode].plan is None and compiles:  # blocked loops over T: a graph for each
+        options = options._replace(compiles=model.attention != "blocked")
     session = ScoringRun(tokens, windows, options, ranks, scoring.reports)
     scorer = model.eval()
     if scoring.warms_up:
-        if SCORERS[settings.mode].adapt is None and resolve_compile(cfg.run.compile, ranks.device):
+        if SCORERS[settings.mode].adapt is None and compiles:
             plan = SCORERS[settings.mode].plan(settings, context_len, tokens, text.bos_id)
             fits = (has_usual_docs,) if cfg.model.attn_in_document else ()
             scorer = CompiledWindows(model, plan, options.batch_tokens, *fits)
@@ -2764,6 +2759,7 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
         log.line(f"invalid:{score.invalid}")
     if score.not_comparable:
         log.line(f"not_comparable:{score.not_comparable}")
+    log.line(deadline_note(cfg.eval, score))
     if score.mode == "sliding":
         log.line(f"{label}_sliding_window_exact {exact} stride:{score.stride}")
     rounded = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}"

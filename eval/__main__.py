@@ -36,8 +36,8 @@ from formats.help import describe_section
 from formats.recipe import config_fields, parse_overrides, with_values
 from scoring.adaptive import Callbacks, plan_documents
 from scoring.budget import BYTES, SCORING, Ledger, not_valid, overruns
-from scoring.config import EVAL_MODES, EvalConfig
-from scoring.modes import SCORERS, Scoring, scored_stride
+from scoring.config import EVAL_MODES, EvalConfig, scoring_limit
+from scoring.modes import SCORERS, Scoring, deadline_note, scored_stride
 from scoring.sliding import Pace, ScoreOptions
 from train_gpt import (
     GPT,
@@ -51,8 +51,6 @@ from train_gpt import (
     open_tokenizer,
     read_environment,
     score_model,
-    scoring_limit,
-    seconds_for,
 )
 
 CONTEST_DOCUMENTS = 50_000
@@ -176,10 +174,9 @@ def score_target(target: Target, args: Namespace, ranks: KeepingRanks, settings:
     with event_writer(args.event_log, ranks.rank) as on_event:
         progress = ScoringProgress(limit) if ranks.is_main else None
         score = score_model(model, cfg, text, ranks, Scoring(Callbacks(on_event, progress), switch_at))
-    if cfg.eval.deadline_s and ranks.is_main:
-        deadline = seconds_for(cfg.eval, cfg.eval.deadline_s, score.num_bytes)
-        how = f"switch_at:{score.switch_at} of {score.num_units} seconds:{score.seconds:.1f}"
-        say(f"deadline_s:{deadline:g} {how} {'replayed' if switch_at >= 0 else 'by the clock'}")
+    note = deadline_note(cfg.eval, score, "as replayed" if switch_at >= 0 else "by the clock")
+    if note and ranks.is_main:
+        say(note)
     return Scored(score, ranks.kept.numpy(), text, cfg, is_stored)
 
 

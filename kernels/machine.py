@@ -48,10 +48,10 @@ def resolve_device(requested: str, index: int = 0) -> torch.device:
 PINNING = {"cuda"}  # devices that copy from locked memory while the CPU goes on
 
 
-def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
+def copy_to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
     """Copy an array to a device, where it can be without waiting for what the device has to do before."""
     tensor = torch.from_numpy(array)
-    if device.type in PINNING:
+    if torch.device(device).type in PINNING:
         return tensor.pin_memory().to(device, non_blocking=True)  # torch keeps it until it is copied
     return tensor.to(device)
 

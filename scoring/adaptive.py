@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError
+from kernels.machine import copy_to_device
 from scoring.config import EvalConfig
 from scoring.sliding import Cost, Logits, ScoreOptions, plain_cost, plan_batches, plan_windows, score_batch
 
@@ -131,7 +132,7 @@ class ScoringRun:
         return index % self.options.world_size == self.options.rank
 
     def record(self, positions: torch.Tensor, nats: torch.Tensor, started: float, num_read: int) -> None:
-        """Keep the nats of targets and what a forward pass over num_read tokens took."""
+        """Keep the nats of targets, on the CPU, and what forward passes over num_read tokens took."""
         self.nats[positions] = nats
         self.score_seconds += time.perf_counter() - started
         self.score_tokens += num_read
@@ -154,10 +155,11 @@ class ScoringRun:
         if self.progress:
             self.progress(self.num_done, self.num_targets)
 
-    def may_adapt(self, unit: int, tokens_left: float) -> bool:
-        """Decide, the same on every rank, whether `unit` adapts; plain scoring would read tokens_left.
+    def may_adapt(self, unit: int, tokens_left: float, growth: float = 1.0) -> bool:
+        """Decide, the same on every rank, whether `unit` adapts; afterwards tokens_left may be read plainly.
 
-        It does not when what the last unit took, once more, and then plain scoring would pass the deadline.
+        It does not when what the last unit took, `growth` times, and then plain scoring would pass the
+        deadline.
         """
         if self.settings.switch_at >= 0:
             return unit < self.settings.switch_at
@@ -166,7 +168,9 @@ class ScoringRun:
         now = time.perf_counter()
         last_unit, self.checked_at = now - self.checked_at, now
         pace = self.score_seconds / max(self.score_tokens, 1)
-        finish = now - self.checker.started + last_unit + pace * tokens_left / self.options.world_size
+        finish = (
+            now - self.checker.started + growth * last_unit + pace * tokens_left / self.options.world_size
+        )
         return self.ranks.broadcast(finish) < self.settings.deadline_s
 
     def outcome(self, num_units: int, switch_at: int) -> ScoringResult:
@@ -243,9 +247,7 @@ class SgdTrainer:
         size = max(1, options.batch_tokens // inputs.shape[1])
         for start in range(0, len(mine), size):
             rows = mine[start : start + size]
-            x, y = (
-                torch.from_numpy(part[rows].astype(np.int64)).to(options.device) for part in (inputs, targets)
-            )
+            x, y = (copy_to_device(part[rows].astype(np.int64), options.device) for part in (inputs, targets))
             logits = self.model(x, x == options.bos_id, 0)
             losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
             (losses * (options.world_size / inputs.size)).backward()
@@ -402,8 +404,9 @@ class DocumentLora(nn.Module):
     def __init__(self, start: torch.Tensor, num_docs: int, out_dim: int, scale: float):
         super().__init__()
         visits, _, rank = start.shape
-        self.down = nn.Parameter(start.unsqueeze(1).repeat(1, num_docs, 1, 1))  # (visits, B, in, rank)
-        self.up = nn.Parameter(start.new_zeros(visits, num_docs, rank, out_dim))  # 0: the identity
+        # No Parameters: of those torch.compile would make a graph for each number of documents.
+        self.down = start.unsqueeze(1).repeat(1, num_docs, 1, 1).requires_grad_()  # (visits, B, in, rank)
+        self.up = start.new_zeros(visits, num_docs, rank, out_dim).requires_grad_()  # 0: the identity
         self.scale = scale
         self.visit = 0
 
@@ -460,6 +463,44 @@ def count_visits(model: nn.Module, sites: dict[str, nn.Module], device: torch.de
     return visits
 
 
+class StagedDocuments(NamedTuple):
+    """Documents of a batch in (R, width) rows on the device, longest first; rows beyond theirs are empty."""
+
+    docs: np.ndarray  # (B,) their numbers; B is at most R
+    lengths: np.ndarray  # (R,) targets
+    span: np.ndarray  # (R, width + 1) positions in the text; those that fill a row are the next BOS
+    tokens: torch.Tensor  # (R, width + 1)
+    ends: torch.Tensor  # (R, 1) the lengths
+    nats: torch.Tensor  # (R, width) float32; what fills a row has a cost that nobody reads
+
+
+def chunk_losses(
+    model: nn.Module, inputs: torch.Tensor, starts_doc: torch.Tensor, targets: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits, (B, T - first, V) float32 without a gradient, and each target's loss, (B, T - first)."""
+    logits = model(inputs, starts_doc, first).float()
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return logits.detach(), losses.view_as(targets)
+
+
+def graph_losses(
+    model: nn.Module,
+    sites: list[tuple[nn.Module, torch.Tensor, torch.Tensor]],
+    inputs: torch.Tensor,
+    starts_doc: torch.Tensor,
+    targets: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for torch.compile, of the last targets.size(1) positions; a graph serves any rows and T.
+
+    Adapters come as arguments (module, down, up): sizes of what it finds on a module, a graph takes as fixed.
+    """
+    for module, down, up in sites:
+        module.adapter.down, module.adapter.up = down, up
+    # Counted from the end, the first position is the same number for every T.
+    first = -targets.size(1) if inputs.size(1) > targets.size(1) else 0
+    return chunk_losses(model, inputs, starts_doc, targets, first)
+
+
 class LoraScorer:
     """Score batches of documents, each document with adapters of its own that learn as it goes by."""
 
@@ -483,32 +524,59 @@ class LoraScorer:
         for module, visits in zip(self.sites.values(), count_visits(model, self.sites, device)):
             noise = torch.rand(visits, module.in_features, cfg.lora_rank, generator=generator)
             self.starts.append(((2 * noise - 1) / math.sqrt(module.in_features)).to(device))
+        self.graph = torch.compile(graph_losses, fullgraph=True) if session.options.compiles else None
         self.documents = plan_documents(session.tokens, session.options.bos_id, cfg.lora_max_doc_tokens)
         self.carried: dict[int, list[torch.Tensor]] = {}  # lane -> A of its last batch, mean over documents
 
     def score(self, batch: np.ndarray, index: int) -> None:
-        """Score and learn documents, longest first, chunk by chunk."""
+        """Score and learn documents, longest first, chunk by chunk; their nats leave the device once."""
         lane = index % self.cfg.lora_warm_lanes if self.cfg.lora_warm_lanes else 0
+        began = time.perf_counter()
+        chunk = choose_chunk_tokens(int(np.diff(self.documents[batch[0]])[0]), self.cfg)
+        staged = self.stage(batch, chunk)
         params, optimizer = [], None
         for module, start in zip(self.sites.values(), self.carried.get(lane, self.starts)):
             scale = self.cfg.lora_alpha / self.cfg.lora_rank
-            module.adapter = DocumentLora(start, len(batch), module.out_features, scale)
+            module.adapter = DocumentLora(start, len(staged.lengths), module.out_features, scale)
             params += [module.adapter.down, module.adapter.up]
         if params:
             rates = {"lr": self.cfg.lora_lr, "weight_decay": self.cfg.lora_weight_decay}
             betas = 0.0, self.cfg.lora_beta2
             optimizer = torch.optim.AdamW(params, betas=betas, eps=1e-10, fused=True, **rates)
-        lengths = np.diff(self.documents[batch]).ravel()
-        chunk = choose_chunk_tokens(int(lengths[0]), self.cfg)
+        lengths = staged.lengths[: len(batch)]
         starts = np.arange(0, int(lengths[0]), chunk)
-        shares = self.share_out(lengths, starts, chunk)
-        for start, share in zip(starts.tolist(), shares):
-            self.score_chunk(batch[lengths > start], start, chunk, optimizer)
+        shares, num_read, retired = self.share_out(lengths, starts, chunk), 0, [0.0] * len(self.sites)
+        for i, (start, share) in enumerate(zip(starts.tolist(), shares)):
+            if self.graph is not None and params:
+                sums = self.drop_rows(optimizer, int((lengths > start).sum()), len(starts) - 1 - i)
+                retired = [before + more for before, more in zip(retired, sums)] if sums else retired
+            num_read += self.score_chunk(staged, start, chunk, optimizer)
             self.session.advance(share)
+        real = np.arange(staged.nats.size(1)) < staged.lengths[:, None]
+        nats = staged.nats.cpu()[torch.from_numpy(real)]
+        self.session.record(torch.from_numpy(staged.span[:, :-1][real]), nats, began, num_read)
         if self.cfg.lora_warm_lanes:
-            adapters = [module.adapter for module in self.sites.values()]
-            self.carried[lane] = [adapter.down.detach().mean(1) for adapter in adapters]
+            downs = [module.adapter.down.detach()[:, : len(batch)] for module in self.sites.values()]
+            self.carried[lane] = [(down.sum(1) + more) / len(batch) for down, more in zip(downs, retired)]
         detach_adapters(self.model)
+
+    def stage(self, batch: np.ndarray, chunk: int) -> StagedDocuments:
+        """Put a batch's tokens on the device, so that its chunks are slices that wait for nothing.
+
+        All rows are as long as the longest document in whole chunks; what they lack is filled on the right,
+        which no earlier position can see. A graph is not made for one row, so a document alone gets company.
+        """
+        documents = self.documents[batch]
+        if self.graph is not None and len(batch) == 1:
+            documents = np.concatenate([documents, documents[:, [1, 1]]])  # an empty one
+        lo, hi = documents.T[:, :, None]
+        width = -(-int((hi - lo).max()) // chunk) * chunk
+        span = np.minimum(lo + np.arange(width + 1), hi)
+        device = self.session.options.device
+        tokens = copy_to_device(self.session.tokens[span].astype(np.int64), device)
+        nats = torch.zeros(len(span), width, device=device)
+        ends = copy_to_device(hi - lo, device)
+        return StagedDocuments(batch, (hi - lo).ravel(), span, tokens, ends, nats)
 
     def share_out(self, lengths: np.ndarray, starts: np.ndarray, chunk: int) -> list[int]:
         """Divide a batch's targets among its passes as their time will be: what a bar of progress shows.
@@ -524,45 +592,97 @@ class LoraScorer:
         done = np.cumsum(times) * int(lengths.sum()) // times.sum()
         return np.diff(done, prepend=0).astype(int).tolist()
 
-    def score_chunk(self, docs: np.ndarray, start: int, chunk: int, optimizer) -> None:
+    def score_chunk(self, batch: StagedDocuments, start: int, chunk: int, optimizer) -> int:
         """Score targets [start, start + chunk) of each document, then learn those of documents that continue.
 
-        All rows share one window, so a document's score does not depend on its company; rows that end
-        early are filled on the right, which no earlier position can see.
+        All rows share one window, so a document's score does not depend on its company. Returns the tokens
+        that plain scoring would have read in that time: learning costs two more passes.
         """
-        options, settings = self.session.options, self.session.settings
-        lo, hi = self.documents[docs].T[:, :, None]
-        goes_on = (hi - lo > start + chunk).ravel()
-        learns = optimizer is not None and bool(goes_on.any())
-        begin = max(0, start + chunk - settings.context_len)
-        end = min(start + chunk, int((hi - lo).max()))
-        span = np.minimum(lo + np.arange(begin, end + 1), hi)  # (B, T + 1)
-        first = start - begin
-        began = time.perf_counter()
-        tokens = torch.from_numpy(self.session.tokens[span].astype(np.int64)).to(options.device)
-        inputs, targets = tokens[:, :-1], tokens[:, 1 + first :]
-        filled = torch.from_numpy(span[:, :-1] >= hi).to(options.device)  # by the next BOS: no document
+        options, longest = self.session.options, int(batch.lengths[0])
+        learns = optimizer is not None and longest > start + chunk
+        in_graph = learns and self.graph is not None
+        rows = int((batch.lengths > start).sum())
+        rows = optimizer.param_groups[0]["params"][0].size(1) if in_graph else rows
+        begin, end = max(0, start + chunk - self.session.settings.context_len), start + chunk
+        end = end if in_graph else min(end, longest)
+        inputs, targets = batch.tokens[:rows, begin:end], batch.tokens[:rows, start + 1 : end + 1]
+        fills = torch.arange(begin, end, device=options.device) >= batch.ends[:rows]  # a BOS: no document
+        starts_doc = (inputs == options.bos_id) & ~fills
         with torch.set_grad_enabled(learns):
-            starts_doc = (inputs == options.bos_id) & ~filled
-            logits = self.model(inputs, starts_doc, first).float()  # (B, T - first, V)
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            losses = losses.view_as(targets)
-        positions = torch.from_numpy(span[:, first:-1])
-        real = positions < torch.from_numpy(hi)
-        chosen = real.to(options.device)
-        nats = losses.detach()[chosen]
-        if options.cost is not plain_cost:
-            nats = options.cost(logits.detach()[chosen], targets[chosen], positions[real])
-        self.session.record(positions[real], nats.float().cpu(), began, inputs.numel())
-        for doc, (low, high) in zip(docs, np.minimum(np.hstack([lo + start, lo + end]), hi)):
-            self.session.checker.score(low, high, doc)
+            if in_graph:
+                logits, losses = self.run_graph(inputs, starts_doc, targets)
+            else:
+                logits, losses = chunk_losses(self.model, inputs, starts_doc, targets, start - begin)
+        batch.nats[:rows, start:end] = self.charge(batch, start, logits, losses.detach(), targets)
+        lo, hi = self.documents[batch.docs].T
+        for doc, low, high in zip(batch.docs[:rows], lo + start, np.minimum(lo + end, hi)):
+            if low < high:
+                self.session.checker.score(low, high, doc)
         if learns:
-            for doc, low in zip(docs[goes_on], lo[goes_on, 0] + start):
+            for doc, low in zip(batch.docs[hi - lo > start + chunk], lo + start):
                 self.session.checker.update(low, low + chunk, doc)
-            rows = torch.from_numpy(goes_on).to(options.device)
             optimizer.zero_grad()
-            (losses[rows].sum() / chunk).backward()  # documents share no weight: a sum keeps them independent
+            # Documents share no weight: adding their losses up keeps them independent.
+            losses.backward(((batch.ends[:rows] > start + chunk) / chunk).expand_as(losses).contiguous())
             optimizer.step()
+        return inputs.numel() * (3 if learns else 1)
+
+    @torch.no_grad()
+    def drop_rows(self, optimizer, alive: int, updates_left: int) -> list[torch.Tensor]:
+        """Take documents that have ended out of the adapters once they are a quarter of the rows.
+
+        A graph computes all rows, and the longest document of a text is many times its neighbours. Returns
+        the sum of what left of each site's A, decayed as the updates that are left would; [] if none did.
+        """
+        params, rows = optimizer.param_groups[0]["params"], max(alive, 2)
+        if 4 * rows > 3 * params[0].size(1):
+            return []
+        decay = (1 - self.cfg.lora_lr * self.cfg.lora_weight_decay) ** updates_left
+        sums = [decay * down[:, rows:].sum(1) for down in params[::2]]  # A and B of a site take turns
+        for param in params:  # strides of a slice would need a graph of their own
+            param.grad, state = None, optimizer.state[param]
+            param.data = param[:, :rows].clone(memory_format=torch.contiguous_format)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name][:, :rows].clone(memory_format=torch.contiguous_format)
+        return sums
+
+    def run_graph(
+        self, inputs: torch.Tensor, starts_doc: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call the graph of this chunk; which sizes vary, it is told before it is made."""
+        sites = [(site, site.adapter.down, site.adapter.up) for site in self.sites.values()]
+        for factor in (part for _, *parts in sites for part in parts):
+            torch._dynamo.mark_dynamic(factor, 1)
+        for part in (inputs, starts_doc, targets):
+            torch._dynamo.mark_dynamic(part, 0)
+        longer, chunk = inputs.size(1) > targets.size(1), targets.size(1)
+        for part in (inputs, starts_doc):
+            if longer and self.session.settings.context_len > chunk + 1:
+                limits = {"min": chunk + 1, "max": self.session.settings.context_len}
+                torch._dynamo.mark_dynamic(part, 1, **limits)
+            else:
+                torch._dynamo.mark_static(part, 1)
+        torch._dynamo.mark_static(targets, 1)
+        return self.graph(self.model, sites, inputs, starts_doc, targets)
+
+    def charge(
+        self,
+        batch: StagedDocuments,
+        start: int,
+        logits: torch.Tensor,
+        losses: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the nats of targets from `start` on, (B, T), by the cost of the session."""
+        if self.session.options.cost is plain_cost:
+            return losses
+        rows, width = targets.shape
+        # Chosen on the CPU: the device would have to say how many there are.
+        real = start + np.arange(width) < batch.lengths[:rows, None]
+        positions = torch.from_numpy(batch.span[:rows, start : start + width][real])
+        chosen = copy_to_device(np.flatnonzero(real), losses.device)
+        nats = self.session.options.cost(logits.flatten(0, 1)[chosen], targets.flatten()[chosen], positions)
+        return torch.zeros_like(losses).flatten().scatter(0, chosen, nats.float()).view_as(losses)
 
     def learn_phase(self, docs: np.ndarray) -> None:
         """Train all weights on scored documents, with all ranks; adapters start afresh."""
@@ -602,6 +722,7 @@ def score_documents(
         scorer = LoraScorer(model, session, cfg)
         lengths = np.diff(scorer.documents).ravel()
         batches = plan_doc_batches(lengths, cfg, settings.context_len, options.batch_tokens)
+        passes = [-(-lengths[batch[0]] // choose_chunk_tokens(lengths[batch[0]], cfg)) for batch in batches]
         over = np.maximum(lengths - settings.context_len, 0)
         costs = lengths - over + -(-over // settings.stride) * settings.context_len  # tokens of plain windows
         left = np.cumsum([int(costs[batch].sum()) for batch in batches][::-1])[::-1]
@@ -613,10 +734,16 @@ def score_documents(
             for start in range(lo, hi, options.world_size)
         ]
         switch_at = len(batches)
+        before = 0
         for turn in rounds:
-            if not session.may_adapt(turn.start, float(left[turn.start])):
+            tokens_left, growth = float(left[turn.start]), passes[turn.start] / passes[before]
+            if turn.stop in ends:  # SGD reads each token forwards and backwards
+                learned = int(lengths[np.concatenate(batches[: turn.stop])].sum())
+                tokens_left += 3 * cfg.sgd_epochs * learned
+            if not session.may_adapt(turn.start, tokens_left, growth):
                 switch_at = turn.start
                 break
+            before = turn.start
             score_round(scorer, batches, turn)
             if turn.stop in ends:
                 scorer.learn_phase(np.concatenate(batches[: turn.stop]))

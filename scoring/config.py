@@ -25,7 +25,12 @@ class EvalConfig:
     stride: int = option(64, "EVAL_STRIDE", "targets a sliding window scores", low=1)
     keep_tail: bool = option(False, "", "score the targets past the last whole window too")
     tail_legacy: bool = option(False, "", "systems B, C: the last targets count many times; invalid")
-    deadline_s: float = option(0.0, "", "end adaptation so that scoring takes at most this; 0: never", low=0)
+    deadline_s: float = option(
+        0.0,
+        "",
+        "end adaptation so that scoring takes at most this; 0: 95 % of limit_seconds; -1: never",
+        low=-1,
+    )
     tilt_online: float = option(0.0, "", "strength of hints from the text scored so far, times share", low=0)
     tilt_static_entries: int = option(
         0, "", "most n-grams of training text in the artifact, for hints; 0: none", low=0
@@ -60,3 +65,23 @@ class EvalConfig:
     limit_text_bytes: int = option(
         0, "", "text that limit and deadline are for; others in proportion; 0: any", low=0
     )
+
+
+# Adaptation ends in time for so much of the limit: what is left pays for a last unit slower than expected.
+DEADLINE_FRAC = 0.95
+
+
+def seconds_for(cfg: EvalConfig, seconds: float, num_bytes: int) -> float:
+    """Scale seconds that are meant for cfg.limit_text_bytes of text to so many bytes."""
+    return seconds * num_bytes / cfg.limit_text_bytes if cfg.limit_text_bytes else seconds
+
+
+def scoring_limit(cfg: EvalConfig, num_bytes: int) -> float:
+    """Return the seconds that scoring so many bytes of text may take; 0: any."""
+    return seconds_for(cfg, cfg.limit_seconds, num_bytes)
+
+
+def scoring_deadline(cfg: EvalConfig, num_bytes: int) -> float:
+    """Return the seconds in which adaptation should let scoring of so many bytes end; 0: it never stops."""
+    seconds = cfg.deadline_s or DEADLINE_FRAC * cfg.limit_seconds
+    return seconds_for(cfg, max(seconds, 0.0), num_bytes)

@@ -1,6 +1,7 @@
 """The scorers by name: from a recipe's [eval] section to the nats of every target."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from scoring.adaptive import (
     Callbacks,
     ScoringResult,
     ScoringRun,
+    choose_chunk_tokens,
     plan_document_windows,
     plan_documents,
     score_lora,
@@ -20,7 +22,7 @@ from scoring.adaptive import (
     score_sgd,
     weights_digest,
 )
-from scoring.config import EvalConfig
+from scoring.config import EvalConfig, scoring_deadline
 from scoring.ngram import (
     KEY_DTYPE,
     LEGACY_ALIGNMENT,
@@ -190,6 +192,46 @@ def broken_rules(cfg: EvalConfig) -> str:
     return f"{alignment}; {tail}" if alignment and tail else alignment or tail
 
 
+def deadline_note(cfg: EvalConfig, score, how: str = "by the clock") -> str:
+    """Say where a score's adaptation ended early, and what to change; empty where it did not end early."""
+    if score.switch_at >= score.num_units:
+        return ""
+    limit = scoring_deadline(cfg, score.num_bytes)
+    aim = f", to end within {limit:.1f} s" if limit else ""
+    return (
+        f"deadline: adapted {score.switch_at} of {score.num_units} units, {how}, and scored the rest "
+        f"plainly: {score.seconds:.1f} s{aim}. To adapt further: a faster machine, more ranks, cheaper "
+        "adaptation (eval.lora_chunk_tokens up, eval.lora_rank or eval.sgd_epochs down), a higher "
+        "eval.limit_seconds, or eval.deadline_s=-1, which may pass the limit."
+    )
+
+
+def rehearsal_lengths(session: ScoringRun, cfg: EvalConfig) -> list[int]:
+    """Return lengths of documents that need every graph that the text's will: for each chunk the longest.
+
+    Beyond a whole window all passes are alike.
+    """
+    spans = plan_documents(session.tokens, session.options.bos_id, cfg.lora_max_doc_tokens)
+    longest: dict[int, int] = {}
+    for length in np.unique(spans[:, 1] - spans[:, 0]).tolist():
+        chunk = choose_chunk_tokens(length, cfg)
+        enough = session.settings.context_len + 2 * chunk
+        longest[chunk] = enough if length > enough and choose_chunk_tokens(enough, cfg) == chunk else length
+    return list(longest.values())
+
+
+def rehearse_graphs(model: nn.Module, session: ScoringRun, cfg: EvalConfig, vocab_size: int) -> None:
+    """Make the graphs of adaptive passes, each rank by itself, on random documents of the text's lengths."""
+    options = session.options._replace(cost=plain_cost, rank=0, world_size=1)
+    starts = np.cumsum([0, *rehearsal_lengths(session, cfg)])
+    tokens = np.random.default_rng(0).integers(0, vocab_size, starts[-1] + 1)
+    tokens[tokens == options.bos_id] = (options.bos_id + 1) % vocab_size
+    tokens[starts] = options.bos_id
+    settings = session.settings._replace(deadline_s=0.0, switch_at=-1)
+    rehearsal = ScoringRun(tokens.astype(session.tokens.dtype), settings, options, session.ranks, Callbacks())
+    SCORERS[cfg.mode].adapt(model, rehearsal, cfg)
+
+
 def warm_up_scorer(
     model: nn.Module, scorer: Logits, session: ScoringRun, cfg: EvalConfig, vocab_size: int
 ) -> None:
@@ -204,8 +246,13 @@ def warm_up_scorer(
     tokens = np.random.default_rng(0).integers(0, vocab_size, min(num_tokens, len(session.tokens)))
     tokens = tokens.astype(session.tokens.dtype)
     before = weights_digest(model)
-    rehearsal = ScoringRun(tokens, session.settings, options, session.ranks, Callbacks())
-    score_session(scorer, rehearsal, cfg)
+    # Its clock is not the text's: a deadline would end the rehearsal where compiling takes long.
+    settings = session.settings._replace(deadline_s=0.0)
+    rehearsal = ScoringRun(tokens, settings, options, session.ranks, Callbacks())
+    if SCORERS[cfg.mode].plan is None and options.compiles:
+        rehearse_graphs(model, session, cfg, vocab_size)
+    else:
+        score_session(scorer, rehearsal, cfg)
     if weights_digest(model) != before:
         raise ValueError("warming up moved the model's weights")
     session.checker.event("load", 0, 0)
@@ -215,7 +262,10 @@ def score_session(model: nn.Module, session: ScoringRun, cfg: EvalConfig) -> Sco
     """Score a session's text as cfg.mode says."""
     session.checker.invalid = broken_rules(cfg)
     if SCORERS[cfg.mode].adapt is not None:
-        return SCORERS[cfg.mode].adapt(model, session, cfg)
+        # What nobody rehearsed runs as it is: compiling it takes minutes, and the clock runs.
+        calm = torch.compiler.set_stance("eager_on_recompile") if session.options.compiles else nullcontext()
+        with calm:
+            return SCORERS[cfg.mode].adapt(model, session, cfg)
     context_len, bos_id = session.settings.context_len, session.options.bos_id
     session.score_windows(model, SCORERS[cfg.mode].plan(cfg, context_len, session.tokens, bos_id))
     return session.outcome(0, 0)

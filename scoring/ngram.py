@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from common import UserError
+from kernels.machine import copy_to_device
 
 NO_HINT = -1
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
@@ -58,8 +59,8 @@ class Tilt(NamedTuple):
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Charge (R,) targets at `positions` under tilted (R, V) logits; returns nats (R,)."""
-        hints = torch.from_numpy(self.hints[positions.numpy()].astype(np.int64)).to(logits.device)
-        strengths = torch.from_numpy(self.strengths[positions.numpy()]).to(logits.device)
+        hints = copy_to_device(self.hints[positions.numpy()].astype(np.int64), logits.device)
+        strengths = copy_to_device(self.strengths[positions.numpy()], logits.device)
         return tilted_nats(logits, targets, hints, strengths)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kernels.machine import copy_to_device
+
 Logits = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 # cost(logits (R, V), targets (R,), positions (R,)) -> nats (R,); positions number the targets of the stream
 Cost = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -99,6 +101,7 @@ class ScoreOptions(NamedTuple):
     rank: int = 0
     world_size: int = 1
     cost: Cost = plain_cost
+    compiles: bool = False  # whether adapters learn in graphs of torch.compile
 
 
 class CompiledWindows:
@@ -166,7 +169,7 @@ def score_batch(
     """Score windows of one shape; returns its targets' positions and nats, (R,), on the CPU."""
     length, first = int(rows[0, 1] - rows[0, 0]), int(rows[0, 2])
     span = rows[:, :1] + np.arange(length + 1)  # (B, T + 1)
-    chunk = torch.from_numpy(tokens[span].astype(np.int64)).to(options.device)
+    chunk = copy_to_device(tokens[span].astype(np.int64), options.device)
     inputs, targets = chunk[:, :-1], chunk[:, 1 + first :]
     logits = model(inputs, inputs == options.bos_id, first)  # (B, T - first, V)
     positions = torch.from_numpy(span[:, first:-1].ravel())

@@ -41,9 +41,10 @@ from scoring.adaptive import (
     weights_digest,
 )
 from scoring.config import EvalConfig
+from scoring.modes import warm_up_scorer
 from scoring.ngram import OnlineRule, online_tilt
 from scoring.sliding import ScoreOptions, plan_windows, score_windows
-from train_gpt import CastLinear, build_model
+from train_gpt import CastLinear, build_model, load_validation, score_model
 
 pytestmark = pytest.mark.numeric
 
@@ -746,3 +747,118 @@ def test_a_batch_advances_as_its_passes_take_time():
     assert on_cpu == [12, 23, 10, 9, 10]  # of 30, 54, 22, 22, 22: rows alive times what each reads, and 6
     session.options.device = "cuda"
     assert LoraScorer.share_out(SimpleNamespace(session=session), lengths, starts, 8) == [12, 13, 13, 13, 13]
+
+
+# Graphs
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Let torch.compile trace without making kernels; returns the graphs that it has made."""
+    made, compile_model = [], torch.compile
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_model(*a, **k, backend=counting))
+    torch.compiler.reset()
+    yield made
+    torch.compiler.reset()
+
+
+# A document that is one chunk, single tokens, fewer and more than a batch takes, and longer than a window.
+LENGTHS = (45, 30, 23, 18, 24, 24, 12, 6, 6, 6, 5, 1, 1)
+MASKED = {"run.attention": "sdpa", "model.attn_in_document": True, "model.recur_layers": (1, 1)}
+
+
+@pytest.fixture
+def sdpa_model(tiny_config, alone):
+    """A model of random weights with layers that recur, on the backend that a graph takes at any length."""
+    model = build_model(with_values(tiny_config, MASKED | {"model.recur_passes": 2}, "test"), alone.device)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def compiled_session(tokens, events=None, cost=None):
+    session = make_session(tokens, events, cost)
+    session.options = session.options._replace(compiles=True)
+    return session
+
+
+def both_ways(model, tokens, lora, cost=None):
+    """Score with graphs and without; returns nats and events of each."""
+    found = []
+    for make in (compiled_session, make_session):
+        events = []
+        nats = score_phased(model, make(tokens, events, cost), lora).nats
+        found.append((nats, [(row["kind"], row["lo"], row["hi"], row["doc"]) for row in events]))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_warm_lanes": 2, "lora_batch_docs": 4}, {"lora_batch_docs": 1}]
+)
+def test_graphs_give_the_scores_and_events_of_eager_passes(graphs, sdpa_model, changes):
+    """Rows that have ended stay in a graph's batch and its last chunk is whole: nobody's score moves."""
+    tokens = make_text(LENGTHS)
+    lora = replace(LORA, lora_sites="q,k,v,o,mlp,head", sgd_lr=0.05, lora_lr=0.01, **changes)
+    for cost in (None, online_tilt(tokens, 1.0, (OnlineRule(1, 0.0, 1),))):
+        (nats, events), (expected, expected_events) = both_ways(sdpa_model, tokens, lora, cost)
+        assert graphs and events == expected_events
+        # Costs of 10 nats. The step divides a gradient by its size: rounding of small ones comes out larger.
+        assert_close_at_scale(nats, expected, units=1000)
+
+
+@pytest.mark.slow
+def test_few_graphs_serve_a_whole_text_and_none_is_made_in_the_clock(graphs, sdpa_model, alone):
+    """For each chunk one for the first pass and one for all later, whatever the rows and the length."""
+    tokens = make_text(LENGTHS)
+    lora = replace(LORA, mode="lora-ttt", lora_sites="q,mlp,head", lora_short_chunks=((12, 3),))
+    session = compiled_session(tokens)
+    session.ranks = alone
+    session.settings = session.settings._replace(deadline_s=1e-9)  # a rehearsal has all the time
+    warm_up_scorer(sdpa_model, sdpa_model, session, lora, 12)
+    assert len(graphs) == 4
+    assert score_lora(sdpa_model, session, lora).switch_at == 0
+    with torch.compiler.set_stance("fail_on_recompile"):
+        score_lora(sdpa_model, compiled_session(tokens), lora)
+    other = replace(lora, lora_chunk_tokens=5)  # nobody rehearsed it: it runs, slowly
+    with torch.compiler.set_stance("eager_on_recompile"):
+        score_lora(sdpa_model, compiled_session(tokens), other)
+    assert len(graphs) == 4
+
+
+@pytest.mark.slow
+def test_graphs_on_two_ranks_score_as_on_one(graphs, sdpa_model):
+    """Which rank has a batch changes nothing of it. Ranks take turns: torch.compile knows no threads."""
+    tokens = make_text(LENGTHS)
+    lora = replace(LORA, lora_sites="q,mlp,head", lora_warm_lanes=2)
+    alone = score_lora(sdpa_model, compiled_session(tokens), lora).nats
+    parts = []
+    for rank in range(2):
+        session = compiled_session(tokens)
+        session.options = session.options._replace(rank=rank, world_size=2)
+        parts.append(score_lora(sdpa_model, session, lora).nats)
+    assert torch.equal(sum(parts), alone)
+
+
+@pytest.mark.slow
+def test_kernels_of_inductor_give_the_scores_of_eager_passes(tiny_config, tiny_data, alone):
+    """run.compile=on by the trainer's own path: real kernels, one block; rounding differs, nothing else."""
+    changes = {"run.attention": "sdpa", "model.num_layers": 1, "eval.mode": "lora-ttt", "eval.lora_rank": 2}
+    changes |= {"eval.lora_sites": "q,head", "eval.lora_chunk_tokens": 8, "eval.lora_batch_docs": 2}
+    text, found = load_validation(tiny_config.data), []
+    torch.compiler.reset()
+    for choice in ("on", "off"):
+        cfg = with_values(tiny_config, changes | {"run.compile": choice}, "test")
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        found.append(score_model(build_model(cfg, alone.device), cfg, text, alone))
+        made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        assert made == (2 if choice == "on" else 0)
+    assert found[0].val_loss == pytest.approx(found[1].val_loss, rel=1e-6)
+    assert found[0].num_units == found[0].switch_at > 2

@@ -16,11 +16,14 @@ from run_unchanged import small_recipes
 import train_gpt
 from common import read_json
 from formats.recipe import flatten_recipe, with_values
+from scoring.adaptive import LoraScorer
+from scoring.modes import Scoring
 from train_gpt import (
     Config,
     Environment,
     Ranks,
     Training,
+    build_model,
     load_artifact,
     load_validation,
     run,
@@ -158,6 +161,32 @@ def test_every_scorer_runs_on_a_gpu(mode, tiny_config):
             text = load_validation(packed.data, "", header["tokenizer_sha256"])
             scores.append(score_model(model, packed, text, ranks).val_bpb)
     assert scores[1] == pytest.approx(scores[0], rel=1e-3)
+
+
+# A kernel for packed documents is launched for so many: they are counted, which waits for the device.
+@pytest.mark.parametrize("documents, most", [(False, 0), (True, 1)])
+@pytest.mark.parametrize("tilt", [0.0, 1.0])
+def test_a_chunk_of_adaptive_scoring_waits_for_the_device_at_most_once(
+    documents, most, tilt, tiny_config, monkeypatch
+):
+    """Eight thousand chunks a rank: tokens come and nats go once a batch, not with every chunk."""
+    waits, score_chunk = [], LoraScorer.score_chunk
+    with emulated_gpu() as gpu:
+
+        def counted(*args):
+            before = sum(gpu.syncs.values())
+            done = score_chunk(*args)
+            waits.append(sum(gpu.syncs.values()) - before)
+            return done
+
+        monkeypatch.setattr(LoraScorer, "score_chunk", counted)
+        changes = LORA | {"eval.mode": "lora-ttt", "eval.tilt_online": tilt, "eval.lora_batch_docs": 3}
+        half = {"model.attn_in_document": documents, "model.compute_dtype": "bfloat16"}
+        cfg = with_values(tiny_config, changes | half | {"run.attention": "fa3"}, "test")
+        ranks = Ranks(Environment({}), "auto")
+        model, text = build_model(cfg, ranks.device), load_validation(cfg.data)
+        score_model(model, cfg, text, ranks, Scoring(warms_up=False))
+    assert len(waits) > 20 and max(waits) <= most
 
 
 @pytest.mark.parametrize("backend", ["fa3", "fa4", "fa2", "varlen", "sdpa", "math"])

@@ -177,13 +177,13 @@ def test_the_command_line_changes_scoring_and_nothing_else(make_run, capsys):
 def test_json_is_one_object_and_the_rest_goes_to_standard_error(make_run, tmp_path, capsys):
     """Programs read standard output; people see how long it will take, and the events go to a file."""
     folder, log = make_run("run", ADAPTIVE), tmp_path / "events.jsonl"
-    assert main([str(folder), "--json", "--event-log", str(log), "--set", "deadline_s=1000"]) == 0
+    assert main([str(folder), "--json", "--event-log", str(log)]) == 0
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 1
     score = json.loads(printed.out)
     assert abs(score["implied_bytes"] / score["num_bytes"] - 1) < 1e-9
     assert "projected_seconds:" in printed.err and "limit:600.0" in printed.err
-    assert "deadline_s:1000 switch_at:" in printed.err and "by the clock" in printed.err
+    assert "deadline" not in printed.err
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert list(rows[0]) == ["seq", "rank", "kind", "lo", "hi", "doc", "seconds"]
     events = [Event(row["kind"], row["lo"], row["hi"]) for row in rows if row["kind"] in ("score", "update")]
@@ -230,6 +230,22 @@ def test_a_score_cut_by_the_deadline_is_replayed_bitwise(make_run, monkeypatch, 
     assert told["difference"] == 0
     other = evaluate(capsys, folder, "--switch-at", 0)
     assert other["difference"] is None and other["val_bpb"] != recorded["val_bpb"]
+
+
+def test_a_limit_ends_adaptation_in_time_and_says_so(make_run, capsys):
+    """A run must not fail its limit because adaptation was too ambitious; -1 lets it."""
+    folder = make_run("late", ADAPTIVE)
+    whole = evaluate(capsys, folder)
+    assert main([str(folder), "--json", "--set", "limit_seconds=1e-6"]) == 0
+    printed = capsys.readouterr()
+    score = json.loads(printed.out)
+    assert score["switch_at"] == 0 < score["num_units"] and score["val_bpb"] != whole["val_bpb"]
+    said = f"deadline: adapted 0 of {score['num_units']} units, by the clock, and scored the rest plainly"
+    assert said in printed.err and "eval.deadline_s=-1" in printed.err
+    assert main([str(folder), "--json", "--switch-at", "1"]) == 0
+    assert "deadline: adapted 1 of" in (again := capsys.readouterr().err) and "as replayed" in again
+    never = ["--set", "limit_seconds=1e-6", "deadline_s=-1"]
+    assert evaluate(capsys, folder, *never)["val_bpb"] == whole["val_bpb"]
 
 
 @pytest.fixture

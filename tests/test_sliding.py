@@ -172,11 +172,23 @@ def test_the_deadline_is_in_proportion_to_the_text(tiny_config, tiny_model, alon
         return score_session(model, session, settings)
 
     monkeypatch.setattr("train_gpt.score_session", spy)
-    limits = {"eval.deadline_s": 60.0, "eval.keep_tail": True}
-    for bytes_meant in (0, int(text.target_bytes.sum()) // 2):
-        cfg = with_values(tiny_config, limits | {"eval.limit_text_bytes": bytes_meant}, "test")
+    half = int(text.target_bytes.sum()) // 2
+    for changes in (
+        {"eval.deadline_s": 60.0},
+        {"eval.deadline_s": 60.0, "eval.limit_text_bytes": half},
+        {"eval.limit_seconds": 100.0},
+        {"eval.limit_seconds": 100.0, "eval.limit_text_bytes": half},
+        {"eval.limit_seconds": 0.0},
+        {"eval.deadline_s": -1.0, "eval.limit_text_bytes": half},
+    ):
+        cfg = with_values(tiny_config, {"eval.keep_tail": True} | changes, "test")
         score_model(tiny_model, cfg, text, alone, Scoring(warms_up=False))
-    assert seen == pytest.approx([60, 120], rel=1e-3)
+    assert seen == pytest.approx([60, 120, 95, 190, 0, 0], rel=1e-3)
+
+
+def test_a_recipe_without_a_deadline_keeps_its_hash():
+    """The default means "in time for the limit": recipes that never named it are what they were."""
+    assert EvalConfig().deadline_s == 0.0
 
 
 def test_the_log_says_early_how_long_scoring_will_take(monkeypatch):
