@@ -13,6 +13,7 @@ from fixtures_model import ROOT
 
 from common import UserError
 from dev.null_gpu import __main__ as command
+from dev.null_gpu import environment as environment_module
 from dev.null_gpu import report
 from dev.null_gpu.cases import CASES, largest_attention
 from dev.null_gpu.counters import Counts, KernelCount, read_dump
@@ -232,6 +233,22 @@ def test_an_environment_without_the_cuda_build_is_refused(tmp_path):
         CudaEnvironment(tmp_path).headers()
     (tmp_path / "lib/python3.12/site-packages/torch-2.11.0+cu130.dist-info").mkdir()
     assert CudaEnvironment(tmp_path).torch_version() == "2.11.0+cu130"
+
+
+def test_making_an_environment_installs_the_version_of_the_figures(tmp_path, monkeypatch):
+    """First the folder, then torch; what fails is named."""
+    ran = []
+
+    def run(words, stdin):
+        ran.append(" ".join(words))
+        return subprocess.CompletedProcess(words, returncode=len(ran) // 2)
+
+    monkeypatch.setattr(environment_module.subprocess, "run", run)
+    monkeypatch.setattr(environment_module, "check_machine", lambda *_: None)
+    with pytest.raises(UserError, match=r"bin/python -m pip install torch==2\.11\.0 .*` to work"):
+        environment_module.make_environment(tmp_path)
+    assert ran[0].endswith(f"-m venv {tmp_path}") and len(ran) == 2
+    assert f"torch=={report.read_figures(report.FIGURES)['before']['torch']}" in ran[1]
 
 
 def test_unknown_cases_are_named():

@@ -17,6 +17,7 @@ SOURCE = Path(__file__).with_name("null_gpu.c")
 DEFAULT_ENVIRONMENT = ROOT / ".venv-cuda"
 SCRATCH = ROOT / "runs" / "null_gpu"  # the library, shards, caches
 TORCH = "2.11.0"  # the version of the stored figures
+# numpy: Triton's interpreter, for whoever tries kernels there, fails with 2.4.
 PACKAGES = (f"torch=={TORCH}", "numpy<2.3", "-r", str(ROOT / "requirements.txt"))
 TOOLS = ("gcc", "nm")
 LIBRARY_NAME = "libnull_gpu.so"
