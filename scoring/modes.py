@@ -14,6 +14,7 @@ from scoring.adaptive import (
     Callbacks,
     ScoringResult,
     ScoringRun,
+    WindowSettings,
     choose_chunk_tokens,
     plan_document_windows,
     plan_documents,
@@ -222,8 +223,7 @@ def deadline_note(cfg: EvalConfig, score, how: str = "by the clock") -> str:
     return (
         f"deadline: adapted {score.switch_at} of {score.num_units} units, {how}, and scored the rest "
         f"plainly: {score.seconds:.1f} s{aim}. To adapt further: a faster machine, more ranks, cheaper "
-        "adaptation (eval.lora_chunk_tokens up, eval.lora_rank or eval.sgd_epochs down), a higher "
-        "eval.limit_seconds, or eval.deadline_s=-1, which may pass the limit."
+        "adaptation, a higher eval.limit_seconds, or eval.deadline_s=-1, which may pass the limit."
     )
 
 
@@ -248,7 +248,7 @@ def rehearse_graphs(model: nn.Module, session: ScoringRun, cfg: EvalConfig, voca
     tokens = np.random.default_rng(0).integers(0, vocab_size, starts[-1] + 1)
     tokens[tokens == options.bos_id] = (options.bos_id + 1) % vocab_size
     tokens[starts] = options.bos_id
-    settings = session.settings._replace(deadline_s=0.0, switch_at=-1)
+    settings = WindowSettings(session.settings.context_len, session.settings.stride)
     rehearsal = ScoringRun(tokens.astype(session.tokens.dtype), settings, options, session.ranks, Callbacks())
     SCORERS[cfg.mode].adapt(model, rehearsal, cfg)
 
@@ -268,7 +268,7 @@ def warm_up_scorer(
     tokens = tokens.astype(session.tokens.dtype)
     before = weights_digest(model)
     # Its clock is not the text's: a deadline would end the rehearsal where compiling takes long.
-    settings = session.settings._replace(deadline_s=0.0)
+    settings = WindowSettings(context_len, session.settings.stride)
     rehearsal = ScoringRun(tokens, settings, options, session.ranks, Callbacks())
     if SCORERS[cfg.mode].plan is None and options.compiles:
         try:
