@@ -123,7 +123,7 @@ from quantizers.storage import (
 from scoring.adaptive import Callbacks, ScoringRun, WindowSettings
 from scoring.bpb import BpbMeter
 from scoring.budget import BYTES, SCORING, TRAINING, BudgetError, Ledger, not_valid, overruns
-from scoring.config import EvalConfig, scoring_deadline, scoring_limit
+from scoring.config import EvalConfig
 from scoring.generate import Sampling, draw_tokens, last_logits, stream_text
 from scoring.modes import (
     SCORERS,
@@ -137,6 +137,8 @@ from scoring.modes import (
     scored_stride,
     scorer_state_limits,
     scoring_cost,
+    scoring_deadline,
+    scoring_limit,
     scoring_rules,
     warm_up_scorer,
     write_scorer_state,

@@ -36,8 +36,8 @@ from formats.help import describe_section
 from formats.recipe import config_fields, parse_overrides, with_values
 from scoring.adaptive import Callbacks, plan_documents
 from scoring.budget import BYTES, SCORING, Ledger, not_valid, overruns
-from scoring.config import EVAL_MODES, EvalConfig, scoring_limit
-from scoring.modes import SCORERS, Scoring, deadline_note, scored_stride
+from scoring.config import EVAL_MODES, EvalConfig
+from scoring.modes import SCORERS, Scoring, deadline_note, scored_stride, scoring_limit
 from scoring.sliding import Pace, ScoreOptions
 from train_gpt import (
     GPT,

@@ -65,23 +65,3 @@ class EvalConfig:
     limit_text_bytes: int = option(
         0, "", "text that limit and deadline are for; others in proportion; 0: any", low=0
     )
-
-
-# Adaptation ends in time for so much of the limit: what is left pays for a last unit slower than expected.
-DEADLINE_FRAC = 0.95
-
-
-def seconds_for(cfg: EvalConfig, seconds: float, num_bytes: int) -> float:
-    """Scale seconds that are meant for cfg.limit_text_bytes of text to so many bytes."""
-    return seconds * num_bytes / cfg.limit_text_bytes if cfg.limit_text_bytes else seconds
-
-
-def scoring_limit(cfg: EvalConfig, num_bytes: int) -> float:
-    """Return the seconds that scoring so many bytes of text may take; 0: any."""
-    return seconds_for(cfg, cfg.limit_seconds, num_bytes)
-
-
-def scoring_deadline(cfg: EvalConfig, num_bytes: int) -> float:
-    """Return the seconds in which adaptation should let scoring of so many bytes end; 0: it never stops."""
-    seconds = cfg.deadline_s or DEADLINE_FRAC * cfg.limit_seconds
-    return seconds_for(cfg, max(seconds, 0.0), num_bytes)

@@ -1,5 +1,6 @@
 """The scorers by name: from a recipe's [eval] section to the nats of every target."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from scoring.adaptive import (
     Callbacks,
     ScoringResult,
     ScoringRun,
+    WindowSettings,
     choose_chunk_tokens,
     plan_document_windows,
     plan_documents,
@@ -22,7 +24,7 @@ from scoring.adaptive import (
     score_sgd,
     weights_digest,
 )
-from scoring.config import EvalConfig, scoring_deadline
+from scoring.config import EvalConfig
 from scoring.ngram import (
     KEY_DTYPE,
     LEGACY_ALIGNMENT,
@@ -40,6 +42,9 @@ from scoring.sliding import Cost, Logits, ScaledCost, plain_cost, plan_windows, 
 SCALE_DTYPE = np.dtype("<f4")
 NOT_STORED = ": expected what it needs in the artifact, found nothing. Train with it or set it to 0 here."
 LEGACY_TAIL = "the text's last targets count more than once, as in systems B and C (contest rule C4)"
+
+# Adaptation ends in time for so much of the limit: what is left pays for a last unit slower than expected.
+DEADLINE_FRAC = 0.95
 
 
 class Scoring(NamedTuple):
@@ -192,6 +197,23 @@ def broken_rules(cfg: EvalConfig) -> str:
     return f"{alignment}; {tail}" if alignment and tail else alignment or tail
 
 
+def seconds_for(cfg: EvalConfig, seconds: float, num_bytes: int) -> float:
+    """Scale seconds that are meant for cfg.limit_text_bytes of text to so many bytes."""
+    return seconds * num_bytes / cfg.limit_text_bytes if cfg.limit_text_bytes else seconds
+
+
+def scoring_limit(cfg: EvalConfig, num_bytes: int) -> float:
+    """Return the seconds that scoring so many bytes of text may take; 0: any."""
+    return seconds_for(cfg, cfg.limit_seconds, num_bytes)
+
+
+def scoring_deadline(cfg: EvalConfig, num_bytes: int) -> float:
+    """Return the seconds in which adaptation should let scoring of so many bytes end; 0: it never stops."""
+    if not cfg.deadline_s:
+        return DEADLINE_FRAC * scoring_limit(cfg, num_bytes)
+    return seconds_for(cfg, max(cfg.deadline_s, 0.0), num_bytes)
+
+
 def deadline_note(cfg: EvalConfig, score, how: str = "by the clock") -> str:
     """Say where a score's adaptation ended early, and what to change; empty where it did not end early."""
     if score.switch_at >= score.num_units:
@@ -201,8 +223,7 @@ def deadline_note(cfg: EvalConfig, score, how: str = "by the clock") -> str:
     return (
         f"deadline: adapted {score.switch_at} of {score.num_units} units, {how}, and scored the rest "
         f"plainly: {score.seconds:.1f} s{aim}. To adapt further: a faster machine, more ranks, cheaper "
-        "adaptation (eval.lora_chunk_tokens up, eval.lora_rank or eval.sgd_epochs down), a higher "
-        "eval.limit_seconds, or eval.deadline_s=-1, which may pass the limit."
+        "adaptation, a higher eval.limit_seconds, or eval.deadline_s=-1, which may pass the limit."
     )
 
 
@@ -227,7 +248,7 @@ def rehearse_graphs(model: nn.Module, session: ScoringRun, cfg: EvalConfig, voca
     tokens = np.random.default_rng(0).integers(0, vocab_size, starts[-1] + 1)
     tokens[tokens == options.bos_id] = (options.bos_id + 1) % vocab_size
     tokens[starts] = options.bos_id
-    settings = session.settings._replace(deadline_s=0.0, switch_at=-1)
+    settings = WindowSettings(session.settings.context_len, session.settings.stride)
     rehearsal = ScoringRun(tokens.astype(session.tokens.dtype), settings, options, session.ranks, Callbacks())
     SCORERS[cfg.mode].adapt(model, rehearsal, cfg)
 
@@ -247,10 +268,15 @@ def warm_up_scorer(
     tokens = tokens.astype(session.tokens.dtype)
     before = weights_digest(model)
     # Its clock is not the text's: a deadline would end the rehearsal where compiling takes long.
-    settings = session.settings._replace(deadline_s=0.0)
+    settings = WindowSettings(context_len, session.settings.stride)
     rehearsal = ScoringRun(tokens, settings, options, session.ranks, Callbacks())
     if SCORERS[cfg.mode].plan is None and options.compiles:
-        rehearse_graphs(model, session, cfg, vocab_size)
+        try:
+            rehearse_graphs(model, session, cfg, vocab_size)
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as problem:
+            reason = f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
+            warnings.warn(f"adapters learn without graphs: {reason}", stacklevel=2)
+            session.options = session.options._replace(compiles=False)
     else:
         score_session(scorer, rehearsal, cfg)
     if weights_digest(model) != before:
