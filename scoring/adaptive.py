@@ -658,8 +658,7 @@ class LoraScorer:
         longer, chunk = inputs.size(1) > targets.size(1), targets.size(1)
         for part in (inputs, starts_doc):
             if longer and self.session.settings.context_len > chunk + 1:
-                limits = {"min": chunk + 1, "max": self.session.settings.context_len}
-                torch._dynamo.mark_dynamic(part, 1, **limits)
+                torch._dynamo.maybe_mark_dynamic(part, 1)  # what a bias is padded to is a condition on T
             else:
                 torch._dynamo.mark_static(part, 1)
         torch._dynamo.mark_static(targets, 1)

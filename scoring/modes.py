@@ -277,21 +277,26 @@ def warm_up_scorer(
             reason = f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
             warnings.warn(f"adapters learn without graphs: {reason}", stacklevel=2)
             session.options = session.options._replace(compiles=False)
-    else:
+            rehearsal.options = options._replace(compiles=False)
+    if not session.options.compiles:
         score_session(scorer, rehearsal, cfg)
     if weights_digest(model) != before:
         raise ValueError("warming up moved the model's weights")
     session.checker.event("load", 0, 0)
 
 
+def adapt_session(model: nn.Module, session: ScoringRun, cfg: EvalConfig) -> ScoringResult:
+    """Score a text and learn from it; what was not rehearsed is not compiled: that takes minutes."""
+    calm = torch.compiler.set_stance("eager_on_recompile") if session.options.compiles else nullcontext()
+    with calm:
+        return SCORERS[cfg.mode].adapt(model, session, cfg)
+
+
 def score_session(model: nn.Module, session: ScoringRun, cfg: EvalConfig) -> ScoringResult:
     """Score a session's text as cfg.mode says."""
     session.checker.invalid = broken_rules(cfg)
     if SCORERS[cfg.mode].adapt is not None:
-        # What nobody rehearsed runs as it is: compiling it takes minutes, and the clock runs.
-        calm = torch.compiler.set_stance("eager_on_recompile") if session.options.compiles else nullcontext()
-        with calm:
-            return SCORERS[cfg.mode].adapt(model, session, cfg)
+        return adapt_session(model, session, cfg)
     context_len, bos_id = session.settings.context_len, session.options.bos_id
     session.score_windows(model, SCORERS[cfg.mode].plan(cfg, context_len, session.tokens, bos_id))
     return session.outcome(0, 0)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import train_gpt
 from data.validation import ValidationText
 from dev.gpu_battery.job import Job
 from dev.gpu_battery.scoring import LORA, score_text
@@ -20,6 +21,7 @@ from dev.gpu_battery.timing import open_ranks
 from dev.null_gpu.counters import Counters, Counts, KernelCount
 from dev.null_gpu.stand_ins import TritonBytes
 from formats.recipe import with_values
+from kernels.fused_choice import TRIALS
 from scoring.adaptive import choose_chunk_tokens
 from train_gpt import Log, Training, build_model, collect_statistics, train
 
@@ -79,7 +81,7 @@ def largest_attention(kernels: list[KernelCount]) -> int:
     return max((row.blocks for row in kernels if any(part in row.name for part in ATTENTION)), default=0)
 
 
-def open_step(bed: Bed, name: str, attention: str, passes: int) -> Bench:
+def open_step(bed: Bed, name: str, attention: str, passes: int, fused: str) -> Bench:
     """Make a recipe ready to step as one of 8 ranks does: one micro-batch, compiled."""
     base = load_recipe(bed.job, name)
     fracs = base.schedule.recur_start_fracs
@@ -89,6 +91,7 @@ def open_step(bed: Bed, name: str, attention: str, passes: int) -> Bench:
         "data.batch_tokens": base.data.batch_tokens // RANKS,
         "run.compile": "on",
         "run.attention": attention,
+        "model.fused": fused,
         "run.max_wallclock_seconds": 0,
         "run.val_loss_every": -1,
         "run.train_log_every": 0,
@@ -113,9 +116,9 @@ def count_loop(bed: Bed, training: Training) -> Counts:
     return long.counts.minus(short.counts).per(LONG_LOOP - SHORT_LOOP)
 
 
-def count_step(bed: Bed, name: str, attention: str, passes: int) -> Found:
+def count_step(bed: Bed, name: str, attention: str, passes: int, fused: str = "off") -> Found:
     """Count a compiled step: forward and backward, the update, and both as the training loop runs them."""
-    bench = open_step(bed, name, attention, passes)
+    bench = open_step(bed, name, attention, passes, fused)
     started = time.perf_counter()
     bench.forward_backward()
     compile_s = time.perf_counter() - started
@@ -205,6 +208,12 @@ def count_calibration(bed: Bed) -> Found:
     return Found(figures, work.kernels, {})
 
 
+def count_fused(bed: Bed) -> Found:
+    """Count a step with every fused kernel; here, where nothing is computed, none passes its self-test."""
+    train_gpt.choose_fused = lambda *_: (frozenset(TRIALS), {})
+    return count_step(bed, "1061", "varlen", 3, fused="auto")
+
+
 count_1061 = partial(count_step, name="1061", attention="varlen")
 
 
@@ -219,6 +228,9 @@ class Case(NamedTuple):
 CASES = {
     "step_1061_low": Case("a step of the 1.0611 recipe, recurrence off", partial(count_1061, passes=1)),
     "step_1061_full": Case("the same with all passes of the recurrence", partial(count_1061, passes=3)),
+    "step_1061_fused": Case(
+        "the same with model.fused, whose kernels' products are not cuBLAS's", count_fused
+    ),
     "step_naive": Case(
         "a step of the naive recipe", partial(count_step, name="naive", attention="sdpa", passes=1)
     ),

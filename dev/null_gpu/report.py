@@ -48,7 +48,7 @@ CALIBRATION_ROWS = (
     ("reserved_gb", "held by the allocator, GB", ",.1f"),
 )
 DOC_TABLES = (
-    (("step_1061_low", "step_1061_full", "step_naive"), STEP_ROWS),
+    (("step_1061_low", "step_1061_full", "step_1061_fused", "step_naive"), STEP_ROWS),
     (("lora_chunk",), LORA_ROWS),
     (("calibration",), CALIBRATION_ROWS),
 )
