@@ -274,7 +274,7 @@ def warm_up_scorer(
         try:
             rehearse_graphs(model, session, cfg, vocab_size)
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as problem:
-            reason = f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
+            reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
             warnings.warn(f"adapters learn without graphs: {reason}", stacklevel=2)
             session.options = session.options._replace(compiles=False)
             rehearsal.options = options._replace(compiles=False)

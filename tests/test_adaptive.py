@@ -5,6 +5,7 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -831,6 +832,25 @@ def test_few_graphs_serve_a_whole_text_and_none_is_made_in_the_clock(graphs, sdp
     with torch.compiler.set_stance("eager_on_recompile"):
         score_lora(sdpa_model, compiled_session(tokens), other)
     assert len(graphs) == 4
+
+
+def test_without_graphs_adapters_learn_eagerly_and_a_warning_says_why(monkeypatch, sdpa_model, alone):
+    """A compiler that gives up costs speed, not the score; both ways of scoring are rehearsed first."""
+    tokens, lora = make_text(LENGTHS[:3]), replace(LORA, mode="lora-ttt")
+
+    def give_up(graph, inputs):
+        raise RuntimeError("no such kernel\nand more")
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=give_up))
+    session = compiled_session(tokens)
+    session.ranks = alone
+    with pytest.warns(UserWarning, match=r"adapters learn without graphs: .*no such kernel"):
+        warm_up_scorer(sdpa_model, sdpa_model, session, lora, 12)
+    assert not session.options.compiles
+    found = score_lora(sdpa_model, session, lora).nats
+    assert torch.equal(found, score_lora(sdpa_model, make_session(tokens), lora).nats)
+    torch.compiler.reset()
 
 
 @pytest.mark.slow
