@@ -2214,7 +2214,7 @@ def score_model(
         context_len, settings.stride, scoring_deadline(settings, num_bytes), scoring.switch_at
     )
     compiles = scoring.warms_up and resolve_compile(cfg.run.compile, ranks.device)
-    if SCORERS[settings.mode].plan is None and compiles:  # blocked loops over T: a graph for each
+    if settings.lora_graphs and compiles:  # blocked loops over T: a graph for each
         options = options._replace(compiles=model.attention != "blocked")
     session = ScoringRun(tokens, windows, options, ranks, scoring.reports)
     scorer = model.eval()

@@ -501,6 +501,11 @@ def graph_losses(
     return chunk_losses(model, inputs, starts_doc, targets, first)
 
 
+def learns_in_graphs(cfg: EvalConfig, options: ScoreOptions) -> bool:
+    """Whether adapters learn in compiled graphs; where the recipe has none, a packed program has none."""
+    return cfg.lora_graphs and options.compiles
+
+
 class LoraScorer:
     """Score batches of documents, each document with adapters of its own that learn as it goes by."""
 
@@ -524,7 +529,9 @@ class LoraScorer:
         for module, visits in zip(self.sites.values(), count_visits(model, self.sites, device)):
             noise = torch.rand(visits, module.in_features, cfg.lora_rank, generator=generator)
             self.starts.append(((2 * noise - 1) / math.sqrt(module.in_features)).to(device))
-        self.graph = torch.compile(graph_losses, fullgraph=True) if session.options.compiles else None
+        self.graph = None
+        if learns_in_graphs(cfg, session.options):
+            self.graph = torch.compile(graph_losses, fullgraph=True)
         self.documents = plan_documents(session.tokens, session.options.bos_id, cfg.lora_max_doc_tokens)
         self.carried: dict[int, list[torch.Tensor]] = {}  # lane -> A of its last batch, mean over documents
 
@@ -547,7 +554,7 @@ class LoraScorer:
         starts = np.arange(0, int(lengths[0]), chunk)
         shares, num_read, retired = self.share_out(lengths, starts, chunk), 0, [0.0] * len(self.sites)
         for i, (start, share) in enumerate(zip(starts.tolist(), shares)):
-            if self.graph is not None and params:
+            if learns_in_graphs(self.cfg, self.session.options) and params:
                 sums = self.drop_rows(optimizer, int((lengths > start).sum()), len(starts) - 1 - i)
                 retired = [before + more for before, more in zip(retired, sums)] if sums else retired
             num_read += self.score_chunk(staged, start, chunk, optimizer)
@@ -567,7 +574,7 @@ class LoraScorer:
         which no earlier position can see. A graph is not made for one row, so a document alone gets company.
         """
         documents = self.documents[batch]
-        if self.graph is not None and len(batch) == 1:
+        if learns_in_graphs(self.cfg, self.session.options) and len(batch) == 1:
             documents = np.concatenate([documents, documents[:, [1, 1]]])  # an empty one
         lo, hi = documents.T[:, :, None]
         width = -(-int((hi - lo).max()) // chunk) * chunk
@@ -600,7 +607,7 @@ class LoraScorer:
         """
         options, longest = self.session.options, int(batch.lengths[0])
         learns = optimizer is not None and longest > start + chunk
-        in_graph = learns and self.graph is not None
+        in_graph = learns_in_graphs(self.cfg, options) and learns
         rows = int((batch.lengths > start).sum())
         rows = optimizer.param_groups[0]["params"][0].size(1) if in_graph else rows
         begin, end = max(0, start + chunk - self.session.settings.context_len), start + chunk

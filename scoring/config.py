@@ -58,6 +58,9 @@ class EvalConfig:
     lora_batch_docs: int = option(64, "TTT_BATCH_SIZE", "most documents adapted side by side", low=1)
     lora_warm_lanes: int = option(0, "", "batch i starts from batch i - n's mean A; 0: noise", low=0)
     lora_max_doc_tokens: int = option(0, "", "longer documents are cut; 0: never", low=0)
+    lora_graphs: bool = option(
+        False, "", "adapters learn in compiled graphs, where run.compile resolves to on"
+    )
     lora_seed: int = option(0, "", "seed of the adapters' first values", low=0)
     phase_docs: int = option(2500, "PHASED_TTT_PREFIX_DOCS", "documents before the last SGD phase", low=0)
     phase_count: int = option(1, "PHASED_TTT_NUM_PHASES", "SGD phases", low=1)

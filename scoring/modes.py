@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from scoring.adaptive import (
     ScoringRun,
     WindowSettings,
     choose_chunk_tokens,
+    learns_in_graphs,
     plan_document_windows,
     plan_documents,
     score_lora,
@@ -270,7 +270,7 @@ def warm_up_scorer(
     # Its clock is not the text's: a deadline would end the rehearsal where compiling takes long.
     settings = WindowSettings(context_len, session.settings.stride)
     rehearsal = ScoringRun(tokens, settings, options, session.ranks, Callbacks())
-    if SCORERS[cfg.mode].plan is None and options.compiles:
+    if SCORERS[cfg.mode].plan is None and learns_in_graphs(cfg, options):
         try:
             rehearse_graphs(model, session, cfg, vocab_size)
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as problem:
@@ -278,7 +278,7 @@ def warm_up_scorer(
             warnings.warn(f"adapters learn without graphs: {reason}", stacklevel=2)
             session.options = session.options._replace(compiles=False)
             rehearsal.options = options._replace(compiles=False)
-    if not session.options.compiles:
+    if not learns_in_graphs(cfg, session.options):
         score_session(scorer, rehearsal, cfg)
     if weights_digest(model) != before:
         raise ValueError("warming up moved the model's weights")
@@ -287,8 +287,9 @@ def warm_up_scorer(
 
 def adapt_session(model: nn.Module, session: ScoringRun, cfg: EvalConfig) -> ScoringResult:
     """Score a text and learn from it; what was not rehearsed is not compiled: that takes minutes."""
-    calm = torch.compiler.set_stance("eager_on_recompile") if session.options.compiles else nullcontext()
-    with calm:
+    if not learns_in_graphs(cfg, session.options):
+        return SCORERS[cfg.mode].adapt(model, session, cfg)
+    with torch.compiler.set_stance("eager_on_recompile"):
         return SCORERS[cfg.mode].adapt(model, session, cfg)
 
 

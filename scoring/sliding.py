@@ -101,7 +101,7 @@ class ScoreOptions(NamedTuple):
     rank: int = 0
     world_size: int = 1
     cost: Cost = plain_cost
-    compiles: bool = False  # whether adapters learn in graphs of torch.compile
+    compiles: bool = False  # where graphs can be made, for eval.lora_graphs
 
 
 class CompiledWindows:

@@ -55,7 +55,7 @@ LORA = EvalConfig(
     lora_rank=2, lora_alpha=4.0, lora_sites="head", lora_lr=0.05, lora_chunk_tokens=6, lora_batch_docs=3
 )
 LORA = replace(LORA, sgd_lr=0.5, sgd_epochs=1, sgd_chunk_tokens=32, sgd_batch_seqs=2)  # of phases
-LORA = replace(LORA, phase_docs=4, phase_count=2)
+LORA = replace(LORA, phase_docs=4, phase_count=2, lora_graphs=True)
 SCORERS = {
     "sgd": lambda model, session: score_sgd(model, session, SGD),
     "lora": lambda model, session: score_lora(model, session, LORA),
@@ -872,6 +872,7 @@ def test_kernels_of_inductor_give_the_scores_of_eager_passes(tiny_config, tiny_d
     """run.compile=on by the trainer's own path: real kernels, one block; rounding differs, nothing else."""
     changes = {"run.attention": "sdpa", "model.num_layers": 1, "eval.mode": "lora-ttt", "eval.lora_rank": 2}
     changes |= {"eval.lora_sites": "q,head", "eval.lora_chunk_tokens": 8, "eval.lora_batch_docs": 2}
+    changes |= {"eval.lora_graphs": True}
     text, found = load_validation(tiny_config.data), []
     torch.compiler.reset()
     for choice in ("on", "off"):
