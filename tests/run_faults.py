@@ -35,7 +35,7 @@ FAULTS = (
     Fault(
         "fillers of short LoRA rows start documents",
         "scoring/adaptive.py",
-        "(inputs == options.bos_id) & ~filled",
+        "(inputs == options.bos_id) & ~fills",
         "inputs == options.bos_id",
         "tests/test_varlen.py -k fillers",
     ),
@@ -129,6 +129,13 @@ FAULTS = (
         "tensor.pin_memory().to(",
         "tensor.to(",
         "tests/test_emulator.py -k waits",
+    ),
+    Fault(
+        "a chunk of LoRA scoring brings its nats to the CPU",
+        "scoring/adaptive.py",
+        "self.charge(batch, start, logits, losses.detach(), targets)",
+        "self.charge(batch, start, logits, losses.detach(), targets).cpu()",
+        "tests/test_emulator.py -k adaptive_scoring",
     ),
     Fault(
         "weights on one device, a table on the other",
