@@ -8,7 +8,7 @@ import torch
 
 from common import read_json
 from formats.recipe import with_values
-from kernels.fused_choice import TRIALS, FusedShape, refusal
+from kernels.fused_choice import TRIALS, FusedShape, why_plain
 from train_gpt import Environment, Ranks, load_artifact, load_validation, run, score_model
 
 pytestmark = [
@@ -40,4 +40,4 @@ def test_the_main_job_runs_on_a_gpu_and_its_artifact_scores_alike_on_a_cpu(tiny_
 def test_fused_kernels_agree_with_their_plain_forms(name):
     """At the sizes of the 1.0611 recipe; whether they pay is the battery's question."""
     pytest.importorskip("triton")
-    assert refusal(name, torch.device("cuda"), torch.bfloat16, FusedShape()) == ""
+    assert why_plain(name, torch.device("cuda"), torch.bfloat16, FusedShape()) == ""
