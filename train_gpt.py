@@ -720,6 +720,7 @@ class Clock:
         self.pace = 0.0  # ms a tick
         self.ticks, self.due = 0, 1  # since it was read, and at which it is read again
         self.is_read = True  # at the last tick
+        self.has_waited = False  # read since somebody set this to False
 
     def start(self) -> None:
         """Start the clock."""
@@ -734,7 +735,7 @@ class Clock:
         now = self.read_ms() if self.is_read else self.read_at + self.ticks * self.pace
         if self.is_read:
             self.pace = (now - self.read_at) / self.ticks
-            self.read_at, self.ticks = now, 0
+            self.read_at, self.ticks, self.has_waited = now, 0, True
             wait_ms = min(READ_EVERY_MS, (self.limit_ms - now) / 2)
             on_cpu = self.ranks.device.type == "cpu"
             self.due = 1 if on_cpu else max(int(wait_ms / max(self.pace, 1e-3)), 1)
@@ -2253,19 +2254,26 @@ def choose_fused(
     model: GPT, cfg: Config, ranks: Ranks, is_compiled: bool
 ) -> tuple[frozenset[str], dict[str, str]]:
     """Find out which operations of model.fused are kernels on this card, and why others are not; rank 0's."""
-    shape, stage = cfg.model, get_stages(cfg)[0]
+    shape = cfg.model
+    present = {
+        "qk": shape.qk_norm and POSITIONS[shape.positions][1] == "head",
+        "mlp": shape.mlp == "square" and shape.biases == "none" and shape.fp8 == "off",
+        "xsa": shape.xsa_last > 0 or shape.attn_gate != "none",
+        "loss": not shape.asymmetric_softcap,
+    }
     found = resolve_fused(
         shape.fused,
         ranks.device,
         model.compute_dtype,
         FusedShape(
-            stage.batch_tokens // stage.micro_batches,
+            max(stage.batch_tokens // stage.micro_batches for stage in get_stages(cfg)),
             shape.model_dim,
             (shape.num_heads, shape.num_kv_heads, shape.model_dim // shape.num_heads),
             rope_dims(shape),
             round(shape.mlp_mult * shape.model_dim),
             cfg.data.vocab_size + shape.vocab_pad,
             shape.model_dim if shape.attn_gate == "dense" else AttnGate.WIDTH,
+            tuple(name for name, is_present in present.items() if not is_present),
         ),
         is_compiled,
     )
@@ -2501,7 +2509,7 @@ def resume(training: Training, path: Path) -> None:
     if facts.get("config_hash") != fixed_hash(training.cfg):
         raise UserError(
             f"{path}: expected a checkpoint of recipe {fixed_hash(training.cfg)}, found one of "
-            f"{facts.get('config_hash')}. Resume with the recipe.toml of its run folder."
+            f"{facts.get('config_hash')}. Resume with the recipe and the data that it began with."
         )
     training.load_state_dict(map_leaves(state, np.ndarray, torch.from_numpy))
 
@@ -2618,6 +2626,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
         progress = run_progress(cfg, step, elapsed_ms, training.reserve_ms)
         before, phase = phase, phase_at(cfg, step, progress)
         if before not in (None, phase):
+            clock.due = 1  # its steps have another pace
             log.line(
                 f"phase: seq_len:{phase.stage.seq_len} batch_tokens:{phase.stage.batch_tokens} "
                 f"passes:{phase.passes} qat:{phase.qat} step:{step} train_time:{elapsed_ms:.0f}ms"
@@ -2633,7 +2642,8 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
         has_line = run.train_log_every > 0 and (step <= 10 or step % run.train_log_every == 0 or stopped)
         losses.append(StepLoss(step, train_loss, elapsed_ms, has_line))
         saves = run.save_every > 0 and step % run.save_every == 0
-        if clock.is_read or has_line or saves:
+        if clock.has_waited or has_line or saves:
+            clock.has_waited = False
             report_losses(training, log, losses)
             done = max(run_progress(cfg, step, elapsed_ms, training.reserve_ms), step / run.iterations)
             tell(int(10_000 * done), 10_000)
@@ -2647,6 +2657,12 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
             clock.start()
     training.train_ms = clock.stop()
     report_losses(training, log, losses)
+    wild = [name for name, param in training.model.named_parameters() if not torch.isfinite(param).all()]
+    if wild:
+        raise UserError(
+            f"training diverged: expected finite weights, found others in {wild[0]}; the log is kept. "
+            "Lower optim.matrix_lr and optim.tied_embed_lr, or set optim.grad_clip_norm=1."
+        )
     if training.step < run.iterations:
         log.line(
             f"stopping_early: wallclock_cap train_time:{training.train_ms:.0f}ms "
@@ -3095,7 +3111,7 @@ def describe_to_stdout(args, environment: Environment) -> None:
         raise UserError(f"--elapsed-ms: expected {len(steps)} times, one a step, found {len(elapsed)}.")
     cfg = load_config(args.recipe, environment.overrides, args.overrides)
     found = describe(cfg, steps, elapsed)
-    if args.hardware:
+    if args.hardware is not None:
         words = (["--recipe", args.recipe] if args.recipe else []) + args.overrides
         found["hardware"] = project(found, args.hardware, words)
     print(json.dumps(found) if args.json or not sys.stdout.isatty() else format_description(found))
@@ -3127,13 +3143,13 @@ def main(argv: list[str] | None = None) -> None:
         )
         parser.add_argument("--elapsed-ms", default="", metavar="MS,...", help="with --describe: their times")
         about = "describe the run on such machines: h100x8,4090,t4,... (docs/scaling.md)"
-        parser.add_argument("--hardware", default="", metavar="NAME,...", help=about)
+        parser.add_argument("--hardware", metavar="NAME,...", help=about)
     args = parser.parse_args(argv)
     environment = read_environment()
     recipe_path = args.recipe if PACKED_RECIPE is None else None
     for sentence in environment.misspelled if environment.rank == 0 else ():
         print(f"warning: environment: {sentence}", file=sys.stderr)
-    if PACKED_RECIPE is None and (args.describe or args.hardware):
+    if PACKED_RECIPE is None and (args.describe or args.hardware is not None):
         describe_to_stdout(args, environment)
         return
     try:

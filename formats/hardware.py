@@ -153,12 +153,12 @@ def parse_machine(text: str) -> Machine:
     """Read NAME, NAMExN or NAMExN@LINK; raises naming what is known."""
     match = re.fullmatch(r"([a-z0-9-]+?)(?:x([1-9]\d*))?(?:@(\w+))?", text.strip().lower())
     name, count, link = match.groups() if match else ("", None, None)
+    number = int(count or 1)
     if name not in CARDS or (link or "ib400") not in LINKS:
         raise UserError(
             f"--hardware {text}: expected a name of {', '.join(CARDS)}, with xN for N cards, as h100x8, and "
-            f"@{' or @'.join(LINKS)} for what joins machines of {CARDS_A_MACHINE}; found neither."
+            f"@{' or @'.join(LINKS)} for what joins machines of {CARDS_A_MACHINE}; found another."
         )
-    number = int(count or 1)
     if number > CARDS_A_MACHINE and number % CARDS_A_MACHINE:
         raise UserError(
             f"--hardware {text}: expected at most {CARDS_A_MACHINE} cards or a multiple of that, found "

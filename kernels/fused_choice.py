@@ -42,6 +42,7 @@ class FusedShape(NamedTuple):
     mlp_dim: int = 2048
     vocab_size: int = 8192
     gate_width: int = 12
+    absent: tuple[str, ...] = ()  # operations that the model does not have, or not in a form with a kernel
 
 
 class FusedChoice(NamedTuple):
@@ -66,11 +67,12 @@ def resolve_fused(
 
     auto keeps the kernels that beat the plain form at `shape`, which is compiled where `compiled` says so.
     """
-    names = {"off": (), "auto": tuple(TRIALS)}.get(wanted, tuple(wanted.split(",")))
-    unknown = ", ".join(name for name in names if name not in TRIALS)
+    names = {"off": (), "auto": tuple(TRIALS)}.get(wanted, tuple(dict.fromkeys(wanted.split(","))))
+    unknown = [repr(name) for name in names if name not in TRIALS]
     if unknown:
         raise UserError(
-            f"model.fused={wanted}: expected off, auto or some of {','.join(TRIALS)}, found {unknown}."
+            f"model.fused={wanted}: expected off, auto or some of {','.join(TRIALS)}, found "
+            f"{', '.join(unknown)}."
         )
     refused = {}
     for name in names:
@@ -104,6 +106,8 @@ def why_plain(name: str, device: torch.device, dtype: torch.dtype, shape: FusedS
 def why_always_plain(name: str, device: torch.device, dtype: torch.dtype, shape: FusedShape) -> str:
     """Say what rules a kernel out before it is tried."""
     head_dim = shape.heads[2]
+    if name in shape.absent:
+        return "the recipe has no such operation"
     if device.type != "cuda":
         return f"a {device.type} runs no such kernels"
     if find_spec("triton") is None:

@@ -156,7 +156,10 @@ def scoring_rules(cfg: EvalConfig, context_len: int, vocab_size: int) -> list[tu
     hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
     carries = cfg.mode == "phased" or (cfg.mode == "lora-ttt" and cfg.lora_warm_lanes)
     narrow = not cfg.tilt_static_entries or vocab_size <= 1 << 16
+    no_later = cfg.deadline_s <= cfg.limit_seconds or not cfg.limit_seconds
     return [
+        ("eval.deadline_s", cfg.deadline_s == -1 or cfg.deadline_s >= 0, "must be -1, 0 or seconds"),
+        ("eval.deadline_s", no_later, f"must be at most eval.limit_seconds={cfg.limit_seconds:g}"),
         ("eval.stride", scored_stride(cfg) <= context_len, f"must be at most the context of {context_len}"),
         (
             "eval.tail_legacy",

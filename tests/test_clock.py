@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_gpt
-from common import read_json
+from common import UserError, read_json
 from formats.recipe import with_values
 from train_gpt import (
     Clock,
@@ -104,6 +104,40 @@ def test_a_gpus_clock_holds_its_limit_when_steps_become_slower(machine):
         machine.now, spent = machine.now + step, spent + step
         shown.append(clock.tick())
     assert shown == sorted(shown) and spent == pytest.approx(10.0, abs=0.02)
+
+
+def test_losses_are_reported_after_every_reading_of_the_clock(tiny_config, alone, monkeypatch, tmp_path):
+    """Wherever in a step it was read: with four micro-batches a step its end may never be the moment."""
+    reported = []
+    monkeypatch.setattr(
+        train_gpt, "report_losses", lambda *args: (reported.append(len(args[2])), args[2].clear())
+    )
+    read_at = {2, 9, 18, 31}
+
+    def tick(self):
+        self.ticks += 1
+        self.is_read = self.ticks in read_at
+        self.has_waited |= self.is_read
+        return 0.0
+
+    monkeypatch.setattr(Clock, "tick", tick)
+    fields = {
+        "data.micro_batches": 4,
+        "run.iterations": 9,
+        "run.train_log_every": 0,
+        "run.val_loss_every": -1,
+    }
+    training = Training(with_values(tiny_config, fields, "test"), alone, bos_id=1)
+    train_gpt.train(training, Log(tmp_path, True), lambda: None)
+    assert reported == [1, 2, 2, 3, 1]
+
+
+def test_a_diverged_run_says_so_before_it_is_packed(tiny_config, alone, tmp_path):
+    """Weights that are not finite can leave a finite loss; the file of them would be called damaged."""
+    training = Training(with_values(tiny_config, {"run.iterations": 1}, "test"), alone, bos_id=1)
+    training.optimizers.step = lambda rates: training.model.skip_weights.data.fill_(math.nan)
+    with pytest.raises(UserError, match=r"diverged: .* in skip_weights; .*Lower optim\.matrix_lr"):
+        train_gpt.train(training, Log(tmp_path, True), lambda: None)
 
 
 def test_a_cpus_clock_is_read_at_every_tick(machine, alone):

@@ -10,8 +10,10 @@ from fixtures_fused import compare, gate_case, loss_case, mlp_case, norm_case, w
 from fixtures_model import ROOT, run_python
 from fixtures_numbers import assert_close_at_scale
 
+import train_gpt
 from common import UserError, read_json
 from dev.kernels import TABLE, kernel_name, launches_of
+from formats.recipe import with_values
 from kernels import fused_choice
 from kernels.fused import exclude_and_gate
 from kernels.fused_choice import TRIALS, FusedShape, largest_error, lost_race, resolve_fused, why_always_plain
@@ -65,8 +67,9 @@ def test_what_was_asked_for_by_name_and_cannot_be_stops_the_run():
         UserError, match=r"model\.fused=qk,xsa: .* on cpu .*\n  qk: a cpu .*\n  xsa: (.*\n)+Use"
     ):
         resolve_fused("qk,xsa", CPU, BF16, FusedShape(), True)
-    with pytest.raises(UserError, match="expected off, auto or some of qk,mlp,xsa,loss, found qv"):
-        resolve_fused("qk,qv", CPU, BF16, FusedShape(), True)
+    for wanted, found in (("qk,qv", "'qv'"), ("", "''"), ("qk,,mlp", "''")):
+        with pytest.raises(UserError, match=f"expected off, auto or some of qk,mlp,xsa,loss, found {found}"):
+            resolve_fused(wanted, CPU, BF16, FusedShape(), True)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,7 @@ def test_what_was_asked_for_by_name_and_cannot_be_stops_the_run():
         ("xsa", {"heads": (6, 3, 48)}, "a head's dimension of 48 is no power of two"),
         ("xsa", {"gate_width": 512}, "its gates read 512 channels, at most 32"),
         ("mlp", {"mlp_dim": 1364}, "a hidden size of 1364 is no multiple of 8"),
+        ("mlp", {"absent": ("mlp",)}, "the recipe has no such operation"),
         ("loss", {"vocab_size": 100_000}, "a vocabulary of 100,000 is larger than 65,536"),
     ],
 )
@@ -176,3 +180,28 @@ def test_the_documented_registers_are_those_of_the_table():
         name: " | ".join(f"{found['sm_90'][column]:,}" for column in columns)
         for name, found in read_json(TABLE).items()
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "absent"),
+    [
+        ({}, {"xsa"}),
+        ({"model.xsa_last": 1}, set()),
+        ({"model.attn_gate": "sparse", "model.mlp": "swiglu"}, {"mlp"}),
+        ({"model.attn_gate": "sparse", "model.biases": "all", "model.qk_norm": False}, {"mlp", "qk"}),
+        ({"model.xsa_last": 1, "model.asymmetric_softcap": True, "model.fp8": "emulate"}, {"mlp", "loss"}),
+    ],
+)
+def test_only_what_a_model_has_can_be_a_kernel(changes, absent, tiny_config, alone, monkeypatch):
+    """The log's line fused: names what runs."""
+    asked = []
+
+    def resolve(wanted, device, dtype, shape, compiled):
+        asked.append(shape)
+        return fused_choice.FusedChoice((), {})
+
+    monkeypatch.setattr(train_gpt, "resolve_fused", resolve)
+    cfg = with_values(tiny_config, changes | {"model.fused": "auto", "model.logit_softcap": 30.0}, "test")
+    training = train_gpt.Training(cfg, alone, bos_id=1)
+    assert set(asked[0].absent) == absent
+    assert train_gpt.fused_lines(training) == "fused:none\n"

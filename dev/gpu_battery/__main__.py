@@ -22,6 +22,7 @@ from dev.gpu_battery.measurements import PAGE, enter
 from dev.gpu_battery.report import format_markdown, format_plain
 
 ALL_SECONDS = 480
+HEAD = {"rehearsal": bool, "card": str, "commit": str, "started": str}  # what every results.json says
 AHEAD = ("dev.gpu_battery.steps:compile_1061_ahead", "dev.gpu_battery.steps:compile_naive_ahead")
 PARTS = (
     BatteryPart("train_small", 90, "train_gpt.py, shards to score", "dev.gpu_battery.whole_run:run", True),
@@ -74,7 +75,8 @@ def read_results(path: Path) -> dict:
     report = read_json(path)
     parts = report.get("parts") if isinstance(report, dict) and report.get("format") == FORMAT else None
     whole = isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values())
-    if not whole or "rehearsal" not in report:
+    whole = whole and all(isinstance(part.get("status"), str) for part in parts.values())
+    if not whole or not all(isinstance(report.get(key), kind) for key, kind in HEAD.items()):
         raise UserError(f"{path}: expected the {RESULTS_NAME} of a battery, found another JSON file.")
     return report
 

@@ -91,7 +91,8 @@ def collect_figures(report: dict) -> dict:
 
 def check_measured(path: Path, report: dict) -> None:
     """Raise for a battery that no GPU ran."""
-    if report["rehearsal"] or report["card"] == "none":
+    version = str(look_up(report, "machine", "versions", "torch"))
+    if report["rehearsal"] or report["card"] == "none" or version.endswith("+cpu"):
         kind = "a rehearsal" if report["rehearsal"] else "one of a machine without a GPU"
         raise UserError(f"{path}: expected a battery of a GPU, found {kind}. Run `make gpu-battery` on one.")
 
