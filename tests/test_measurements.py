@@ -97,6 +97,29 @@ def test_what_no_gpu_ran_is_refused(places, tmp_path, changes, what):
     assert not places[0].exists()
 
 
+@pytest.mark.parametrize(
+    "change", [{"card": None}, {"commit": 3}, {"started": None}, {"parts": {"machine": {}}}]
+)
+def test_an_incomplete_file_is_refused(places, tmp_path, change):
+    """In one sentence, and nothing is entered."""
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(made_up_report() | change))
+    for action in ("--enter", "--show"):
+        with pytest.raises(UserError, match=r"expected the results\.json of a battery, found another"):
+            battery.main([action, str(path)])
+    assert not places[0].exists()
+
+
+def test_a_battery_of_the_cpu_build_is_refused(places, tmp_path):
+    """Whatever its card's name has become."""
+    report = made_up_report()
+    report["parts"]["machine"]["results"]["versions"]["torch"] = "2.13.0+cpu"
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(report))
+    with pytest.raises(UserError, match="found one of a machine without a GPU"):
+        battery.main(["--enter", str(path)])
+
+
 def test_the_command_enters_a_file(places, tmp_path, monkeypatch, capsys):
     """As a person types it."""
     path = tmp_path / "results.json"
