@@ -76,7 +76,7 @@ def repaired_names(names: Collection[str]) -> tuple[str, ...]:
 def pack_tensors(
     table: tuple[TensorRow, ...], quantized: dict[str, Quantized], weights: dict[str, Tensor], codec: str
 ) -> dict[str, bytes]:
-    """Lay out a table's tensors as streams; refuses weights that are not finite."""
+    """Lay out a table's tensors as streams; refuses what is not finite as it is stored."""
     raw: dict[str, list[np.ndarray]] = {name: [] for name in STREAM_DTYPES}
     for row in table:
         if row.name in quantized:
@@ -84,10 +84,10 @@ def pack_tensors(
             pieces = {"codes": codes, "scales": scales, "columns": columns}
         else:
             weight = weights[row.name].detach()
-            if not torch.isfinite(weight).all():
-                raise UserError(f"{row.name} is not finite: the run diverged. Lower the learning rates.")
             pieces = {"halves": weight.half(), "floats": weight.float()}
         for stream, _ in STORAGE_PARTS[row.storage](row.shape):
+            if not torch.isfinite(pieces[stream]).all():  # huge weights overflow in float16, their scales too
+                raise UserError(f"{row.name} is not finite: the run diverged. Lower the learning rates.")
             raw[stream].append(pieces[stream].cpu().numpy())
     streams = {
         name: b"".join(part.astype(dtype).tobytes() for part in raw[name])

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 import random
 import shutil
 import struct
@@ -316,6 +317,20 @@ def test_weights_that_are_not_finite_are_not_written(artifact, tmp_path):
     with pytest.raises(UserError, match=r"blocks\.1\.mlp\.up\.weight: expected a finite matrix"):
         store(model, cfg, tmp_path / "nan.bin")
     assert not (tmp_path / "nan.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("skip_weights", math.nan), ("skip_weights", math.inf), ("blocks.0.attn.q.weight", 1e9)],
+)
+def test_weights_that_are_not_finite_as_stored_are_not_written(artifact, tmp_path, name, value):
+    """A float16 scale of huge weights overflows; a file of them would be called damaged when it is read."""
+    _, cfg, model, _ = artifact
+    with torch.no_grad():
+        model.get_parameter(name).fill_(value)
+    with pytest.raises(UserError, match=f"{name} is not finite: the run diverged. Lower the learning rates"):
+        store(model, cfg, tmp_path / "wild.bin")
+    assert not (tmp_path / "wild.bin").exists()
 
 
 @pytest.mark.numeric
