@@ -719,8 +719,7 @@ class Clock:
         self.read_at = self.shown_ms = total_ms  # when it was read last, what it showed last
         self.pace = 0.0  # ms a tick
         self.ticks, self.due = 0, 1  # since it was read, and at which it is read again
-        self.is_read = True  # at the last tick
-        self.has_waited = False  # read since somebody set this to False
+        self.has_waited = False  # whether it was read since somebody set this to False
 
     def start(self) -> None:
         """Start the clock."""
@@ -729,11 +728,11 @@ class Clock:
         self.read_at, self.ticks, self.due = self.total_ms, 0, 1
 
     def tick(self) -> float:
-        """Count a micro-batch and return the time; is_read says whether it was read."""
+        """Count a micro-batch and return the time; has_waited says of a reading."""
         self.ticks += 1
-        self.is_read = self.ticks >= self.due
-        now = self.read_ms() if self.is_read else self.read_at + self.ticks * self.pace
-        if self.is_read:
+        is_due = self.ticks >= self.due
+        now = self.read_ms() if is_due else self.read_at + self.ticks * self.pace
+        if is_due:
             self.pace = (now - self.read_at) / self.ticks
             self.read_at, self.ticks, self.has_waited = now, 0, True
             wait_ms = min(READ_EVERY_MS, (self.limit_ms - now) / 2)

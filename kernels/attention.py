@@ -25,6 +25,7 @@ from common import UserError
 from kernels.blocked import blocked_forward
 from kernels.flash import flash2, flash3, flash4
 from kernels.machine import nvidia_capability
+from kernels.selftest import relative_error, why_wrong
 
 
 class Extent(NamedTuple):
@@ -388,11 +389,7 @@ def refusal(
         return f"it computes in {', '.join(map(str, backend.dtypes))} only (model.compute_dtype)"
     rounded = dtype in HALF or device.type != "cpu"  # a GPU multiplies float32 in TF32: 10 bits
     tolerance = 2e-2 if rounded else 1e-3  # of the largest element
-    try:
-        error = self_test(name, device, dtype, heads, spec)
-    except Exception as problem:  # what foreign kernels raise has no common class
-        return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
-    return "" if error <= tolerance else f"it differs from math by {error:.2g} of the largest element"
+    return why_wrong(lambda: self_test(name, device, dtype, heads, spec), tolerance, "math")
 
 
 def self_test(
@@ -415,5 +412,4 @@ def self_test(
             kernel = BACKENDS[tested].probe or BACKENDS[tested].run
             y = kernel(*leaves, build_mask(small, starts_doc, tested, computed))
             results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(computed))])
-    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results)]
-    return math.inf if any(map(math.isnan, errors)) else max(errors)
+    return relative_error(*results)

@@ -22,6 +22,7 @@ from common import UserError
 from kernels.fused import HeadGate, exclude_and_gate, head_loss, norm_rotate, square_mlp
 from kernels.fused_loss import MOST_VOCAB
 from kernels.fused_mlp import BYTE_SIGNS
+from kernels.selftest import relative_error, why_wrong
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 TOLERANCE = 2e-2  # of the largest element, as kernels/attention.py has it
@@ -94,13 +95,7 @@ def why_plain(name: str, device: torch.device, dtype: torch.dtype, shape: FusedS
     why = why_always_plain(name, device, dtype, shape)
     if why:
         return why
-    try:
-        error = largest_error(name, device, dtype, shape)
-    except Exception as problem:  # what a compiler or a driver raises has no common class
-        return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
-    return (
-        "" if error <= TOLERANCE else f"it differs from the plain form by {error:.2g} of the largest element"
-    )
+    return why_wrong(lambda: largest_error(name, device, dtype, shape), TOLERANCE, "the plain form")
 
 
 def why_always_plain(name: str, device: torch.device, dtype: torch.dtype, shape: FusedShape) -> str:
@@ -202,8 +197,7 @@ def largest_error(name: str, device: torch.device, dtype: torch.dtype, shape: Fu
         found = gradients(lambda *leaves: trial.run(True, *leaves), trial.leaves)
         wide = [leaf.detach().float().requires_grad_() for leaf in trial.leaves]
         exact = gradients(lambda *leaves: trial.run(False, *leaves), wide)
-    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact)]
-    return math.inf if any(map(math.isnan, errors)) else max(errors)
+    return relative_error(found, exact)
 
 
 def gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:

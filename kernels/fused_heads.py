@@ -7,17 +7,12 @@ Sums over tokens go through one partial sum a program, so that no result depends
 import torch
 from torch import Tensor
 
-from kernels.jit import jit, tl
+from kernels.jit import jit, last_dense, tl
 
 ROTATED_TOKENS = 64  # of a program
 GATED_TOKENS = 16
 EPS = torch.finfo(torch.float32).eps  # of the norm, as rms_norm has it for bfloat16
 LEAST_NORM = 1e-12  # of a value, as F.normalize has it
-
-
-def last_dense(x: Tensor) -> Tensor:
-    """Return x with a last stride of 1; the kernels take any others."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def strides_of(x: Tensor) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.jit import jit, tl
+from kernels.loss import mean_gradients
 
 CHUNK_LOGITS = 1 << 26  # elements of a chunk: 128 MiB in bfloat16
 MOST_VOCAB = 1 << 16  # a program holds a row in registers
@@ -72,9 +73,7 @@ def _keep_loss(ctx, inputs, output):
 
 
 def _loss_gradients(ctx, grad, *_):
-    grad_x, grad_rows = ctx.saved_tensors
-    share = grad / len(grad_x)
-    return grad_x * share.to(grad_x.dtype), grad_rows * share.to(grad_rows.dtype), None, None
+    return *mean_gradients(grad, *ctx.saved_tensors), None, None
 
 
 head_loss_forward.register_autograd(_loss_gradients, setup_context=_keep_loss)

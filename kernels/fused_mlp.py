@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import jit, tl
+from kernels.jit import jit, last_dense, tl
 
 # Of a program: two programs share a multiprocessor, so that one writes while the other multiplies.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -82,7 +82,7 @@ def launch(a: Tensor, b: Tensor, out: Tensor, signs: Tensor, **options) -> None:
 @torch.library.custom_op("golf::square_up", mutates_args=())
 def square_up(x: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """Return max(h, slope h)^2 with h = x up^T, (N, F), and the signs of h, (N, F / 8) bytes."""
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = last_dense(x)
     out = x.new_empty(len(x), len(up))
     signs = x.new_empty(len(x), len(up) // BYTE_SIGNS, dtype=torch.uint8)
     launch(x, up.mT, out, signs, SLOPE=slope)
@@ -97,7 +97,7 @@ def _(x, up, slope):
 @torch.library.custom_op("golf::square_back", mutates_args=())
 def square_back(dy: Tensor, down: Tensor, square: Tensor, signs: Tensor, slope: float) -> Tensor:
     """Return the gradient of h, (N, F), from dy (N, D), down (D, F) and what square_up returned."""
-    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    dy = last_dense(dy)
     out = torch.empty_like(square)
     launch(dy, down, out, signs, SLOPE=abs(slope), square=square)
     return out

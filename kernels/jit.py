@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import cached_property
 from types import SimpleNamespace
 
+from torch import Tensor
+
 # What stands for triton.language until a kernel is launched; Triton reads annotations by their text.
 tl = SimpleNamespace(constexpr="constexpr")
 
@@ -36,3 +38,8 @@ class Kernel:
 def jit(function: Callable) -> Kernel:
     """Make a kernel."""
     return Kernel(function)
+
+
+def last_dense(x: Tensor) -> Tensor:
+    """Return x with a last stride of 1: kernels take any others."""
+    return x if x.stride(-1) == 1 else x.contiguous()

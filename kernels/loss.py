@@ -39,9 +39,13 @@ class BlockedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_x, grad_weight = ctx.saved_tensors
-        share = grad / len(grad_x)
-        return grad_x * share.to(grad_x.dtype), grad_weight * share.to(grad_weight.dtype), None, None
+        return *mean_gradients(grad, *ctx.saved_tensors), None, None
+
+
+def mean_gradients(grad: Tensor, grad_x: Tensor, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn the gradients of the sum of (N,) losses into those of their mean, whose gradient is `grad`."""
+    share = grad / len(grad_x)
+    return grad_x * share.to(grad_x.dtype), grad_weight * share.to(grad_weight.dtype)
 
 
 def blocked_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:

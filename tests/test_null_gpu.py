@@ -29,6 +29,7 @@ from dev.null_gpu.environment import (
 )
 from dev.null_gpu.stand_ins import GeneratedKernel, TritonBytes, count_blocks, parameter_names
 from dev.null_gpu.stubs import answered_names, driver_names, write_stubs
+from dev.pages import MARKS, with_block
 
 # In the form of generated code: tensors read and written, read, written; a size; a constant.
 KERNEL_SOURCE = """
@@ -166,7 +167,8 @@ def test_the_last_column_that_is_stored_is_compared():
 def test_storing_fills_one_column_and_keeps_the_rest(tmp_path):
     """Other cases, the other column and the page around the tables stay; times are not kept."""
     figures, page = tmp_path / "figures.json", tmp_path / "page.md"
-    page.write_text(f"# A\n<!-- {report.MARK} -->\nold\n<!-- end of {report.MARK} -->\n\n## B\n")
+    first, last = (mark.format(command=report.COMMAND) for mark in MARKS)
+    page.write_text(f"# A\n{first}\nold\n{last}\n\n## B\n")
     naive = {"launches_update": 126.0, "peak_gb": 10.539447808, "cpu_ms_update": 1.25}
     report.store("before", "2.11.0", {"step_naive": naive}, figures, page)
     report.store("after", "2.11.0", {"step_naive": naive | {"launches_update": 90.0}}, figures, page)
@@ -182,7 +184,7 @@ def test_storing_fills_one_column_and_keeps_the_rest(tmp_path):
     report.store("after", "2.11.0", chunk, figures, page)
     report.check(report.read_figures(figures), "2.11.0", chunk)  # kept in six digits, compared in six
     page.write_text("nothing")
-    with pytest.raises(UserError, match="expected the marks"):
+    with pytest.raises(UserError, match="expected the lines"):
         report.store("after", "2.11.0", {}, figures, page)
 
 
@@ -190,7 +192,7 @@ def test_the_page_shows_the_stored_figures():
     """Whoever edits one of them by hand has two truths."""
     text, stored = report.PAGE.read_text(), report.read_figures(report.FIGURES)
     assert set(stored["after"]["cases"]) == set(CASES)
-    assert report.put_tables(text, report.format_docs(stored)) == text
+    assert with_block(text, report.COMMAND, report.format_docs(stored)) == text
 
 
 def test_lists_of_kernels_are_short_and_readable():

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import UserError, format_table, read_json, write_json
+from dev.pages import DOCS, write_block
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 FIGURES = Path(__file__).with_name("figures.json")
-PAGE = ROOT / "docs" / "gpu-and-multi-node.md"
-MARK = "null GPU figures"  # of the generated part of the page
+PAGE = DOCS / "gpu-and-multi-node.md"
+COMMAND = "python -m dev.null_gpu --store"  # which makes a part of the page
 STORED = ("before", "after")  # columns of the docs; the check takes the last that is there
 TOP = 12  # kernels that are listed
 
@@ -141,8 +141,7 @@ def store(column: str, torch_version: str, found: Figures, figures: Path, page: 
     kept = {case: lasting(row) for case, row in found.items()}
     stored[column] = {"torch": torch_version, "cases": stored.get(column, {}).get("cases", {}) | kept}
     write_json(figures, {name: stored[name] for name in STORED if name in stored})
-    text = page.read_text(encoding="utf-8")
-    page.write_text(put_tables(text, format_docs(stored)), encoding="utf-8")
+    write_block(page, COMMAND, format_docs(stored))
 
 
 def format_docs(stored: dict) -> str:
@@ -160,13 +159,3 @@ def format_doc_table(stored: dict, cases: tuple[str, ...], rows: tuple) -> str:
         cells = ["" if value is None else format(value, spec) for value in values]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def put_tables(text: str, tables: str) -> str:
-    """Put tables between the marks of a page; raises where the page has none."""
-    begin, end = f"<!-- {MARK} -->\n", f"<!-- end of {MARK} -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise UserError(f"{PAGE}: expected the marks {begin.strip()} and {end}, found none. Put them back.")
-    return f"{before}{begin}{tables}\n{end}{after}"
