@@ -121,7 +121,7 @@ def defined_names(file: Path) -> set[str]:
 
 
 def first_party_files() -> list[Path]:
-    rooms = ("data", "formats", "kernels", "quantizers", "scoring", "eval", "pack", "audit", "dev")
+    rooms = ("durable", "data", "formats", "kernels", "quantizers", "scoring", "eval", "pack", "audit", "dev")
     return [ROOT / "train_gpt.py", *(path for room in rooms for path in (ROOT / room).rglob("*.py"))]
 
 

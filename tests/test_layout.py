@@ -13,8 +13,9 @@ TRAINER = "train_gpt"
 # Each room may import those that it names, and what they may import; nothing else.
 ROOMS = {
     "common": (),
-    "data": ("common",),
-    "formats": ("common",),
+    "durable": ("common",),
+    "data": ("durable",),
+    "formats": ("durable",),
     "kernels": ("common",),
     "quantizers": ("kernels", "formats", "data"),
     "scoring": ("kernels", "formats", "data"),
@@ -28,6 +29,7 @@ ROOMS = {
 # The folder audit, statistics and packing run where no torch is installed; data tools need none.
 WITHOUT_TORCH = (
     "common",
+    "durable",
     "data",
     "formats",
     "pack",
