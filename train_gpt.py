@@ -160,8 +160,11 @@ PACKED_RECIPE: dict | None = None
 PACKED_ENVIRONMENT = ""
 
 CLOCK_PARTS = {"training": "train_ms", "calibration and n-grams": "calibration_ms"}  # of result.json
-ARTIFACT_NAME, CHECKPOINT_NAME = "artifact.bin", "checkpoint.safetensors"
+ARTIFACT_NAME, LOG_NAME, RECIPE_NAME = "artifact.bin", "train.log", "recipe.toml"
 TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "tiktoken", "bese")
+
+# What training may run, for the code's hash.
+SOURCES = ("*.py", *(f"{room}/**/*.py" for room in "data durable formats kernels quantizers scoring".split()))
 
 CALIBRATION_TOKENS = 1 << 15  # that pass through the model at once: each visit's activations are kept
 READ_EVERY_MS = 1000.0  # how long the clock of a GPU goes on without being read
@@ -238,8 +241,14 @@ class RunConfig:
         200, "TRAIN_LOG_EVERY", "log the loss every so many steps", live=True, low=0
     )
     save_every: int = option(
-        0, "", "steps between checkpoints for --resume; 0: none; -1: never", live="auto", low=-1
-    )
+        0, "", "steps between checkpoints; 0: at a stop, none is kept at the end; -1: never", live="source",
+        low=-1,
+    )  # fmt: skip
+    resume: str = option(
+        "off", "", "auto: go on with the unfinished run of this recipe, seed and data, if there is one",
+        live="source", choices=("off", "auto"),
+    )  # fmt: skip
+    overwrite: bool = option(False, "", "replace an old run of run.run_id, not take a new name", live="source")
     val_batch_tokens: int = option(
         524_288, "VAL_BATCH_SIZE", "scoring batch; data.micro_batches share it", live=True, low=1
     )
@@ -432,7 +441,7 @@ class WatchConfig:
     """What a run shows and keeps on its way. Part of the recipe, so that a packed program leaves it out."""
 
     tensorboard: bool = option(False, "", "write TensorBoard events: tensorboard --logdir runs")
-    keep_checkpoints: int = option(0, "", "numbered checkpoints to keep, the best of them; 0: none", low=0)
+    keep_checkpoints: int = option(3, "", "checkpoints to keep: the best and the newest", low=3)
     sample_every: int = option(0, "", "steps between printed samples; 0: none", low=0)
     sample_tokens: int = option(64, "", "most tokens of a sample", low=1)
 
@@ -454,6 +463,7 @@ class Config:
 
 # Live fields that say where somebody keeps things: they stay out of what is packed and weighed.
 PLACE_FIELDS = ("run.run_id", "run.out_dir", "data.data_path", "data.tokenizer_path")
+ONCE_FIELDS = ("run.resume", "run.overwrite")  # said of one start, no part of a run folder's recipe
 
 
 class Stage(NamedTuple):
@@ -486,6 +496,7 @@ class Environment(NamedTuple):
     local_rank: int = 0
     world_size: int = 1
     misspelled: tuple[str, ...] = ()  # sentences on variables that look like misspelled ones
+    stops: Stops | None = None  # where signals are noted; not of a packed program
 
 
 def read_environment() -> Environment:
@@ -498,11 +509,13 @@ def read_environment() -> Environment:
     return Environment(environment_values(Config, os.environ) | fixed, **numbers)
 
 
-def load_config(recipe_path: str | None, environment: dict[str, str], overrides: list[str]) -> Config:
+def load_config(
+    recipe_path: str | None, environment: dict[str, str], overrides: list[str], places: dict | None = None
+) -> Config:
     """Resolve a config: defaults < recipe < environment < "section.key=value" overrides; then check it.
 
-    What none of these says of the tokenizer, the dataset's manifest does. A packed program has the recipe's
-    values as its defaults, and only live fields.
+    A resumed run's places count as the recipe's. What none of these says of the tokenizer, the dataset's
+    manifest does. A packed program has the recipe's values as its defaults, and only live fields.
     """
     changes = parse_overrides(overrides)
     if PACKED_RECIPE is not None:
@@ -516,8 +529,8 @@ def load_config(recipe_path: str | None, environment: dict[str, str], overrides:
     else:
         check_names(Config, changes)
         changes = read_auto(changes)
-    recipe = read_auto(read_recipe(recipe_path)) if recipe_path else {}
-    cfg = with_values(Config(), recipe, recipe_path) if recipe_path else Config()
+    recipe = (read_auto(read_recipe(recipe_path)) if recipe_path else {}) | (places or {})
+    cfg = with_values(Config(), recipe, recipe_path) if recipe else Config()
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
     if PACKED_RECIPE is None:
@@ -580,7 +593,7 @@ def check_config(cfg: Config) -> None:
     check_ranges(cfg)
     rules = clock_rules(cfg)
     if PACKED_RECIPE is None:
-        rules = [*fixed_rules(cfg), *rules]
+        rules = [*fixed_rules(cfg), *rules, *name_rules(cfg.run)]
     for name, holds, constraint in rules:
         if not holds:
             raise UserError(f"{name}={config_value(cfg, name)} {constraint}.")
@@ -598,6 +611,10 @@ def only_live(cfg: Config) -> Config:
 # ----------------------------------------------------------------------------------------------------------
 # All talk between processes goes through Ranks. There is one training clock, rank 0's, and every decision
 # that depends on time reads it, so ranks agree by construction.
+
+
+class Abandoned(Exception):
+    """Work that nobody needs any more."""
 
 
 class AsyncWork(NamedTuple):
@@ -621,6 +638,8 @@ class Ranks:
 
     def __init__(self, environment: Environment, device: str):
         self.rank, self.world_size = environment.rank, environment.world_size
+        if PACKED_RECIPE is None:
+            self.stops, self.reason = environment.stops or Stops(), 0
         self.device = resolve_device(device, environment.local_rank)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -644,6 +663,22 @@ class Ranks:
         box = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.broadcast(box, src=0)
         return float(box.item())
+
+    def agree(self, value: float) -> float:
+        """Return rank 0's value on every rank; `reason` is then why one of them has to stop, 0 for not."""
+        reason = self.stops.reason()
+        if self.world_size > 1:
+            mine = [value if self.is_main else -math.inf, reason]
+            box = torch.tensor(mine, dtype=torch.float64, device=self.device)
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
+            value, reason = box.tolist()
+        self.reason = int(reason)
+        return value
+
+    def heed(self, *_) -> None:
+        """Raise Abandoned where a signal came and is only noted: what is at work here can be left out."""
+        if self.stops.signum and self.stops.defers:
+            raise Abandoned
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor over all ranks, in place."""
@@ -744,7 +779,8 @@ class Clock:
     def read_ms(self) -> float:
         """Return rank 0's training time so far, after what the device has been given is done."""
         self.ranks.synchronize()
-        return self.ranks.broadcast(self.total_ms + 1000.0 * (time.perf_counter() - self.started))
+        mine = self.total_ms + 1000.0 * (time.perf_counter() - self.started)
+        return self.ranks.agree(mine) if PACKED_RECIPE is None else self.ranks.broadcast(mine)
 
     def stop(self) -> float:
         """Stop the clock and return its time."""
@@ -2197,8 +2233,18 @@ def measure(nats: Tensor, text: ValidationText, ranks: Ranks) -> BpbMeter:
 def validate(model: nn.Module, cfg: Config, text: ValidationText, ranks: Ranks) -> BpbMeter:
     """Score whole rows of data.seq_len tokens, as the contest does while it trains."""
     tokens = scored_tokens(text, cfg.data.seq_len, keep_tail=False)
-    windows = plan_windows(len(tokens) - 1, cfg.data.seq_len)
-    return measure(score_windows(model.eval(), tokens, windows, score_options(cfg, text, ranks)), text, ranks)
+    windows, options = plan_windows(len(tokens) - 1, cfg.data.seq_len), score_options(cfg, text, ranks)
+    score = partial(score_windows, model.eval(), tokens, windows, options)
+    nats = score_unless_stopped(score, len(tokens) - 1, ranks) if PACKED_RECIPE is None else score()
+    return measure(nats, text, ranks)
+
+
+def score_unless_stopped(score: Callable[..., Tensor], num_targets: int, ranks: Ranks) -> Tensor:
+    """Score, or where a signal came leave it and return zeros: the ranks stop after this, together."""
+    try:
+        return score(ranks.heed)
+    except Abandoned:
+        return torch.zeros(num_targets)
 
 
 def score_model(
@@ -2280,6 +2326,16 @@ def choose_fused(
     return frozenset(name for name in tried if ranks.broadcast(name in found.names)), found.refused
 
 
+def identity(cfg: Config) -> dict[str, str]:
+    """Say which run this is: what a checkpoint must have in common with the run that goes on from it."""
+    return {
+        "config_hash": fixed_hash(cfg),
+        "seed": str(cfg.run.seed),
+        "data": digest_of_data(cfg.data.data_path),
+        "tokenizer": open_tokenizer(cfg.data).digest,
+    }
+
+
 class Training:
     """Everything that a step changes, with one state_dict."""
 
@@ -2290,6 +2346,10 @@ class Training:
         self.reserve_ms = 0.0  # of the clock, for what is left to do when training ends
         self.job_seconds: dict[str, float] = {}  # what each of jobs_in_the_clock is expected to take
         self.calibration_ms = 0.0  # what they took
+        if PACKED_RECIPE is None:
+            self.resumed_at: list[int] = []  # steps
+            self.saved_at = 0  # step of the newest checkpoint
+            self.identity = identity(cfg)
         self.model = build_model(cfg, ranks.device)
         self.optimizers = Optimizers(self.model, cfg, ranks)
         self.average = new_average(self.model, cfg.average)
@@ -2321,6 +2381,10 @@ class Training:
             part.load_state_dict(state[name])
         self.step, self.train_ms = state["step"], state["train_ms"]
 
+    def must_stop(self) -> bool:
+        """Whether a rank has a reason to stop, as of the clock's last reading; no packed program does."""
+        return PACKED_RECIPE is None and self.ranks.reason != 0
+
     def micro_step(self, phase: Phase, index: int) -> Tensor:
         """Add this rank's micro-batch `index` of the step to the gradient; returns its share of the loss."""
         micro_steps = phase.stage.micro_batches // self.ranks.world_size
@@ -2343,10 +2407,13 @@ class Training:
 
     def run_micro_steps(self, phase: Phase, out_of_time: Callable[[], bool]) -> Tensor | None:
         """Run a step's micro-batches of this rank."""
-        total = torch.zeros((), device=self.ranks.device)
+        total, before = torch.zeros((), device=self.ranks.device), self.loader.state_dict()
         for index in range(phase.stage.micro_batches // self.ranks.world_size):
-            if index > 0 and out_of_time():
+            if index > 0 and out_of_time():  # all is again as before the step
                 self.optimizers.zero_grad()
+                self.loader.load_state_dict(before)
+                if self.cfg.model.fp8 != "off":
+                    self.fp8.seen.zero_()
                 return None
             total += self.micro_step(phase, index)
         return total
@@ -2492,25 +2559,70 @@ def do_jobs(training: Training, log: Log) -> dict[str, tuple]:
     return found
 
 
+@lru_cache
+def code_digest() -> str:
+    """Hash the source files that training may run."""
+    root, digest = Path(__file__).resolve().parent, hashlib.sha256()
+    for path in sorted(path for name in SOURCES for path in root.glob(name)):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_finite(training: Training) -> None:
+    """Raise unless all weights and their averages are finite, on every rank alike."""
+    averages = training.average.state_dict().values() if training.average else ()
+    listed = [tensor for kept in averages if isinstance(kept, list) for tensor in kept]
+    for tensor in (*training.model.state_dict().values(), *listed):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"step {training.step}: expected finite weights, found NaN or infinity: the run diverged; it "
+                "was not saved, the checkpoint before stays. Lower optim.matrix_lr and optim.tied_embed_lr, "
+                "or set optim.grad_clip_norm=1."
+            )
+
+
 def save_checkpoint(training: Training, path: Path) -> None:
-    """Write all that a step changes; ranks put their parts together first."""
+    """Write all that a step changes, and whose it is; ranks put their parts together first."""
+    check_finite(training)
     state = map_leaves(training.state_dict(), Tensor, lambda tensor: tensor.cpu().numpy())
     if training.ranks.is_main:
-        write_state(path, state, {"config_hash": fixed_hash(training.cfg)})
-        if training.cfg.watch.keep_checkpoints > 0:
-            rotate_checkpoints(path.parent, (path, training.step), {}, training.cfg.watch.keep_checkpoints)
+        facts = {
+            "run_id": path.parent.name,
+            "step": str(training.step),
+            "train_ms": str(training.train_ms),
+            "code": code_digest(),
+            "places": json.dumps(place_values(training.cfg)),
+            "resumed_at": json.dumps(training.resumed_at),
+        }
+        write_state(path, state, training.identity | facts)
     training.ranks.barrier()
 
 
-def resume(training: Training, path: Path) -> None:
-    """Continue from a checkpoint of the same recipe, on any number of ranks."""
-    state, facts = read_state(path)
-    if facts.get("config_hash") != fixed_hash(training.cfg):
-        raise UserError(
-            f"{path}: expected a checkpoint of recipe {fixed_hash(training.cfg)}, found one of "
-            f"{facts.get('config_hash')}. Resume with the recipe and the data that it began with."
-        )
-    training.load_state_dict(map_leaves(state, np.ndarray, torch.from_numpy))
+def keep_checkpoint(training: Training, log: Log) -> None:
+    """Save the run's state into its folder and drop older ones but those that are to stay."""
+    path = log.folder / NUMBERED.format(training.step)
+    save_checkpoint(training, path)
+    if log.is_main:
+        drop_checkpoints(log.folder, training.cfg.watch.keep_checkpoints)
+        log.line(f"saved:{path}", console=False)
+    training.saved_at = training.step
+    training.ranks.stops.kept = f"{path} is kept; go on with --resume {log.folder}"
+
+
+def resume(training: Training, found: FoundCheckpoint) -> None:
+    """Continue from a checkpoint of the same recipe, seed and data, on any number of ranks."""
+    check_identity(found.path, found.facts, training.identity)
+    training.load_state_dict(map_leaves(found.state, np.ndarray, torch.from_numpy))
+    training.resumed_at = [*json.loads(found.facts["resumed_at"]), training.step]
+    training.saved_at = training.step
+
+
+def resume_lines(found: FoundCheckpoint) -> str:
+    """Say from where a run goes on, and what is not as it was."""
+    was, now = found.facts["code"], code_digest()
+    notes = [f"resume_passed_over:{sentence}" for sentence in found.passed_over]
+    notes += [f"resume_other_code:{now}, the checkpoint was written by {was}"] if was != now else []
+    return "\n".join([*notes, f"resumed:step {found.facts['step']} from {found.path}"])
 
 
 def slow_note(training: Training) -> str:
@@ -2556,13 +2668,15 @@ def warm_up(training: Training, log: Log) -> None:
 def validate_now(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> None:
     """Score the validation text with the clock stopped and log the result."""
     score, step, train_ms = validate(), training.step, training.train_ms
+    if PACKED_RECIPE is None:
+        training.ranks.agree(0.0)
+        if training.must_stop():
+            return
     log.line(
         f"step:{step}/{training.cfg.run.iterations} val_loss:{score.val_loss:.4f} "
         f"val_bpb:{score.val_bpb:.4f} train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
     )
     log.event(kind="val", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb, train_ms=train_ms)
-    if training.cfg.watch.keep_checkpoints > 0 and log.is_main:
-        rotate_checkpoints(log.folder, None, {step: score.val_loss}, training.cfg.watch.keep_checkpoints)
 
 
 def log_sample(training: Training, log: Log) -> None:
@@ -2604,6 +2718,25 @@ def report_losses(training: Training, log: Log, losses: list[StepLoss]) -> None:
     losses.clear()
 
 
+def end_steps(training: Training, log: Log) -> None:
+    """Save the last whole step, so that nothing after it can lose it; leave where ranks.reason says so."""
+    ranks, stops = training.ranks, training.ranks.stops
+    if training.must_stop():
+        stops.reached()
+    is_new = training.step > training.saved_at and ranks.reason != DAMAGED
+    if is_new and training.cfg.run.save_every >= 0:
+        keep_checkpoint(training, log)
+    stops.defers = False
+    ranks.agree(0.0)  # of signals that came until here
+    if ranks.reason == DAMAGED:
+        raise UserError(stops.fault() or "training data are damaged: another rank names the shard.")
+    if training.must_stop():
+        stops.signum = ranks.reason  # of whichever rank
+        log.line(stops.said(), console=False)
+        ranks.close()
+        raise Stopped(stops.signum)
+
+
 def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dict:
     """Run the training loop under the clock, then apply the average; returns steps, time and speed."""
     cfg, run = training.cfg, training.cfg.run
@@ -2614,6 +2747,8 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
     losses: list[StepLoss] = []  # that are still on the device
     tell = ProgressLines(log.line, "training")
     stopped = elapsed_ms >= limit_ms
+    if PACKED_RECIPE is None:
+        training.ranks.stops.defers = True
     while training.step < run.iterations and not stopped:
         step = training.step
         if run.val_loss_every > 0 and step % run.val_loss_every == 0:
@@ -2622,6 +2757,8 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
             report_losses(training, log, losses)
             validate_now(training, log, validate)
             clock.start()
+            if training.must_stop():
+                break
         progress = run_progress(cfg, step, elapsed_ms, training.reserve_ms)
         before, phase = phase, phase_at(cfg, step, progress)
         if before not in (None, phase):
@@ -2630,17 +2767,17 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
                 f"phase: seq_len:{phase.stage.seq_len} batch_tokens:{phase.stage.batch_tokens} "
                 f"passes:{phase.passes} qat:{phase.qat} step:{step} train_time:{elapsed_ms:.0f}ms"
             )
-        train_loss = training.accumulate(phase, lambda: clock.tick() >= limit_ms)
+        train_loss = training.accumulate(phase, lambda: clock.tick() >= limit_ms or training.must_stop())
         if train_loss is None:
             stopped = True
             continue
         training.update(elapsed_ms)
         step, num_tokens = training.step, num_tokens + phase.stage.batch_tokens
         training.train_ms = elapsed_ms = clock.tick()
-        stopped = elapsed_ms >= limit_ms
+        stopped = elapsed_ms >= limit_ms or training.must_stop()
         has_line = run.train_log_every > 0 and (step <= 10 or step % run.train_log_every == 0 or stopped)
         losses.append(StepLoss(step, train_loss, elapsed_ms, has_line))
-        saves = run.save_every > 0 and step % run.save_every == 0
+        saves = PACKED_RECIPE is None and run.save_every > 0 and step % run.save_every == 0
         if clock.has_waited or has_line or saves:
             clock.has_waited = False
             report_losses(training, log, losses)
@@ -2648,7 +2785,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
             tell(int(10_000 * done), 10_000)
         if saves:
             clock.stop()
-            save_checkpoint(training, log.folder / CHECKPOINT_NAME)
+            keep_checkpoint(training, log)
             clock.start()
         if cfg.watch.sample_every > 0 and step % cfg.watch.sample_every == 0:
             clock.stop()
@@ -2656,6 +2793,8 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
             clock.start()
     training.train_ms = clock.stop()
     report_losses(training, log, losses)
+    if PACKED_RECIPE is None:
+        end_steps(training, log)
     if training.step < run.iterations:
         log.line(
             f"stopping_early: wallclock_cap train_time:{training.train_ms:.0f}ms "
@@ -2778,20 +2917,62 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
     log.line(f"{label}_roundtrip_exact {exact}")
 
 
-def prepare_folder(folder: Path, cfg: Config, is_resumed: bool) -> None:
-    """Make the run folder and write its recipe; an old run of the name is overwritten, a resumed one not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    old = ["result.json", ARTIFACT_NAME]
-    if not is_resumed:
-        old += ["train.log", "metrics.jsonl", EVENTS_NAME]
-        if cfg.watch.keep_checkpoints > 0:
-            old += [BEST_NAME, LOSSES_NAME, *(path.name for path in folder.glob(NUMBERED_GLOB))]
-    for name in old:
-        (folder / name).unlink(missing_ok=True)
+def claim_folder(out_dir: str, run_id: str) -> int:
+    """Make a run folder that nobody has; returns its number, 1 or that in a name like run_id_2."""
+    for number in itertools.count(1):
+        try:
+            Path(out_dir, numbered_name(run_id, number)).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return number
+
+
+def numbered_name(run_id: str, number: int) -> str:
+    """Name the number-th run of one id."""
+    return f"{run_id}_{number}" if number > 1 else run_id
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what an old run left in its folder."""
+    for name in (RESULT_NAME, ARTIFACT_NAME, LOG_NAME, METRICS_NAME, EVENTS_NAME, NUMBERED_GLOB):
+        for path in folder.glob(name):
+            path.unlink()
+
+
+def keep_result(folder: Path) -> None:
+    """Rename result and artifact of a run that is to go on: they are not lost if it fails."""
+    if (folder / RESULT_NAME).is_file():
+        steps = read_json(folder / RESULT_NAME)["steps"]
+        for name in (RESULT_NAME, ARTIFACT_NAME):
+            path = folder / name
+            path.replace(path.with_stem(f"{path.stem}_step{steps:07d}"))
+
+
+def open_folder(cfg: Config, ranks: Ranks, run_id: str, found: FoundCheckpoint | None) -> tuple[Path, object]:
+    """Name the run folder, the same on every rank, and on rank 0 hold it; returns it and the hold."""
+    folder = Path(cfg.run.out_dir, run_id)
+    goes_on = resumes(cfg) and folder.is_dir()
+    goes_on |= found is not None and found.path.resolve().parent == folder.resolve()
+    if not goes_on and not (cfg.run.overwrite and cfg.run.run_id):
+        number = claim_folder(cfg.run.out_dir, run_id) if ranks.is_main else 0
+        folder = folder.with_name(numbered_name(run_id, int(ranks.broadcast(number))))
+    if not ranks.is_main:
+        return folder, None
+    held = lock_folder(folder)
+    if goes_on:
+        keep_result(folder)
+        cut_metrics(folder, int(found.facts["step"]) if found else 0)
+    else:
+        clear_folder(folder)
+    return folder, held
+
+
+def write_recipe(folder: Path, cfg: Config) -> None:
+    """Write a run's recipe into its folder, without the places."""
     recipe = whole_recipe(cfg)
-    for section, key in (name.split(".") for name in PLACE_FIELDS):
-        recipe[section].pop(key)
-    with atomic_file(folder / "recipe.toml") as file:
+    for section, key in (name.split(".") for name in (*PLACE_FIELDS, *ONCE_FIELDS)):
+        recipe[section].pop(key, None)
+    with atomic_file(folder / RECIPE_NAME) as file:
         file.write(format_toml(recipe).encode())
 
 

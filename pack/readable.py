@@ -54,7 +54,7 @@ MODULES = {
     "data/": "4",
     "kernels/": "5",
     "quantizers/": "9",
-    "formats/rotation.py": "11",
+    "formats/checkpoints.py": "11",
     "formats/": "10",
     "scoring/": SCORING,
 }

@@ -1,0 +1,123 @@
+"""Checkpoints of a run folder: which there are, which stay, which one goes on.
+
+checkpoint_step0000500.safetensors and so on; the newest two and the best by validation loss stay, or as many
+as watch.keep_checkpoints says. Each is sealed (formats/state.py) and says whose it is.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from common import UserError, atomic_file
+from formats.state import read_facts, read_state
+
+NUMBERED = "checkpoint_step{:07d}.safetensors"
+NUMBERED_GLOB = "checkpoint_step*.safetensors"
+METRICS_NAME, RESULT_NAME = "metrics.jsonl", "result.json"
+# What a checkpoint must have in common with the run that goes on from it, and what to do where it has not.
+IDENTITY = {
+    "config_hash": "recipe: resume with the recipe that the run began with",
+    "seed": "seed: a run has one, start another run for another seed",
+    "data": "training data: set data.data_path to those that the run began with",
+    "tokenizer": "tokenizer: set data.tokenizer_path to the one that the run began with",
+}
+
+
+class FoundCheckpoint(NamedTuple):
+    """A checkpoint that was read whole."""
+
+    path: Path
+    state: dict
+    facts: dict[str, str]
+    passed_over: tuple[str, ...] = ()  # sentences on newer ones that are damaged
+
+
+def numbered_steps(folder: Path) -> list[int]:
+    """List the steps of the numbered checkpoints in order."""
+    names = (path.stem.removeprefix("checkpoint_step") for path in folder.glob(NUMBERED_GLOB))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Name a run folder's newest checkpoint, whole or not; None where there is none."""
+    steps = numbered_steps(folder)
+    return folder / NUMBERED.format(steps[-1]) if steps else None
+
+
+def read_metrics(folder: Path) -> Iterator[tuple[str, dict]]:
+    """Yield the whole lines of metrics.jsonl and what they say; what a kill cut off is left out."""
+    path = folder / METRICS_NAME
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("step"), int):
+            yield line, event
+
+
+def steps_to_keep(steps: list[int], losses: dict[int, float], most: int) -> set[int]:
+    """Choose at most so many: the one with the lowest known loss (the first of equals), then the newest."""
+    best = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], step))[:1]
+    others = [step for step in sorted(steps, reverse=True) if step not in best]
+    return {*best, *others[: most - len(best)]}
+
+
+def drop_checkpoints(folder: Path, most: int) -> None:
+    """Remove all checkpoints but the best by the log's validation losses and the newest, `most` in all."""
+    events = [event for _, event in read_metrics(folder) if event.get("kind") == "val"]
+    losses = {event["step"]: event["val_loss"] for event in events}
+    steps = numbered_steps(folder)
+    for step in set(steps) - steps_to_keep(steps, losses, most):
+        (folder / NUMBERED.format(step)).unlink()
+
+
+def cut_metrics(folder: Path, step: int) -> None:
+    """Take out of metrics.jsonl what came after a step, and what a kill cut off: it will be done again."""
+    kept = [line for line, event in read_metrics(folder) if event["step"] <= step]
+    if (folder / METRICS_NAME).is_file():
+        with atomic_file(folder / METRICS_NAME) as file:
+            file.write("".join(f"{line}\n" for line in kept).encode())
+
+
+def read_newest(place: Path) -> FoundCheckpoint | None:
+    """Read a checkpoint file, or of a run folder the newest one that is whole; None where there is none.
+
+    Raises a UserError where all there are are damaged.
+    """
+    if place.is_file():
+        return FoundCheckpoint(place, *read_state(place))
+    damaged: list[str] = []
+    for step in reversed(numbered_steps(place)):
+        path = place / NUMBERED.format(step)
+        try:
+            return FoundCheckpoint(path, *read_state(path), tuple(damaged))
+        except UserError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise UserError(" ".join(damaged) + " No whole checkpoint is left; start the run anew.")
+    return None
+
+
+def check_identity(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
+    """Raise unless a checkpoint is of the same recipe, seed, data and tokenizer as the run."""
+    for key, advice in IDENTITY.items():
+        if found.get(key) != expected[key]:
+            raise UserError(
+                f"{path}: expected a checkpoint with {key} {expected[key]}, found {found.get(key)}. Another "
+                f"{advice}."
+            )
+
+
+def find_unfinished(out_dir: Path, expected: dict[str, str]) -> Path | None:
+    """Find the newest run folder without a result whose newest checkpoint is of this run; None without."""
+    folders = []
+    for path in {path.parent for path in out_dir.glob(f"*/{NUMBERED_GLOB}")}:
+        newest = newest_checkpoint(path)
+        if newest is None or (path / RESULT_NAME).is_file():
+            continue
+        facts = read_facts(newest)
+        if all(facts.get(key) == expected[key] for key in IDENTITY):
+            folders.append((newest.stat().st_mtime, path))
+    return max(folders)[1] if folders else None
