@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -86,24 +86,62 @@ def format_table(columns: dict[str, str], rows: list[tuple]) -> str:
 
 
 @contextmanager
-def atomic_file(path: str | Path):
-    """Yield a binary file that takes the name `path` only when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")  # a fixed name: a killed writer's rest is overwritten
+def full_disk_named(path: str | Path):
+    """Turn the error of a disk without space into a UserError that names the file."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise UserError(
-                f"{path}: not written, the disk is full. Free space and run this again."
-            ) from error
-        raise
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise UserError(f"{path}: not written, the disk is full. Free space and run this again.") from error
+
+
+@contextmanager
+def atomic_file(path: str | Path):
+    """Yield a binary file that takes the name `path` only when the block ends well.
+
+    Several may write one file at once: the last to end wins. What a killed writer left behind is removed
+    by the next one that locks the folder.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+    with full_disk_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(temporary, "xb")  # noqa: SIM115 - what another wrote by that name is not ours to remove
+        try:
+            with opened as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Make the names in a folder outlast a power cut."""
+    with suppress(OSError):  # Windows opens no folders, some network file systems sync none
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def append_text(path: str | Path, text: str | bytes) -> None:
+    """Append to a file that has no other writer, whole or not at all."""
+    rest = text if isinstance(text, bytes) else text.encode()
+    with full_disk_named(path), open(path, "ab", buffering=0) as file:
+        length = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException:
+            with suppress(OSError):  # a device has no length; the first error is the one to tell
+                file.truncate(length)
+            raise
 
 
 def write_json(path: str | Path, value) -> None:

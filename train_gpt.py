@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import CommandParser, UserError, atomic_file, run_command, sha256_file, write_json
+from common import CommandParser, UserError, append_text, atomic_file, run_command, sha256_file, write_json
 from data.codecs import TokenCodec, load_codec
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, read_report, stated_tokenizer
@@ -801,14 +801,12 @@ class Log:
         if self.is_main and text:
             if console:
                 print(text, flush=True)
-            with open(self.folder / "train.log", "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            append_text(self.folder / "train.log", text + "\n")
 
     def event(self, **values) -> None:
         """Append one JSON object to metrics.jsonl."""
         if self.is_main:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            append_text(self.folder / "metrics.jsonl", json.dumps(values) + "\n")
             if self.tensorboard:
                 append_scalars(self.folder / EVENTS_NAME, time.time(), values)
 

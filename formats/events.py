@@ -9,6 +9,8 @@ import struct
 from functools import cache
 from pathlib import Path
 
+from common import append_text
+
 EVENTS_NAME = "events.out.tfevents.0"  # TensorBoard looks for "tfevents" in names
 CRC_POLYNOMIAL = 0x82F63B78  # of CRC-32C, reflected
 MASK_DELTA = 0xA282EAD8
@@ -66,5 +68,4 @@ def append_scalars(path: Path, wall_time: float, event: dict) -> None:
     )
     head = b"" if path.is_file() else frame(when + chunk(3, b"brain.Event:2"))
     record = when + b"\x10" + varint(event["step"]) + chunk(5, b"".join(values))
-    with open(path, "ab") as file:
-        file.write(head + frame(record))
+    append_text(path, head + frame(record))

@@ -1,9 +1,7 @@
 """The shard format: what is written is read back, what is damaged is refused, nothing is half written."""
 
-import errno
 import json
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common import UserError, atomic_file, write_json
+from common import UserError, write_json
 from data.shards import (
     HEADER_BYTES,
     check_stated_shards,
@@ -131,17 +129,6 @@ def test_no_shards_is_an_error_that_names_the_three_ways_to_make_some(tmp_path):
         find_shards(tmp_path / "fineweb_val_*.bin")
 
 
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
-    """A killed run must not destroy the dataset that was there."""
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), atomic_file(path) as file:
-        file.write(b"half")
-        raise RuntimeError("the disk is full")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_manifest_is_read_back_and_a_damaged_one_is_refused(tmp_path):
     """A folder without a manifest is fine: the contest's shards have none beside them."""
     assert read_manifest(tmp_path) is None
@@ -150,25 +137,6 @@ def test_a_manifest_is_read_back_and_a_damaged_one_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 1})[:-2])
     with pytest.raises(UserError, match="not valid JSON"):
         read_manifest(tmp_path)
-
-
-def test_a_full_disk_is_one_error_that_names_the_file(tmp_path):
-    """Not a traceback from the middle of an hour of tokenizing; the old file stays."""
-    path = tmp_path / "fineweb_train_000000.bin"
-    message = r"fineweb_train_000000\.bin: not written, the disk is full"
-    with pytest.raises(UserError, match=message), atomic_file(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(PermissionError), atomic_file(path):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_the_error_of_a_device_without_space_is_known(tmp_path):
-    """The number is the system's: a write to a full device must give one of those that are told apart."""
-    (tmp_path / ".x.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="the disk is full"), atomic_file(tmp_path / "x") as file:
-        file.write(b"text")
 
 
 def test_a_folder_whose_writing_was_cut_off_is_not_read(shard):
