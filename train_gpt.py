@@ -20,6 +20,7 @@ Shapes: B batch, T time, D model, H query heads, G kv heads, K head dim, F mlp h
 
 import copy
 import fnmatch
+import hashlib
 import itertools
 import json
 import math
@@ -46,12 +47,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import CommandParser, UserError, append_text, atomic_file, run_command, sha256_file, write_json
+from common import (
+    CommandParser,
+    UserError,
+    append_text,
+    atomic_file,
+    read_json,
+    run_command,
+    sha256_file,
+    write_json,
+)
 from data.codecs import TokenCodec, load_codec
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
-from data.shards import TRAIN_GLOB, read_report, stated_tokenizer
+from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
+from durable.lock import FolderLock, lock_folder
+from durable.stops import DAMAGED, Stopped, Stops
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
+from formats.checkpoints import (
+    METRICS_NAME,
+    NUMBERED,
+    NUMBERED_GLOB,
+    RESULT_NAME,
+    FoundCheckpoint,
+    check_identity,
+    cut_metrics,
+    drop_checkpoints,
+    find_unfinished,
+    newest_checkpoint,
+    read_newest,
+)
 from formats.events import EVENTS_NAME, append_scalars
 from formats.hardware import project
 from formats.help import FieldParser, check_names, describe_sections, format_description, near_misses
@@ -71,9 +96,8 @@ from formats.recipe import (
     recipe_hash,
     with_values,
 )
-from formats.rotation import BEST_NAME, LOSSES_NAME, NUMBERED_GLOB, rotate_checkpoints
 from formats.rules import average_rules, clock_rules, model_rules, stage_rules
-from formats.state import map_leaves, read_state, write_state
+from formats.state import map_leaves, write_state
 from kernels.attention import (
     BACKENDS,
     AttentionMask,
@@ -245,7 +269,7 @@ class RunConfig:
         low=-1,
     )  # fmt: skip
     resume: str = option(
-        "off", "", "auto: go on with the unfinished run of this recipe, seed and data, if there is one",
+        "off", "", "auto: go on with an unfinished run of this recipe, seed and data",
         live="source", choices=("off", "auto"),
     )  # fmt: skip
     overwrite: bool = option(False, "", "replace an old run of run.run_id, not take a new name", live="source")
@@ -586,6 +610,13 @@ def fixed_rules(cfg: Config) -> list[tuple]:
         *QUANTIZERS[cfg.quant.method].rules(cfg.quant),
         *scoring_rules(cfg.eval, cfg.eval.context_len or cfg.data.seq_len, cfg.data.vocab_size),
     ]
+
+
+def name_rules(run: RunConfig) -> list[tuple]:
+    """Return the rule that a run's id is a name in every file system, no path."""
+    is_name = not re.search(r'[/\\:*?"<>|]|^\.|[. ]$', run.run_id) and len(run.run_id.encode()) < 200
+    advice = 'must be a name without / \\ : * ? " < > |, no dot first, below 200 bytes; see run.out_dir'
+    return [("run.run_id", is_name, advice)]
 
 
 def check_config(cfg: Config) -> None:
@@ -2915,19 +2946,29 @@ def log_score(cfg: Config, score: Score, log: Log) -> None:
     log.line(f"{label}_roundtrip_exact {exact}")
 
 
-def claim_folder(out_dir: str, run_id: str) -> int:
-    """Make a run folder that nobody has; returns its number, 1 or that in a name like run_id_2."""
-    for number in itertools.count(1):
+class Start(NamedTuple):
+    """Where a run starts."""
+
+    folder: Path | None = None  # that it goes on in; None for one of its own
+    found: FoundCheckpoint | None = None  # that it goes on from; None for step 0
+
+
+def new_folder(out_dir: str, run_id: str, ranks: Ranks) -> Path:
+    """Make a run folder that nobody has: run_id, else run_id_2 and so on; the same on every rank."""
+    number = 0
+    while ranks.is_main:
+        number += 1
         try:
-            Path(out_dir, numbered_name(run_id, number)).mkdir(parents=True)
+            numbered_folder(out_dir, run_id, number).mkdir(parents=True)
+            break
         except FileExistsError:
             continue
-        return number
+    return numbered_folder(out_dir, run_id, int(ranks.broadcast(number)))
 
 
-def numbered_name(run_id: str, number: int) -> str:
-    """Name the number-th run of one id."""
-    return f"{run_id}_{number}" if number > 1 else run_id
+def numbered_folder(out_dir: str, run_id: str, number: int) -> Path:
+    """Name the folder of the number-th run of one id."""
+    return Path(out_dir, f"{run_id}_{number}" if number > 1 else run_id)
 
 
 def clear_folder(folder: Path) -> None:
@@ -2946,23 +2987,23 @@ def keep_result(folder: Path) -> None:
             path.replace(path.with_stem(f"{path.stem}_step{steps:07d}"))
 
 
-def open_folder(cfg: Config, ranks: Ranks, run_id: str, found: FoundCheckpoint | None) -> tuple[Path, object]:
-    """Name the run folder, the same on every rank, and on rank 0 hold it; returns it and the hold."""
-    folder = Path(cfg.run.out_dir, run_id)
-    goes_on = resumes(cfg) and folder.is_dir()
-    goes_on |= found is not None and found.path.resolve().parent == folder.resolve()
-    if not goes_on and not (cfg.run.overwrite and cfg.run.run_id):
-        number = claim_folder(cfg.run.out_dir, run_id) if ranks.is_main else 0
-        folder = folder.with_name(numbered_name(run_id, int(ranks.broadcast(number))))
-    if not ranks.is_main:
-        return folder, None
+def hold_folder(folder: Path, start: Start) -> FolderLock:
+    """Keep other writers out of a run folder and make it ready for the steps that follow `start`."""
     held = lock_folder(folder)
-    if goes_on:
-        keep_result(folder)
-        cut_metrics(folder, int(found.facts["step"]) if found else 0)
-    else:
+    if start.folder is None:
         clear_folder(folder)
-    return folder, held
+    else:
+        keep_result(folder)
+        cut_metrics(folder, int(start.found.facts["step"]) if start.found else 0)
+        append_text(folder / LOG_NAME, "\n")  # a kill may have cut off a line
+    return held
+
+
+def kept_note(folder: Path, start: Start) -> str:
+    """Say what a stop leaves before the first step."""
+    if start.found:
+        return f"{start.found.path} is kept; go on with --resume {folder}"
+    return f"No step was done; {folder} has the log."
 
 
 def write_recipe(folder: Path, cfg: Config) -> None:
@@ -2997,7 +3038,7 @@ def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
         "seed": cfg.run.seed,
         "places": place_values(cfg),
     }
-    write_json(folder / "result.json", result)
+    write_json(folder / RESULT_NAME, result)
     log.line(f"run_folder:{folder}")
     if broken:
         verdict = not_valid(broken)
@@ -3059,7 +3100,7 @@ def out_of_memory(cfg: Config, environment: Environment) -> str:
 
 
 def open_run(
-    cfg: Config, environment: Environment, text: ValidationText, checkpoint_path: Path | None
+    cfg: Config, environment: Environment, text: ValidationText, start: Start
 ) -> tuple[Training, Log, int]:
     """Make ranks, model (from a checkpoint if there is one) and run folder; also weigh the packed source."""
     ranks = Ranks(environment, cfg.run.device)
@@ -3070,12 +3111,21 @@ def open_run(
     started_at = time.localtime(ranks.broadcast(time.time()))  # rank 0's, so that all ranks name one folder
     run_id = cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at) + f"_seed{cfg.run.seed}"
     training = Training(cfg, ranks, text.bos_id)
-    if checkpoint_path:
-        resume(training, checkpoint_path)
-    log = Log(Path(cfg.run.out_dir) / run_id, ranks.is_main, cfg.watch.tensorboard)
+    if PACKED_RECIPE is None and start.found:
+        resume(training, start.found)
+    if PACKED_RECIPE is None and cfg.run.overwrite and cfg.run.run_id:
+        folder = Path(cfg.run.out_dir, run_id)
+    else:
+        folder = start.folder or new_folder(cfg.run.out_dir, run_id, ranks)
+    log = Log(folder, ranks.is_main, cfg.watch.tensorboard)
+    if PACKED_RECIPE is None:
+        log.held = hold_folder(folder, start) if ranks.is_main else None
+        ranks.stops.is_silent, ranks.stops.kept = not ranks.is_main, kept_note(folder, start)
+        if start.found:
+            log.line(resume_lines(start.found))
     code_bytes, packing_note = 0, ""
     if ranks.is_main:
-        prepare_folder(log.folder, cfg, checkpoint_path is not None)
+        write_recipe(folder, cfg)
         log.line("packing: the code that counts; a new recipe or source takes up to half a minute")
         code_bytes, packing_note = weigh_code(log.folder)
         broken = overruns([Ledger(BYTES, [("code", code_bytes)], cfg.quant.limit_bytes, "bytes")])
@@ -3122,7 +3172,7 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
     return ledger
 
 
-def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = None) -> None:
+def run(cfg: Config, environment: Environment, start: Start | None = None) -> None:
     """Do the main job: train or resume training, average, quantize, pack, reload, score, report."""
     marks = [("", time.perf_counter())]
 
@@ -3132,7 +3182,7 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
     require_codec(frame_codec(cfg.quant.codec))
     check_world_size(cfg, environment.world_size)
     text = load_validation(cfg.data)
-    training, log, code_bytes = open_run(cfg, environment, text, checkpoint_path)
+    training, log, code_bytes = open_run(cfg, environment, text, start or Start())
     ranks = training.ranks
     if PACKED_RECIPE is None:
         cfg = training.cfg  # where auto has become a number
@@ -3158,30 +3208,69 @@ def run(cfg: Config, environment: Environment, checkpoint_path: Path | None = No
         seconds = {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
         result = {**facts, "score": score._asdict(), "ledger": ledger, "seconds": seconds}
         result["calibration_ms"] = training.calibration_ms
+        if PACKED_RECIPE is None:
+            result["resumed_at"] = training.resumed_at
         result["tokenizer_report"] = read_report(Path(text.pattern).parent, text.tokenizer_sha256)
         finish(log.folder, cfg, result, log)
+    if PACKED_RECIPE is None and log.held:
+        if cfg.run.save_every == 0:
+            drop_checkpoints(log.folder, 0)
+        log.held.release()
 
 
-def run_or_explain(cfg: Config, environment: Environment, checkpoint_path: Path | None = None) -> None:
-    """Run; when memory is used up, say what to lower, and after an interrupt what is left."""
-    if checkpoint_path and not checkpoint_path.is_file():
-        raise UserError(
-            f"{checkpoint_path}: no such checkpoint. run.save_every=N writes {CHECKPOINT_NAME} into the "
-            "folder of a run."
-        )
+def run_or_explain(cfg: Config, environment: Environment, start: Start | None = None) -> None:
+    """Run; when memory is used up, say what to lower, and after a signal what is left."""
     try:
-        run(cfg, environment, checkpoint_path)
-    except KeyboardInterrupt:
-        if environment.rank == 0:
-            left = "its log is all that is left; run.save_every=N keeps checkpoints for --resume"
-            if cfg.run.save_every > 0:
-                left = f"its last {CHECKPOINT_NAME} goes on with --resume"
-            print(f"The run was stopped before its end: {left}.", file=sys.stderr)
+        run(cfg, environment, start)
+    except Stopped:
+        if not environment.stops.is_silent:
+            print(environment.stops.said(), file=sys.stderr)
         raise
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(out_of_memory(cfg, environment)) from error
+
+
+def find_place(text: str, out_dir: str) -> Path:
+    """Find what --resume names: a checkpoint, a run folder, or the id of a run."""
+    for place in (Path(text), Path(out_dir, text)):
+        if place.is_file() or newest_checkpoint(place) or (place / RECIPE_NAME).is_file():
+            return place
+    raise UserError(
+        f"--resume {text}: expected a run folder, the id of a run in {out_dir} or a checkpoint, found none. "
+        "run.save_every=N writes a checkpoint every N steps, a signal (Ctrl-C) at any."
+    )
+
+
+def plan_run(args, environment: Environment) -> tuple[Config, Start]:
+    """Resolve a run's config, and where it starts."""
+    if not args.resume:
+        cfg = load_config(args.recipe, environment.overrides, args.overrides)
+        return cfg, find_start(cfg) if cfg.run.resume == "auto" or environment.restarts > 0 else Start()
+    place = find_place(args.resume, parse_overrides(args.overrides).get("run.out_dir", RunConfig.out_dir))
+    found = read_newest(place)
+    if found is None:
+        raise UserError(f"{place}: expected a run folder with a checkpoint, found none. Start the run anew.")
+    folder, recipe, places = found.path.parent, args.recipe, {}
+    if (folder / RECIPE_NAME).is_file():
+        if not recipe:
+            recipe, places = str(folder), json.loads(found.facts["places"])
+        places |= {"run.run_id": folder.resolve().name, "run.out_dir": str(folder.parent)}
+    cfg = load_config(recipe, environment.overrides, args.overrides, places)
+    is_same = Path(cfg.run.out_dir, cfg.run.run_id).resolve() == folder.resolve()
+    return cfg, Start(folder if is_same else None, found)
+
+
+def find_start(cfg: Config) -> Start:
+    """Find the unfinished run that a config goes on with: that of its run_id, or the newest of its recipe."""
+    folder = Path(cfg.run.out_dir, cfg.run.run_id)
+    if not cfg.run.run_id:
+        folder = find_unfinished(Path(cfg.run.out_dir), identity(cfg))
+    elif (folder / RESULT_NAME).is_file():
+        print(f"{folder}: the run is finished; --resume {folder} run.iterations=N makes it longer")
+        raise SystemExit(0)
+    return Start(folder, read_newest(folder)) if folder and folder.is_dir() else Start()
 
 
 def score_file(path: Path, live: Config, environment: Environment) -> None:
@@ -3298,13 +3387,11 @@ def main(argv: list[str] | None = None) -> None:
         epilog=fields,
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single fields")
-    if Config().run.save_every >= 0:
-        parser.add_argument(
-            "--resume", type=Path, metavar="FILE", help=f"continue from a run's {CHECKPOINT_NAME}"
-        )
     parser.add_argument("--score", type=Path, metavar="FILE", help="score an artifact instead of training")
     if PACKED_RECIPE is None:
         parser.explain(Config)
+        about = "go on: a run folder, the id of a run, or a checkpoint; recipe and places are the run's"
+        parser.add_argument("--resume", metavar="RUN", help=about)
         parser.add_argument("--recipe", help="recipe.toml; default: the contest's naive baseline")
         parser.add_argument("--describe", action="store_true", help="print counts, plan and schedule")
         parser.add_argument(
@@ -3318,20 +3405,21 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--hardware", metavar="NAME,...", help=about)
     args = parser.parse_args(argv)
     environment = read_environment()
-    recipe_path = args.recipe if PACKED_RECIPE is None else None
     for sentence in environment.misspelled if environment.rank == 0 else ():
         print(f"warning: environment: {sentence}", file=sys.stderr)
     if PACKED_RECIPE is None and (args.describe or args.hardware is not None):
         describe_to_stdout(args, environment)
         return
     try:
-        cfg = load_config(recipe_path, environment.overrides, args.overrides)
-        if args.score:
-            score_file(args.score, cfg, environment)
-        elif PACKED_RECIPE is None:
-            run_or_explain(cfg, environment, args.resume)
+        if args.score or PACKED_RECIPE is not None:
+            recipe_path = args.recipe if PACKED_RECIPE is None else None
+            cfg = load_config(recipe_path, environment.overrides, args.overrides)
+            score_file(args.score, cfg, environment) if args.score else run(cfg, environment)
         else:
-            run(cfg, environment, args.resume if Config().run.save_every >= 0 else None)
+            environment = environment._replace(stops=Stops())
+            environment.stops.install(environment.launched)
+            cfg, start = plan_run(args, environment)
+            run_or_explain(cfg, environment, start)
     except UserError:
         if environment.rank == 0:
             raise

@@ -1,9 +1,10 @@
 """Signals that end a run: noted while a step is in work, at once elsewhere; a watchdog for what is blocked.
 
-While training `defers`, a signal is a note that the clock's next reading passes to all ranks, so that together
-they can save the last whole step. Elsewhere it raises Stopped where the program stands. A signal's handler
-runs between two instructions of Python, so a process that waits in a library for a peer, or computes there for
-long, never reaches it: the watchdog, a thread, ends it. So it does with a process whose launcher is gone.
+While training `defers`, a signal is a note that the clock's next reading passes to all ranks, so that they
+can save the last whole step together. Elsewhere it raises Stopped where the program stands. A signal's
+handler runs between two instructions of Python, so a process that waits in a library for a peer, or computes
+there for long, never reaches it: the watchdog, a thread, ends it. So it does with a process whose launcher is
+gone.
 """
 
 import os

@@ -162,6 +162,7 @@ def describe_section(config, name: str) -> str:
 def describe_field(name: str, item: dataclasses.Field) -> str:
     """Explain a field: meaning, default, range, unit, the contest's name and the recipes that change it."""
     packed = {True: "free", False: "fixed by the recipe", "auto": "free, unless the recipe sets it"}
+    packed["source"] = "not there: a packed program runs once"
     unit = UNITS.get(item.name.rpartition("_")[2], "") if item.type in (int, float) else ""
     rows = {
         "default": format_value(item.default),

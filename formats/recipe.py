@@ -9,18 +9,22 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 from common import UserError
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # breaks or forges lines of a log
+KINDS = {str: "text without control characters"}
+
 
 def option(default, env: str = "", text: str = "", *, live=False, low=None, high=None, choices=()):
     """Declare a config field: default, contest environment name, help, and the values that it may take.
 
-    A live field (paths, seed, clock, logging) stays free in a packed program, one with live="auto" while the
-    recipe leaves it at its default; the others are the recipe.
+    A live field (paths, seed, clock, logging) stays free in a packed program; one with live="auto" while the
+    recipe leaves it at its default; one with live="source" is not in it. The others are the recipe.
     """
     metadata = {"env": env, "help": text, "live": live, "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
@@ -56,6 +60,8 @@ def parse_value(value, kind: type):
     if isinstance(value, (dict, list)) or (kind is int and value != int(value)):
         raise ValueError
     converted = kind(value)
+    if kind is str and CONTROL.search(converted):
+        raise ValueError
     if kind is float and not math.isfinite(converted):
         raise ValueError
     return converted
@@ -90,7 +96,7 @@ def with_values(config, values: dict, source: str):
         except (ValueError, TypeError, OverflowError) as error:
             env = known[name].metadata["env"]
             alias = f" ({env})" if env else ""
-            kind = known[name].type.__name__
+            kind = KINDS.get(known[name].type, known[name].type.__name__)
             raise UserError(f"{source}: {name}{alias}: expected {kind}, found {value!r}.") from error
         config = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **changed)}

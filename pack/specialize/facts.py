@@ -3,9 +3,8 @@
 import ast
 import builtins
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NamedTuple
 
 from pack.names import PURE_DECORATORS, bound_names, by_kind, free_names, last_name, walk
@@ -28,11 +27,10 @@ class Style(NamedTuple):
     annotations: bool = False
     field_help: bool = False  # of config fields that stay
     constants: bool = False  # names of upper-case constants
-    decided: Mapping[str, object] = MappingProxyType({})  # field with live="auto": what fixes it nevertheless
 
 
 SMALLEST = Style()
-FOR_READERS = Style(True, True, True, True, {"run.save_every": -1})
+FOR_READERS = Style(True, True, True, True)
 
 
 @dataclass(frozen=True)

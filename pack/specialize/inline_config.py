@@ -72,14 +72,14 @@ def bake_section(program: ProgramFacts, section: str, key: str, replaced: set[st
             fixed = None
             continue
         settings = {item.arg: item.value for item in call.keywords}
-        usual = program.style.decided.get(f"{key}.{name}", default.value)
-        value = _parsed(f"{key}.{name}", values.get(name, usual), kind)
-        _check_bounds(program, f"{key}.{name}", value, settings)
-        call.args[0] = literal(value)
         live = settings.get("live")
         live = live.value if isinstance(live, ast.Constant) else live is not None
-        if live == "auto":
-            live = value == default.value and f"{key}.{name}" not in program.style.decided
+        stated = default.value if live == "source" else values.get(name, default.value)
+        value = _parsed(f"{key}.{name}", stated, kind)
+        _check_bounds(program, f"{key}.{name}", value, settings)
+        call.args[0] = literal(value)
+        if live == "source" or (live == "auto" and value != default.value):
+            live = False
         if not live:
             program.configs[section][name] = value
             program.attributes[section, name] = Known(value)
