@@ -188,7 +188,8 @@ ARTIFACT_NAME, LOG_NAME, RECIPE_NAME = "artifact.bin", "train.log", "recipe.toml
 TOKENIZER_KINDS = ("sentencepiece", "caseops", "bytes", "bytelevel", "tiktoken", "bese")
 
 # What training may run, for the code's hash.
-SOURCES = ("*.py", *(f"{room}/**/*.py" for room in "data durable formats kernels quantizers scoring".split()))
+ROOMS = ("data/**", "durable", "formats", "kernels", "quantizers", "scoring")
+SOURCES = ("*.py", *(f"{room}/*.py" for room in ROOMS))
 
 CALIBRATION_TOKENS = 1 << 15  # that pass through the model at once: each visit's activations are kept
 READ_EVERY_MS = 1000.0  # how long the clock of a GPU goes on without being read
@@ -265,14 +266,16 @@ class RunConfig:
         200, "TRAIN_LOG_EVERY", "log the loss every so many steps", live=True, low=0
     )
     save_every: int = option(
-        0, "", "steps between checkpoints; 0: at a stop, none is kept at the end; -1: never", live="source",
+        0, "", "steps between checkpoints; 0: only at a stop; -1: never", live="source",
         low=-1,
     )  # fmt: skip
     resume: str = option(
         "off", "", "auto: go on with an unfinished run of this recipe, seed and data",
         live="source", choices=("off", "auto"),
     )  # fmt: skip
-    overwrite: bool = option(False, "", "replace an old run of run.run_id, not take a new name", live="source")
+    overwrite: bool = option(
+        False, "", "replace an old run of run.run_id, not take a new name", live="source"
+    )
     val_batch_tokens: int = option(
         524_288, "VAL_BATCH_SIZE", "scoring batch; data.micro_batches share it", live=True, low=1
     )
@@ -520,6 +523,8 @@ class Environment(NamedTuple):
     local_rank: int = 0
     world_size: int = 1
     misspelled: tuple[str, ...] = ()  # sentences on variables that look like misspelled ones
+    restarts: int = 0  # of this job by torchrun
+    launched: bool = False  # whether a launcher started this process
     stops: Stops | None = None  # where signals are noted; not of a packed program
 
 
@@ -3213,8 +3218,8 @@ def run(cfg: Config, environment: Environment, start: Start | None = None) -> No
         result["tokenizer_report"] = read_report(Path(text.pattern).parent, text.tokenizer_sha256)
         finish(log.folder, cfg, result, log)
     if PACKED_RECIPE is None and log.held:
-        if cfg.run.save_every == 0:
-            drop_checkpoints(log.folder, 0)
+        for path in log.folder.glob(NUMBERED_GLOB) if cfg.run.save_every == 0 else ():
+            path.unlink()
         log.held.release()
 
 

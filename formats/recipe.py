@@ -17,7 +17,6 @@ from pathlib import Path
 from common import UserError
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # breaks or forges lines of a log
-KINDS = {str: "text without control characters"}
 
 
 def option(default, env: str = "", text: str = "", *, live=False, low=None, high=None, choices=()):
@@ -96,7 +95,7 @@ def with_values(config, values: dict, source: str):
         except (ValueError, TypeError, OverflowError) as error:
             env = known[name].metadata["env"]
             alias = f" ({env})" if env else ""
-            kind = KINDS.get(known[name].type, known[name].type.__name__)
+            kind = known[name].type.__name__ + " without control characters" * (known[name].type is str)
             raise UserError(f"{source}: {name}{alias}: expected {kind}, found {value!r}.") from error
         config = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **changed)}
