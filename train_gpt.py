@@ -3408,7 +3408,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--elapsed-ms", default="", metavar="MS,...", help="with --describe: their times")
         about = "describe the run on such machines: h100x8,4090,t4,... (docs/scaling.md)"
         parser.add_argument("--hardware", metavar="NAME,...", help=about)
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(sorted(words, key=lambda word: bool(re.match(r"\w+\.\w+=", word))))
     environment = read_environment()
     for sentence in environment.misspelled if environment.rank == 0 else ():
         print(f"warning: environment: {sentence}", file=sys.stderr)

@@ -1,13 +1,14 @@
 """Trained weights for the tools: those of a run folder's last checkpoint, or what an artifact stands for."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, read_json
+from common import UserError
 from data.validation import ValidationText
+from formats.checkpoints import read_newest
 from formats.recipe import read_recipe, with_values
 from train_gpt import (
-    CHECKPOINT_NAME,
     Config,
     Ranks,
     Training,
@@ -27,36 +28,36 @@ class Trained(NamedTuple):
     source: Path
 
 
-def live_settings(folder: Path | None) -> Config:
-    """Return the defaults with the environment's live fields and the places that a run folder recorded."""
+def live_settings(places: dict | None = None) -> Config:
+    """Return the defaults with the environment's live fields and a run's places."""
     live = only_live(with_values(Config(), read_environment().overrides, "environment"))
-    if folder is not None and (folder / "result.json").is_file():
-        live = with_values(live, read_json(folder / "result.json")["places"], str(folder))
+    live = with_values(live, places or {}, "run")
     return with_values(live, {"run.compile": "off"}, "tool")
 
 
 def open_checkpoint(folder: Path, ranks: Ranks) -> Trained:
     """Load the float weights of a run folder's last checkpoint."""
-    path = folder / CHECKPOINT_NAME
-    if not path.is_file():
+    found = read_newest(folder)
+    if found is None:
         raise UserError(
-            f"{path}: no float weights: the artifact alone does not tell what quantization costs. "
+            f"{folder}: no float weights: the artifact alone does not tell what quantization costs. "
             f"Train with run.save_every=N, N a number of steps: the last checkpoint stays in the run folder."
         )
-    cfg = live_settings(folder)
-    recipe = {key: value for key, value in read_recipe(folder / "recipe.toml").items() if key[:4] != "run."}
+    cfg = live_settings(json.loads(found.facts["places"]))
+    stated = read_recipe(folder / "recipe.toml").items()
+    recipe = {key: value for key, value in stated if key[:4] != "run." or key == "run.seed"}
     cfg = with_values(cfg, recipe, str(folder / "recipe.toml"))
     text = load_validation(cfg.data)
     training = Training(cfg, ranks, text.bos_id)
-    resume(training, path)
+    resume(training, found)
     if training.average:
         training.average.apply()
-    return Trained(training, text, path)
+    return Trained(training, text, found.path)
 
 
 def open_stored(path: Path, ranks: Ranks) -> Trained:
     """Load the weights that an artifact stands for; they lie on its grid."""
-    model, cfg, header = load_artifact(path, live_settings(None), ranks.device)
+    model, cfg, header = load_artifact(path, live_settings(), ranks.device)
     text = load_validation(cfg.data, tokenizer_sha256=header["tokenizer_sha256"])
     training = Training(cfg, ranks, text.bos_id)
     training.model.load_state_dict(model.state_dict())

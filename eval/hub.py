@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from common import CommandParser, UserError, atomic_file, read_json, run_command, write_json
 from data.download import first_line
 from eval.decode import decoding
+from formats.checkpoints import newest_checkpoint
 from formats.curves import draw_curves
 from formats.recipe import config_hash, flatten_recipe, get_recipe, read_recipe, with_values
 from formats.state import map_leaves, read_state, safetensors_library, write_state
 from scoring.generate import Sampling, draw_tokens, stream_text
 from train_gpt import (
     ARTIFACT_NAME,
-    CHECKPOINT_NAME,
     GPT,
     Config,
     Environment,
@@ -100,12 +100,12 @@ def load(source: str | Path, dtype: str = "", tokenizer: str = "", device: str =
 
 def main_file(folder: Path) -> Path:
     """Return the file of a folder that holds the model: saved, packed or a checkpoint, in this order."""
-    for name in (CONFIG_NAME, ARTIFACT_NAME, CHECKPOINT_NAME):
-        if (folder / name).is_file():
-            return folder / name
+    for path in (folder / CONFIG_NAME, folder / ARTIFACT_NAME, newest_checkpoint(folder)):
+        if path and path.is_file():
+            return path
     raise UserError(
-        f"{folder}: expected {CONFIG_NAME}, {ARTIFACT_NAME} or {CHECKPOINT_NAME}, found none. Name a run "
-        "folder that is complete or was run with run.save_every=N, or one that eval.hub.save wrote."
+        f"{folder}: expected {CONFIG_NAME}, {ARTIFACT_NAME} or a checkpoint, found none. Name a run folder "
+        "that is complete or was run with run.save_every=N, or one that eval.hub.save wrote."
     )
 
 
@@ -130,7 +130,7 @@ def open_checkpoint(path: Path) -> ModelSource:
     state, facts = read_state(path)
     if not path.with_name("recipe.toml").is_file():
         raise UserError(f"{path}: expected recipe.toml beside it, found none. Copy it from the run folder.")
-    cfg = run_settings(path.parent)
+    cfg = with_values(run_settings(path.parent), json.loads(facts["places"]), str(path))
     if facts.get("config_hash") != config_hash(cfg):
         raise UserError(
             f"{path}: expected a checkpoint of recipe {config_hash(cfg)}, that of recipe.toml beside it, "
@@ -277,7 +277,7 @@ def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False) -> Pa
     folder, library = Path(folder), safetensors_library()
     if with_optimizer and loaded.optimizer is None:
         raise UserError(
-            "with_optimizer: expected a checkpoint's model. Load checkpoint.safetensors, not an artifact."
+            "with_optimizer: expected a checkpoint's model. Load a run's checkpoint, not its artifact."
         )
     codec = open_codec(loaded)
     merges = codec.path.with_name("merges.txt")

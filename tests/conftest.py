@@ -89,6 +89,7 @@ def tiny_config(tiny_data, tmp_path) -> Config:
         "data.tokenizer_path": str(tiny_data / "tokenizer.model"),
         "run.out_dir": str(tmp_path / "runs"),
         "run.run_id": "tiny",
+        "run.overwrite": True,
     }
     return with_values(Config(), TINY | paths, "test")
 

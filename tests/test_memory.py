@@ -10,6 +10,7 @@ from fixtures_model import as_overrides
 
 import train_gpt
 from common import UserError, read_json
+from formats.checkpoints import read_newest
 from formats.memory import counts_to_try, estimate_bytes_of_step, legal_counts, memory_message
 from formats.recipe import read_recipe, with_values
 from kernels import memory
@@ -284,7 +285,7 @@ def test_the_run_is_that_of_the_number_that_was_found(
     assert "data.micro_batches=auto: 4" in (folders[0] / "train.log").read_text()
     again = load_config(str(folders[0]), {}, [f"data.data_path={auto_config.data.data_path}"])
     training = Training(again, train_gpt.Ranks(ALONE, "cpu"), 1)
-    train_gpt.resume(training, folders[0] / "checkpoint.safetensors")
+    train_gpt.resume(training, read_newest(folders[0]))
     assert training.step == 6
 
 

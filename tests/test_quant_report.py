@@ -9,6 +9,7 @@ from common import UserError
 from dev import quant_report
 from dev.codec import measure_codec
 from formats.artifact import compress
+from formats.checkpoints import NUMBERED
 from formats.recipe import with_values
 from quantizers.gptq import factorize
 from quantizers.grid import Grid, quantize
@@ -38,7 +39,7 @@ def run_folder(tiny_config, alone, tmp_path):
         training.average.update()
     folder = tmp_path / "run"
     folder.mkdir()
-    save_checkpoint(training, folder / "checkpoint.safetensors")
+    save_checkpoint(training, folder / NUMBERED.format(0))
     (folder / "recipe.toml").write_text(format_toml(get_recipe(cfg)))
     places = {f"data.{key}": getattr(cfg.data, key) for key in ("data_path", "tokenizer_path")}
     write_json(folder / "result.json", {"places": places})
@@ -78,7 +79,7 @@ def test_a_tensor_is_measured_as_its_definition_says():
 def test_a_run_without_float_weights_says_how_to_get_them(run_folder, alone):
     """The artifact holds what is left after quantization: nothing to compare with."""
     folder, _ = run_folder
-    (folder / "checkpoint.safetensors").unlink()
+    (folder / NUMBERED.format(0)).unlink()
     with pytest.raises(UserError, match=r"no float weights.*run\.save_every"):
         quant_report.make_report(folder, 200, alone)
 

@@ -9,6 +9,7 @@ import train_gpt
 from common import UserError
 from eval.hub import generate, load
 from eval.sample import main
+from formats.checkpoints import NUMBERED
 from formats.recipe import with_values
 from scoring.generate import Sampling, draw_tokens, stream_text, token_probs
 from train_gpt import Environment
@@ -112,5 +113,5 @@ def test_a_run_prints_samples_and_trains_as_without(tiny_config, stand_in_progra
     assert losses[0] == losses[1] and len(losses[0]) == 6
     lines = [line for line in (folder / "train.log").read_text().splitlines() if line.startswith("sample:")]
     assert [line.split()[1] for line in lines] == ["step:2", "step:4", "step:6"]
-    loaded = load(folder / "checkpoint.safetensors", tokenizer=tiny_config.data.tokenizer_path)
+    loaded = load(folder / NUMBERED.format(6), tokenizer=tiny_config.data.tokenizer_path)
     assert json.loads(lines[-1].partition("text:")[2]) == generate(loaded, "", Sampling(7, seed=6))

@@ -15,9 +15,10 @@ from data.documents import Document
 from data.shards import read_manifest
 from data.train_tokenizer import BYTES_FILE
 from dev.twins import SYSTEMS, TWINS, Twin, prepare, train_twin, twin_config, unigram_entropy
+from formats.checkpoints import NUMBERED, read_newest
 from formats.recipe import config_fields, config_value, read_recipe, with_values
 from formats.state import read_state
-from train_gpt import CHECKPOINT_NAME, Config, Environment
+from train_gpt import Config, Environment
 
 REASON = "not applicable: "
 HANGS = 1800  # seconds until a training counts as hung: two twins, on a loaded machine
@@ -173,7 +174,7 @@ def train_to(cfg: Config, stop: int, checkpoint: Path, resumes: bool) -> list:
     """Train to a step, from the start or from a checkpoint; write one and return every value in it."""
     training = train_gpt.Training(cfg, train_gpt.Ranks(Environment({}), "cpu"), 0)
     if resumes:
-        train_gpt.resume(training, checkpoint)
+        train_gpt.resume(training, read_newest(checkpoint))
     while training.step < stop:
         progress = train_gpt.run_progress(cfg, training.step, 0.0)
         training.accumulate(train_gpt.phase_at(cfg, training.step, progress), lambda: False)
@@ -190,7 +191,7 @@ def train_to(cfg: Config, stop: int, checkpoint: Path, resumes: bool) -> list:
 def test_a_twin_resumes_bitwise(name, twin_data, tmp_path):
     """Stop in the middle, across a stage where there are stages: weights, optimizer, loader, 8-bit scales."""
     cfg = with_values(twin_config(name, twin_data, tmp_path), {"run.iterations": 24}, "test")
-    checkpoint = tmp_path / CHECKPOINT_NAME
+    checkpoint = tmp_path / NUMBERED.format(0)
     whole = train_to(cfg, 24, checkpoint, resumes=False)
     half = train_to(cfg, 16, checkpoint, resumes=False)
     resumed = train_to(cfg, 24, checkpoint, resumes=True)
