@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -61,7 +62,7 @@ from data.codecs import TokenCodec, load_codec
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
-from durable.lock import FolderLock, lock_folder
+from durable.lock import lock_folder
 from durable.stops import DAMAGED, Stopped, Stops
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.checkpoints import (
@@ -2992,16 +2993,15 @@ def keep_result(folder: Path) -> None:
             path.replace(path.with_stem(f"{path.stem}_step{steps:07d}"))
 
 
-def hold_folder(folder: Path, start: Start) -> FolderLock:
+def hold_folder(folder: Path, start: Start, held: ExitStack) -> None:
     """Keep other writers out of a run folder and make it ready for the steps that follow `start`."""
-    held = lock_folder(folder)
+    held.enter_context(lock_folder(folder))
     if start.folder is None:
         clear_folder(folder)
     else:
         keep_result(folder)
         cut_metrics(folder, int(start.found.facts["step"]) if start.found else 0)
         append_text(folder / LOG_NAME, "\n")  # a kill may have cut off a line
-    return held
 
 
 def kept_note(folder: Path, start: Start) -> str:
@@ -3105,7 +3105,7 @@ def out_of_memory(cfg: Config, environment: Environment) -> str:
 
 
 def open_run(
-    cfg: Config, environment: Environment, text: ValidationText, start: Start
+    cfg: Config, environment: Environment, text: ValidationText, start: Start, held: ExitStack
 ) -> tuple[Training, Log, int]:
     """Make ranks, model (from a checkpoint if there is one) and run folder; also weigh the packed source."""
     ranks = Ranks(environment, cfg.run.device)
@@ -3118,13 +3118,14 @@ def open_run(
     training = Training(cfg, ranks, text.bos_id)
     if PACKED_RECIPE is None and start.found:
         resume(training, start.found)
+    folder = start.folder
     if PACKED_RECIPE is None and cfg.run.overwrite and cfg.run.run_id:
-        folder = Path(cfg.run.out_dir, run_id)
-    else:
-        folder = start.folder or new_folder(cfg.run.out_dir, run_id, ranks)
+        folder = folder or Path(cfg.run.out_dir, run_id)
+    folder = folder or new_folder(cfg.run.out_dir, run_id, ranks)
     log = Log(folder, ranks.is_main, cfg.watch.tensorboard)
     if PACKED_RECIPE is None:
-        log.held = hold_folder(folder, start) if ranks.is_main else None
+        if ranks.is_main:
+            hold_folder(folder, start, held)
         ranks.stops.is_silent, ranks.stops.kept = not ranks.is_main, kept_note(folder, start)
         if start.found:
             log.line(resume_lines(start.found))
@@ -3178,7 +3179,13 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
 
 
 def run(cfg: Config, environment: Environment, start: Start | None = None) -> None:
-    """Do the main job: train or resume training, average, quantize, pack, reload, score, report."""
+    """Do the main job in a run folder that is held until the end."""
+    with ExitStack() as held:
+        train_and_score(cfg, environment, start or Start(), held)
+
+
+def train_and_score(cfg: Config, environment: Environment, start: Start, held: ExitStack) -> None:
+    """Train or resume training, average, quantize, pack, reload, score, report."""
     marks = [("", time.perf_counter())]
 
     def phase(name: str) -> None:
@@ -3187,7 +3194,7 @@ def run(cfg: Config, environment: Environment, start: Start | None = None) -> No
     require_codec(frame_codec(cfg.quant.codec))
     check_world_size(cfg, environment.world_size)
     text = load_validation(cfg.data)
-    training, log, code_bytes = open_run(cfg, environment, text, start or Start())
+    training, log, code_bytes = open_run(cfg, environment, text, start, held)
     ranks = training.ranks
     if PACKED_RECIPE is None:
         cfg = training.cfg  # where auto has become a number
@@ -3217,10 +3224,9 @@ def run(cfg: Config, environment: Environment, start: Start | None = None) -> No
             result["resumed_at"] = training.resumed_at
         result["tokenizer_report"] = read_report(Path(text.pattern).parent, text.tokenizer_sha256)
         finish(log.folder, cfg, result, log)
-    if PACKED_RECIPE is None and log.held:
-        for path in log.folder.glob(NUMBERED_GLOB) if cfg.run.save_every == 0 else ():
-            path.unlink()
-        log.held.release()
+        if PACKED_RECIPE is None and cfg.run.save_every == 0:
+            for path in log.folder.glob(NUMBERED_GLOB):
+                path.unlink()
 
 
 def run_or_explain(cfg: Config, environment: Environment, start: Start | None = None) -> None:

@@ -74,8 +74,12 @@ def drop_checkpoints(folder: Path, most: int) -> None:
 
 
 def cut_metrics(folder: Path, step: int) -> None:
-    """Take out of metrics.jsonl what came after a step, and what a kill cut off: it will be done again."""
-    kept = [line for line, event in read_metrics(folder) if event["step"] <= step]
+    """Take out of metrics.jsonl what came after a step and what a kill cut off: it will be done again.
+
+    So will the validation of the step itself.
+    """
+    events = read_metrics(folder)
+    kept = [line for line, event in events if event["step"] < step + (event.get("kind") == "train")]
     if (folder / METRICS_NAME).is_file():
         with atomic_file(folder / METRICS_NAME) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())

@@ -73,7 +73,8 @@ def read_facts(path: Path) -> dict[str, str]:
     try:
         with open(path, "rb") as file:
             header = file.read(8)
-            return split_facts(header + file.read(min(header_bytes(header), LONGEST_HEADER) - 8))[0]
+            facts, _ = split_facts(header + file.read(min(header_bytes(header), LONGEST_HEADER) - 8))
+            return {key: value for key, value in facts.items() if key != "layout"}
     except (OSError, *DAMAGES):
         return {}
 

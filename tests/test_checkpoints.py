@@ -1,22 +1,104 @@
-"""Numbered checkpoints: which stay, and that the best one is the best one."""
+"""Checkpoints: sealed, of one run, finite; which stay; what a run goes on from and where."""
 
-import shutil
+import json
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import train_gpt
-from formats.recipe import with_values
-from formats.rotation import (
-    BEST_NAME,
-    LOSSES_NAME,
+from common import UserError, read_json
+from durable.stops import Stopped, Stops
+from formats import checkpoints
+from formats.checkpoints import (
     NUMBERED,
+    RESULT_NAME,
+    cut_metrics,
+    drop_checkpoints,
+    newest_checkpoint,
     numbered_steps,
-    rotate_checkpoints,
+    read_newest,
     steps_to_keep,
 )
-from formats.state import read_state
-from train_gpt import CHECKPOINT_NAME, Environment
+from formats.recipe import with_values
+from formats.state import read_facts, read_state, write_state
+from train_gpt import Environment, Start, Training
+
+ALONE = Environment({})
+
+
+@pytest.fixture
+def sealed(tmp_path) -> Path:
+    """A small state with arrays, numbers and text."""
+    path = tmp_path / NUMBERED.format(7)
+    state = {"weights": {"a": np.arange(12.0).reshape(3, 4), "b": np.arange(5)}, "step": 7, 3: ["x", 0.5]}
+    write_state(path, state, {"seed": "1337", "run_id": "tiny"})
+    return path
+
+
+def run_to_end(cfg, start: Start | None = None) -> Path:
+    """Run and return the folder."""
+    train_gpt.run(cfg, ALONE, start)
+    return Path(cfg.run.out_dir) / cfg.run.run_id
+
+
+def saving(tiny_config, **values):
+    """A config that saves every second of six steps, of no clock."""
+    usual = {"run.save_every": 2, "run.val_loss_every": 2, "run.max_wallclock_seconds": 0.0}
+    named = {key.replace("__", "."): value for key, value in values.items()}
+    return with_values(tiny_config, usual | named, "test")
+
+
+# The file
+
+
+def test_a_sealed_state_comes_back(sealed):
+    """With its facts, and integers as keys."""
+    state, facts = read_state(sealed)
+    assert (
+        state["step"] == 7 and state[3] == ["x", 0.5] and np.array_equal(state["weights"]["b"], np.arange(5))
+    )
+    assert facts == {"seed": "1337", "run_id": "tiny"} == read_facts(sealed)
+
+
+def test_every_flipped_bit_is_refused(sealed):
+    """In the length, the header, the seal itself and the arrays: one sentence, no state."""
+    whole = sealed.read_bytes()
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        sealed.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged or foreign"):
+            read_state(sealed)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_mangled_header_is_refused_in_a_sentence(sealed, seed):
+    """Cut off, overwritten, doubled, with other lengths: never another exception."""
+    rng, whole = random.Random(seed), sealed.read_bytes()
+    at = rng.randrange(300)
+    sealed.write_bytes(
+        rng.choice(
+            [
+                whole[:at],
+                whole[:at] + rng.randbytes(9) + whole[at + 9 :],
+                rng.randbytes(8) + whole[8:],
+                whole[:8] + b"[" * 100_000,
+                whole[:8] + b'{"__metadata__":[]}' + whole[8:],
+                whole[:8] + b'{"__metadata__":{"sha256":7}}' + whole[8:],
+                whole + b"\0",
+                b"",
+            ]
+        )
+    )
+    with pytest.raises(UserError, match=r"^[^\n]*damaged or foreign[^\n]*$"):
+        read_state(sealed)
+    read_facts(sealed)  # says nothing false, but never raises
+
+
+# Which stay
 
 
 @pytest.mark.parametrize(
@@ -38,39 +120,328 @@ def test_the_best_and_the_newest_stay(losses, kept):
 @pytest.mark.reference("E14")
 @pytest.mark.parametrize("best", range(1, 8))
 def test_seven_checkpoints_become_the_best_and_two_others(tmp_path, best):
-    """Saved, then validated, seven times with at most three kept, whichever is the best."""
+    """Saved, then validated, seven times with at most three kept, whichever is the best by the log."""
     for step in range(1, 8):
-        newest = tmp_path / CHECKPOINT_NAME
-        newest.unlink(missing_ok=True)  # a checkpoint is written anew, not in place
-        newest.write_bytes(f"state {step}".encode())
-        rotate_checkpoints(tmp_path, (newest, step), {}, 3)
-        rotate_checkpoints(tmp_path, None, {step: abs(step - best) + 1.0}, 3)
+        (tmp_path / NUMBERED.format(step)).write_bytes(b"state")
+        drop_checkpoints(tmp_path, 3)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            loss = abs(step - best) + 1.0
+            file.write(json.dumps({"kind": "val", "step": step, "val_loss": loss}) + "\n")
+    drop_checkpoints(tmp_path, 3)
     others = [step for step in (7, 6, 5) if step != best][:2]
     assert numbered_steps(tmp_path) == sorted([best, *others])
-    assert (tmp_path / BEST_NAME).read_bytes() == (tmp_path / NUMBERED.format(best)).read_bytes()
-    assert (tmp_path / BEST_NAME).read_bytes() == f"state {best}".encode()
 
 
-def test_a_run_keeps_its_best_checkpoint_and_resumes_from_a_numbered_one(
-    tiny_config, tmp_path, stand_in_program
-):
-    """At most two of six; a run that starts anew drops the old ones, a resumed one goes on with them."""
-    values = {"run.save_every": 1, "run.val_loss_every": 1, "watch.keep_checkpoints": 2, "run.iterations": 6}
-    cfg = with_values(tiny_config, values, "test")
+def test_the_log_is_cut_to_the_step_that_goes_on(tmp_path):
+    """Half a line, later steps and the validation that is due again go: none is there twice later."""
+    lines = [
+        {"kind": kind, "step": step}
+        for step in (0, 1, 2, 3)
+        for kind in (("val", "train") if step else ("val",))
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tr')
+    cut_metrics(tmp_path, 2)
+    kept = [(event["kind"], event["step"]) for event in map(json.loads, path.read_text().splitlines())]
+    assert kept == [("val", 0), ("val", 1), ("train", 1), ("train", 2)]
+
+
+# Whose they are
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"run.seed": 7}, "Another seed"),
+        ({"optim.beta1": 0.5}, "Another recipe"),
+        ({"run.iterations": 900, "run.max_wallclock_seconds": 77.0, "run.save_every": 9}, ""),
+    ],
+)
+def test_a_checkpoint_goes_on_in_its_own_run_only(tiny_config, alone, tmp_path, values, said):
+    """Seed 7 from seed 1337's file would falsify a record of three seeds; a longer run is the same run."""
+    path = tmp_path / NUMBERED.format(0)
+    train_gpt.save_checkpoint(Training(tiny_config, alone, bos_id=1), path)
+    other = Training(with_values(tiny_config, values, "test"), alone, bos_id=1)
+    if not said:
+        train_gpt.resume(other, read_newest(path))
+        assert other.resumed_at == [0]
+        return
+    with pytest.raises(UserError, match=said):
+        train_gpt.resume(other, read_newest(path))
+
+
+def test_a_checkpoint_of_other_data_is_refused(tiny_config, alone, tmp_path):
+    """A shard of another length under the same name is other data."""
+    path = tmp_path / NUMBERED.format(0)
+    training = Training(tiny_config, alone, bos_id=1)
+    train_gpt.save_checkpoint(training, path)
+    training.identity = training.identity | {"data": "other"}
+    with pytest.raises(UserError, match="Another training data"):
+        train_gpt.resume(training, read_newest(path))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_config, alone, tmp_path):
+    """Nor averages; the file before stays as it is."""
+    cfg = with_values(tiny_config, {"average.ema_decay": 0.9}, "test")
+    training, path = Training(cfg, alone, bos_id=1), tmp_path / NUMBERED.format(0)
+    train_gpt.save_checkpoint(training, path)
+    before = path.read_bytes()
+    for tensor in (next(training.model.parameters()).data, training.average.averages[0]):
+        kept = tensor.flatten()[0].item()
+        tensor.view(-1)[0] = float("nan")
+        with pytest.raises(UserError, match="diverged"):
+            train_gpt.save_checkpoint(training, path)
+        tensor.view(-1)[0] = kept
+    assert path.read_bytes() == before
+
+
+def test_a_run_that_diverges_leaves_no_nan_on_disk(tiny_config, stand_in_program):
+    """What it leaves, if anything, is finite."""
+    cfg = saving(tiny_config, run__save_every=1, optim__matrix_lr=1e30)
+    with pytest.raises(UserError):
+        run_to_end(cfg)
     folder = Path(cfg.run.out_dir) / "tiny"
-    train_gpt.run(cfg, Environment({}))
-    assert len(numbered_steps(folder)) == 2 and 6 in numbered_steps(folder)
-    last = folder / NUMBERED.format(6)
-    assert last.read_bytes() == (folder / CHECKPOINT_NAME).read_bytes()
-    assert read_state(folder / BEST_NAME)[0]["step"] in numbered_steps(folder)
-    kept = Path(shutil.copy(last, tmp_path))
-    train_gpt.run(with_values(cfg, {"run.iterations": 8}, "test"), Environment({}), kept)
-    assert 8 in numbered_steps(folder) and len(numbered_steps(folder)) == 2
-    train_gpt.run(
-        with_values(tiny_config, {"run.save_every": 0, "watch.keep_checkpoints": 2}, "test"), Environment({})
+    for step in numbered_steps(folder):
+        weights = read_state(folder / NUMBERED.format(step))[0]["model"].values()
+        assert all(np.isfinite(array).all() for array in weights)
+
+
+# Going on
+
+
+def test_a_run_keeps_the_newest_two_and_the_best(tiny_config, stand_in_program):
+    """And says whose each is."""
+    folder = run_to_end(saving(tiny_config, run__save_every=1))
+    assert len(numbered_steps(folder)) == 3 and {5, 6} <= set(numbered_steps(folder))
+    facts = read_facts(newest_checkpoint(folder))
+    assert facts["run_id"] == "tiny" and facts["step"] == "6" and facts["seed"] == "1337"
+    assert json.loads(facts["places"])["data.data_path"] == tiny_config.data.data_path
+    assert facts["code"] == train_gpt.code_digest() and float(facts["train_ms"]) > 0
+
+
+def test_without_save_every_nothing_stays_of_a_run_that_ended(tiny_config, stand_in_program, monkeypatch):
+    """But what a scoring that fails would lose is there until it is done."""
+    cfg = saving(tiny_config, run__save_every=0)
+    assert numbered_steps(run_to_end(cfg)) == []
+    monkeypatch.setattr(train_gpt, "score_model", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_to_end(cfg)
+    assert numbered_steps(Path(cfg.run.out_dir) / "tiny") == [6]
+    monkeypatch.undo()
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tiny_config, stand_in_program):
+    """The run ends as if nothing had been, in its folder and log, which say what was passed over."""
+    cfg = saving(tiny_config)
+    folder = run_to_end(cfg)
+    artifact, metrics = (folder / "artifact.bin").read_bytes(), train_losses(folder)
+    (folder / RESULT_NAME).unlink()
+    newest = newest_checkpoint(folder)
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\xff")
+    found = read_newest(folder)
+    assert found.state["step"] == 4 and "0000006.safetensors" in found.passed_over[0]
+    run_to_end(cfg, Start(folder, found))
+    assert (folder / "artifact.bin").read_bytes() == artifact and train_losses(folder) == metrics
+    log = (folder / "train.log").read_text()
+    assert "resume_passed_over" in log and "resumed:step 4 from" in log and log.count("warming up") == 2
+    assert read_json(folder / RESULT_NAME)["resumed_at"] == [4]
+
+
+def train_losses(folder: Path) -> list[tuple]:
+    """Steps and losses of metrics.jsonl, in order."""
+    events = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [
+        (event["kind"], event["step"], event.get("train_loss", event.get("val_loss"))) for event in events
+    ]
+
+
+def test_no_whole_checkpoint_left_is_an_error(tiny_config, alone, tmp_path):
+    """Not a silent start from step 0."""
+    path = tmp_path / NUMBERED.format(3)
+    path.write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="No whole checkpoint is left"):
+        read_newest(tmp_path)
+
+
+def planned(words: list[str], **environment) -> tuple:
+    """What the command line plans."""
+    args = type("Args", (), {"resume": None, "recipe": None, "overrides": words})()
+    if words and words[0] == "--resume":
+        args.resume, args.overrides = words[1], words[2:]
+    return train_gpt.plan_run(args, Environment({}, **environment))
+
+
+def test_resume_takes_recipe_and_places_from_the_folder(tiny_config, stand_in_program, tmp_path):
+    """By its path, by its id, by a file in it; the command line wins."""
+    cfg = saving(tiny_config, optim__beta1=0.8)
+    folder = run_to_end(cfg)
+    names = (str(folder), "tiny", str(newest_checkpoint(folder)))
+    for name in names:
+        out = [f"run.out_dir={cfg.run.out_dir}"] if name == "tiny" else []
+        resumed, start = planned(["--resume", name, "run.iterations=9", *out])
+        assert resumed.optim.beta1 == 0.8 and resumed.run.iterations == 9
+        assert resumed.data == cfg.data and resumed.model == cfg.model
+        assert start.folder.resolve() == folder.resolve() and start.found.state["step"] == 6
+    elsewhere, start = planned(["--resume", str(folder), "run.run_id=other"])
+    assert start.folder is None and elsewhere.run.run_id == "other"
+    with pytest.raises(UserError, match="expected a run folder, the id of a run"):
+        planned(["--resume", "nobody"])
+
+
+def test_a_longer_run_keeps_the_old_result_until_it_has_its_own(tiny_config, stand_in_program):
+    """result.json of the shorter one stays, under the name of its steps."""
+    folder = run_to_end(saving(tiny_config))
+    old = (folder / RESULT_NAME).read_bytes()
+    run_to_end(saving(tiny_config, run__iterations=8), Start(folder, read_newest(folder)))
+    assert (folder / "result_step0000006.json").read_bytes() == old
+    assert (folder / "artifact_step0000006.bin").is_file()
+    assert read_json(folder / RESULT_NAME)["steps"] == 8
+
+
+def test_auto_goes_on_with_the_unfinished_run_of_the_same_recipe_seed_and_data(
+    tiny_config, stand_in_program, monkeypatch
+):
+    """Of its id or, without one, the newest; a finished one is left alone; torchrun's restarts do it too."""
+    cfg = saving(tiny_config, run__overwrite=False)
+    words = [
+        f"{section}.{key}={value}"
+        for section, keys in {
+            "run": {"out_dir": cfg.run.out_dir},
+            "data": {"data_path": cfg.data.data_path},
+        }.items()
+        for key, value in keys.items()
+    ]
+    monkeypatch.setattr(train_gpt, "load_config", lambda *_: changed)
+    changed = with_values(cfg, {"run.resume": "auto"}, "test")
+    assert planned(words)[1] == Start()  # nothing there yet
+    folder = run_to_end(cfg)
+    with pytest.raises(SystemExit) as ended:
+        planned(words)
+    assert ended.value.code == 0
+    (folder / RESULT_NAME).unlink()
+    assert planned(words)[1].folder == folder
+    changed = with_values(cfg, {"run.run_id": ""}, "test")
+    assert planned(words)[1] == Start()
+    assert planned(words, restarts=1)[1].found.path == newest_checkpoint(folder)
+    changed = with_values(changed, {"run.resume": "auto", "run.seed": 7}, "test")
+    assert planned(words)[1] == Start()
+
+
+def test_an_old_run_of_the_name_is_not_touched(tiny_config, stand_in_program):
+    """The new one takes the next name; with run.overwrite=1 it takes the place."""
+    cfg = saving(tiny_config, run__overwrite=False)
+    folder = run_to_end(cfg)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run_to_end(with_values(cfg, {"run.seed": 7}, "test"))
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert read_json(folder.with_name("tiny_2") / RESULT_NAME)["seed"] == 7
+    run_to_end(with_values(cfg, {"run.overwrite": True, "run.seed": 42, "run.save_every": -1}, "test"))
+    assert read_json(folder / RESULT_NAME)["seed"] == 42 and numbered_steps(folder) == []
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "a\\b", "end.", "x" * 300])
+def test_a_run_id_is_a_name(tiny_config, name):
+    """A path would write anywhere."""
+    with pytest.raises(UserError, match="must be a name"):
+        train_gpt.check_config(with_values(tiny_config, {"run.run_id": name}, "test"))
+
+
+@pytest.mark.parametrize("text", ["a\nval_bpb:0.1", "a\x1b[2K", "a\x00", "a\u2028b", "a\x7f"])
+def test_control_characters_are_refused_in_every_text(tiny_config, text):
+    """They would forge lines of a log."""
+    for name in ("run.run_id", "data.data_path", "model.softcap"):
+        with pytest.raises(UserError):
+            with_values(tiny_config, {name: text}, "test")
+
+
+# Stops
+
+
+def stopping(cfg, when: int, monkeypatch, during: str = "update") -> Stops:
+    """Run until a signal comes in step `when`; returns what it leaves."""
+    stops = Stops()
+    whole = getattr(Training, during)
+
+    def interrupted(training, *args):
+        if training.step == when:
+            stops.note(15, None)
+        return whole(training, *args)
+
+    monkeypatch.setattr(Training, during, interrupted)
+    with pytest.raises(Stopped) as stopped:
+        train_gpt.run_or_explain(cfg, ALONE._replace(stops=stops))
+    monkeypatch.undo()
+    assert stopped.value.code == 128 + 15
+    return stops
+
+
+@pytest.mark.parametrize("during, left", [("update", 4), ("micro_step", 3)])
+def test_a_stop_saves_the_last_whole_step_and_goes_on_bitwise(
+    tiny_config, stand_in_program, monkeypatch, capsys, during, left
+):
+    """In a micro-batch the step is given up: its batches come again."""
+    cfg = saving(tiny_config, run__save_every=0, run__val_loss_every=4, data__loader="shuffled")
+    folder = run_to_end(cfg)
+    whole, losses = (folder / "artifact.bin").read_bytes(), train_losses(folder)
+    monkeypatch.setattr(train_gpt, "weigh_code", lambda folder: (9, ""))
+    stops = stopping(cfg, 3, monkeypatch, during)
+    assert numbered_steps(folder) == [left]
+    assert f"stopped: SIGTERM. {folder / NUMBERED.format(left)} is kept" in capsys.readouterr().err
+    assert stops.said() in (folder / "train.log").read_text()
+    monkeypatch.setattr(train_gpt, "weigh_code", leave)
+    run_to_end(cfg, Start(folder, read_newest(folder)))
+    assert (folder / "artifact.bin").read_bytes() == whole and train_losses(folder) == losses
+
+
+def leave(folder):
+    """Stand in for the packed program."""
+    (folder / "train_gpt.py").write_text("")
+    return 9, ""
+
+
+def test_a_stop_while_validating_leaves_the_validation(tiny_config, stand_in_program, monkeypatch):
+    """It saves the step that was to be validated; the score of zeros is in no log."""
+    cfg = saving(tiny_config, run__save_every=0)
+    stops, whole = Stops(), train_gpt.score_windows
+
+    def interrupted(*args):
+        stops.note(2, None)
+        return whole(*args)
+
+    monkeypatch.setattr(train_gpt, "score_windows", interrupted)
+    with pytest.raises(Stopped):
+        train_gpt.run_or_explain(cfg, ALONE._replace(stops=stops))
+    folder = Path(cfg.run.out_dir) / "tiny"
+    assert numbered_steps(folder) == [] and not (folder / "metrics.jsonl").exists()
+    assert "No step was done" in stops.said()
+
+
+def test_a_step_that_is_given_up_changes_nothing(tiny_config, alone):
+    """Loader, gradients and 8-bit scales are as before it."""
+    training = Training(with_values(tiny_config, {"model.fp8": "emulated"}, "test"), alone, bos_id=1)
+    phase = train_gpt.phase_at(training.cfg, 0, 0.0)
+    assert phase.stage.micro_batches > 1
+    before = training.loader.state_dict()
+    assert training.accumulate(phase, lambda: True) is None
+    assert training.loader.state_dict() == before and not training.fp8.seen.any()
+    assert all(param.grad is None or not param.grad.any() for param in training.model.parameters())
+
+
+def test_damaged_data_end_the_run_and_are_not_saved(tiny_config, stand_in_program, monkeypatch):
+    """The background check finds a shard that is not the manifest's: no checkpoint of it stays."""
+    stops = Stops()
+    monkeypatch.setattr(
+        train_gpt, "check_shards", lambda training, log: setattr(stops, "fault", lambda: "x.bin: bad")
     )
-    assert (
-        numbered_steps(folder) == []
-        and not (folder / BEST_NAME).exists()
-        and (folder / LOSSES_NAME).is_file()
-    )
+    with pytest.raises(UserError, match=r"x\.bin: bad"):
+        train_gpt.run(saving(tiny_config), ALONE._replace(stops=stops))
+    assert numbered_steps(Path(tiny_config.run.out_dir) / "tiny") == []
+
+
+def test_the_sources_that_are_hashed_are_the_trainers(monkeypatch):
+    """A module that training can import and the hash leaves out would change a run unseen."""
+    from test_layout import TRAINER, below
+
+    rooms = {name for name in below(TRAINER) if name not in (TRAINER, "common")}
+    assert {room.partition("/")[0] for room in train_gpt.ROOMS} == rooms
+    assert torch is not None and checkpoints.IDENTITY.keys() == {"config_hash", "seed", "data", "tokenizer"}

@@ -105,7 +105,7 @@ def test_the_run_folder_is_whole_and_its_ledger_true(finished_run):
     """Log, metrics, recipe, packed source, artifact, result; bytes in the ledger are bytes on disk."""
     _, folder, _ = finished_run
     assert {path.name for path in folder.iterdir()} == {
-        "train.log", "metrics.jsonl", "recipe.toml", "train_gpt.py", "artifact.bin", "result.json",
+        ".lock", "train.log", "metrics.jsonl", "recipe.toml", "train_gpt.py", "artifact.bin", "result.json",
     }  # fmt: skip
     result = read_json(folder / "result.json")
     sizes = dict(result["ledger"])
