@@ -103,7 +103,8 @@ class Scene:
 
 def find_artifacts(ran: Ran) -> list[Path]:
     """Return the files that a run left in its folder and that are no text, oldest first."""
-    found = [path for path in ran.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    files = (path for path in ran.folder.rglob("*") if path.is_file() and not path.is_symlink())
+    found = [path for path in files if path.stat().st_size]  # empty ones mark something, as a lock does
     outside = {ran.folder / "home", ran.folder / "tmp"}
     found = [path for path in found if path.suffix not in TEXT_FILES and not outside & set(path.parents)]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)

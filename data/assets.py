@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from common import atomic_file, write_json
@@ -15,6 +16,7 @@ from data.codecs import TokenCodec, load_codec
 from data.documents import Document
 from data.train_tokenizer import TRAINERS, train_tokenizer
 from data.verify import compare_codec, verify_codec
+from durable.lock import lock_folder
 
 FOLDER = "tokenizers"
 REPORT, README = "report.json", "README.md"
@@ -115,7 +117,7 @@ def write_page(path: Path, asset: Asset, codec: TokenCodec, report: dict, train:
 
 
 def build_asset(folder: Path, asset: Asset, corpus: Corpus) -> dict:
-    """Train one tokenizer, verify it and write its folder; returns its row of the comparison."""
+    """Train one tokenizer, verify it and write its folder, which is empty; returns its comparison row."""
     model = folder / f"tokenizer{TRAINERS[asset.kind].suffix}"
     train_tokenizer((document.text for document in corpus.train), asset.vocab_size, model, asset.kind)
     codec = load_codec(model)
@@ -147,4 +149,11 @@ def build_assets(
     corpus = Corpus(*collect_documents(list_modules()))
     if text:
         write_texts(Path(text), corpus)
-    return [build_asset(Path(out, name), ASSETS[name], corpus) for name in names]
+    rows = []
+    with lock_folder(out), TemporaryDirectory() as scratch:
+        for name in names:
+            rows.append(build_asset(Path(scratch, name), ASSETS[name], corpus))
+            for path in sorted(Path(scratch, name).iterdir(), reverse=True):  # the page, README.md, last
+                with atomic_file(Path(out, name, path.name)) as file:
+                    file.write(path.read_bytes())
+    return rows

@@ -26,8 +26,9 @@ from tqdm import tqdm
 from common import CommandParser, UserError, at_least_one, run_command, sha256_file, write_json
 from data.codecs import TokenCodec, load_codec
 from data.documents import Document
-from data.prepare import mark_unfinished, print_table, write_dataset
-from data.shards import MANIFEST_NAME, REPORT_NAME, read_manifest
+from data.prepare import fill_dataset, print_table
+from data.shards import READY_NAME, REPORT_NAME, read_manifest
+from data.staging import staged
 from data.train_tokenizer import train_tokenizer
 from data.verify import verify_codec
 
@@ -52,6 +53,7 @@ PARSE_CHUNK = 32  # modules sent to a process at a time
 VAL_EVERY = 10  # one in ten of the standard library's documents is validation
 SHARED_CHARS = 80  # a passage this long that is in validation may not be in training
 TOKENIZER_NAME = "tokenizer.model"
+WAIT_S = 600  # for another process that is building the same corpus
 
 
 class Module(NamedTuple):
@@ -285,14 +287,11 @@ def describe_sources(vocab_size: int) -> dict:
 
 
 def is_complete(out: Path, manifest: dict) -> bool:
-    """Tell whether the files of a dataset are there: shards by size, the tokenizer by hash, its report."""
-    shards = manifest["train"]["shards"] + manifest["val"]["shards"]
-    tokenizer = out / manifest["tokenizer"]["file"]
-    return (
-        all((out / s["file"]).is_file() and (out / s["file"]).stat().st_size == s["bytes"] for s in shards)
-        and (out / REPORT_NAME).is_file()
-        and tokenizer.is_file()
-        and sha256_file(tokenizer) == manifest["tokenizer"]["sha256"]
+    """Tell whether the files of a dataset are there: shards and tokenizer byte for byte, and its report."""
+    entries = [*manifest["train"]["shards"], *manifest["val"]["shards"], manifest["tokenizer"]]
+    return (out / REPORT_NAME).is_file() and all(
+        (out / entry["file"]).is_file() and sha256_file(out / entry["file"]) == entry["sha256"]
+        for entry in entries
     )
 
 
@@ -320,27 +319,26 @@ def build(out: str | Path, vocab_size: int, list_modules: Callable[[], list[Modu
     """Make the corpus, its tokenizer and its shards in `out`; False when they are there already."""
     out = Path(out)
     sources = describe_sources(vocab_size)
-    if is_current(out, sources):
+    if not (out / READY_NAME).is_dir() and is_current(out, sources):
         return False
-    train, val = collect_documents(list_modules())
-    sources["sha256"], _ = hash_texts(train + val)
-    sources["train_bytes"], sources["val_bytes"] = hash_texts(train)[1], hash_texts(val)[1]
-    codec = write_with_tokenizer(out / TOKENIZER_NAME, train, val, sources)
-    write_json(out / REPORT_NAME, verify_codec(codec, val))
+    with staged(out, WAIT_S) as staging:
+        if is_current(out, sources):  # made by another process in the meantime
+            return False
+        train, val = collect_documents(list_modules())
+        sources["sha256"], _ = hash_texts(train + val)
+        sources["train_bytes"], sources["val_bytes"] = hash_texts(train)[1], hash_texts(val)[1]
+        codec = fill_with_tokenizer(staging / TOKENIZER_NAME, train, val, sources)
+        write_json(staging / REPORT_NAME, verify_codec(codec, val))
     return True
 
 
-def write_with_tokenizer(
+def fill_with_tokenizer(
     tokenizer: Path, train: list[Document], val: list[Document], sources: dict, kind: str = "sentencepiece"
 ) -> TokenCodec:
     """Train a tokenizer of sources["vocab_size"] entries, write the shards beside it; returns its codec."""
-    out = tokenizer.parent
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / MANIFEST_NAME).is_file():  # outdated: its tokenizer is about to change
-        mark_unfinished(out)
     train_tokenizer((document.text for document in train), sources["vocab_size"], tokenizer, kind)
     codec = load_codec(tokenizer)
-    write_dataset(out, codec, train, val, sources)
+    fill_dataset(tokenizer.parent, codec, train, val, sources)
     return codec
 
 

@@ -16,7 +16,7 @@ from common import CommandParser, UserError, run_command, sha256_file
 from data.codecs import TokenCodec, load_codec
 from data.download import RECORD_NAME, read_record
 from data.prepare import CONTEST_VAL_DOCS
-from data.shards import MANIFEST_NAME, UNFINISHED_NAME, read_manifest, read_shard
+from data.shards import MANIFEST_NAME, check_in_place, read_manifest, read_shard
 
 SPLITS = ("train", "val")
 SIDECAR_MARK = "_bytes_"
@@ -94,8 +94,10 @@ class Dataset:
 def check_files(dataset: Dataset) -> ShardFinding:
     """Every shard has a whole header and as many tokens as it says; both splits have one."""
     problems = list(dataset.unreadable)
-    if (dataset.folder / UNFINISHED_NAME).is_file():
-        problems.append(f"{UNFINISHED_NAME}: the command that writes the folder was cut off")
+    try:
+        check_in_place(dataset.folder)
+    except UserError as error:
+        problems.append(str(error))
     problems += [f"no {split} shard" for split in SPLITS if not dataset.shards[split]]
     count = sum(len(shards) for shards in dataset.shards.values()) + len(dataset.sidecars)
     return judge("files", problems, f"{count} shards")

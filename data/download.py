@@ -19,6 +19,7 @@ from tqdm import tqdm
 from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file, write_json
 from data.prepare import CONTEST_VAL_DOCS, DOCS_MANIFEST_NAME, DOCS_NAME
 from data.shards import MANIFEST_NAME, read_shard
+from durable.lock import lock_folder
 
 DEFAULT_REPO_ID = "willdepueoai/parameter-golf"
 DEFAULT_ROOT_PREFIX = "datasets"
@@ -155,15 +156,16 @@ def fetch_checked(hub: Hub, item: Item) -> tuple[Path, str]:
 def place(cached: Path, target: Path) -> None:
     """Give a cached file its name below --out: a hard link where the file system can, else a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.link")
-    temporary.unlink(missing_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.part")
     try:
         os.link(cached.resolve(), temporary)
     except OSError:  # another file system, or one without links
         with open(cached, "rb") as source, atomic_file(target) as file:
             shutil.copyfileobj(source, file)
-    else:
+        return
+    try:
         os.replace(temporary, target)
+    finally:
         temporary.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
 
 
@@ -297,10 +299,11 @@ def download(
         items = plan_items(manifest, dataset_name, num_train_shards, source.has_sidecars)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{MANIFEST_NAME} of dataset {hub.repo_id}: unknown layout ({error!r}).") from error
-    write_json(out / MANIFEST_NAME, manifest)
     docs = [DOCS_NAME, DOCS_MANIFEST_NAME] if with_docs else []
     items += [Item(name, name, False) for name in docs]
-    num_fetched = Download(hub, dataset_name, out).run(items)
+    with lock_folder(out / "datasets" / dataset_name):
+        write_json(out / MANIFEST_NAME, manifest)
+        num_fetched = Download(hub, dataset_name, out).run(items)
     if with_docs:
         check_docs(out / DOCS_NAME, read_json(out / DOCS_MANIFEST_NAME))
     return num_fetched, len(items) - num_fetched

@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import itertools
 import os
-import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import CommandParser, UserError, at_least_one, run_command, sha256_file, write_json
+from common import CommandParser, UserError, at_least_one, atomic_file, run_command, sha256_file, write_json
 from data.codecs import TokenCodec, load_codec
 from data.documents import INPUT_HELP, Document, batched, check_inputs, read_documents
 from data.selection import add_selection_options, build_selection
-from data.shards import MANIFEST_NAME, REPORT_NAME, UNFINISHED_NAME, read_manifest, write_shard
+from data.shards import ALL_SHARDS_GLOB, MANIFEST_NAME, read_manifest, write_shard
+from data.staging import staged
 
 MANIFEST_FORMAT = 1
 SHARD_TOKENS = 100_000_000  # the contest's shard length
@@ -34,7 +34,6 @@ DOCS_NAME = "docs_selected.jsonl"  # the contest's text: its first documents are
 DOCS_MANIFEST_NAME = "docs_selected.source_manifest.json"
 CONTEST_VAL_DOCS = 50_000
 SIDECAR_SPLIT = "val_bytes"  # the contest's name: fineweb_val_bytes_000000.bin
-ALL_SHARDS_GLOB = "fineweb_*.bin"
 
 
 # ---- Writing ----------------------------------------------------------------------------------------
@@ -187,13 +186,6 @@ def write_split(
     return counts
 
 
-def mark_unfinished(out: Path) -> None:
-    """Take the manifest away, so that a folder half rewritten is not mistaken for a dataset."""
-    write_json(out / UNFINISHED_NAME, {"note": "shards are being written; run the same command again"})
-    for name in (MANIFEST_NAME, REPORT_NAME):
-        (out / name).unlink(missing_ok=True)
-
-
 def check_folder(out: Path, digest: str) -> None:
     """Raise when `out` holds shards that a dataset made with the tokenizer `digest` may not replace."""
     manifest = read_manifest(out)
@@ -204,7 +196,7 @@ def check_folder(out: Path, digest: str) -> None:
                 f"{out}: holds shards of another tokenizer (sha256 {found}, yours is {digest}). "
                 "Choose another --out folder, or delete this one."
             )
-    elif any(out.glob(ALL_SHARDS_GLOB)) and not (out / UNFINISHED_NAME).is_file():
+    elif any(out.glob(ALL_SHARDS_GLOB)):
         raise UserError(
             f"{out}: holds shards without a {MANIFEST_NAME}, which this command did not write. "
             "Choose another --out folder, or delete this one."
@@ -212,7 +204,16 @@ def check_folder(out: Path, digest: str) -> None:
 
 
 def write_dataset(
-    out: str | Path,
+    out: str | Path, codec, train: Iterable[Document], val: Iterable[Document], sources: dict, **settings
+) -> dict:
+    """Do what `fill_dataset` does and replace the dataset that `out` may hold; returns the manifest."""
+    with staged(out) as staging:
+        check_folder(Path(out), codec.digest)
+        return fill_dataset(staging, codec, train, val, sources, **settings)
+
+
+def fill_dataset(
+    out: Path,
     codec,
     train: Iterable[Document],
     val: Iterable[Document],
@@ -222,15 +223,12 @@ def write_dataset(
     shard_tokens: int = SHARD_TOKENS,
     num_threads: int | None = None,
 ) -> dict:
-    """Write both splits as shards and, last, the manifest, which is returned.
+    """Write both splits as shards and, last, the manifest, which is returned; `out` is an empty folder.
 
     `val` is read to its end before `train` starts, so both may come from one stream. With split
     "first_documents" train's document numbers continue where val's end, otherwise both count from 0.
     """
-    out = Path(out)
     num_threads = num_threads or os.cpu_count()
-    check_folder(out, codec.digest)
-    mark_unfinished(out)
     overlap = Overlap()
     writers = [ShardWriter(out, name, shard_tokens, codec.vocab_size) for name in ("val", "train")]
     sidecar = ShardWriter(out, SIDECAR_SPLIT, shard_tokens, 1 << 16) if codec.needs_sidecar else None
@@ -255,16 +253,9 @@ def write_dataset(
         "val": val_counts,
         "sources": sources,
     }
-    files = train_counts["shards"] + val_counts["shards"] + val_counts.get("sidecars", [])
-    written = {shard["file"] for shard in files}
-    for path in out.glob(ALL_SHARDS_GLOB):
-        if path.name not in written:  # of an earlier, longer dataset
-            path.unlink()
-    beside = out / codec.path.name
-    if beside.resolve() != codec.path.resolve():
-        shutil.copyfile(codec.path, beside)
+    with atomic_file(out / codec.path.name) as file:
+        file.write(codec.path.read_bytes())
     write_json(out / MANIFEST_NAME, manifest)
-    (out / UNFINISHED_NAME).unlink()
     return manifest
 
 
@@ -365,8 +356,15 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
     codec = load_codec(options.tokenizer)
     check_inputs(options.input + (options.val_input or []))
-    check_folder(Path(options.out), codec.digest)
     note_other_validation(options)
+    with staged(options.out) as staging:  # from here on, so that a second writer is refused before it reads
+        check_folder(Path(options.out), codec.digest)
+        manifest = prepare(options, codec, staging)
+    print_table(options.out, manifest)
+
+
+def prepare(options: argparse.Namespace, codec: TokenCodec, staging: Path) -> dict:
+    """Do what the options say in an empty folder; returns the manifest."""
     sources = {"input": describe_files(options.input)}
     train = read_documents(options.input)
     if options.val_input:
@@ -378,8 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     selection = build_selection(options)
     sources["train_selection"] = selection.facts
     sizes = {"shard_tokens": options.shard_tokens, "num_threads": options.num_threads}
-    manifest = write_dataset(options.out, codec, selection.apply(train), val, sources, split=split, **sizes)
-    print_table(options.out, manifest)
+    return fill_dataset(staging, codec, selection.apply(train), val, sources, split=split, **sizes)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 TRAIN_GLOB = "fineweb_train_*.bin"
 VAL_GLOB = "fineweb_val_*.bin"
+ALL_SHARDS_GLOB = "fineweb_*.bin"
 MANIFEST_FIELDS = {"kind": "tokenizer_kind", "vocab_size": "vocab_size"}  # its key -> data field
 MANIFEST_NAME = "manifest.json"
-# Marks a folder whose shards are being replaced. Without it, shards without a manifest are not ours.
-UNFINISHED_NAME = "unfinished.json"
+READY_NAME = ".ready"  # holds a finished dataset while data.staging puts its files in place
 REPORT_NAME = "tokenizer_report.json"  # what `python -m data.tokenizer verify --out` found, beside shards
 
 
@@ -103,17 +103,21 @@ def check_stated_shards(files: list[Path], split: str) -> None:
             )
 
 
+def check_in_place(folder: str | Path) -> None:
+    """Raise for a folder that holds files of two datasets, because a move of data.staging was cut off."""
+    if (Path(folder) / READY_NAME).is_dir():
+        raise UserError(
+            f"{folder}: a new dataset is being put in place. If this was cut off, `python -m data.staging "
+            f"{folder}` completes it."
+        )
+
+
 def find_shards(pattern: str | Path) -> list[Path]:
     """List the shards of a glob pattern in name order; at least one. Byte sidecars are left out.
 
-    Raises for a folder that a writer did not finish.
+    Raises for a folder in which two datasets lie.
     """
-    unfinished = Path(pattern).parent / UNFINISHED_NAME
-    if unfinished.is_file():
-        raise UserError(
-            f"{unfinished}: expected a finished dataset, found one whose writing was cut off. Run the "
-            "command that makes it again."
-        )
+    check_in_place(Path(pattern).parent)
     files = sorted(Path(name) for name in glob.glob(str(pattern)) if "_bytes_" not in Path(name).name)
     if not files:
         raise UserError(

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -106,15 +107,13 @@ def train_tokenizer(
     # A list, not a stream: the libraries would wrap an error of the reader in one of their own.
     texts = list(training_texts(documents))
     content = trainer.train(texts, vocab_size, *([transition] if transition else []))
+    if trainer.is_lossless:
+        with TemporaryDirectory() as folder:  # before it replaces a tokenizer that may be in use
+            candidate = Path(folder) / out.name
+            candidate.write_bytes(content)
+            check_lossless(candidate)
     with atomic_file(out) as file:
         file.write(content)
-    if not trainer.is_lossless:
-        return
-    try:
-        check_lossless(out)
-    except BaseException:
-        out.unlink()
-        raise
 
 
 def check_lossless(path: Path) -> None:

@@ -17,9 +17,10 @@ import numpy as np
 
 import train_gpt
 from common import CommandParser, UserError, read_json, run_command
-from data.builtin import collect_documents, describe_sources, find_modules, write_with_tokenizer
+from data.builtin import collect_documents, describe_sources, fill_with_tokenizer, find_modules
 from data.prepare import Document
 from data.shards import VAL_GLOB, find_shards, read_manifest, read_shard
+from data.staging import staged
 from data.train_tokenizer import TRAINERS
 from formats.recipe import read_recipe, with_values
 from train_gpt import (
@@ -95,8 +96,9 @@ def prepare(names: list[str], data: Path) -> None:
         return
     train, val = map(first_bytes, collect_documents(find_modules()), (TRAIN_BYTES, VAL_BYTES))
     for twin in missing:
-        tokenizer = dataset_folder(twin, data) / tokenizer_name(twin)
-        write_with_tokenizer(tokenizer, train, val, describe_sources(twin.vocab_size), twin.kind)
+        with staged(dataset_folder(twin, data)) as staging:
+            tokenizer, sources = staging / tokenizer_name(twin), describe_sources(twin.vocab_size)
+            fill_with_tokenizer(tokenizer, train, val, sources, twin.kind)
 
 
 def unigram_entropy(dataset: Path) -> float:

@@ -36,8 +36,10 @@ class FolderLock:
     def release(self) -> None:
         """Let the next one in; calling it again does nothing, nor does a forked child."""
         if os.getpid() == self.process and self.lock.is_locked:
-            (self.folder / HOLDER_NAME).unlink(missing_ok=True)
-            self.lock.release()
+            try:
+                (self.folder / HOLDER_NAME).unlink(missing_ok=True)
+            finally:
+                self.lock.release()
         atexit.unregister(self.release)
 
     def __enter__(self) -> "FolderLock":

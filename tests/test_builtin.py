@@ -2,6 +2,9 @@
 
 import json
 import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fixtures_data import small_texts
@@ -231,7 +234,7 @@ def test_the_same_sources_give_the_same_files(tmp_path, list_modules):
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.parametrize("change", ["version", "vocab_size", "shard", "tokenizer", "unfinished"])
+@pytest.mark.parametrize("change", ["version", "vocab_size", "shard", "flip", "tokenizer"])
 def test_a_corpus_that_is_outdated_or_damaged_is_made_again(tmp_path, list_modules, monkeypatch, change):
     """Everything that decides the corpus is in the manifest; what is lost is replaced."""
     out, vocab_size = tmp_path / "out", 360
@@ -243,16 +246,65 @@ def test_a_corpus_that_is_outdated_or_damaged_is_made_again(tmp_path, list_modul
         vocab_size = 370
     elif change == "shard":
         (out / "fineweb_val_000000.bin").unlink()
-    elif change == "tokenizer":
-        (out / "tokenizer.model").write_bytes(b"damaged")
+    elif change == "flip":
+        shard = out / "fineweb_train_000000.bin"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     else:
-        data.builtin.mark_unfinished(out)
+        (out / "tokenizer.model").write_bytes(b"damaged")
     assert build(out, vocab_size, list_modules)
     after = read_manifest(out)
     assert after["tokenizer"]["vocab_size"] == vocab_size
-    if change in ("shard", "tokenizer", "unfinished"):
+    if change in ("shard", "flip", "tokenizer"):
         assert after == before
     assert not build(out, vocab_size, list_modules)
+
+
+def test_a_corpus_whose_move_was_cut_off_is_put_in_place_not_made_again(tmp_path, list_modules):
+    """It is finished: a builder that looks at the files in place alone would take the seconds again."""
+    out = tmp_path / "out"
+    build(out, 360, list_modules)
+    before = read_manifest(out)
+    (out / ".ready").mkdir()
+    moved = ["fineweb_train_000000.bin", "fineweb_val_000000.bin", "tokenizer.model", "tokenizer_report.json"]
+    for name in ("fineweb_val_000000.bin", "manifest.json"):
+        (out / name).rename(out / ".ready" / name)
+    (out / ".ready" / ".files.json").write_text(json.dumps([*moved, "manifest.json"]))
+    assert not build(out, 360, list_modules)
+    assert read_manifest(out) == before and find_shards(out / "fineweb_val_*.bin")
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_of_two_builders_the_second_waits_for_the_first(tmp_path, list_modules, capsys, is_built):
+    """Two `make run` at once: both work, and the corpus is made once, or by the second if the first fails."""
+    out = tmp_path / "out"
+    first = threading.Event()
+
+    def slow_modules():
+        first.set()
+        time.sleep(0.8)
+        if not is_built:
+            raise UserError("the first fails")
+        return list_modules()
+
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(build, out, 360, slow_modules)
+        first.wait()
+        assert build(out, 360, list_modules) == (not is_built)
+        assert isinstance(ended.exception(), UserError if not is_built else type(None))
+    assert "Waiting for it" in capsys.readouterr().err
+    assert read_manifest(out)["tokenizer"]["vocab_size"] == 360
+    assert not list(out.glob(".staging"))
+
+
+def test_a_corpus_that_cannot_be_built_leaves_the_outdated_one(tmp_path, list_modules):
+    """A run may be reading it, and the next call makes it anew."""
+    out = tmp_path / "out"
+    build(out, 360, list_modules)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError):
+        build(out, 100, list_modules)  # fewer entries than bytes
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not build(out, 360, list_modules)
 
 
 def test_a_folder_with_another_dataset_is_left_alone(tmp_path, list_modules):

@@ -114,12 +114,16 @@ def test_training_twice_gives_the_same_file(lossless_model, tmp_path):
     assert (tmp_path / "again.model").read_bytes() == lossless_model.read_bytes()
 
 
-def test_a_model_that_loses_text_is_removed_at_once(tmp_path, monkeypatch):
-    """A wrong option would make every later byte count wrong."""
+def test_a_model_that_loses_text_is_not_written_and_replaces_none(tmp_path, monkeypatch):
+    """A wrong option would make every later byte count wrong; the former model may be in use."""
     monkeypatch.setitem(data.train_tokenizer.LOSSLESS_OPTIONS, "normalization_rule_name", "nmt_nfkc")
     with pytest.raises(RuntimeError, match="not lossless"):
         train_tokenizer(small_texts(), 400, tmp_path / "lossy.model")
     assert not any(tmp_path.iterdir())
+    (tmp_path / "former.model").write_bytes(b"in use")
+    with pytest.raises(RuntimeError, match="not lossless"):
+        train_tokenizer(small_texts(), 400, tmp_path / "former.model")
+    assert (tmp_path / "former.model").read_bytes() == b"in use"
 
 
 @pytest.mark.parametrize(("texts", "vocab_size"), [(["ab"], 1024), ([], 1024), (small_texts(5), 100)])

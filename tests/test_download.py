@@ -16,6 +16,7 @@ from fixtures_model import ROOT
 from common import UserError
 from data.download import Hub, download, find_source, hub_from_environment, local_path, plan_items
 from data.shards import write_shard
+from durable.lock import lock_folder
 
 DATASET = "datasets/fineweb10B_sp1024"
 VAL = f"{DATASET}/fineweb_val_000000.bin"
@@ -102,7 +103,7 @@ def assert_files_are_the_hubs(hub: FakeHub, out: Path, num_train_shards: int = 1
         found, expected = (out / name).read_bytes(), hub.files[f"root/{name}"]
         assert json.loads(found) == json.loads(expected) if name == "manifest.json" else found == expected
     extra = {path.name for path in out.rglob("*") if path.is_file()} - {Path(name).name for name in names}
-    assert extra == {"download.json"}
+    assert extra == {"download.json", ".lock"}
 
 
 def test_files_take_the_contests_layout_and_a_second_run_fetches_nothing(hub, tmp_path):
@@ -191,6 +192,15 @@ def test_a_download_killed_half_way_completes_when_run_again(hub, tmp_path):
     result = run_download(hub, tmp_path)
     assert result.returncode == 0, result.stderr
     assert_files_are_the_hubs(hub, tmp_path / "out")
+
+
+def test_a_second_download_of_a_dataset_is_refused_by_name(hub, tmp_path):
+    """Two of them would enter their files in each other's record."""
+    with lock_folder(tmp_path / "out" / DATASET):
+        result = run_download(hub, tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"in use by process {os.getpid()} on " in result.stderr
+    assert not (tmp_path / "out" / TRAIN).exists()
 
 
 def assert_unreachable_hub_is_explained(result: subprocess.CompletedProcess) -> None:

@@ -18,10 +18,10 @@ from fixtures_model import ROOT
 
 from common import UserError, run_command, sha256_file
 from data.codecs import load_codec
-from data.doctor import examine
 from data.prepare import Document, ShardWriter, main, read_documents, write_dataset
 from data.selection import difficulty, is_good
 from data.shards import find_shards, read_manifest, read_shard, write_shard
+from durable.lock import lock_folder
 
 TEXTS = small_texts(70, seed=1)
 
@@ -450,6 +450,7 @@ def test_a_shorter_dataset_leaves_no_shard_of_a_longer_one(prepare, source, tmp_
     (out / "small.model").write_bytes(b"of an earlier dataset")
     prepare("--input", source)
     assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
         "fineweb_train_000000.bin",
         "fineweb_val_000000.bin",
         "manifest.json",
@@ -458,15 +459,26 @@ def test_a_shorter_dataset_leaves_no_shard_of_a_longer_one(prepare, source, tmp_
     assert (out / "small.model").read_bytes() == tokenizer
 
 
-def test_a_run_that_fails_leaves_no_manifest_and_the_next_one_succeeds(prepare, source, tmp_path):
-    """New shards beside an old manifest would pass for a dataset that never existed."""
+def test_a_run_that_fails_leaves_the_former_dataset_as_it_was(prepare, source, tmp_path):
+    """It may have taken hours, and a run may be reading it."""
     out = prepare("--input", source)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     (tmp_path / "bad.jsonl").write_bytes(b"bad\n")
-    with pytest.raises(UserError, match="not JSON"):
-        prepare("--input", source, tmp_path / "bad.jsonl", "--val-docs", 50)
-    assert read_manifest(out) is None
+    for arguments in (("--shard-tokens", 300), ()):
+        with pytest.raises(UserError, match="not JSON"):
+            prepare("--input", source, tmp_path / "bad.jsonl", "--val-docs", 60, *arguments)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    prepare("--input", source, "--val-docs", 60)
+    assert read_manifest(out)["train"]["documents"] == [60, 70]
+
+
+def test_a_second_run_into_a_folder_is_refused_before_it_reads_anything(prepare, source, tmp_path):
+    """Two of them would replace each other's shards; the first is named."""
+    with lock_folder(tmp_path / "out"):
+        (tmp_path / "bad.jsonl").write_bytes(b"bad\n")
+        with pytest.raises(UserError, match=rf"out: in use by process {os.getpid()} on "):
+            prepare("--input", tmp_path / "bad.jsonl")
     prepare("--input", source)
-    assert read_manifest(out)["train"]["documents"] == [50, 70]
 
 
 STOPS_AT_THE_FIRST_TRAINING_SHARD = """
@@ -486,11 +498,15 @@ data.prepare.main(sys.argv[1:])
 """
 
 
-def test_a_run_killed_half_way_is_not_read_and_completes_when_run_again(lossless_model, source, tmp_path):
-    """A machine that vanishes leaves whole shards of half a dataset: a loader must not take them."""
+@pytest.mark.slow
+def test_a_run_killed_half_way_changes_nothing_and_completes_when_run_again(lossless_model, source, tmp_path):
+    """A machine that vanishes leaves half a dataset: it must not take the place of a whole one."""
     out, whole = tmp_path / "killed", tmp_path / "whole"
-    arguments = ["--tokenizer", lossless_model, "--input", source, "--shard-tokens", 500, "--num-threads", 1]
+    arguments = ["--tokenizer", lossless_model, "--input", source, "--num-threads", 1]
     arguments = list(map(str, arguments))
+    main([*arguments, "--out", str(out), "--val-docs", "60"])
+    before = {path.name: path.read_bytes() for path in out.glob("[!.]*")}
+    arguments += ["--shard-tokens", "500"]
     process = subprocess.Popen(
         [sys.executable, "-c", STOPS_AT_THE_FIRST_TRAINING_SHARD, *arguments, "--out", str(out)],
         cwd=ROOT,
@@ -500,10 +516,9 @@ def test_a_run_killed_half_way_is_not_read_and_completes_when_run_again(lossless
     with process:
         assert process.stdout.readline() == b"half way\n"
         process.send_signal(signal.SIGKILL)
-    assert list(out.glob("fineweb_train_*.bin")) and read_manifest(out) is None
-    with pytest.raises(UserError, match="writing was cut off"):
-        find_shards(out / "fineweb_train_*.bin")
-    assert "cut off" in {row.check: row.detail for row in examine(out)}["files"]
+    assert list(out.glob(".staging/fineweb_train_*.bin"))
+    assert {path.name: path.read_bytes() for path in out.glob("[!.]*")} == before
+    assert find_shards(out / "fineweb_train_*.bin")
     for folder in (out, whole):
         main([*arguments, "--out", str(folder)])
     names = sorted(path.name for path in whole.iterdir())

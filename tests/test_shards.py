@@ -139,11 +139,11 @@ def test_a_manifest_is_read_back_and_a_damaged_one_is_refused(tmp_path):
         read_manifest(tmp_path)
 
 
-def test_a_folder_whose_writing_was_cut_off_is_not_read(shard):
-    """Its shards are whole, but not all of them, or of two datasets."""
+def test_a_folder_that_is_being_replaced_is_not_read(shard):
+    """Its shards are whole, but of two datasets."""
     assert find_shards(shard) == [shard]
-    write_json(shard.with_name("unfinished.json"), {})
-    with pytest.raises(UserError, match="writing was cut off"):
+    shard.with_name(".ready").mkdir()
+    with pytest.raises(UserError, match=r"being put in place.*`python -m data\.staging .*` completes it"):
         find_shards(shard)
 
 
