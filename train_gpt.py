@@ -26,11 +26,12 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -63,6 +64,7 @@ from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
 from durable.lock import lock_folder
+from durable.peers import LOST, MEET_S, OWN, PeerError, Peers, explain
 from durable.stops import DAMAGED, Stopped, Stops
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.checkpoints import (
@@ -194,6 +196,9 @@ SOURCES = ("*.py", *(f"{room}/*.py" for room in ROOMS))
 
 CALIBRATION_TOKENS = 1 << 15  # that pass through the model at once: each visit's activations are kept
 READ_EVERY_MS = 1000.0  # how long the clock of a GPU goes on without being read
+
+PEER_TIMEOUT_S = 120.0  # of a collective in which another rank does not answer
+JOIN_S = 10.0  # that a launcher's store may take to answer when something went wrong
 
 NEWTON_STEPS = 2  # of fit_scales: the cost is nearly a parabola there
 
@@ -524,8 +529,9 @@ class Environment(NamedTuple):
     local_rank: int = 0
     world_size: int = 1
     misspelled: tuple[str, ...] = ()  # sentences on variables that look like misspelled ones
-    restarts: int = 0  # of this job by torchrun
-    launched: bool = False  # whether a launcher started this process
+    local_world_size: int = 1  # processes on this machine
+    restarts: int = 0  # how often torchrun has started all processes anew
+    launched: bool = False  # by torchrun or another launcher
     stops: Stops | None = None  # where signals are noted; not of a packed program
 
 
@@ -536,6 +542,9 @@ def read_environment() -> Environment:
     fixed = {name: os.environ[name] for name in PACKED_ENVIRONMENT.split() if name in os.environ}
     if PACKED_RECIPE is None:
         numbers["misspelled"] = near_misses(Config, os.environ)
+        numbers["local_world_size"] = int(os.environ.get("LOCAL_WORLD_SIZE", numbers.get("world_size", 1)))
+        numbers["restarts"] = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        numbers["launched"] = not layout.keys().isdisjoint(numbers)
     return Environment(environment_values(Config, os.environ) | fixed, **numbers)
 
 
@@ -670,6 +679,31 @@ class AsyncWork(NamedTuple):
         return self.tensor if self.scale == 1.0 else self.tensor.mul_(self.scale)
 
 
+def open_store(environment: Environment, timeout_s: float = MEET_S) -> dist.Store:
+    """Connect to the launcher's store, which outlives processes that it starts anew.
+
+    Names are those of this start: under older ones are the addresses of processes that are gone.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    return dist.PrefixStore(f"start_{environment.restarts}_of_{environment.world_size}", store)
+
+
+def speak_once(error: Exception, environment: Environment) -> None:
+    """Of several ranks let one say an error, and end this one; returns where its caller should raise it."""
+    if environment.world_size == 1:
+        return
+    broke = isinstance(error, RuntimeError) and "gloo" in str(error)  # which has no class for it
+    kind = LOST if broke or isinstance(error, (PeerError, dist.DistError)) else OWN
+
+    def join() -> Peers:
+        return Peers(open_store(environment, JOIN_S), environment.rank, environment.world_size)
+
+    if environment.rank > 0 or kind == LOST:
+        explain(error, kind, environment.rank, join)
+    with suppress(RuntimeError, ValueError):  # without a launcher nobody listens
+        join().tell("error", kind)
+
+
 class Ranks:
     """The processes of a run: one a GPU with nccl, or plain CPU processes with gloo."""
 
@@ -682,10 +716,19 @@ class Ranks:
             keep_freed_memory()
         if self.world_size > 1:
             # Ranks wait for rank 0 while it quantizes and compresses: longer than the default ten minutes.
+            settings = {"timeout": timedelta(hours=1)}
+            if PACKED_RECIPE is None:
+                self.peers = Peers(open_store(environment), self.rank, self.world_size)
+                self.peers.tell("place", f"host:{socket.gethostname()} device:{self.device}")
+                # Before collectives give up: nccl's end the process, and nobody would say who is missing.
+                self.peers.start(5 / 6 * PEER_TIMEOUT_S)
+                self.peers.meet()
+                settings = {"store": open_store(environment), "timeout": timedelta(seconds=PEER_TIMEOUT_S)}
+                settings |= {"rank": self.rank, "world_size": self.world_size}
             dist.init_process_group(
                 dist.get_default_backend_for_device(self.device),
-                timeout=timedelta(hours=1),
                 device_id=None if self.device.type == "cpu" else self.device,
+                **settings,
             )
 
     @property
@@ -751,9 +794,19 @@ class Ranks:
         return AsyncWork(stack, dist.all_gather_into_tensor(stack, share, async_op=True), source=share)
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks, up to an hour; a collective would give up while one of them works alone."""
         if self.world_size > 1:
-            dist.barrier()
+            if PACKED_RECIPE is None:
+                self.synchronize()
+                self.peers.meet()
+            else:
+                dist.barrier()
+
+    def layout(self) -> str:
+        """Return a line a rank: its host and device; nothing for one process."""
+        if self.world_size == 1:
+            return ""
+        return "".join(f"rank:{rank} {place}\n" for rank, place in self.peers.told("place").items())
 
     def synchronize(self) -> None:
         """Wait for this rank's device."""
@@ -763,7 +816,9 @@ class Ranks:
     def close(self) -> None:
         """Leave the process group, all ranks together."""
         if self.world_size > 1:
-            dist.barrier()  # a rank that leaves early takes its connections from the others
+            self.barrier()  # a rank that leaves early takes its connections from the others
+            if PACKED_RECIPE is None:
+                self.peers.stop()
             dist.destroy_process_group()
 
 
@@ -2259,6 +2314,8 @@ def score_options(cfg: Config, text: ValidationText, ranks: Ranks) -> ScoreOptio
 
 def measure(nats: Tensor, text: ValidationText, ranks: Ranks) -> BpbMeter:
     """Put the ranks' nats of the first targets together, in bits per byte."""
+    if PACKED_RECIPE is None:
+        ranks.barrier()  # one may have scored for minutes longer than another
     nats = ranks.sum(nats).numpy()
     meter = BpbMeter()
     meter.add(nats, text.target_bytes[: len(nats)])
@@ -2679,6 +2736,8 @@ def warm_up(training: Training, log: Log) -> None:
     for phase in get_phases(cfg):
         for step in range(max(num_steps, 1)):
             training.accumulate(phase, lambda: False)
+            if PACKED_RECIPE is None:
+                ranks.barrier()  # rank 0 packs the code, and each compiles for itself
             training.update(0.0)
             if step < num_steps:
                 log.line(f"warmup_step:{step + 1}/{num_steps}")
@@ -2908,6 +2967,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}\n"
         + "".join(f"attention_passed_over:{name} {why}\n" for name, why in model.passed_over.items())
         + fused_lines(training)
+        + (ranks.layout() if PACKED_RECIPE is None else "")
         + f"tie_embeddings:{tied} embed_lr:{optim.tied_embed_lr if tied else optim.embed_lr} "
         f"head_lr:{0.0 if tied else optim.head_lr} matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}\n"
         f"train_batch_tokens:{cfg.data.batch_tokens} train_seq_len:{cfg.data.seq_len} "
@@ -3432,11 +3492,13 @@ def main(argv: list[str] | None = None) -> None:
             environment.stops.install(environment.launched)
             cfg, start = plan_run(args, environment)
             run_or_explain(cfg, environment, start)
-    except UserError:
-        if environment.rank == 0:
-            raise
-        time.sleep(2.0)  # rank 0 has the same error: let it speak, once, before torchrun ends all ranks
-        sys.exit(1)
+    except Exception as error:
+        if PACKED_RECIPE is None:
+            speak_once(error, environment)
+        elif environment.rank > 0 and isinstance(error, UserError):
+            time.sleep(2.0)  # rank 0 has the same error: let it speak, once, before torchrun ends all ranks
+            sys.exit(1)
+        raise
 
 
 if __name__ == "__main__":

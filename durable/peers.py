@@ -1,0 +1,184 @@
+"""The other ranks of a run: who they are, whether they live, and which of them says what went wrong.
+
+Ranks tell each other through the store of their launcher (set, get, check), which works while collectives do
+not. Every rank beats: a thread counts up a key. Who does not beat is gone or stopped, whatever its
+connections say; who beats is alive, however long it computes.
+"""
+
+import atexit
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import NoReturn, Protocol
+
+from common import UserError
+
+BEAT_S = 1.0
+ANSWER_S = 5.0  # in which a living rank beats, be its interpreter ever so busy
+SPEAK_S = 2.0  # that a rank waits for a lower one with the same error
+MEET_S = 3600.0  # that ranks wait for one that works alone
+OWN, LOST = "own", "lost"  # kinds of error: a rank's own, and that it cannot reach the others
+# The trainer's functions that a stack shows, in words.
+PHASES = {
+    "warm_up": "warming up",
+    "train": "training",
+    "store_model": "calibrating and quantizing",
+    "score_model": "scoring",
+}
+
+
+class Store(Protocol):
+    """What is needed of torch.distributed's stores."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+
+class PeerError(RuntimeError):
+    """Another rank did not come to where all meet."""
+
+
+class Peers:
+    """This process among the ranks of a run; errors of the store are raised as it raises them."""
+
+    def __init__(self, store: Store, rank: int, world_size: int):
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.num_meetings = 0
+        self.stopping = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def tell(self, topic: str, text: str) -> None:
+        """Leave a text for the others."""
+        self.store.set(f"{topic}/{self.rank}", text)
+
+    def told(self, topic: str, ranks: Iterable[int] | None = None) -> dict[int, str]:
+        """Return what ranks (default: all) have told about a topic so far."""
+        keys = {rank: f"{topic}/{rank}" for rank in ranks or range(self.world_size)}
+        return {rank: self.store.get(key).decode() for rank, key in keys.items() if self.store.check([key])}
+
+    def names(self, ranks: Iterable[int]) -> str:
+        """Name ranks and their places, as in "rank 1 (host:node7 device:cuda:1)"."""
+        places = self.told("place")
+        return " and ".join(f"rank {rank} ({places.get(rank, 'it never answered')})" for rank in ranks)
+
+    def meet(self, limit_s: float = MEET_S) -> None:
+        """Wait until all ranks are here. Raises a PeerError that names those that are not after limit_s."""
+        topic, pause_s = f"meeting{self.num_meetings}", 0.001
+        self.num_meetings += 1
+        self.tell(topic, "here")
+        ends_at = time.monotonic() + limit_s
+        while not self.store.check([f"{topic}/{rank}" for rank in range(self.world_size)]):
+            if time.monotonic() > ends_at:
+                late = sorted(set(range(self.world_size)) - set(self.told(topic)))
+                raise PeerError(f"waited {limit_s:.0f} s for {self.names(late)}")
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, 0.1)
+
+    def missing(self, answer_s: float = ANSWER_S) -> list[int]:
+        """Return the ranks that do not beat while this one waits so many seconds."""
+        before = self.told("beat")
+        time.sleep(answer_s)
+        after = self.told("beat")
+        others = set(range(self.world_size)) - {self.rank}
+        return sorted(rank for rank in others if before.get(rank) == after.get(rank))
+
+    def start(self, silence_s: float) -> None:
+        """Begin to beat, and to watch the next rank: its silence for so long ends this process."""
+        args = (int(silence_s / BEAT_S), threading.get_ident())
+        self.thread = threading.Thread(target=self._beat, args=args, name="peers", daemon=True)
+        self.thread.start()
+        atexit.register(self.stop)  # a thread in the store while the interpreter ends would abort it
+
+    def stop(self) -> None:
+        """End the thread."""
+        self.stopping.set()
+        if self.thread and self.thread is not threading.current_thread():
+            self.thread.join(ANSWER_S)
+
+    def _beat(self, max_silent: int, watched: int) -> None:
+        """Beat and watch the next rank. Its silence is counted in own beats: who was stopped saw nothing.
+
+        watched is the thread whose phase is told.
+        """
+        following = (self.rank + 1) % self.world_size
+        last, num_silent = {}, 0
+        with suppress(RuntimeError):  # the store is gone with its launcher
+            for beat in itertools.count():
+                self.tell("beat", str(beat))
+                heard = self.told("beat", [following])
+                num_silent = num_silent + 1 if heard and heard == last else 0
+                last = heard
+                if num_silent >= max_silent and (missing := self.missing()):
+                    stack = traceback.walk_stack(sys._current_frames()[watched])
+                    phase = phase_of(frame.f_code.co_name for frame, _ in stack)
+                    speaking = missing[0] == following  # each of the missing is watched by one rank
+                    if speaking:
+                        error = PeerError("timed out")
+                        print(f"error: {message(error, LOST, self.names(missing), phase)}", file=sys.stderr)
+                    leave(speaking)
+                if self.stopping.wait(BEAT_S):
+                    return
+
+
+def phase_of(functions: Iterable[str]) -> str:
+    """Say what a rank was doing, from the functions on its stack."""
+    return next((PHASES[name] for name in functions if name in PHASES), "setting up")
+
+
+def message(error: Exception, kind: str, names: str, phase: str) -> str:
+    """Say what went wrong; names are those of the missing, or of this rank where the error is its own.
+
+    Errors that are nobody's mistake keep their traceback.
+    """
+    go_on = "a training run goes on from its last checkpoint with --resume."
+    if kind == LOST and not names:
+        return f"all ranks live, yet one could not reach another ({phase}): {error}. Start again; {go_on}"
+    if kind == LOST:
+        how = "it was silent for too long" if "timed out" in str(error).lower() else "its connection broke"
+        return f"{names} no longer answers ({phase}; {how}). Its last lines may say why; {go_on}"
+    said = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    return f"{names} ({phase}): {said}"
+
+
+def speaks(reports: dict[int, str], rank: int) -> bool:
+    """Whether a rank says its error: the lowest of those with one of their own, else the lowest of all."""
+    own = [other for other, kind in reports.items() if kind == OWN]
+    return rank == min(own or reports)
+
+
+def explain(error: Exception, kind: str, rank: int, join: Callable[[], Peers]) -> NoReturn:
+    """End this rank with status 1; the one of all ranks that knows best says why, once.
+
+    Where join raises a RuntimeError or a ValueError, the launcher is gone and each rank speaks for itself.
+    """
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one rank is gone
+    speaking, names = True, f"rank {rank}" if kind == OWN else "the launcher on the host of rank 0"
+    with suppress(RuntimeError, ValueError):
+        peers = join()
+        peers.tell("error", kind)
+        silent = peers.missing(ANSWER_S if kind == LOST else SPEAK_S)
+        speaking = speaks(peers.told("error"), rank)
+        names = peers.names([rank] if kind == OWN else silent)
+    if speaking:
+        phase = phase_of(frame.name for frame in traceback.extract_tb(error.__traceback__))
+        print(f"error: {message(error, kind, names, phase)}", file=sys.stderr)
+    leave(speaking)
+
+
+def leave(has_spoken: bool) -> NoReturn:
+    """End the process as it is: threads of a broken process group would abort an orderly end."""
+    if not has_spoken:
+        time.sleep(SPEAK_S)  # a launcher ends all ranks with the first
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
