@@ -64,7 +64,7 @@ from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
 from durable.lock import lock_folder
-from durable.peers import LOST, MEET_S, OWN, PeerError, Peers, explain
+from durable.peers import LOST, MEET_S, OWN, PeerError, Peers, end_with
 from durable.stops import DAMAGED, Stopped, Stops
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.checkpoints import (
@@ -565,11 +565,12 @@ def load_config(
                     f"{name} is fixed in this packed program, or unknown; free are {', '.join(free)}. For "
                     "the rest change the recipe and pack it again."
                 )
-    else:
+    cfg = Config()
+    if PACKED_RECIPE is None:
         check_names(Config, changes)
         changes = read_auto(changes)
-    recipe = (read_auto(read_recipe(recipe_path)) if recipe_path else {}) | (places or {})
-    cfg = with_values(Config(), recipe, recipe_path) if recipe else Config()
+        recipe = (read_auto(read_recipe(recipe_path)) if recipe_path else {}) | (places or {})
+        cfg = with_values(cfg, recipe, recipe_path)
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
     if PACKED_RECIPE is None:
@@ -699,7 +700,7 @@ def speak_once(error: Exception, environment: Environment) -> None:
         return Peers(open_store(environment, JOIN_S), environment.rank, environment.world_size)
 
     if environment.rank > 0 or kind == LOST:
-        explain(error, kind, environment.rank, join)
+        end_with(error, kind, environment.rank, join)
     with suppress(RuntimeError, ValueError):  # without a launcher nobody listens
         join().tell("error", kind)
 
@@ -2326,17 +2327,17 @@ def validate(model: nn.Module, cfg: Config, text: ValidationText, ranks: Ranks) 
     """Score whole rows of data.seq_len tokens, as the contest does while it trains."""
     tokens = scored_tokens(text, cfg.data.seq_len, keep_tail=False)
     windows, options = plan_windows(len(tokens) - 1, cfg.data.seq_len), score_options(cfg, text, ranks)
-    score = partial(score_windows, model.eval(), tokens, windows, options)
-    nats = score_unless_stopped(score, len(tokens) - 1, ranks) if PACKED_RECIPE is None else score()
+    args = (model.eval(), tokens, windows, options)
+    nats = score_unless_stopped(args, ranks) if PACKED_RECIPE is None else score_windows(*args)
     return measure(nats, text, ranks)
 
 
-def score_unless_stopped(score: Callable[..., Tensor], num_targets: int, ranks: Ranks) -> Tensor:
-    """Score, or where a signal came leave it and return zeros: the ranks stop after this, together."""
+def score_unless_stopped(args: tuple, ranks: Ranks) -> Tensor:
+    """Score windows, or where a signal came return zeros: the ranks stop after this, together."""
     try:
-        return score(ranks.heed)
+        return score_windows(*args, ranks.heed)
     except Abandoned:
-        return torch.zeros(num_targets)
+        return torch.zeros(len(args[1]) - 1)
 
 
 def score_model(
@@ -2701,7 +2702,7 @@ def keep_checkpoint(training: Training, log: Log) -> None:
     training.ranks.stops.kept = f"{path} is kept; go on with --resume {log.folder}"
 
 
-def resume(training: Training, found: FoundCheckpoint) -> None:
+def restore(training: Training, found: FoundCheckpoint) -> None:
     """Continue from a checkpoint of the same recipe, seed and data, on any number of ranks."""
     check_identity(found.path, found.facts, training.identity)
     training.load_state_dict(map_leaves(found.state, np.ndarray, torch.from_numpy))
@@ -3177,11 +3178,13 @@ def open_run(
     run_id = cfg.run.run_id or time.strftime("%Y%m%d_%H%M%S", started_at) + f"_seed{cfg.run.seed}"
     training = Training(cfg, ranks, text.bos_id)
     if PACKED_RECIPE is None and start.found:
-        resume(training, start.found)
-    folder = start.folder
-    if PACKED_RECIPE is None and cfg.run.overwrite and cfg.run.run_id:
-        folder = folder or Path(cfg.run.out_dir, run_id)
-    folder = folder or new_folder(cfg.run.out_dir, run_id, ranks)
+        restore(training, start.found)
+    if PACKED_RECIPE is None and start.folder:
+        folder = start.folder
+    elif PACKED_RECIPE is None and cfg.run.overwrite and cfg.run.run_id:
+        folder = Path(cfg.run.out_dir, run_id)
+    else:
+        folder = new_folder(cfg.run.out_dir, run_id, ranks)
     log = Log(folder, ranks.is_main, cfg.watch.tensorboard)
     if PACKED_RECIPE is None:
         if ranks.is_main:

@@ -16,7 +16,7 @@ from train_gpt import (
     load_validation,
     only_live,
     read_environment,
-    resume,
+    restore,
 )
 
 
@@ -49,7 +49,7 @@ def open_checkpoint(folder: Path, ranks: Ranks) -> Trained:
     cfg = with_values(cfg, recipe, str(folder / "recipe.toml"))
     text = load_validation(cfg.data)
     training = Training(cfg, ranks, text.bos_id)
-    resume(training, found)
+    restore(training, found)
     if training.average:
         training.average.apply()
     return Trained(training, text, found.path)

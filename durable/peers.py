@@ -155,7 +155,7 @@ def speaks(reports: dict[int, str], rank: int) -> bool:
     return rank == min(own or reports)
 
 
-def explain(error: Exception, kind: str, rank: int, join: Callable[[], Peers]) -> NoReturn:
+def end_with(error: Exception, kind: str, rank: int, join: Callable[[], Peers]) -> NoReturn:
     """End this rank with status 1; the one of all ranks that knows best says why, once.
 
     Where join raises a RuntimeError or a ValueError, the launcher is gone and each rank speaks for itself.

@@ -163,11 +163,11 @@ def test_a_checkpoint_goes_on_in_its_own_run_only(tiny_config, alone, tmp_path, 
     train_gpt.save_checkpoint(Training(tiny_config, alone, bos_id=1), path)
     other = Training(with_values(tiny_config, values, "test"), alone, bos_id=1)
     if not said:
-        train_gpt.resume(other, read_newest(path))
+        train_gpt.restore(other, read_newest(path))
         assert other.resumed_at == [0]
         return
     with pytest.raises(UserError, match=said):
-        train_gpt.resume(other, read_newest(path))
+        train_gpt.restore(other, read_newest(path))
 
 
 def test_a_checkpoint_of_other_data_is_refused(tiny_config, alone, tmp_path):
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_other_data_is_refused(tiny_config, alone, tmp_path):
     train_gpt.save_checkpoint(training, path)
     training.identity = training.identity | {"data": "other"}
     with pytest.raises(UserError, match="Another training data"):
-        train_gpt.resume(training, read_newest(path))
+        train_gpt.restore(training, read_newest(path))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_config, alone, tmp_path):

@@ -285,7 +285,7 @@ def test_the_run_is_that_of_the_number_that_was_found(
     assert "data.micro_batches=auto: 4" in (folders[0] / "train.log").read_text()
     again = load_config(str(folders[0]), {}, [f"data.data_path={auto_config.data.data_path}"])
     training = Training(again, train_gpt.Ranks(ALONE, "cpu"), 1)
-    train_gpt.resume(training, read_newest(folders[0]))
+    train_gpt.restore(training, read_newest(folders[0]))
     assert training.step == 6
 
 

@@ -34,7 +34,7 @@ from train_gpt import (
     load_artifact,
     load_validation,
     log_setup,
-    resume,
+    restore,
     save_checkpoint,
     warm_up,
 )
@@ -283,10 +283,10 @@ def test_a_checkpoint_of_another_recipe_is_refused(tiny_config, alone, tmp_path)
     path = tmp_path / NUMBERED.format(0)
     training = Training(tiny_config, alone, bos_id=1)
     save_checkpoint(training, path)
-    resume(training, read_newest(path))
+    restore(training, read_newest(path))
     other = Training(with_values(tiny_config, {"optim.beta1": 0.5}, "test"), alone, bos_id=1)
     with pytest.raises(UserError, match="Another recipe"):
-        resume(other, read_newest(path))
+        restore(other, read_newest(path))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="damaged or foreign"):
         read_newest(path)

@@ -174,7 +174,7 @@ def train_to(cfg: Config, stop: int, checkpoint: Path, resumes: bool) -> list:
     """Train to a step, from the start or from a checkpoint; write one and return every value in it."""
     training = train_gpt.Training(cfg, train_gpt.Ranks(Environment({}), "cpu"), 0)
     if resumes:
-        train_gpt.resume(training, read_newest(checkpoint))
+        train_gpt.restore(training, read_newest(checkpoint))
     while training.step < stop:
         progress = train_gpt.run_progress(cfg, training.step, 0.0)
         training.accumulate(train_gpt.phase_at(cfg, training.step, progress), lambda: False)
