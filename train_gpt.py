@@ -1873,7 +1873,8 @@ class Optimizers:
                 if shape is not None
             ]
         )
-        self.stacks = sorted(stacks, key=lambda stack: -stack.size * stack.params[0].numel())  # largest first
+        # Largest first, in an order that is the same for any number of ranks: checkpoints list them in it.
+        self.stacks = sorted(stacks, key=lambda stack: -len(stack.params) * stack.params[0].numel())
 
     @torch.no_grad()
     def step(self, rates: StepRates) -> None:
@@ -1921,7 +1922,7 @@ class Optimizers:
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
-        for stack, part in zip(self.stacks, state["stacks"]):
+        for stack, part in zip(self.stacks, state["stacks"], strict=True):
             stack.load_state_dict(part)
 
 
