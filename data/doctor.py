@@ -14,9 +14,16 @@ import numpy as np
 
 from common import CommandParser, UserError, run_command, sha256_file
 from data.codecs import TokenCodec, load_codec
-from data.download import RECORD_NAME, read_record
 from data.prepare import CONTEST_VAL_DOCS
-from data.shards import MANIFEST_NAME, check_in_place, read_manifest, read_shard
+from data.shards import (
+    ALL_SHARDS_GLOB,
+    MANIFEST_NAME,
+    RECORD_NAME,
+    check_in_place,
+    read_manifest,
+    read_shard,
+    stated_hashes,
+)
 
 SPLITS = ("train", "val")
 SIDECAR_MARK = "_bytes_"
@@ -103,40 +110,32 @@ def check_files(dataset: Dataset) -> ShardFinding:
     return judge("files", problems, f"{count} shards")
 
 
-def named_files(dataset: Dataset) -> list[dict]:
-    """List the shards that the manifest names; without one, those that data.download recorded."""
-    if dataset.manifest is None:
-        record = read_record(dataset.folder / RECORD_NAME)
-        names = {local: Path(local).name for local in record if Path(local).match("fineweb_*.bin")}
-        return [{"file": name} | record[local] for local, name in names.items()]
-    parts = [dataset.stated(split).get("shards", []) for split in SPLITS]
-    return [entry for part in [*parts, dataset.stated("val").get("sidecars", [])] for entry in part]
-
-
 def check_manifest(dataset: Dataset) -> ShardFinding:
-    """The files are those that the manifest names, byte for byte."""
-    entries = named_files(dataset)
-    if dataset.manifest is None and not entries:
+    """The shards are those of the manifest or, without one, of data.download's record, byte for byte."""
+    try:
+        stated = stated_hashes(dataset.folder)
+    except UserError as error:
+        return judge("manifest", [str(error)], "")
+    hashes = {name: sha256 for name, sha256 in stated.items() if Path(name).match(ALL_SHARDS_GLOB)}
+    if dataset.manifest is None and not hashes:
         return ShardFinding("manifest", "skipped", f"neither {MANIFEST_NAME} nor {RECORD_NAME}")
+    present = {path.name for path in dataset.folder.glob(ALL_SHARDS_GLOB)}
     problems = []
-    for entry in entries:
-        path = dataset.folder / entry["file"]
-        if not path.is_file():
-            problems.append(f"{path.name} is missing")
-        elif sha256_file(path) != entry["sha256"]:
-            problems.append(f"{path.name} is not the file that was written (sha256)")
-    named = {entry["file"] for entry in entries}
-    present = {path.name for path in dataset.folder.glob("fineweb_*.bin")}
-    problems += [f"{name} is not in the manifest" for name in sorted(present - named)]
-    return judge("manifest", problems, f"{len(entries)} files as written")
+    for name, sha256 in hashes.items():
+        if name not in present:
+            problems.append(f"{name} is missing")
+        elif sha256_file(dataset.folder / name) != sha256:
+            problems.append(f"{name} is not the file that was written (sha256)")
+    problems += [f"{name} is not in the manifest" for name in sorted(present - hashes.keys())]
+    return judge("manifest", problems, f"{len(hashes)} files as written")
 
 
 def check_tokenizer(dataset: Dataset) -> ShardFinding:
     """The tokenizer is the one that the manifest names, and every id is one of its own."""
     problems = []
     stated = (dataset.manifest or {}).get("tokenizer", {})
-    if dataset.codec and stated and stated["sha256"] != dataset.codec.digest:
-        problems.append(f"expected sha256 {stated['sha256'][:16]}, found {dataset.codec.digest[:16]}")
+    if dataset.codec and stated and stated.get("sha256") != dataset.codec.digest:
+        problems.append(f"expected sha256 {stated.get('sha256')}, found {dataset.codec.digest}")
     if dataset.vocab_size is None:
         return ShardFinding("tokenizer", "skipped", "no manifest; give --tokenizer")
     for shards in dataset.shards.values():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file, write_json
 from data.prepare import CONTEST_VAL_DOCS, DOCS_MANIFEST_NAME, DOCS_NAME
-from data.shards import MANIFEST_NAME, read_shard
+from data.shards import MANIFEST_NAME, RECORD_NAME, read_shard
 from durable.lock import lock_folder
 
 DEFAULT_REPO_ID = "willdepueoai/parameter-golf"
@@ -27,7 +27,6 @@ DATASET_PREFIX = "fineweb10B_"
 DEFAULT_TRAIN_SHARDS = 80  # the contest's own default: 8 billion tokens
 NUM_WORKERS = 4
 NUM_TRIES = 2
-RECORD_NAME = "download.json"
 VARIANT = re.compile(r"sp[0-9]+|byte260|caseops8192")
 SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub's name for a large file; small ones go by a shorter git hash
 

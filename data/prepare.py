@@ -22,7 +22,7 @@ from common import CommandParser, UserError, at_least_one, atomic_file, run_comm
 from data.codecs import TokenCodec, load_codec
 from data.documents import INPUT_HELP, Document, batched, check_inputs, read_documents
 from data.selection import add_selection_options, build_selection
-from data.shards import ALL_SHARDS_GLOB, MANIFEST_NAME, read_manifest, write_shard
+from data.shards import ALL_SHARDS_GLOB, MANIFEST_NAME, digest_of_report, read_manifest, write_shard
 from data.staging import staged
 
 MANIFEST_FORMAT = 1
@@ -255,8 +255,14 @@ def fill_dataset(
     }
     with atomic_file(out / codec.path.name) as file:
         file.write(codec.path.read_bytes())
-    write_json(out / MANIFEST_NAME, manifest)
-    return manifest
+    return write_manifest(out, manifest)
+
+
+def write_manifest(out: Path, manifest: dict) -> dict:
+    """Write a dataset's manifest with its own digest; returns both."""
+    sealed = manifest | {"digest": digest_of_report(manifest)}
+    write_json(out / MANIFEST_NAME, sealed)
+    return sealed
 
 
 def describe_codec(codec) -> dict:

@@ -23,6 +23,7 @@ VAL_GLOB = "fineweb_val_*.bin"
 ALL_SHARDS_GLOB = "fineweb_*.bin"
 MANIFEST_FIELDS = {"kind": "tokenizer_kind", "vocab_size": "vocab_size"}  # its key -> data field
 MANIFEST_NAME = "manifest.json"
+RECORD_NAME = "download.json"  # what data.download fetched and checked
 READY_NAME = ".ready"  # holds a finished dataset while data.staging puts its files in place
 REPORT_NAME = "tokenizer_report.json"  # what `python -m data.tokenizer verify --out` found, beside shards
 
@@ -92,7 +93,7 @@ def check_stated_shards(files: list[Path], split: str) -> None:
     stated = (read_manifest(files[0].parent) or {}).get(split, {}).get("shards")
     if stated is None:
         return
-    expected = {entry["file"]: entry["bytes"] for entry in stated}
+    expected = {str(entry.get("file")): entry.get("bytes") for entry in stated}
     found = {path.name: path.stat().st_size for path in files}
     for name in sorted(expected.keys() | found.keys()):
         wanted, size = expected.get(name, "none by the manifest"), found.get(name, "none")
@@ -128,9 +129,59 @@ def find_shards(pattern: str | Path) -> list[Path]:
 
 
 def read_manifest(folder: str | Path) -> dict | None:
-    """Read the manifest that lies beside a folder's shards; None where there is none."""
+    """Read the manifest that lies beside a folder's shards; None where there is none.
+
+    Raises for one that is not as data.prepare wrote it.
+    """
     path = Path(folder) / MANIFEST_NAME
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("digest") not in (None, digest_of_report(manifest)):
+        raise UserError(f"{path}: altered since it was written. Make the data again.")
+    return manifest
+
+
+def stated_hashes(folder: Path) -> dict[str, str]:
+    """Return {name: sha256} of the shards of a folder, by its manifest or else data.download's record."""
+    manifest, record = read_manifest(folder), folder / RECORD_NAME
+    try:
+        if manifest is not None:
+            parts = [manifest.get(split, {}) for split in ("train", "val")]
+            entries = [
+                entry for part in parts for key in ("shards", "sidecars") for entry in part.get(key, [])
+            ]
+            rows = [(entry["file"], entry["sha256"]) for entry in entries]
+        else:
+            files = read_json(record)["files"] if record.is_file() else {}
+            rows = [(Path(name).name, entry["sha256"]) for name, entry in files.items()]
+        hashes = dict(rows)
+    except (AttributeError, KeyError, TypeError):
+        rows, hashes = [()], {}
+    if len(hashes) < len(rows):
+        raise UserError(
+            f"{folder}: {MANIFEST_NAME} or {RECORD_NAME} does not state every shard once with its sha256. "
+            "Make the data again."
+        )
+    return hashes
+
+
+def hash_fault(path: Path, stated: str, found: str) -> str:
+    """Say that a file is not the stated one; "" if it is."""
+    return "" if found == stated else f"{path}: expected sha256 {stated}, found {found}. Make the data again."
+
+
+def digest_of_data(folder: Path) -> str:
+    """Hash what the training shards are by name, size and stated sha256, and the stated tokenizer.
+
+    Reads no shard; where nothing is stated, names and sizes alone must do.
+    """
+    hashes = stated_hashes(folder)
+    shards = [
+        [path.name, path.stat().st_size, hashes.get(path.name)] for path in find_shards(folder / TRAIN_GLOB)
+    ]
+    tokenizer = (read_manifest(folder) or {}).get("tokenizer")
+    return digest_of_report({"shards": shards, "tokenizer": tokenizer})
 
 
 def stated_tokenizer(folder: str | Path) -> dict:
@@ -142,7 +193,7 @@ def stated_tokenizer(folder: str | Path) -> dict:
 
 
 def digest_of_report(report: dict) -> str:
-    """Hash all that a tokenizer report says but its digest: SHA-256 of its JSON with sorted keys."""
+    """Hash all that a report or manifest says but its digest: SHA-256 of its JSON with sorted keys."""
     stated = {key: value for key, value in report.items() if key != "digest"}
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 

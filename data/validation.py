@@ -8,9 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
+from common import UserError, sha256_file
 from data.codecs import TokenCodec
-from data.shards import VAL_GLOB, check_token_ids, find_shards, read_manifest, read_shard
+from data.shards import (
+    VAL_GLOB,
+    check_token_ids,
+    find_shards,
+    hash_fault,
+    read_manifest,
+    read_shard,
+    stated_hashes,
+)
 
 
 class ValidationText(NamedTuple):
@@ -26,10 +34,19 @@ class ValidationText(NamedTuple):
     loses: str = ""  # what of it the tokenizer drops, as the codec says
 
 
+def read_intact(path: Path) -> np.ndarray:
+    """Read a shard, (N,), that must be the stated one where its sha256 is stated."""
+    tokens = np.array(read_shard(path))
+    stated = stated_hashes(path.parent)
+    if path.name in stated and (fault := hash_fault(path, stated[path.name], sha256_file(path))):
+        raise UserError(fault)
+    return tokens
+
+
 def read_sidecar(path: Path, num_tokens: int) -> np.ndarray:
     """Read the original bytes of each of a shard's tokens, (N,), from the file beside it."""
     path = path.with_name(path.name.replace("val_", "val_bytes_"))
-    sizes = read_shard(path)
+    sizes = read_intact(path)
     if sizes.size != num_tokens:
         raise UserError(
             f"{path}: expected the bytes of {num_tokens:,} tokens, found {sizes.size:,}. It belongs to "
@@ -50,7 +67,8 @@ def check_tokenizer(settings, codec: TokenCodec, expected_sha256: str) -> None:
 def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: str) -> ValidationText:
     """Read all validation shards, or the chosen ones, with the byte count of every target.
 
-    Refuses a byte total, or without a choice shards, that are not the manifest's. tokenizer_sha256 is that
+    Refuses shards whose bytes are not the stated ones, a byte total, or without a choice a list of shards,
+    that are not the manifest's. tokenizer_sha256 is that
     of the tokenizer which the model was trained with, where one is known.
     """
     pattern = chosen or str(Path(settings.data_path) / VAL_GLOB)
@@ -58,7 +76,7 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
     manifest = read_manifest(files[0].parent) or {}
     made_with = tokenizer_sha256 or manifest.get("tokenizer", {}).get("sha256", codec.digest)
     check_tokenizer(settings, codec, made_with)
-    shards = [read_shard(path) for path in files]
+    shards = [read_intact(path) for path in files]
     for path, shard in zip(files, shards):
         check_token_ids(shard, settings.vocab_size, path)
     tokens = np.concatenate(shards)
@@ -80,12 +98,13 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
             f"{pattern}: expected the manifest's {len(expected)} shards, found {len(files)}; {odd} "
             "is in one list only. Make the data again, or name the shards: python -m eval --val."
         )
-    if is_whole and stated["expected_token_bytes"] != token_bytes.sum():
+    expected_bytes = stated.get("expected_token_bytes", 0)
+    if is_whole and expected_bytes != token_bytes.sum():
         raise UserError(
-            f"{pattern}: the manifest expects {stated['expected_token_bytes']:,} bytes, the tokens have "
+            f"{pattern}: the manifest expects {expected_bytes:,} bytes, the tokens have "
             f"{token_bytes.sum():,}. A bits-per-byte figure from them would be wrong; make the data again."
         )
-    raw_bytes = stated["raw_bytes"] if is_whole else None
+    raw_bytes = stated.get("raw_bytes") if is_whole else None
     made_by = (codec.bos_id, pattern, codec.kind, codec.digest)
     return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, codec.loses)
 

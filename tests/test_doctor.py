@@ -14,7 +14,7 @@ from common import UserError, read_json, sha256_file, write_json
 from data import doctor
 from data.codecs import load_codec
 from data.doctor import WINDOW, examine, window_hashes
-from data.prepare import Document, write_dataset
+from data.prepare import Document, write_dataset, write_manifest
 from data.shards import read_shard, write_shard
 
 TRAIN_DOCUMENTS = 10_000
@@ -56,7 +56,7 @@ def change_shard(folder: Path, name: str, change) -> None:
         manifest["train"]["shards"] + manifest["val"]["shards"] + manifest["val"].get("sidecars", [])
     ):
         entry["sha256"] = sha256_file(folder / entry["file"])
-    write_json(folder / "manifest.json", manifest)
+    write_manifest(folder, manifest)
 
 
 def faults(folder: Path, *arguments) -> dict[str, str]:

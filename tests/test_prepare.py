@@ -18,7 +18,7 @@ from fixtures_model import ROOT
 
 from common import UserError, run_command, sha256_file
 from data.codecs import load_codec
-from data.prepare import Document, ShardWriter, main, read_documents, write_dataset
+from data.prepare import Document, ShardWriter, main, read_documents, write_dataset, write_manifest
 from data.selection import difficulty, is_good
 from data.shards import find_shards, read_manifest, read_shard, write_shard
 from durable.lock import lock_folder
@@ -529,10 +529,9 @@ def test_a_run_killed_half_way_changes_nothing_and_completes_when_run_again(loss
 def test_shards_of_another_tokenizer_are_not_replaced(prepare, source, tmp_path):
     """Token ids of two tokenizers in one folder are noise; an old dataset may still be in use."""
     out = prepare("--input", source)
-    manifest = out / "manifest.json"
-    changed = json.loads(manifest.read_text())
+    changed = read_manifest(out)
     changed["tokenizer"]["sha256"] = "0" * 64
-    manifest.write_text(json.dumps(changed))
+    write_manifest(out, changed)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match=r"another tokenizer .*Choose another --out folder"):
         prepare("--input", source)

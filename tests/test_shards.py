@@ -14,6 +14,7 @@ from data.shards import (
     HEADER_BYTES,
     check_stated_shards,
     check_token_ids,
+    digest_of_data,
     digest_of_report,
     find_shards,
     read_manifest,
@@ -183,3 +184,35 @@ def test_a_tokenizer_report_vouches_for_one_tokenizer_and_cannot_be_edited(tmp_p
     write_json(tmp_path / "tokenizer_report.json", failed | {"digest": digest_of_report(failed)})
     with pytest.raises(UserError, match="failed"):
         read_report(tmp_path, "ab" * 32)
+
+
+def test_the_digest_of_data_follows_what_is_stated_and_reads_no_shard(tmp_path):
+    """A run is continued on the data that it began with, wherever they lie."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        write_shard(folder / "fineweb_train_000000.bin", np.arange(100))
+        write_shard(folder / "fineweb_val_000000.bin", np.arange(9))
+    first = digest_of_data(folders[0])
+    assert digest_of_data(folders[1]) == first
+    write_shard(folders[1] / "fineweb_val_000000.bin", np.arange(10))
+    (folders[1] / "fineweb_train_000000.bin").write_bytes(b"\0" * (HEADER_BYTES + 200))  # of the same size
+    assert digest_of_data(folders[1]) == first
+    digests = {first}
+    for sha256, tokenizer in (("0" * 64, "1"), ("1" * 64, "1"), ("1" * 64, "2")):
+        shards = [{"file": "fineweb_train_000000.bin", "bytes": 1224, "sha256": sha256}]
+        write_json(tmp_path / "a" / "manifest.json", {"train": {"shards": shards}, "tokenizer": tokenizer})
+        digests.add(digest_of_data(folders[0]))
+    write_shard(folders[1] / "fineweb_train_000001.bin", np.arange(5))
+    assert len({*digests, digest_of_data(folders[1])}) == 5
+
+
+def test_a_manifest_that_was_altered_is_refused(tmp_path):
+    """It states sizes that a score is divided by, and which file is whole."""
+    manifest = {"format": 1, "val": {"raw_bytes": 1000}}
+    manifest["digest"] = digest_of_report(manifest)
+    write_json(tmp_path / "manifest.json", manifest)
+    assert read_manifest(tmp_path) == manifest
+    for altered in (manifest | {"val": {"raw_bytes": 1001}}, manifest | {"digest": "0"}, [manifest]):
+        write_json(tmp_path / "manifest.json", altered)
+        with pytest.raises(UserError, match=r"manifest\.json: altered"):
+            read_manifest(tmp_path)

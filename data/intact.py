@@ -1,0 +1,74 @@
+"""Are the training shards those that were written? They are hashed in the background while training runs."""
+
+import hashlib
+import os
+import sys
+import threading
+from pathlib import Path
+
+from common import UserError
+from data.shards import MANIFEST_NAME, RECORD_NAME, hash_fault, stated_hashes
+
+BUFFER_BYTES = 1 << 20  # the interpreter is needed once a buffer, so a thousand times a gigabyte
+
+
+class ShardVerifier:
+    """Hash one process's share of the training shards in a daemon thread, against what is stated of them.
+
+    `share` is (index, count): every count-th file from index on. `fault` is "" while all is well, then the
+    sentence that names the first damaged shard. Raises a UserError at once where the statement is malformed.
+    """
+
+    def __init__(self, files: list[Path], share: tuple[int, int] = (0, 1)):
+        index, count = share
+        self.files = files[index::count]
+        self.hashes = {folder: stated_hashes(folder) for folder in {path.parent for path in files}}
+        self.fault, self.num_verified = "", 0
+        self.thread = threading.Thread(target=self.run, name="verify shards", daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        """Hash file after file until one is damaged."""
+        yield_to_others()
+        for path in self.files:
+            stated = self.hashes[path.parent]
+            if path.name not in stated:
+                continue
+            try:
+                self.fault = hash_fault(path, stated[path.name], sha256_slowly(path))
+            except OSError as error:
+                self.fault = f"{path}: {error.strerror}. Make the data again."
+            if self.fault:
+                return
+            self.num_verified += 1
+
+    def wait(self) -> None:
+        """Wait until all are hashed; raises a UserError where one is not the stated one."""
+        self.thread.join()
+        if self.fault:
+            raise UserError(self.fault)
+
+    def summary(self) -> str:
+        """Say in a log line how many of this share have been verified so far, and by what."""
+        folders = self.hashes.keys()
+        names = [name for name in (MANIFEST_NAME, RECORD_NAME) if any((f / name).is_file() for f in folders)]
+        if not any(self.hashes.values()):
+            return (
+                f"train_shards_verified: none, neither {MANIFEST_NAME} nor {RECORD_NAME} states their sha256"
+            )
+        return f"train_shards_verified: {self.num_verified} of {len(self.files)} by {names[0]}"
+
+
+def yield_to_others() -> None:
+    """Give this thread the lowest priority, where threads have one of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def sha256_slowly(path: Path) -> str:
+    """Hash a file through one small buffer; both reading and hashing leave the interpreter to others."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
