@@ -53,7 +53,7 @@ from data.codecs import TokenCodec, load_codec
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
-from durable.peers import LOST, MEET_S, OWN, PeerError, Peers, explain
+from durable.peers import LOST, MEET_S, OWN, PeerError, Peers, end_explained
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.events import EVENTS_NAME, append_scalars
 from formats.hardware import project
@@ -648,7 +648,7 @@ def speak_once(error: Exception, environment: Environment) -> None:
         return Peers(open_store(environment, JOIN_S), environment.rank, environment.world_size)
 
     if environment.rank > 0 or kind == LOST:
-        explain(error, kind, environment.rank, join)
+        end_explained(error, kind, environment.rank, join)
     with suppress(RuntimeError, ValueError):  # without a launcher nobody listens
         join().tell("error", kind)
 
@@ -665,18 +665,22 @@ class Ranks:
             # Ranks wait for rank 0 while it quantizes and compresses: longer than the default ten minutes.
             settings = {"timeout": timedelta(hours=1)}
             if PACKED_RECIPE is None:
-                self.peers = Peers(open_store(environment), self.rank, self.world_size)
-                self.peers.tell("place", f"host:{socket.gethostname()} device:{self.device}")
-                # Before collectives give up: nccl's end the process, and nobody would say who is missing.
-                self.peers.start(5 / 6 * PEER_TIMEOUT_S)
-                self.peers.meet()
-                settings = {"store": open_store(environment), "timeout": timedelta(seconds=PEER_TIMEOUT_S)}
-                settings |= {"rank": self.rank, "world_size": self.world_size}
+                settings = self.meet_peers(environment)
             dist.init_process_group(
                 dist.get_default_backend_for_device(self.device),
                 device_id=None if self.device.type == "cpu" else self.device,
                 **settings,
             )
+
+    def meet_peers(self, environment: Environment) -> dict:
+        """Wait for all ranks, begin to watch the next one, and return how to make the process group."""
+        self.peers = Peers(open_store(environment), self.rank, self.world_size)
+        self.peers.tell("place", f"host:{socket.gethostname()} device:{self.device}")
+        # Before collectives give up: nccl's end the process, and nobody would say who is missing.
+        self.peers.start(5 / 6 * PEER_TIMEOUT_S)
+        self.peers.meet()
+        places = {"store": open_store(environment), "rank": self.rank, "world_size": self.world_size}
+        return places | {"timeout": timedelta(seconds=PEER_TIMEOUT_S)}
 
     @property
     def is_main(self) -> bool:
@@ -737,7 +741,7 @@ class Ranks:
         """Return a line a rank: its host and device; nothing for one process."""
         if self.world_size == 1:
             return ""
-        return "".join(f"rank:{rank} {place}\n" for rank, place in self.peers.told("place").items())
+        return "\n".join(f"rank:{rank} {place}" for rank, place in self.peers.told("place").items())
 
     def synchronize(self) -> None:
         """Wait for this rank's device."""
@@ -2803,6 +2807,8 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"max_wallclock_seconds:{run.max_wallclock_seconds:.3f}\n"
         f"seed:{run.seed}"
     )
+    if PACKED_RECIPE is None:
+        log.line(ranks.layout())
 
 
 def log_sizes(cfg: Config, model: GPT, ledger: list[tuple[str, int]], log: Log) -> None:
