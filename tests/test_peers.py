@@ -106,6 +106,17 @@ def test_messages_name_rank_phase_and_what_to_do():
     assert phase_of(["main", "run"]) == "setting up"
 
 
+def test_each_start_has_names_of_its_own(monkeypatch):
+    """A restarted rank that finds the address of one that is gone waits for it, or fails to connect."""
+    shared = train_gpt.dist.HashStore()
+    monkeypatch.setattr(train_gpt.dist, "rendezvous", lambda *args, **rest: iter([(shared, 0, 2)]))
+    first, same, second = (
+        train_gpt.open_store(Environment({}, world_size=2, restarts=restarts)) for restarts in (0, 0, 1)
+    )
+    first.set("address", "gone")
+    assert same.check(["address"]) and not second.check(["address"])
+
+
 def test_the_environment_says_who_started_us_and_how_often(monkeypatch):
     """torchrun's words; without them one process that nobody launched."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
