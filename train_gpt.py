@@ -64,7 +64,7 @@ from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
 from durable.lock import lock_folder
-from durable.peers import LOST, MEET_S, OWN, PeerError, Peers, end_with
+from durable.peers import LOST, MEET_S, OWN, PeerError, Peers, end_explained
 from durable.stops import DAMAGED, Stopped, Stops
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.checkpoints import (
@@ -700,7 +700,7 @@ def speak_once(error: Exception, environment: Environment) -> None:
         return Peers(open_store(environment, JOIN_S), environment.rank, environment.world_size)
 
     if environment.rank > 0 or kind == LOST:
-        end_with(error, kind, environment.rank, join)
+        end_explained(error, kind, environment.rank, join)
     with suppress(RuntimeError, ValueError):  # without a launcher nobody listens
         join().tell("error", kind)
 
@@ -719,18 +719,22 @@ class Ranks:
             # Ranks wait for rank 0 while it quantizes and compresses: longer than the default ten minutes.
             settings = {"timeout": timedelta(hours=1)}
             if PACKED_RECIPE is None:
-                self.peers = Peers(open_store(environment), self.rank, self.world_size)
-                self.peers.tell("place", f"host:{socket.gethostname()} device:{self.device}")
-                # Before collectives give up: nccl's end the process, and nobody would say who is missing.
-                self.peers.start(5 / 6 * PEER_TIMEOUT_S)
-                self.peers.meet()
-                settings = {"store": open_store(environment), "timeout": timedelta(seconds=PEER_TIMEOUT_S)}
-                settings |= {"rank": self.rank, "world_size": self.world_size}
+                settings = self.meet_peers(environment)
             dist.init_process_group(
                 dist.get_default_backend_for_device(self.device),
                 device_id=None if self.device.type == "cpu" else self.device,
                 **settings,
             )
+
+    def meet_peers(self, environment: Environment) -> dict:
+        """Wait for all ranks, begin to watch the next one, and return how to make the process group."""
+        self.peers = Peers(open_store(environment), self.rank, self.world_size)
+        self.peers.tell("place", f"host:{socket.gethostname()} device:{self.device}")
+        # Before collectives give up: nccl's end the process, and nobody would say who is missing.
+        self.peers.start(5 / 6 * PEER_TIMEOUT_S)
+        self.peers.meet()
+        places = {"store": open_store(environment), "rank": self.rank, "world_size": self.world_size}
+        return places | {"timeout": timedelta(seconds=PEER_TIMEOUT_S)}
 
     @property
     def is_main(self) -> bool:
@@ -807,7 +811,7 @@ class Ranks:
         """Return a line a rank: its host and device; nothing for one process."""
         if self.world_size == 1:
             return ""
-        return "".join(f"rank:{rank} {place}\n" for rank, place in self.peers.told("place").items())
+        return "\n".join(f"rank:{rank} {place}" for rank, place in self.peers.told("place").items())
 
     def synchronize(self) -> None:
         """Wait for this rank's device."""
@@ -2425,7 +2429,7 @@ def identity(cfg: Config) -> dict[str, str]:
     return {
         "config_hash": fixed_hash(cfg),
         "seed": str(cfg.run.seed),
-        "data": digest_of_data(cfg.data.data_path),
+        "data": digest_of_data(Path(cfg.data.data_path)),
         "tokenizer": open_tokenizer(cfg.data).digest,
     }
 
@@ -2977,6 +2981,8 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"max_wallclock_seconds:{run.max_wallclock_seconds:.3f}\n"
         f"seed:{run.seed}"
     )
+    if PACKED_RECIPE is None:
+        log.line(ranks.layout())
 
 
 def log_sizes(cfg: Config, model: GPT, ledger: list[tuple[str, int]], log: Log) -> None:

@@ -214,8 +214,3 @@ def read_report(folder: str | Path, tokenizer_sha256: str) -> str:
             f"failed or of tokenizer {str(named)[:16]}. Make it again: python -m data.tokenizer verify --out."
         )
     return report["digest"]
-
-
-def digest_of_data(folder):
-    files = sorted(Path(folder).glob(TRAIN_GLOB))
-    return hashlib.sha256(repr([(f.name, f.stat().st_size) for f in files]).encode()).hexdigest()[:16]

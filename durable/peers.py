@@ -15,13 +15,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from types import FrameType
 from typing import NoReturn, Protocol
 
 from common import UserError
 
 BEAT_S = 1.0
 ANSWER_S = 5.0  # in which a living rank beats, be its interpreter ever so busy
-SPEAK_S = 2.0  # that a rank waits for a lower one with the same error
+SPEAK_S = 2.0  # that a rank waits for a lower one with an error of its own
 MEET_S = 3600.0  # that ranks wait for one that works alone
 OWN, LOST = "own", "lost"  # kinds of error: a rank's own, and that it cannot reach the others
 # The trainer's functions that a stack shows, in words.
@@ -44,7 +45,7 @@ class Store(Protocol):
 
 
 class PeerError(RuntimeError):
-    """Another rank did not come to where all meet."""
+    """Another rank did not come to where all meet, or ended."""
 
 
 class Peers:
@@ -71,7 +72,7 @@ class Peers:
         return " and ".join(f"rank {rank} ({places.get(rank, 'it never answered')})" for rank in ranks)
 
     def meet(self, limit_s: float = MEET_S) -> None:
-        """Wait until all ranks are here. Raises a PeerError that names those that are not after limit_s."""
+        """Wait until all ranks are here. Raises a PeerError after limit_s, or when one ended by an error."""
         topic, pause_s = f"meeting{self.num_meetings}", 0.001
         self.num_meetings += 1
         self.tell(topic, "here")
@@ -80,6 +81,8 @@ class Peers:
             if time.monotonic() > ends_at:
                 late = sorted(set(range(self.world_size)) - set(self.told(topic)))
                 raise PeerError(f"waited {limit_s:.0f} s for {self.names(late)}")
+            if OWN in self.told("error").values():
+                raise PeerError("another rank ended with an error of its own")
             time.sleep(pause_s)
             pause_s = min(1.5 * pause_s, 0.1)
 
@@ -87,6 +90,9 @@ class Peers:
         """Return the ranks that do not beat while this one waits so many seconds."""
         before = self.told("beat")
         time.sleep(answer_s)
+        return self._silent_since(before)
+
+    def _silent_since(self, before: dict[int, str]) -> list[int]:
         after = self.told("beat")
         others = set(range(self.world_size)) - {self.rank}
         return sorted(rank for rank in others if before.get(rank) == after.get(rank))
@@ -110,23 +116,29 @@ class Peers:
         watched is the thread whose phase is told.
         """
         following = (self.rank + 1) % self.world_size
-        last, num_silent = {}, 0
+        last, num_silent, before = {}, 0, {}
         with suppress(RuntimeError):  # the store is gone with its launcher
             for beat in itertools.count():
                 self.tell("beat", str(beat))
                 heard = self.told("beat", [following])
                 num_silent = num_silent + 1 if heard and heard == last else 0
                 last = heard
-                if num_silent >= max_silent and (missing := self.missing()):
-                    stack = traceback.walk_stack(sys._current_frames()[watched])
-                    phase = phase_of(frame.f_code.co_name for frame, _ in stack)
-                    speaking = missing[0] == following  # each of the missing is watched by one rank
-                    if speaking:
-                        error = PeerError("timed out")
-                        print(f"error: {message(error, LOST, self.names(missing), phase)}", file=sys.stderr)
-                    leave(speaking)
+                if num_silent == 1:
+                    before = self.told("beat")
+                if num_silent > max_silent:
+                    self._end_without(self._silent_since(before), sys._current_frames()[watched])
                 if self.stopping.wait(BEAT_S):
                     return
+
+    def _end_without(self, missing: list[int], frame: FrameType) -> NoReturn:
+        """End the process; of the ranks that watch a missing one, that of the lowest says so."""
+        phase = phase_of(found.f_code.co_name for found, _ in traceback.walk_stack(frame))
+        if missing[0] == (self.rank + 1) % self.world_size:
+            error = PeerError("timed out")
+            print(f"error: {message(error, LOST, self.names(missing), phase)}", file=sys.stderr)
+        else:
+            time.sleep(SPEAK_S)  # a launcher ends all ranks with the first
+        leave()
 
 
 def phase_of(functions: Iterable[str]) -> str:
@@ -137,7 +149,7 @@ def phase_of(functions: Iterable[str]) -> str:
 def message(error: Exception, kind: str, names: str, phase: str) -> str:
     """Say what went wrong; names are those of the missing, or of this rank where the error is its own.
 
-    Errors that are nobody's mistake keep their traceback.
+    Bugs keep their traceback.
     """
     go_on = "a training run goes on from its last checkpoint with --resume."
     if kind == LOST and not names:
@@ -145,7 +157,8 @@ def message(error: Exception, kind: str, names: str, phase: str) -> str:
     if kind == LOST:
         how = "it was silent for too long" if "timed out" in str(error).lower() else "its connection broke"
         return f"{names} no longer answers ({phase}; {how}). Its last lines may say why; {go_on}"
-    said = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    is_bug = not isinstance(error, UserError) and not getattr(error, "filename", None)  # of an OSError
+    said = "".join(traceback.format_exception(error)) if is_bug else str(error)
     return f"{names} ({phase}): {said}"
 
 
@@ -155,7 +168,7 @@ def speaks(reports: dict[int, str], rank: int) -> bool:
     return rank == min(own or reports)
 
 
-def end_with(error: Exception, kind: str, rank: int, join: Callable[[], Peers]) -> NoReturn:
+def end_explained(error: Exception, kind: str, rank: int, join: Callable[[], Peers]) -> NoReturn:
     """End this rank with status 1; the one of all ranks that knows best says why, once.
 
     Where join raises a RuntimeError or a ValueError, the launcher is gone and each rank speaks for itself.
@@ -166,19 +179,18 @@ def end_with(error: Exception, kind: str, rank: int, join: Callable[[], Peers]) 
     with suppress(RuntimeError, ValueError):
         peers = join()
         peers.tell("error", kind)
-        silent = peers.missing(ANSWER_S if kind == LOST else SPEAK_S)
+        if speaks(peers.told("error"), rank):
+            silent = peers.missing(ANSWER_S if kind == LOST else SPEAK_S)
+            names = peers.names([rank] if kind == OWN else silent)
         speaking = speaks(peers.told("error"), rank)
-        names = peers.names([rank] if kind == OWN else silent)
     if speaking:
         phase = phase_of(frame.name for frame in traceback.extract_tb(error.__traceback__))
         print(f"error: {message(error, kind, names, phase)}", file=sys.stderr)
-    leave(speaking)
+    leave()
 
 
-def leave(has_spoken: bool) -> NoReturn:
+def leave() -> NoReturn:
     """End the process as it is: threads of a broken process group would abort an orderly end."""
-    if not has_spoken:
-        time.sleep(SPEAK_S)  # a launcher ends all ranks with the first
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

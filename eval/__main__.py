@@ -51,6 +51,7 @@ from train_gpt import (
     open_tokenizer,
     read_environment,
     score_model,
+    speak_once,
 )
 
 CONTEST_DOCUMENTS = 50_000
@@ -376,9 +377,13 @@ def main(argv: list[str] | None = None) -> int:
     def open_ranks(target: Target) -> KeepingRanks:
         return KeepingRanks(environment, target.live.run.device)
 
-    if args.domains:
-        return score_by_domain(args, open_ranks)
-    return score_two(args, open_ranks) if args.compare else score_one(args, open_ranks)
+    try:
+        if args.domains:
+            return score_by_domain(args, open_ranks)
+        return score_two(args, open_ranks) if args.compare else score_one(args, open_ranks)
+    except Exception as error:
+        speak_once(error, environment)
+        raise
 
 
 if __name__ == "__main__":
