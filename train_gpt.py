@@ -60,6 +60,7 @@ from common import (
     write_json,
 )
 from data.codecs import TokenCodec, load_codec
+from data.intact import ShardVerifier
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
@@ -197,6 +198,7 @@ SOURCES = ("*.py", *(f"{room}/*.py" for room in ROOMS))
 CALIBRATION_TOKENS = 1 << 15  # that pass through the model at once: each visit's activations are kept
 READ_EVERY_MS = 1000.0  # how long the clock of a GPU goes on without being read
 
+HOLDER_WAIT_S = 60.0  # for a stopped run that still saves
 PEER_TIMEOUT_S = 120.0  # of a collective in which another rank does not answer
 JOIN_S = 10.0  # that a launcher's store may take to answer when something went wrong
 
@@ -2434,6 +2436,14 @@ def identity(cfg: Config) -> dict[str, str]:
     }
 
 
+def code_digest() -> str:
+    """Hash the source files that training may run."""
+    root, digest = Path(__file__).resolve().parent, hashlib.sha256()
+    for path in sorted(path for name in SOURCES for path in root.glob(name)):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Training:
     """Everything that a step changes, with one state_dict."""
 
@@ -2447,7 +2457,8 @@ class Training:
         if PACKED_RECIPE is None:
             self.resumed_at: list[int] = []  # steps
             self.saved_at = 0  # step of the newest checkpoint
-            self.identity = identity(cfg)
+            self.identity, self.code = identity(cfg), code_digest()
+            self.verifier: ShardVerifier | None = None  # until all shards are verified
         self.model = build_model(cfg, ranks.device)
         self.optimizers = Optimizers(self.model, cfg, ranks)
         self.average = new_average(self.model, cfg.average)
@@ -2657,15 +2668,6 @@ def do_jobs(training: Training, log: Log) -> dict[str, tuple]:
     return found
 
 
-@lru_cache
-def code_digest() -> str:
-    """Hash the source files that training may run."""
-    root, digest = Path(__file__).resolve().parent, hashlib.sha256()
-    for path in sorted(path for name in SOURCES for path in root.glob(name)):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def check_finite(training: Training) -> None:
     """Raise unless all weights and their averages are finite, on every rank alike."""
     averages = training.average.state_dict().values() if training.average else ()
@@ -2688,12 +2690,30 @@ def save_checkpoint(training: Training, path: Path) -> None:
             "run_id": path.parent.name,
             "step": str(training.step),
             "train_ms": str(training.train_ms),
-            "code": code_digest(),
+            "code": training.code,
             "places": json.dumps(place_values(training.cfg)),
             "resumed_at": json.dumps(training.resumed_at),
         }
         write_state(path, state, training.identity | facts)
-    training.ranks.barrier()
+    training.ranks.agree(0.0)  # all wait for the file, without the launcher's store: it may be gone
+
+
+def await_verified(training: Training, log: Log) -> None:
+    """Wait until all training shards are hashed: nothing that is kept may come from damaged ones."""
+    if training.verifier:
+        training.verifier.thread.join()
+        log.line(training.verifier.summary())
+        training.verifier = None
+        training.ranks.agree(0.0)
+    refuse_damaged(training.ranks)
+
+
+def refuse_damaged(ranks: Ranks) -> None:
+    """Raise where the ranks have agreed that a training shard is damaged; those that know it name it."""
+    if ranks.reason == DAMAGED and not ranks.stops.fault():
+        raise PeerError("another rank found a damaged training shard")
+    if ranks.reason == DAMAGED:
+        raise UserError(ranks.stops.fault())
 
 
 def keep_checkpoint(training: Training, log: Log) -> None:
@@ -2715,9 +2735,9 @@ def restore(training: Training, found: FoundCheckpoint) -> None:
     training.saved_at = training.step
 
 
-def resume_lines(found: FoundCheckpoint) -> str:
-    """Say from where a run goes on, and what is not as it was."""
-    was, now = found.facts["code"], code_digest()
+def resume_lines(found: FoundCheckpoint, now: str) -> str:
+    """Say from where a run goes on, and what is not as it was; `now` is the hash of the code that runs."""
+    was = found.facts["code"]
     notes = [f"resume_passed_over:{sentence}" for sentence in found.passed_over]
     notes += [f"resume_other_code:{now}, the checkpoint was written by {was}"] if was != now else []
     return "\n".join([*notes, f"resumed:step {found.facts['step']} from {found.path}"])
@@ -2823,17 +2843,19 @@ def end_steps(training: Training, log: Log) -> None:
     ranks, stops = training.ranks, training.ranks.stops
     if training.must_stop():
         stops.reached()
+    else:
+        await_verified(training, log)
     is_new = training.step > training.saved_at and ranks.reason != DAMAGED
     if is_new and training.cfg.run.save_every >= 0:
         keep_checkpoint(training, log)
     stops.defers = False
     ranks.agree(0.0)  # of signals that came until here
-    if ranks.reason == DAMAGED:
-        raise UserError(stops.fault() or "training data are damaged: another rank names the shard.")
+    refuse_damaged(ranks)
     if training.must_stop():
         stops.signum = ranks.reason  # of whichever rank
         log.line(stops.said(), console=False)
-        ranks.close()
+        with suppress(RuntimeError):  # the launcher may be gone, and its store with it
+            ranks.close()
         raise Stopped(stops.signum)
 
 
@@ -2885,6 +2907,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
             tell(int(10_000 * done), 10_000)
         if saves:
             clock.stop()
+            await_verified(training, log)
             keep_checkpoint(training, log)
             clock.start()
         if cfg.watch.sample_every > 0 and step % cfg.watch.sample_every == 0:
@@ -3198,7 +3221,7 @@ def open_run(
             hold_folder(folder, start, held)
         ranks.stops.is_silent, ranks.stops.kept = not ranks.is_main, kept_note(folder, start)
         if start.found:
-            log.line(resume_lines(start.found))
+            log.line(resume_lines(start.found, training.code))
     code_bytes, packing_note = 0, ""
     if ranks.is_main:
         write_recipe(folder, cfg)
@@ -3207,6 +3230,10 @@ def open_run(
         broken = overruns([Ledger(BYTES, [("code", code_bytes)], cfg.quant.limit_bytes, "bytes")])
         if broken and cfg.run.enforce_limits:
             raise BudgetError(f"{not_valid(broken)}: the code alone, nothing was trained.")
+    if PACKED_RECIPE is None:
+        share = environment.local_rank, environment.local_world_size
+        verifier = training.verifier = ShardVerifier(training.loader.files, share)
+        ranks.stops.fault = lambda: verifier.fault
     log_setup(cfg, training, text, log)
     overrides = (f"environment_override:{key}={value}" for key, value in environment.overrides.items())
     for line in (packing_note, auto_note, *overrides):
@@ -3313,6 +3340,12 @@ def run_or_explain(cfg: Config, environment: Environment, start: Start | None = 
         raise UserError(out_of_memory(cfg, environment)) from error
 
 
+def read_free(folder: Path) -> FoundCheckpoint | None:
+    """Read a run folder's newest checkpoint, once a process that still writes there has ended."""
+    lock_folder(folder, HOLDER_WAIT_S).release()
+    return read_newest(folder)
+
+
 def find_place(text: str, out_dir: str) -> Path:
     """Find what --resume names: a checkpoint, a run folder, or the id of a run."""
     for place in (Path(text), Path(out_dir, text)):
@@ -3330,7 +3363,7 @@ def plan_run(args, environment: Environment) -> tuple[Config, Start]:
         cfg = load_config(args.recipe, environment.overrides, args.overrides)
         return cfg, find_start(cfg) if cfg.run.resume == "auto" or environment.restarts > 0 else Start()
     place = find_place(args.resume, parse_overrides(args.overrides).get("run.out_dir", RunConfig.out_dir))
-    found = read_newest(place)
+    found = read_free(place) if place.is_dir() else read_newest(place)
     if found is None:
         raise UserError(f"{place}: expected a run folder with a checkpoint, found none. Start the run anew.")
     folder, recipe, places = found.path.parent, args.recipe, {}
@@ -3351,7 +3384,7 @@ def find_start(cfg: Config) -> Start:
     elif (folder / RESULT_NAME).is_file():
         print(f"{folder}: the run is finished; --resume {folder} run.iterations=N makes it longer")
         raise SystemExit(0)
-    return Start(folder, read_newest(folder)) if folder and folder.is_dir() else Start()
+    return Start(folder, read_free(folder)) if folder and folder.is_dir() else Start()
 
 
 def score_file(path: Path, live: Config, environment: Environment) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -427,15 +428,19 @@ def test_a_step_that_is_given_up_changes_nothing(tiny_config, alone):
     assert all(param.grad is None or not param.grad.any() for param in training.model.parameters())
 
 
-def test_damaged_data_end_the_run_and_are_not_saved(tiny_config, stand_in_program, monkeypatch):
+def test_damaged_data_end_the_run_and_are_not_saved(tiny_config, stand_in_program, tmp_path):
     """The background check finds a shard that is not the manifest's: no checkpoint of it stays."""
-    stops = Stops()
-    monkeypatch.setattr(
-        train_gpt, "check_shards", lambda training, log: setattr(stops, "fault", lambda: "x.bin: bad")
-    )
-    with pytest.raises(UserError, match=r"x\.bin: bad"):
-        train_gpt.run(saving(tiny_config), ALONE._replace(stops=stops))
-    assert numbered_steps(Path(tiny_config.run.out_dir) / "tiny") == []
+    data = Path(shutil.copytree(tiny_config.data.data_path, tmp_path / "data"))
+    cfg = saving(tiny_config, data__data_path=str(data))
+    folder = run_to_end(cfg)
+    assert "train_shards_verified: 1 of 1 by manifest.json" in (folder / "train.log").read_text()
+    shard = next(data.glob("fineweb_train_*.bin"))
+    whole = bytearray(shard.read_bytes())
+    whole[-1] ^= 1
+    shard.write_bytes(whole)
+    with pytest.raises(UserError, match=f"{shard.name}.*sha256"):
+        run_to_end(cfg)
+    assert numbered_steps(folder) == []
 
 
 def test_the_sources_that_are_hashed_are_the_trainers(monkeypatch):

@@ -21,7 +21,7 @@ SIZES = ("num_layers", "model_dim", "num_heads", "num_kv_heads", "bigram_buckets
 RECIPES = {
     "naive": {},
     "cpu": {},  # the features of the CPU recipe, filled in below
-    "staged": {"schedule.stages": ((0, 8, 64, 4, 1.0, 0.0), (0.4, 16, 128, 4, 1.0, 0.0))},
+    "staged": {"schedule.stages": "0:8:64:4:1:0,0.4:16:128:4:1:0"},
     "qat": {"quant.qat_start": 0.3},
     "swa": {"average.swa_every": 2, "average.swa_below": 1.0, "average.ema_decay": 0.0},
 }
