@@ -463,3 +463,11 @@ def packed_tiny(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "pack", "--recipe", str(folder / "recipe.toml"), "--out", str(out)]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
     return out
+
+
+def test_a_lock_that_a_run_leaves_is_no_artifact(tmp_path):
+    """It may be younger than the artifact, of which the youngest is taken."""
+    (tmp_path / "artifact.bin").write_bytes(b"weights")
+    (tmp_path / ".lock").touch()
+    ran = sandbox.Ran(0, "", [], [], tmp_path, 1.0)
+    assert run.find_artifacts(ran) == [tmp_path / "artifact.bin"]

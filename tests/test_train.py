@@ -394,7 +394,10 @@ def break_shard(folder, name, change):
         (lambda data: data[:-2], "expected .* tokens"),
         (lambda data: data[:100], "header bytes"),
         (lambda data: b"\0" + data[1:], "expected shard magic"),
-        (lambda data: data[:HEADER_BYTES] + b"\xff\xff" + data[HEADER_BYTES + 2 :], "token id 65535"),
+        (
+            lambda data: data[:HEADER_BYTES] + b"\xff\xff" + data[HEADER_BYTES + 2 :],
+            "token id 65535|expected sha256",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["fineweb_train_000000.bin", "fineweb_val_000000.bin"])
