@@ -24,6 +24,7 @@ import common
 
 PLACE_VARIABLE = "SOAK_FAULTS"
 STALL_LINE = "soak: stalls"  # what a waiting process prints: "soak: stalls pid:123 rank:0 at:POINT"
+DEATH_LINE = "soak: dies"
 STAND_IN = b"# A stand-in for the packed program.\n"
 SLICE_SECONDS = 0.05  # of a stall
 BLOCK = 4096
@@ -41,8 +42,15 @@ class Fault(NamedTuple):
     folder: str = ""  # on the disk that gets full
 
 
+def tell(line: str) -> None:
+    """Print a line for the process that watches."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def kill_self(fault: Fault, descriptor: int | None) -> None:
     """Die at once."""
+    tell(f"{DEATH_LINE} at:{fault.point}")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -62,8 +70,7 @@ def kill_parent(fault: Fault, descriptor: int | None) -> None:
 def stall(fault: Fault, descriptor: int | None) -> None:
     """Say where this is, then stay there; a handler that raises ends it."""
     rank = read_place()[1]
-    sys.stdout.write(f"{STALL_LINE} pid:{os.getpid()} rank:{rank} at:{fault.point}\n")
-    sys.stdout.flush()
+    tell(f"{STALL_LINE} pid:{os.getpid()} rank:{rank} at:{fault.point}")
     end = time.monotonic() + fault.value
     while time.monotonic() < end:
         time.sleep(SLICE_SECONDS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 from dev.soak.child import Fault
-from dev.soak.place import RECIPES, Bench, Place, check_dataset, make_texts
+from dev.soak.place import RECIPES, Bench, Place, check_dataset, write_texts
 from dev.soak.process import Job, Miss
 
 DISK_MIB = 8
@@ -63,9 +63,7 @@ def check_sentence(job: Job, what: str) -> None:
     """Raise unless a process ended with the one sentence on a full disk."""
     status = job.end()
     if status != 1 or not any(SENTENCE in line for line in job.lines):
-        raise Miss(
-            f"{what}: expected status 1 and a sentence on the full disk, found {status}: {job.last_line()}"
-        )
+        raise Miss(f"{what}: expected status 1 and a sentence on the full disk, found {status}: {job.why()}")
 
 
 def fill_run(rng: Random, place: Place, disk: SmallDisk, what: str) -> None:
@@ -78,13 +76,14 @@ def fill_run(rng: Random, place: Place, disk: SmallDisk, what: str) -> None:
     disk.make_room()
     last = place.train(recipe, *words, "run.resume=auto")
     if last.end():
-        raise Miss(f"{what}: not resumed: {last.last_line()}")
+        raise Miss(f"{what}: not resumed: {last.why()}")
     place.check_run(place.only_finished(), reference)
 
 
 def fill_dataset(rng: Random, place: Place, disk: SmallDisk, what: str) -> None:
     """Fill the disk under data.prepare: the former dataset stays, and with room the command works."""
-    text, out = place.folder / "text.txt", disk.folder / "data"
+    texts = [write_texts(place.folder / f"{seed}.jsonl", 100, seed) for seed in (3, 4)]
+    out = disk.folder / "data"
     tokenizer = place.bench.data / "tokenizer.model"
     words = (
         "prepare",
@@ -97,18 +96,16 @@ def fill_dataset(rng: Random, place: Place, disk: SmallDisk, what: str) -> None:
         "--val-docs",
         "5",
     )
-    for seed in (3, 4):
-        text.with_stem(f"text{seed}").write_text("\n\n".join(make_texts(100, seed)))
-    if place.start(*words, "--input", str(text.with_stem("text3"))).end():
-        raise Miss(f"data.prepare failed: {place.jobs[-1].last_line()}")
+    if place.start(*words, "--input", str(texts[0])).end():
+        raise Miss(f"data.prepare failed: {place.jobs[-1].why()}")
     before = {path.name: path.read_bytes() for path in out.glob("*.*")}
-    second = *words, "--input", str(text.with_stem("text4"))
+    second = *words, "--input", str(texts[1])
     check_sentence(place.start(*second, faults=[disk.fault(what, rng)]), what)
     if {path.name: path.read_bytes() for path in out.glob("*.*")} != before:
         raise Miss(f"{what}: the dataset that was there before has changed")
     disk.make_room()
     if place.start(*second).end():
-        raise Miss(f"{what}: not written again: {place.jobs[-1].last_line()}")
+        raise Miss(f"{what}: not written again: {place.jobs[-1].why()}")
     place.data = out
     check_dataset(out)
     place.check_temporaries()

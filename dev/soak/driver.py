@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from common import UserError
 from dev.soak.place import Bench, Place
 from dev.soak.process import GRACE_SECONDS, Miss, kill_marked, split_tracebacks, wait_until_gone
 
@@ -94,7 +95,7 @@ def run_case(row: Row, rng: Random, bench: Bench, keep: bool) -> None:
         tries, miss = row.campaign.case(rng, bench, place, left), ""
     except Miss as error:
         tries, miss = 1, str(error)
-    except OSError as error:  # files that are not there: what should have been written
+    except (OSError, UserError) as error:  # files that are not there: what should have been written
         tries, miss = 1, f"{type(error).__name__}: {error}"
     wrong, walls = settle(place)
     row.walls += walls

@@ -70,7 +70,7 @@ class Files:
             RECIPE, "run.run_id=a", f"run.seed={bench.seed}", f"run.save_every={NUM_STEPS // 3}"
         )
         if job.end():
-            raise Miss(f"an uninterrupted run failed: {job.last_line()}")
+            raise Miss(f"an uninterrupted run failed: {job.why()}")
         self.run = place.run("a")
         for target in TARGETS:  # what is sound must pass, or refusals mean nothing
             for path in target.find(self):
@@ -203,7 +203,7 @@ def check_fallback(rng: Random, bench: Bench, place: Place) -> None:
     newest.write_bytes(damage(rng, TARGETS[0], newest)[1])
     job = place.resume("a")
     if job.end():
-        raise Miss(f"newest checkpoint damaged: not resumed from the one before: {job.last_line()}")
+        raise Miss(f"newest checkpoint damaged: not resumed from the one before: {job.why()}")
     if not any(newest.name in line for line in job.lines):
         raise Miss("newest checkpoint damaged: no line names it")
     place.check_run("a", bench.reference(RECIPE, 1, bench.seed))

@@ -71,12 +71,12 @@ def case(rng: Random, bench: Bench, place: Place, most: int) -> int:
             place.check_run("a", reference)
             return max(kills, 1)
         if ranks == 1 and status != KILLED:
-            raise Miss(f"{recipe}: ended with status {status} before it was killed: {job.last_line()}")
+            raise Miss(f"{recipe}: ended with status {status} before it was killed: {job.why()}")
         kills += 1
         if left := wait_until_gone(place.mark, TIMEOUT_SECONDS - GRACE_SECONDS):
             raise Miss(f"a kill left a process running: {next(iter(left.values()))[:80]}")
     last = start([])
     if last.end():
-        raise Miss(f"{recipe}, {ranks} ranks, {kills} kills: not resumed: {last.last_line()}")
+        raise Miss(f"{recipe}, {ranks} ranks, {kills} kills: not resumed: {last.why()}")
     place.check_run("a", reference)
     return max(kills, 1)

@@ -1,4 +1,4 @@
-"""Where cases happen: tiny data and recipes, runs in folders of their own, what an uninterrupted one leaves."""
+"""Where cases happen: tiny data and recipes, runs in folders of their own, what undisturbed ones leave."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ RECIPES = {
     "qat": ("quant.qat_start=0.4", "quant.matrix_bits=6", "quant.method=gptq", "quant.calib_batches=2"),
     "swa": ("average.swa_every=2", "average.swa_below=0.9"),
     "ema": ("average.ema_decay=0.9", "optim.grad_clip_norm=0.5"),
-    "staged": ("schedule.stages=0:16:128:4,0.5:32:256:4",),
+    "staged": ("schedule.stages=0:16:128:4:1:0,0.5:32:256:4:0.7:0.5",),
 }
 
 
@@ -115,13 +115,19 @@ def read_arrays(path: Path) -> dict[str, bytes]:
     return found
 
 
+def write_texts(path: Path, count: int, seed: int) -> Path:
+    """Write made-up texts as the lines of a .jsonl file."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(count, seed)))
+    return path
+
+
 class Bench:
     """What the cases of one campaign share: the tiny dataset, and references made once."""
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed = folder, seed
         self.data = make_dataset(folder / "data")
-        self.references: dict[tuple, Reference] = {}
+        self.references: dict[tuple, Reference | Miss] = {}
         self.files = None  # of flips
         self.notes: dict[str, str] = {}  # how something was done, for the report
 
@@ -133,15 +139,25 @@ class Bench:
         """Return what an uninterrupted run of a recipe leaves."""
         key = recipe, ranks, seed
         if key not in self.references:
-            place = self.open_place("reference_" + "_".join(map(str, key)))
-            job = place.train(recipe, "run.run_id=a", f"run.seed={seed}", "run.save_every=4", ranks=ranks)
-            if job.end():
-                raise Miss(f"an uninterrupted run failed: {job.last_line()}")
-            run, newest = place.run("a"), newest_checkpoint(place.run("a"))
-            weights = read_arrays(newest) if step_of(newest) == NUM_STEPS else None
-            self.references[key] = Reference((run / "artifact.bin").read_bytes(), read_losses(run), weights)
-            place.close()
+            try:
+                self.references[key] = self.make_reference(*key)
+            except Miss as miss:
+                self.references[key] = miss
+        if isinstance(self.references[key], Miss):
+            raise self.references[key]
         return self.references[key]
+
+    def make_reference(self, recipe: str, ranks: int, seed: int) -> Reference:
+        """Run a recipe undisturbed."""
+        place = self.open_place(f"reference_{recipe}_{ranks}_{seed}")
+        job = place.train(recipe, "run.run_id=a", f"run.seed={seed}", "run.save_every=4", ranks=ranks)
+        if job.end():
+            raise Miss(f"{recipe}: an undisturbed run failed: {job.why()}")
+        run, newest = place.run("a"), newest_checkpoint(place.run("a"))
+        weights = read_arrays(newest) if step_of(newest) == NUM_STEPS else None
+        found = Reference((run / "artifact.bin").read_bytes(), read_losses(run), weights)
+        place.close()
+        return found
 
     def close(self) -> None:
         """Remove everything."""
@@ -189,14 +205,14 @@ class Place:
         """The name of the one run here that has a result."""
         found = sorted(path.parent.name for path in self.runs.glob("*/result.json"))
         if len(found) != 1:
-            raise Miss(f"expected one finished run, found {len(found)}: {self.jobs[-1].last_line()}")
+            raise Miss(f"expected one finished run, found {len(found)}: {self.jobs[-1].why()}")
         return found[0]
 
     def check_run(self, name: str, reference: Reference) -> None:
         """Raise unless a run has ended with what the uninterrupted one left."""
         run = self.run(name)
         if not (run / "result.json").is_file():
-            raise Miss(f"no result.json: {self.jobs[-1].last_line()}")
+            raise Miss(f"no result.json: {self.jobs[-1].why()}")
         losses, expected = read_losses(run), reference.losses
         odd = [step for step in expected if losses.get(step) != expected[step]]
         if odd:
@@ -231,7 +247,7 @@ class Place:
         if status == 0:
             raise Miss("something wrong was accepted: the process ended well")
         if not errors:
-            raise Miss(f"ended with status {status} and no sentence: {job.last_line()}")
+            raise Miss(f"ended with status {status} and no sentence: {job.why()}")
 
     def close(self) -> None:
         """Remove the folder."""

@@ -89,7 +89,12 @@ class Job:
 
     def last_line(self) -> str:
         """What it wrote last."""
-        return next((line.strip() for line in reversed(self.lines) if line.strip()), "none")
+        return next((line.strip() for line in reversed(self.lines) if line.strip("=- \n")), "none")
+
+    def why(self) -> str:
+        """Return the sentence that it ended with, or what it wrote last."""
+        errors = [line.strip() for line in self.lines if line.startswith("error: ")]
+        return errors[0] if errors else self.last_line()
 
     def end(self) -> int:
         """Wait for the end; returns the status, -n for signal n."""

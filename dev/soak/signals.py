@@ -25,7 +25,7 @@ def stop_run(job: Job, number: int, ranks: int, to_launcher: bool) -> int:
     """Send the signal to a run that waits in its phase; returns the status."""
     for count in range(1, ranks + 1):
         if not job.wait_for(STALL_LINE, count):
-            raise Miss(f"ended before the phase: {job.last_line()}")
+            raise Miss(f"ended before the phase: {job.why()}")
     stalled = re.findall(rf"{STALL_LINE} pid:(\d+) rank:(\d+)", job.text)
     pids = {int(rank): int(pid) for pid, rank in stalled}
     job.send(number, job.process.pid if to_launcher else pids[ranks - 1])
@@ -36,13 +36,13 @@ def check_words(job: Job, name: str, what: str, has_checkpoint: bool) -> None:
     """Raise unless the run says that it was stopped, and after training's checkpoint how to go on."""
     said = [line for line in job.lines if name in line or "stopped" in line.lower()]
     if not said:
-        raise Miss(f"{what}: no line says that it was stopped; the last: {job.last_line()}")
+        raise Miss(f"{what}: no line says that it was stopped; the last: {job.why()}")
     if has_checkpoint and not any("--resume" in line for line in job.lines):
         raise Miss(f"{what}: no line says how to go on")
 
 
 def choose(rng: Random, number: int) -> tuple[str, str, int, bool]:
-    """Choose signal, phase, ranks, and whether the launcher gets it; 16 cases have all pairs of the first two."""
+    """Choose signal, phase, ranks, whether the launcher gets it; 16 cases have all pairs of the first two."""
     name, phase = SIGNALS[number % 4], list(PHASES)[(number + number // 4) % 4]
     ranks = rng.choice((1, 1, 2))
     return name, phase, ranks, ranks > 1 and name in TO_LAUNCHER and rng.random() < 0.5
@@ -60,7 +60,7 @@ def case(rng: Random, bench: Bench, place: Place, most: int) -> int:
     status = stop_run(job, number, ranks, to_launcher)
     what = f"{name} in {phase}, {ranks} ranks{', to the launcher' if to_launcher else ''}"
     if status == 0 or (ranks == 1 and status != 128 + number):
-        raise Miss(f"{what}: expected status {128 + number}, found {status}: {job.last_line()}")
+        raise Miss(f"{what}: expected status {128 + number}, found {status}: {job.why()}")
     if left := wait_until_gone(place.mark, GRACE_SECONDS):
         raise Miss(f"{what}: a process is left: {next(iter(left.values()))[:80]}")
     check_words(job, name, what, phase == "training")
@@ -72,6 +72,6 @@ def case(rng: Random, bench: Bench, place: Place, most: int) -> int:
     else:
         last = place.train(recipe, *words, "run.resume=auto", ranks=ranks)
     if last.end():
-        raise Miss(f"{what}: not resumed: {last.last_line()}")
+        raise Miss(f"{what}: not resumed: {last.why()}")
     place.check_run("a" if newest else place.only_finished(), reference)
     return 1

@@ -4,7 +4,7 @@ from pathlib import Path
 from random import Random
 
 from dev.soak.child import STALL_LINE, Fault
-from dev.soak.place import RECIPES, Bench, Place, check_dataset, make_texts
+from dev.soak.place import RECIPES, Bench, Place, check_dataset, write_texts
 from dev.soak.process import Job, Miss
 
 STALL = Fault("after:step:5/* train_loss:*", "stall", value=6.0)
@@ -17,7 +17,7 @@ def end_all(place: Place, jobs: list[Job]) -> list[Job]:
         if job not in well:
             place.check_clean_failure(job)
     if not well:
-        raise Miss(f"nobody finished: {jobs[0].last_line()}")
+        raise Miss(f"nobody finished: {jobs[0].why()}")
     return well
 
 
@@ -41,7 +41,7 @@ def old_name_again(rng: Random, place: Place, recipe: str) -> None:
     for seed in seeds:
         job = place.train(recipe, "run.run_id=a", f"run.seed={seed}")
         if job.end():
-            raise Miss(f"a run failed: {job.last_line()}")
+            raise Miss(f"a run failed: {job.why()}")
         if seed == seeds[0]:
             before = {path.name: path.read_bytes() for path in place.run("a").iterdir() if path.is_file()}
     changed = [name for name, blob in before.items() if (place.run("a") / name).read_bytes() != blob]
@@ -57,17 +57,16 @@ def resume_running(rng: Random, place: Place, recipe: str) -> None:
         recipe, "run.run_id=a", f"run.seed={place.bench.seed}", "run.save_every=1", faults=[STALL]
     )
     if not job.wait_for(STALL_LINE):
-        raise Miss(f"a run failed: {job.last_line()}")
+        raise Miss(f"a run failed: {job.why()}")
     place.check_clean_failure(place.resume("a"))
     if job.end():
-        raise Miss(f"the run that was resumed while it ran failed: {job.last_line()}")
+        raise Miss(f"the run that was resumed while it ran failed: {job.why()}")
     place.check_run("a", place.bench.reference(recipe, 1, place.bench.seed))
 
 
 def prepare(place: Place, out: Path, seed: int) -> Job:
     """Start data.prepare on made-up text."""
-    text = place.folder / f"text{seed}.txt"
-    text.write_text("\n\n".join(make_texts(300, seed)))
+    text = write_texts(place.folder / f"{seed}.jsonl", 300, seed)
     tokenizer = place.bench.data / "tokenizer.model"
     words = "--out", str(out), "--shard-tokens", "2000", "--val-docs", "5", "--input", str(text)
     return place.start("prepare", "--tokenizer", str(tokenizer), *words)
@@ -86,7 +85,7 @@ def prepare_under_run(rng: Random, place: Place, recipe: str) -> None:
     data, seed = place.own_data(), place.bench.seed
     job = place.train(recipe, "run.run_id=a", f"run.seed={seed}", "run.save_every=4", faults=[STALL])
     if not job.wait_for(STALL_LINE):
-        raise Miss(f"a run failed: {job.last_line()}")
+        raise Miss(f"a run failed: {job.why()}")
     other = prepare(place, data, 7)
     if other.end():
         place.check_clean_failure(other)
