@@ -201,7 +201,10 @@ def check_fallback(rng: Random, bench: Bench, place: Place) -> None:
     if newest is None:
         raise Miss("a killed run has left no checkpoint")
     newest.write_bytes(damage(rng, TARGETS[0], newest)[1])
-    job = place.resume("a")
+    if rng.random() < 0.5:
+        job = place.resume("a")
+    else:
+        job = place.train(RECIPE, seed, "run.save_every=4", "run.resume=auto")
     if job.end():
         raise Miss(f"newest checkpoint damaged: not resumed from the one before: {job.why()}")
     if not any(newest.name in line for line in job.lines):

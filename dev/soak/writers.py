@@ -8,6 +8,7 @@ from dev.soak.place import RECIPES, Bench, Place, check_dataset, write_texts
 from dev.soak.process import Job, Miss
 
 STALL = Fault("after:step:5/* train_loss:*", "stall", value=6.0)
+STALL_SHARD = Fault("file:fineweb_train_000000.bin", "stall", value=6.0)
 
 
 def end_all(place: Place, jobs: list[Job]) -> list[Job]:
@@ -58,24 +59,29 @@ def resume_running(rng: Random, place: Place, recipe: str) -> None:
     )
     if not job.wait_for(STALL_LINE):
         raise Miss(f"a run failed: {job.why()}")
-    place.check_clean_failure(place.resume("a"))
+    second = place.resume("a")
+    place.check_clean_failure(second)
+    if str(job.process.pid) not in second.text:
+        raise Miss(f"refused, but not for the run that is writing: {second.why()}")
     if job.end():
         raise Miss(f"the run that was resumed while it ran failed: {job.why()}")
     place.check_run("a", place.bench.reference(recipe, 1, place.bench.seed))
 
 
-def prepare(place: Place, out: Path, seed: int) -> Job:
+def prepare(place: Place, out: Path, seed: int, *faults: Fault) -> Job:
     """Start data.prepare on made-up text."""
     text = write_texts(place.folder / f"{seed}.jsonl", 300, seed)
     tokenizer = place.bench.data / "tokenizer.model"
     words = "--out", str(out), "--shard-tokens", "2000", "--val-docs", "5", "--input", str(text)
-    return place.start("prepare", "--tokenizer", str(tokenizer), *words)
+    return place.start("prepare", "--tokenizer", str(tokenizer), *words, faults=faults)
 
 
 def two_prepares(rng: Random, place: Place, recipe: str) -> None:
     """Prepare two texts into one folder."""
     place.data = place.folder / "data"
-    end_all(place, [prepare(place, place.data, seed) for seed in (5, 6)])
+    first = prepare(place, place.data, 5, STALL_SHARD)
+    first.wait_for(STALL_LINE)
+    end_all(place, [first, prepare(place, place.data, 6)])
     check_dataset(place.data)
     place.check_temporaries()
 
@@ -99,7 +105,9 @@ def prepare_under_run(rng: Random, place: Place, recipe: str) -> None:
 def two_builtins(rng: Random, place: Place, recipe: str) -> None:
     """Make the built-in corpus twice at once."""
     place.data = place.folder / "builtin"
-    end_all(place, [place.start("builtin", str(place.data)) for _ in range(2)])
+    first = place.start("builtin", str(place.data), faults=[STALL_SHARD])
+    first.wait_for(STALL_LINE)
+    end_all(place, [first, place.start("builtin", str(place.data))])
     check_dataset(place.data)
     place.check_temporaries()
 
