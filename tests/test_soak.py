@@ -1,4 +1,4 @@
-"""The campaign notices what it looks for: lost state, orphans, tracebacks, leftovers; its report is honest."""
+"""The campaign notices what it looks for: lost state, orphans, tracebacks, leftovers; its report is true."""
 
 import os
 import random
