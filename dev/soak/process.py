@@ -16,7 +16,8 @@ from dev.soak.child import PLACE_VARIABLE, Fault
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MARK_VARIABLE = "SOAK_MARK"
-TIMEOUT_SECONDS = 60  # of one process: more is a hang
+TIMEOUT_SECONDS = 60  # of silence: more is a hang
+MOST_SECONDS = 300  # of one process, however much it says
 GRACE_SECONDS = 10  # in which what a process started has to end after it
 POLL_SECONDS = 0.02
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
@@ -43,7 +44,7 @@ class Job:
 
     def __init__(self, command: list[str], environment: dict[str, str]):
         self.lines: list[str] = []
-        self.started = time.monotonic()
+        self.started = self.heard = time.monotonic()
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -62,6 +63,7 @@ class Job:
         """Collect the lines."""
         for line in self.process.stdout:
             self.lines.append(line)
+            self.heard = time.monotonic()
 
     @property
     def text(self) -> str:
@@ -83,9 +85,10 @@ class Job:
             time.sleep(POLL_SECONDS)
 
     def check_time(self, what: str) -> None:
-        """Raise when the process has had its time."""
-        if time.monotonic() - self.started > TIMEOUT_SECONDS:
-            raise Miss(f"hung: over {TIMEOUT_SECONDS} s {what}; its last line: {self.last_line()}")
+        """Raise when the process has been silent for too long, or has had its time."""
+        now = time.monotonic()
+        if now - self.heard > TIMEOUT_SECONDS or now - self.started > MOST_SECONDS:
+            raise Miss(f"hung: {now - self.started:.0f} s {what}; its last line: {self.last_line()}")
 
     def last_line(self) -> str:
         """What it wrote last."""
