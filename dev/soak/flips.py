@@ -15,7 +15,8 @@ import torch
 
 import train_gpt
 from common import UserError
-from data.shards import MANIFEST_NAME, TRAIN_GLOB, VAL_GLOB
+from data.intact import ShardVerifier
+from data.shards import MANIFEST_NAME, TRAIN_GLOB, VAL_GLOB, find_shards
 from dev.soak.child import Fault
 from dev.soak.place import CHECKPOINTS, NUM_STEPS, TINY, Bench, Place, make_dataset, newest_checkpoint
 from dev.soak.process import Miss
@@ -90,12 +91,9 @@ def read_dataset(files: Files, path: Path) -> None:
     """Read a dataset as a run does: manifest, tokenizer, validation, sidecar, training shards."""
     cfg = config_of(files.dataset_of(path))
     train_gpt.load_validation(cfg.data)
-    verify_training(cfg)
-
-
-def verify_training(cfg) -> None:
-    """Read the training shards as the loader does."""
+    shards = find_shards(Path(cfg.data.data_path) / TRAIN_GLOB)
     train_gpt.open_loader(cfg, 1)
+    ShardVerifier(shards).wait()
 
 
 def read_artifact(files: Files, path: Path) -> None:
