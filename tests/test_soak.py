@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ TORCHRUNS = (
     '  File "/x/torch/distributed/run.py", line 9, in main\n    run(args)\n'
     "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
 )
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals and /proc")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="the campaign needs Linux")
 
 
 def rows_of(*cases, tries=1, seconds=0.0):
@@ -88,12 +89,12 @@ def test_a_report_is_entered_into_the_page(tmp_path):
     """Date, machine and numbers; another JSON file is refused."""
     page, file = tmp_path / "page.md", tmp_path / "soak.json"
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    report = make_report(rows_of(holds, tries=3), 7, {"disk": "a mounted tmpfs"})
+    report = make_report(rows_of(holds, tries=3), 7, {"disks: a mounted tmpfs": "2"})
     write_json(file, report)
     enter(file, page)
     text = page.read_text(encoding="utf-8")
     assert "| holds | it holds | 3 | 3 | 0 |" in text
-    assert f"{report['date']}, " in text and "seed 7; passed. disk: a mounted tmpfs." in text
+    assert f"{report['date']}, " in text and "seed 7; passed. disks: a mounted tmpfs: 2." in text
     assert "status: passed, seed 7" in format_plain(report)
     assert os.uname().nodename not in file.read_text(encoding="utf-8")
     write_json(file, {"format": 1})
@@ -143,7 +144,7 @@ def test_faults_happen_where_they_are_ordered_and_orphans_are_found(tmp_path):
 @pytest.mark.timeout(900)
 def test_a_short_campaign_loses_nothing(tmp_path):
     """All campaigns in two minutes or so; `make soak` is the whole."""
-    counts = {"kills": 12, "flips": 120, "signals": 4, "restarts": 1, "disk-full": 4, "writers": 4}
+    counts = {"kills": 8, "flips": 110, "signals": 3, "restarts": 1, "disk-full": 3, "writers": 4}
     words = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     file = tmp_path / "soak.json"
     status = soak.main([*words, "--seed", "3", "--json", str(file)])

@@ -86,6 +86,10 @@ def main(argv: list[str] | None = None) -> int:
         report = enter(options.enter)
         print(f"{PAGE}: {report['date']}, {report['status']}")
         return 0
+    if not Path("/proc/self/environ").is_file():
+        raise UserError(
+            "expected Linux, whose /proc shows what a kill has left running, found another system."
+        )
     settings = Settings(options.seed, 60 * options.minutes, options.keep)
     rows, notes = run_campaigns(choose(options), settings)
     report = make_report([row.as_json() for row in rows], options.seed, notes)

@@ -115,7 +115,7 @@ def case(rng: Random, bench: Bench, place: Place, most: int) -> int:
     """Fill the disk in one kind of write."""
     what = list(WRITES)[place.number % len(WRITES)]
     disk = SmallDisk(place.folder / "disk")
-    bench.notes["disk"] = "a mounted tmpfs" if disk.is_mounted else "writes refused within the process"
+    bench.notes["disks: a mounted tmpfs" if disk.is_mounted else "disks: writes refused in the process"] += 1
     try:
         (fill_dataset if what in ("a shard", "the manifest") else fill_run)(rng, place, disk, what)
     finally:

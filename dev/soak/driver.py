@@ -97,6 +97,9 @@ def run_case(row: Row, rng: Random, bench: Bench, keep: bool) -> None:
         tries, miss = 1, str(error)
     except (OSError, UserError) as error:  # files that are not there: what should have been written
         tries, miss = 1, f"{type(error).__name__}: {error}"
+    except BaseException:
+        kill_marked(place.mark, place.jobs)
+        raise
     wrong, walls = settle(place)
     row.walls += walls
     row.add(tries, miss or wrong)
@@ -108,20 +111,21 @@ def run_campaigns(asked: list[tuple[Campaign, int]], settings: Settings) -> tupl
     """Run campaigns one after another, each with an equal share of the time that is left."""
     end = time.monotonic() + settings.seconds
     rows = []
-    folder = Path(tempfile.mkdtemp(prefix="soak_"))
-    bench = Bench(folder / "bench", settings.seed)
-    for index, (campaign, tries) in enumerate(asked):
-        row = Row(campaign, tries)
-        rows.append(row)
-        share = (end - time.monotonic()) / (len(asked) - index)
-        rng = Random(f"{settings.seed} {campaign.name}")
-        while row.tried < tries and (not settings.seconds or row.seconds < share):
-            run_case(row, rng, bench, settings.keep)
-    if settings.keep:
-        print(f"kept: {folder}", file=sys.stderr)
-    else:
-        bench.close()
-    return rows, bench.notes
+    bench = Bench(Path(tempfile.mkdtemp(prefix="soak_")) / "bench", settings.seed)
+    try:
+        for index, (campaign, tries) in enumerate(asked):
+            row = Row(campaign, tries)
+            rows.append(row)
+            share = (end - time.monotonic()) / (len(asked) - index)
+            rng = Random(f"{settings.seed} {campaign.name}")
+            while row.tried < tries and (not settings.seconds or row.seconds < share):
+                run_case(row, rng, bench, settings.keep)
+    finally:
+        if settings.keep:
+            print(f"kept: {bench.folder}", file=sys.stderr)
+        else:
+            bench.close()
+    return rows, {name: str(note) for name, note in bench.notes.items()}
 
 
 def status_of(rows: list[dict]) -> str:

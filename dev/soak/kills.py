@@ -3,13 +3,14 @@
 import time
 from random import Random
 
-from dev.soak.child import Fault
+from dev.soak.child import DEATH_LINE, Fault
 from dev.soak.place import RECIPES, Bench, Place
 from dev.soak.process import GRACE_SECONDS, TIMEOUT_SECONDS, Job, Miss, marked, wait_until_gone
 
 CHAIN = 10  # kills of one run at most
 MOST_STEPS = 3  # that a run takes between two kills of a chain
 MOST_WRITES = 7
+WRITES = ("fsync", "replace")
 KILLED = -9
 
 
@@ -73,6 +74,7 @@ def case(rng: Random, bench: Bench, place: Place, most: int) -> int:
         if ranks == 1 and status != KILLED:
             raise Miss(f"{recipe}: ended with status {status} before it was killed: {job.why()}")
         kills += 1
+        bench.notes["kills inside a write"] += any(f"{DEATH_LINE} at:{one}" in job.text for one in WRITES)
         if left := wait_until_gone(place.mark, TIMEOUT_SECONDS - GRACE_SECONDS):
             raise Miss(f"a kill left a process running: {next(iter(left.values()))[:80]}")
     last = start([])

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -19,7 +20,7 @@ from data.prepare import write_dataset
 from data.shards import MANIFEST_NAME
 from data.train_tokenizer import train_tokenizer
 from dev.soak.child import Fault
-from dev.soak.process import Job, Miss, launcher, make_environment, python
+from dev.soak.process import Job, Miss, kill_marked, launcher, make_environment, python
 from formats.state import read_state
 
 VOCAB_SIZE = 300
@@ -129,7 +130,7 @@ class Bench:
         self.data = make_dataset(folder / "data")
         self.references: dict[tuple, Reference | Miss] = {}
         self.files = None  # of flips
-        self.notes: dict[str, str] = {}  # how something was done, for the report
+        self.notes: Counter = Counter()  # how something was done, how often; for the report
 
     def open_place(self, name: str, number: int = 0) -> "Place":
         """Make the folder of a case, the number-th of its campaign."""
@@ -150,14 +151,16 @@ class Bench:
     def make_reference(self, recipe: str, ranks: int, seed: int) -> Reference:
         """Run a recipe undisturbed."""
         place = self.open_place(f"reference_{recipe}_{ranks}_{seed}")
-        job = place.train(recipe, "run.run_id=a", f"run.seed={seed}", "run.save_every=4", ranks=ranks)
-        if job.end():
-            raise Miss(f"{recipe}: an undisturbed run failed: {job.why()}")
-        run, newest = place.run("a"), newest_checkpoint(place.run("a"))
-        weights = read_arrays(newest) if step_of(newest) == NUM_STEPS else None
-        found = Reference((run / "artifact.bin").read_bytes(), read_losses(run), weights)
-        place.close()
-        return found
+        try:
+            job = place.train(recipe, "run.run_id=a", f"run.seed={seed}", "run.save_every=4", ranks=ranks)
+            if job.end():
+                raise Miss(f"{recipe}: an undisturbed run failed: {job.why()}")
+            run, newest = place.run("a"), newest_checkpoint(place.run("a"))
+            weights = read_arrays(newest) if step_of(newest) == NUM_STEPS else None
+            return Reference((run / "artifact.bin").read_bytes(), read_losses(run), weights)
+        finally:
+            kill_marked(place.mark, place.jobs)
+            place.close()
 
     def close(self) -> None:
         """Remove everything."""
