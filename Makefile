@@ -24,7 +24,7 @@ KERNELS := $(VENV)/kernels
 KERNEL_TESTS = PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_fused_kernels.py
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench profile gpu-check gpu-battery null-gpu
+.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench profile gpu-check gpu-battery null-gpu soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { n = split($$2, words, " "); line = sprintf("  make %-12s", $$1); \
@@ -110,6 +110,9 @@ profile: data ## where a step's time goes on this machine, by operator; AT=0.7: 
 gpu-check: setup $(KERNELS)/.ready ## trainer, recipes, scorers, attention on an emulated GPU; Triton kernels; some ten minutes
 	EMULATED_GPU=1 $(TESTS) tests/test_emulator.py
 	$(KERNEL_TESTS)
+
+soak: setup ## try to lose state: kills, damaged files, signals, full disks, two writers; SOAK="--minutes 5 --only kills"
+	$(PY) -m dev.soak $(SOAK)
 
 null-gpu: setup ## what the trainer gives a GPU, counted without one, against the stored figures; CUDA_VENV=...
 	$(PY) -m dev.null_gpu --check $(addprefix --environment ,$(CUDA_VENV))
