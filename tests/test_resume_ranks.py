@@ -72,11 +72,13 @@ def test_one_two_four_and_one_rank_make_the_artifact_of_one(tiny_config, name):
         "run.overwrite": False,
     }  # fmt: skip
     features = cpu_features() if name == "cpu" else RECIPES[name]
-    cfg = with_values(tiny_config, features | usual, "test")
+    cfg = with_values(tiny_config, usual, "test")
+    feature_words = [f"{name}={value}" for name, value in features.items()]
     whole, pieces = Path(cfg.run.out_dir, "whole"), Path(cfg.run.out_dir, "pieces")
-    done = run_python(*command(1, *as_overrides(cfg))[1:])
+    done = run_python(*command(1, *as_overrides(cfg), *feature_words)[1:])
     assert done.returncode == 0, done.stderr
     words = as_overrides(with_values(cfg, {"run.run_id": "pieces", "run.resume": "auto"}, "test"))
+    words += feature_words
     for num_ranks, step in ((1, 3), (2, 6), (4, 9)):
         kill_after(step, pieces, words, num_ranks)
     done = run_python(*command(1, *words)[1:])
