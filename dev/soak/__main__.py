@@ -11,6 +11,7 @@ status is 0 only when everything that was asked for was tried and survived.
 """
 
 import argparse
+import signal
 from pathlib import Path
 
 from common import CommandParser, UserError, run_command, write_json
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             "expected Linux, whose /proc shows what a kill has left running, found another system."
         )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is ended
     settings = Settings(options.seed, 60 * options.minutes, options.keep)
     rows, notes = run_campaigns(choose(options), settings)
     report = make_report([row.as_json() for row in rows], options.seed, notes)
