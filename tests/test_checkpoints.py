@@ -45,11 +45,10 @@ def run_to_end(cfg, start: Start | None = None) -> Path:
     return Path(cfg.run.out_dir) / cfg.run.run_id
 
 
-def saving(tiny_config, **values):
+def saving(tiny_config, values: dict | None = None):
     """A config that saves every second of six steps, of no clock."""
     usual = {"run.save_every": 2, "run.val_loss_every": 2, "run.max_wallclock_seconds": 0.0}
-    named = {key.replace("__", "."): value for key, value in values.items()}
-    return with_values(tiny_config, usual | named, "test")
+    return with_values(tiny_config, usual | (values or {}), "test")
 
 
 # The file
@@ -198,7 +197,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_config, alone, tmp_path)
 
 def test_a_run_that_diverges_leaves_no_nan_on_disk(tiny_config, stand_in_program):
     """What it leaves, if anything, is finite."""
-    cfg = saving(tiny_config, run__save_every=1, optim__matrix_lr=1e30)
+    cfg = saving(tiny_config, {"run.save_every": 1, "optim.matrix_lr": 1e30})
     with pytest.raises(UserError):
         run_to_end(cfg)
     folder = Path(cfg.run.out_dir) / "tiny"
@@ -212,7 +211,9 @@ def test_a_run_that_diverges_leaves_no_nan_on_disk(tiny_config, stand_in_program
 
 def test_a_run_keeps_the_newest_two_and_the_best(tiny_config, stand_in_program):
     """And says whose each is."""
-    folder = run_to_end(saving(tiny_config, run__save_every=1))
+    more = run_to_end(saving(tiny_config, {"run.save_every": 1, "watch.keep_checkpoints": 4}))
+    assert len(numbered_steps(more)) == 4
+    folder = run_to_end(saving(tiny_config, {"run.save_every": 1}))
     assert len(numbered_steps(folder)) == 3 and {5, 6} <= set(numbered_steps(folder))
     facts = read_facts(newest_checkpoint(folder))
     assert facts["run_id"] == "tiny" and facts["step"] == "6" and facts["seed"] == "1337"
@@ -222,7 +223,7 @@ def test_a_run_keeps_the_newest_two_and_the_best(tiny_config, stand_in_program):
 
 def test_without_save_every_nothing_stays_of_a_run_that_ended(tiny_config, stand_in_program, monkeypatch):
     """But what a scoring that fails would lose is there until it is done."""
-    cfg = saving(tiny_config, run__save_every=0)
+    cfg = saving(tiny_config, {"run.save_every": 0})
     assert numbered_steps(run_to_end(cfg)) == []
     monkeypatch.setattr(train_gpt, "score_model", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -274,7 +275,7 @@ def planned(words: list[str], **environment) -> tuple:
 
 def test_resume_takes_recipe_and_places_from_the_folder(tiny_config, stand_in_program, tmp_path):
     """By its path, by its id, by a file in it; the command line wins."""
-    cfg = saving(tiny_config, optim__beta1=0.8)
+    cfg = saving(tiny_config, {"optim.beta1": 0.8})
     folder = run_to_end(cfg)
     names = (str(folder), "tiny", str(newest_checkpoint(folder)))
     for name in names:
@@ -293,7 +294,7 @@ def test_a_longer_run_keeps_the_old_result_until_it_has_its_own(tiny_config, sta
     """result.json of the shorter one stays, under the name of its steps."""
     folder = run_to_end(saving(tiny_config))
     old = (folder / RESULT_NAME).read_bytes()
-    run_to_end(saving(tiny_config, run__iterations=8), Start(folder, read_newest(folder)))
+    run_to_end(saving(tiny_config, {"run.iterations": 8}), Start(folder, read_newest(folder)))
     assert (folder / "result_step0000006.json").read_bytes() == old
     assert (folder / "artifact_step0000006.bin").is_file()
     assert read_json(folder / RESULT_NAME)["steps"] == 8
@@ -303,7 +304,7 @@ def test_auto_goes_on_with_the_unfinished_run_of_the_same_recipe_seed_and_data(
     tiny_config, stand_in_program, monkeypatch
 ):
     """Of its id or, without one, the newest; a finished one is left alone; torchrun's restarts do it too."""
-    cfg = saving(tiny_config, run__overwrite=False)
+    cfg = saving(tiny_config, {"run.overwrite": False})
     words = [
         f"{section}.{key}={value}"
         for section, keys in {
@@ -330,7 +331,7 @@ def test_auto_goes_on_with_the_unfinished_run_of_the_same_recipe_seed_and_data(
 
 def test_an_old_run_of_the_name_is_not_touched(tiny_config, stand_in_program):
     """The new one takes the next name; with run.overwrite=1 it takes the place."""
-    cfg = saving(tiny_config, run__overwrite=False)
+    cfg = saving(tiny_config, {"run.overwrite": False})
     folder = run_to_end(cfg)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     run_to_end(with_values(cfg, {"run.seed": 7}, "test"))
@@ -381,7 +382,7 @@ def test_a_stop_saves_the_last_whole_step_and_goes_on_bitwise(
     tiny_config, stand_in_program, monkeypatch, capsys, during, left
 ):
     """In a micro-batch the step is given up: its batches come again."""
-    cfg = saving(tiny_config, run__save_every=0, run__val_loss_every=4, data__loader="shuffled")
+    cfg = saving(tiny_config, {"run.save_every": 0, "run.val_loss_every": 4, "data.loader": "shuffled"})
     folder = run_to_end(cfg)
     whole, losses = (folder / "artifact.bin").read_bytes(), train_losses(folder)
     monkeypatch.setattr(train_gpt, "weigh_code", lambda folder: (9, ""))
@@ -402,7 +403,7 @@ def leave(folder):
 
 def test_a_stop_while_validating_leaves_the_validation(tiny_config, stand_in_program, monkeypatch):
     """It saves the step that was to be validated; the score of zeros is in no log."""
-    cfg = saving(tiny_config, run__save_every=0)
+    cfg = saving(tiny_config, {"run.save_every": 0})
     stops, whole = Stops(), train_gpt.score_windows
 
     def interrupted(*args):
@@ -431,7 +432,7 @@ def test_a_step_that_is_given_up_changes_nothing(tiny_config, alone):
 def test_damaged_data_end_the_run_and_are_not_saved(tiny_config, stand_in_program, tmp_path):
     """The background check finds a shard that is not the manifest's: no checkpoint of it stays."""
     data = Path(shutil.copytree(tiny_config.data.data_path, tmp_path / "data"))
-    cfg = saving(tiny_config, data__data_path=str(data))
+    cfg = saving(tiny_config, {"data.data_path": str(data)})
     folder = run_to_end(cfg)
     assert "train_shards_verified: 1 of 1 by manifest.json" in (folder / "train.log").read_text()
     shard = next(data.glob("fineweb_train_*.bin"))

@@ -74,7 +74,7 @@ class Card:
     def synchronize(self) -> None:
         self.readings += 1
 
-    def broadcast(self, value: float) -> float:
+    def agree(self, value: float) -> float:
         return value
 
 

@@ -1,6 +1,8 @@
 """Byte, byte-level BPE, BESE and CaseOps codecs: what comes back, what each token counts, vectors."""
 
+import contextlib
 import json
+import random
 import sys
 from base64 import b64encode
 from itertools import islice, pairwise, product
@@ -569,3 +571,16 @@ def test_the_contests_case_ops_model_counts_the_bytes_of_shared_text():
         text.encode() for text in texts
     ]
     assert sum(int(codec.encode_with_bytes(text)[1].sum()) for text in texts) == 4_245_662
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tokenizer_with_flipped_bits_is_opened_or_refused_in_a_sentence(tmp_path, tiny_data, seed):
+    """A piece that is no text any more, a length of another: never another exception."""
+    whole, rng = (tiny_data / "tokenizer.model").read_bytes(), random.Random(seed)
+    path = tmp_path / "tokenizer.model"
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            load_codec(path)

@@ -43,9 +43,9 @@ from train_gpt import (
     finish,
     load_artifact,
     load_validation,
-    prepare_folder,
     quantize_model,
     score_model,
+    write_recipe,
 )
 
 pytestmark = pytest.mark.numeric
@@ -74,7 +74,7 @@ def make_run(tiny_config, alone, tmp_path):
         changes = {"eval.mode": "sliding", "eval.keep_tail": True} | (changes or {})
         cfg = with_values(tiny_config, {"run.run_id": name, **changes}, "test")
         folder = tmp_path / "runs" / name
-        prepare_folder(folder, cfg, False)
+        write_recipe(folder, cfg)
         text = load_validation(cfg.data)
         torch.manual_seed(sum(name.encode()))
         model = build_model(cfg, alone.device)

@@ -48,7 +48,7 @@ COMMANDS = [
     ("optim.matrix_lr=-1", {}, r"optim.matrix_lr=-1.0 must be at least 0"),
     ("--recipe missing.toml", {}, r"missing.toml: no such recipe"),
     ("--recipes x", {}, r"--recipes.*Did you mean --recipe\?"),
-    ("--resume missing.safetensors", {}, r"missing.safetensors: no such checkpoint.*run.save_every"),
+    ("--resume missing.safetensors", {}, r"missing.safetensors: expected a run folder.*run.save_every"),
 ]
 
 

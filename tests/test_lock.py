@@ -46,7 +46,7 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
     with lock_folder(folder):
         assert names(folder) == [".lock", ".lock.json"]
         with pytest.raises(
-            UserError, match=rf"folder: in use by process {os.getpid()} on .* since 20.*pytest"
+            UserError, match=rf"folder: in use by process {os.getpid()} on .* since 20.*python"
         ):
             lock_folder(folder)
     assert names(folder) == [".lock"]

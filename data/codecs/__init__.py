@@ -35,13 +35,18 @@ def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") 
             "sp1024` fetches the contest's. TOKENIZER_PATH or data.tokenizer_path names another file, or a "
             "folder with tokenizer.model or tokenizer.json."
         )
-    found = find_kind(path, kind)
-    if kind and found != kind:
-        raise UserError(
-            f"{path}: expected a tokenizer of kind {kind}, found {found}. Choose another file, or name its "
-            "kind by data.tokenizer_kind."
-        )
-    codec = open_codec(path, kind or found)
+    try:
+        found = find_kind(path, kind)
+        if kind and found != kind:
+            raise UserError(
+                f"{path}: expected a tokenizer of kind {kind}, found {found}. Choose another file, or name "
+                "its kind by data.tokenizer_kind."
+            )
+        codec = open_codec(path, kind or found)
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: expected a tokenizer, found a damaged file ({error!r}).") from error
     if vocab_size is not None and codec.vocab_size != vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {codec.vocab_size} entries, the model's vocabulary has {vocab_size}. "
