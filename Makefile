@@ -33,7 +33,7 @@ help: ## list the targets
 
 run: data ## the main job: train on the built-in corpus, pack, reload in a fresh process, score
 	RUN_ID=$(RUN_ID) $(PY) train_gpt.py --recipe $(RECIPE)
-	$(PY) -m eval runs/$(RUN_ID) --budget
+	$(PY) -m eval --budget
 
 test: setup ## all fast tests (under 5 minutes on 2 cores)
 	$(TESTS) -m "not slow and not gpu"

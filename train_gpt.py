@@ -60,7 +60,7 @@ from common import (
     write_json,
 )
 from data.codecs import TokenCodec, load_codec
-from data.intact import ShardVerifier
+from data.intact import ShardVerifier, val_summary
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
@@ -2996,7 +2996,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"num_heads:{cfg.model.num_heads} num_kv_heads:{cfg.model.num_kv_heads}\n"
         + "".join(f"attention_passed_over:{name} {why}\n" for name, why in model.passed_over.items())
         + fused_lines(training)
-        + (ranks.layout() if PACKED_RECIPE is None else "")
+        + (f"{val_summary(text.pattern)}\n{ranks.layout()}" if PACKED_RECIPE is None else "")
         + f"tie_embeddings:{tied} embed_lr:{optim.tied_embed_lr if tied else optim.embed_lr} "
         f"head_lr:{0.0 if tied else optim.head_lr} matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}\n"
         f"train_batch_tokens:{cfg.data.batch_tokens} train_seq_len:{cfg.data.seq_len} "

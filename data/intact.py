@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from common import UserError
-from data.shards import MANIFEST_NAME, RECORD_NAME, hash_fault, stated_hashes
+from data.shards import MANIFEST_NAME, RECORD_NAME, find_shards, hash_fault, stated_hashes
 
 BUFFER_BYTES = 1 << 20  # the interpreter is needed once a buffer, so a thousand times a gigabyte
 
@@ -50,13 +50,23 @@ class ShardVerifier:
 
     def summary(self) -> str:
         """Say in a log line how many of this share have been verified so far, and by what."""
-        folders = self.hashes.keys()
-        names = [name for name in (MANIFEST_NAME, RECORD_NAME) if any((f / name).is_file() for f in folders)]
-        if not any(self.hashes.values()):
-            return (
-                f"train_shards_verified: none, neither {MANIFEST_NAME} nor {RECORD_NAME} states their sha256"
-            )
-        return f"train_shards_verified: {self.num_verified} of {len(self.files)} by {names[0]}"
+        return f"train_shards_verified:{say_verified(self.num_verified, self.files)}"
+
+
+def say_verified(num_verified: int, files: list[Path]) -> str:
+    """Say how many shards were verified, and by what; that nothing could be where no sha256 is stated."""
+    folders = {path.parent for path in files}
+    names = [name for name in (MANIFEST_NAME, RECORD_NAME) if any((one / name).is_file() for one in folders)]
+    if not any(map(stated_hashes, folders)):
+        return f"none, neither {MANIFEST_NAME} nor {RECORD_NAME} states their sha256"
+    return f"{num_verified} of {len(files)} by {names[0]}"
+
+
+def val_summary(pattern: str) -> str:
+    """Say in a log line which of the validation shards of a pattern were verified as they were read."""
+    files = find_shards(pattern)
+    stated = {path.parent: stated_hashes(path.parent) for path in files}
+    return f"val_shards_verified:{say_verified(sum(p.name in stated[p.parent] for p in files), files)}"
 
 
 def yield_to_others() -> None:

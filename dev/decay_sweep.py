@@ -43,7 +43,8 @@ def measure_decay(cfg: Config, decay: float, folder: Path) -> Point:
     """Train with a decay into folder/decay_<number>, unless that run is there already."""
     cfg = with_values(cfg, dict.fromkeys(KNOBS, decay), "decay")
     run_id = f"decay_{decay:g}_{cfg.run.seed}_{cfg.run.iterations}"
-    cfg = with_values(cfg, {"run.out_dir": str(folder), "run.run_id": run_id}, "decay")
+    places = {"run.out_dir": str(folder), "run.run_id": run_id, "run.overwrite": True}
+    cfg = with_values(cfg, places, "decay")
     if not is_done(folder / run_id, cfg):
         # Over budget is no error here: the table tells the size, and result.json is written by then.
         with redirect_stdout(sys.stderr), suppress(BudgetError):

@@ -246,6 +246,8 @@ def train_seed(plan: RecordPlan, seed: int) -> None:
     """Train a seed unless its run folder is complete; raise where that is a run of something else."""
     folder, label = plan.run_folder(seed), f"seed {seed}"
     if not (folder / "result.json").is_file():
+        if folder.is_dir():  # of a training that was cut off: a packed program keeps nothing to go on from
+            shutil.rmtree(folder)
         say(f"{label}: training, {plan.seeds.index(seed) + 1} of {len(plan.seeds)}")
         run_logged(training_command(plan, seed), label)
     changed = differences(plan, seed)

@@ -62,6 +62,7 @@ def twin_config(name: str, data: Path, out_dir: Path | str = "runs") -> Config:
     """Resolve a twin's recipe with its data below the folder `data`."""
     twin, dataset = TWINS[name], dataset_folder(TWINS[name], data)
     places = {"data.data_path": str(dataset), "run.out_dir": str(out_dir), "run.run_id": f"twin_{name}"}
+    places |= {"run.overwrite": True}
     places["data.tokenizer_path"] = str(dataset / tokenizer_name(twin))
     cfg = with_values(Config(), read_recipe(SYSTEMS / twin.folder / "recipe.small.toml"), twin.folder)
     cfg = with_values(cfg, places, "twin")

@@ -232,6 +232,59 @@ def test_without_save_every_nothing_stays_of_a_run_that_ended(tiny_config, stand
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize("loader", ["sequential", "packed", "shuffled", "coprime"])
+def test_state_then_batch_and_rate_then_losses_are_those_of_the_run_that_went_on(
+    tiny_config, alone, tmp_path, loader
+):
+    """Three layers, each with a message of its own: what breaks first says where to look."""
+    values = {
+        "data.loader": loader,
+        "average.ema_decay": 0.9,
+        "model.dropout": 0.1,
+        "optim.normuon_beta2": 0.9,
+    }
+    cfg, path = with_values(tiny_config, values, "test"), tmp_path / NUMBERED.format(4)
+
+    def advance(training: Training, num_steps: int) -> list[float]:
+        losses = []
+        for _ in range(num_steps):
+            phase = train_gpt.phase_at(cfg, training.step, training.step / cfg.run.iterations)
+            losses.append(training.accumulate(phase, lambda: False).item())
+            training.update(0.0)
+        return losses
+
+    ours, resumed = Training(cfg, alone, bos_id=1), Training(cfg, alone, bos_id=1)
+    advance(ours, 4)
+    train_gpt.save_checkpoint(ours, path)
+    train_gpt.restore(resumed, read_newest(path))
+    again = tmp_path / NUMBERED.format(5)
+    resumed.resumed_at = []
+    train_gpt.save_checkpoint(resumed, again)
+    assert leaves(path) == leaves(again), "the state of a resumed run is not what was saved"
+    rates = [train_gpt.step_rates(cfg, training.step, 0.0) for training in (ours, resumed)]
+    assert rates[0] == rates[1], "the learning rate of the next step is another"
+    stage = train_gpt.get_stages(cfg)[0]
+    places = [training.loader.state_dict() for training in (ours, resumed)]
+    batches = [train_gpt.next_batch(training.loader, stage, alone) for training in (ours, resumed)]
+    assert torch.equal(batches[0].tokens, batches[1].tokens), "the next batch is another"
+    for training, place in zip((ours, resumed), places):
+        training.loader.load_state_dict(place)
+    assert advance(ours, 3) == advance(resumed, 3), "state, rate and batch are the same, the losses are not"
+
+
+def leaves(path: Path) -> list[bytes]:
+    """Every value of a checkpoint's state, spelled."""
+
+    def spell(tree) -> list[bytes]:
+        if isinstance(tree, dict):
+            return [part for key, value in tree.items() for part in (str(key).encode(), *spell(value))]
+        if isinstance(tree, list):
+            return [part for value in tree for part in spell(value)]
+        return [tree.tobytes() if isinstance(tree, np.ndarray) else str(tree).encode()]
+
+    return spell(read_state(path)[0])
+
+
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tiny_config, stand_in_program):
     """The run ends as if nothing had been, in its folder and log, which say what was passed over."""
     cfg = saving(tiny_config)

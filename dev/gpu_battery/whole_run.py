@@ -65,6 +65,7 @@ def train(job: Job, places: dict) -> dict:
         "run.max_wallclock_seconds": get_size(job, "train_seconds"),
         "run.out_dir": str(Path(job.work) / "runs"),
         "run.run_id": RUN_ID,
+        "run.overwrite": True,
     }
     folder = Path(job.work) / "runs" / RUN_ID
     options = [f"{name}={value}" for name, value in values.items()]
