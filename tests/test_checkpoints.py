@@ -487,7 +487,8 @@ def test_damaged_data_end_the_run_and_are_not_saved(tiny_config, stand_in_progra
     data = Path(shutil.copytree(tiny_config.data.data_path, tmp_path / "data"))
     cfg = saving(tiny_config, {"data.data_path": str(data)})
     folder = run_to_end(cfg)
-    assert "train_shards_verified: 1 of 1 by manifest.json" in (folder / "train.log").read_text()
+    assert "val_shards_verified:1 of 1 by manifest.json" in (folder / "train.log").read_text()
+    assert "train_shards_verified:1 of 1 by manifest.json" in (folder / "train.log").read_text()
     shard = next(data.glob("fineweb_train_*.bin"))
     whole = bytearray(shard.read_bytes())
     whole[-1] ^= 1
