@@ -1,7 +1,7 @@
 """Speed of the main parts, each against a yardstick measured in the same run (`make bench`).
 
     python -m dev.bench                 all parts, a table
-    python -m dev.bench --only step     one of: step, scoring, packing, loader, data, codec
+    python -m dev.bench --only step     one of: step, scoring, packing, loader, data, state, codec
     python -m dev.bench --json          one JSON object
     python -m dev.bench --gpu           this GPU in under three minutes, against the contest's machine
 
@@ -14,6 +14,7 @@ Ratios travel between machines, seconds do not: compare the last column. Figures
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import sys
@@ -29,16 +30,18 @@ import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 
-from common import format_table, run_command
+from common import format_table, run_command, sha256_file, write_json
 from data.builtin import collect_documents, find_modules
 from data.codecs import load_codec
 from data.doctor import Dataset, check_overlap
 from data.documents import Document
+from data.intact import ShardVerifier
 from data.prepare import write_dataset
-from data.shards import write_shard
+from data.shards import MANIFEST_NAME, TRAIN_GLOB, write_shard
 from data.train_tokenizer import train_tokenizer
 from dev.codec import measure_codec
 from formats.recipe import with_values
+from formats.state import read_state, write_state
 from kernels.machine import resolve_compile
 from pack.program import pack
 from scoring.sliding import ScoreOptions, plan_batches, plan_windows, score_windows
@@ -59,6 +62,8 @@ from train_gpt import (
 NUM_BATCHES = 2000
 NUM_THREADS = 2
 TEXT_MEGABYTES = 20
+STATE_ARRAYS = 108  # of 2^20 float32: weights, momentum and average of 36 M parameters
+VERIFIED_TOKENS, VERIFIED_TURNS = 100_000_000, 5  # a shard of the contest's size
 SHAPE = {"model.num_layers": 6, "model.model_dim": 128, "model.num_heads": 4, "model.num_kv_heads": 2}
 
 
@@ -256,12 +261,52 @@ def bench_batches(folder: Path, ranks: Ranks) -> list[Measurement]:
     ]
 
 
+def bench_state(ranks: Ranks) -> list[Measurement]:
+    """A checkpoint of 36 M parameters beside its hash alone; steps while a shard is verified beside steps."""
+    rng = np.random.default_rng(0)
+    state = {str(index): rng.standard_normal(1 << 20, np.float32) for index in range(STATE_ARRAYS)}
+    size_gb, rows = 4 * STATE_ARRAYS * 2**20 / 1e9, []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
+        write = median_seconds(lambda: write_state(path, state, {}), 3) / size_gb
+        read = median_seconds(lambda: read_state(path), 3) / size_gb
+        blob = path.read_bytes()
+        seal = median_seconds(lambda: hashlib.sha256(blob).digest(), 3) / size_gb
+        del blob
+        rows += [
+            Measurement("checkpoint write", write, "s/GB", "its hash alone", seal),
+            Measurement("checkpoint read", read, "s/GB", "its hash alone", seal),
+        ]
+        rows.append(bench_verified_steps(Path(folder), ranks))
+    return rows
+
+
+def bench_verified_steps(folder: Path, ranks: Ranks) -> Measurement:
+    """Time a few steps while a shard of the contest's size is hashed, in turn with steps alone."""
+    cfg = with_values(Config(), SHAPE | {"data.seq_len": 512, "data.batch_tokens": 16_384}, "bench")
+    shard = folder / TRAIN_GLOB.replace("*", "000000")
+    write_shard(shard, np.random.default_rng(0).integers(0, 1024, VERIFIED_TOKENS), 1024)
+    entry = {"file": shard.name, "sha256": sha256_file(shard)}
+    write_json(folder / MANIFEST_NAME, {"train": {"shards": [entry]}})
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(2 * VERIFIED_TURNS):
+        started = time.perf_counter()
+        verifier = ShardVerifier([shard]) if turn % 2 else None
+        step_seconds(cfg, ranks, False)
+        seconds[turn % 2].append(time.perf_counter() - started)
+        if verifier:
+            verifier.wait()
+    alone, beside = map(median, seconds)
+    return Measurement("steps, a shard is hashed", beside, "s", "steps alone", alone)
+
+
 PARTS: dict[str, Callable[[Ranks], list[Measurement]]] = {
     "step": bench_step,
     "scoring": bench_scoring,
     "packing": bench_packing,
     "loader": bench_loader,
     "data": bench_data,
+    "state": bench_state,
 }
 
 

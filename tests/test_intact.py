@@ -50,7 +50,7 @@ def test_whole_shards_are_verified_and_what_stated_them_is_named(tmp_path, files
     shares = [ShardVerifier(files, (index, 2)) for index in range(2)]
     for share in shares:
         share.wait()
-    assert [share.summary().split(": ")[1] for share in shares] == [
+    assert [share.summary().split(":")[1] for share in shares] == [
         f"{n} of {n} by {stated_by}" for n in (3, 2)
     ]
     assert sorted(path for share in shares for path in share.files) == files
