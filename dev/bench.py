@@ -272,7 +272,6 @@ def bench_state(ranks: Ranks) -> list[Measurement]:
         read = median_seconds(lambda: read_state(path), 3) / size_gb
         blob = path.read_bytes()
         seal = median_seconds(lambda: hashlib.sha256(blob).digest(), 3) / size_gb
-        del blob
         rows += [
             Measurement("checkpoint write", write, "s/GB", "its hash alone", seal),
             Measurement("checkpoint read", read, "s/GB", "its hash alone", seal),
