@@ -533,7 +533,7 @@ class Environment(NamedTuple):
     misspelled: tuple[str, ...] = ()  # sentences on variables that look like misspelled ones
     local_world_size: int = 1  # processes on this machine
     restarts: int = 0  # how often torchrun has started all processes anew
-    launched: bool = False  # by torchrun or another launcher
+    launched: bool = False  # by torchrun, which is then the parent
     stops: Stops | None = None  # where signals are noted; not of a packed program
 
 
@@ -546,7 +546,7 @@ def read_environment() -> Environment:
         numbers["misspelled"] = near_misses(Config, os.environ)
         numbers["local_world_size"] = int(os.environ.get("LOCAL_WORLD_SIZE", numbers.get("world_size", 1)))
         numbers["restarts"] = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        numbers["launched"] = not layout.keys().isdisjoint(numbers)
+        numbers["launched"] = "TORCHELASTIC_RUN_ID" in os.environ
     return Environment(environment_values(Config, os.environ) | fixed, **numbers)
 
 
@@ -2702,7 +2702,8 @@ def await_verified(training: Training, log: Log) -> None:
     """Wait until all training shards are hashed: nothing that is kept may come from damaged ones."""
     if training.verifier:
         training.verifier.thread.join()
-        log.line(training.verifier.summary())
+        found = training.ranks.sum(torch.tensor(float(training.verifier.num_verified)))
+        log.line(training.verifier.summary(int(found)))
         training.verifier = None
         training.ranks.agree(0.0)
     refuse_damaged(training.ranks)

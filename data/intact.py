@@ -21,7 +21,7 @@ class ShardVerifier:
 
     def __init__(self, files: list[Path], share: tuple[int, int] = (0, 1)):
         index, count = share
-        self.files = files[index::count]
+        self.all_files, self.files = files, files[index::count]
         self.hashes = {folder: stated_hashes(folder) for folder in {path.parent for path in files}}
         self.fault, self.num_verified = "", 0
         self.thread = threading.Thread(target=self.run, name="verify shards", daemon=True)
@@ -48,9 +48,10 @@ class ShardVerifier:
         if self.fault:
             raise UserError(self.fault)
 
-    def summary(self) -> str:
-        """Say in a log line how many of this share have been verified so far, and by what."""
-        return f"train_shards_verified:{say_verified(self.num_verified, self.files)}"
+    def summary(self, num_verified: int) -> str:
+        """Say in a log line how many of all files were verified, on every host again, and by what."""
+        num_verified = min(num_verified, len(self.all_files))
+        return f"train_shards_verified:{say_verified(num_verified, self.all_files)}"
 
 
 def say_verified(num_verified: int, files: list[Path]) -> str:

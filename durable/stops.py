@@ -54,7 +54,7 @@ class Stops:
     def install(self, is_launched: bool) -> None:
         """Take the signals that nobody has chosen to ignore (nohup does), and start the watchdog.
 
-        `is_launched`: torchrun or its like is the parent; without it nobody would end this process.
+        `is_launched`: torchrun is the parent; without it nobody would end this process.
         """
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):

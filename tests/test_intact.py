@@ -46,13 +46,13 @@ def test_whole_shards_are_verified_and_what_stated_them_is_named(tmp_path, files
     state(tmp_path, files, stated_by)
     verifier = ShardVerifier(files)
     verifier.wait()
-    assert (verifier.fault, verifier.summary()) == ("", f"train_shards_verified:5 of 5 by {stated_by}")
+    said = verifier.summary(verifier.num_verified)
+    assert (verifier.fault, said) == ("", f"train_shards_verified:5 of 5 by {stated_by}")
     shares = [ShardVerifier(files, (index, 2)) for index in range(2)]
     for share in shares:
         share.wait()
-    assert [share.summary().split(":")[1] for share in shares] == [
-        f"{n} of {n} by {stated_by}" for n in (3, 2)
-    ]
+    assert [share.num_verified for share in shares] == [3, 2]
+    assert shares[0].summary(5) == said == shares[0].summary(10)  # on a second host all once more
     assert sorted(path for share in shares for path in share.files) == files
 
 
@@ -86,13 +86,13 @@ def test_without_a_statement_nothing_is_verified_and_the_log_says_so(tmp_path, f
     """Shards made by another program are fine, but no claim is made about them."""
     verifier = ShardVerifier(files)
     verifier.wait()
-    assert verifier.summary() == (
+    assert verifier.summary(verifier.num_verified) == (
         "train_shards_verified:none, neither manifest.json nor download.json states their sha256"
     )
     state(tmp_path, files[:3], "download.json")
     verifier = ShardVerifier(files)
     verifier.wait()
-    assert verifier.summary() == "train_shards_verified:3 of 5 by download.json"
+    assert verifier.summary(verifier.num_verified) == "train_shards_verified:3 of 5 by download.json"
 
 
 def test_a_shard_that_vanishes_is_a_fault_not_a_dead_thread(tmp_path, files):

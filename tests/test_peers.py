@@ -118,13 +118,16 @@ def test_each_start_has_names_of_its_own(monkeypatch):
 
 
 def test_the_environment_says_who_started_us_and_how_often(monkeypatch):
-    """torchrun's words; without them one process that nobody launched."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
+    """torchrun's words; without them one process that nobody launched; other launchers end their own."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+    for name in (*names, "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     alone = read_environment()
     assert (alone.launched, alone.restarts, alone.world_size, alone.local_world_size) == (False, 0, 1, 1)
     for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("TORCHELASTIC_RESTART_COUNT", "2")):
         monkeypatch.setenv(name, value)
+    assert not read_environment().launched
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     found = read_environment()
     assert (found.launched, found.restarts, found.local_world_size) == (True, 2, 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
