@@ -22,7 +22,8 @@ SIGNALS = tuple(
 )
 DAMAGED = 1 << 10  # a reason to stop beside the numbers of signals: training data are not what they should be
 REPEAT_SECONDS = 3.0  # a signal again within them is the same: a terminal and a launcher both send it
-GRACE_SECONDS = 25.0  # to react in; torchrun kills after 30
+GRACE_SECONDS = 25.0  # to react in under torchrun, which kills after 30
+LONE_GRACE_SECONDS = 55.0  # elsewhere: a micro-batch of a large model on a CPU may take as long
 SAVE_SECONDS = 300.0  # to save in, where nobody kills
 POLL_SECONDS = 1.0
 
@@ -41,6 +42,7 @@ class Stops:
     def __init__(self):
         self.signum = 0  # noted, 0 for none
         self.noted_at = 0.0  # time.monotonic(), 0 for not
+        self.grace = LONE_GRACE_SECONDS
         self.defers = False  # whether a signal is a note only
         self.deadline = float("inf")  # of the watchdog, time.monotonic()
         self.fault = lambda: ""  # what is wrong with the training data, "" for nothing
@@ -64,6 +66,7 @@ class Stops:
                 signal.signal(signum, self.note)
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         launcher = os.getppid() if is_launched else 0
+        self.grace = GRACE_SECONDS if is_launched else LONE_GRACE_SECONDS
         threading.Thread(target=self.watch, args=(ours, theirs, launcher), daemon=True).start()
 
     def note(self, signum: int, frame: FrameType | None) -> None:
@@ -88,7 +91,7 @@ class Stops:
             if select.select([ours], [], [], POLL_SECONDS)[0]:
                 numbers = [signum for signum in ours.recv(64) if signum in SIGNALS]
                 if numbers and self.deadline == float("inf"):
-                    self.deadline, self.signum = time.monotonic() + GRACE_SECONDS, self.signum or numbers[0]
+                    self.deadline, self.signum = time.monotonic() + self.grace, self.signum or numbers[0]
             if launcher and os.getppid() != launcher:
                 launcher = 0
                 os.kill(os.getpid(), signal.SIGTERM)

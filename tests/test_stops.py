@@ -21,7 +21,7 @@ def start(code: str, is_launched: bool = False) -> subprocess.Popen:
     lines = [
         "import signal, sys, time",
         "from durable import stops as module",
-        "module.GRACE_SECONDS = 1.0",
+        "module.GRACE_SECONDS = module.LONE_GRACE_SECONDS = 1.0",
         "stops = module.Stops()",
         f"stops.install({is_launched})",
         "stops.kept = 'step7 is kept.'",
