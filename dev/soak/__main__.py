@@ -91,7 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             "expected Linux, whose /proc shows what a kill has left running, found another system."
         )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is ended
+    # So that what was started is ended; and what is started ignores no signal that a background job, or one
+    # under nohup, was told to ignore.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     settings = Settings(options.seed, 60 * options.minutes, options.keep)
     rows, notes = run_campaigns(choose(options), settings)
     report = make_report([row.as_json() for row in rows], options.seed, notes)
