@@ -3307,7 +3307,12 @@ def train_and_score(cfg: Config, environment: Environment, start: Start, held: E
     ledger = store_model(training, log, text.tokenizer_sha256, code_bytes)
     phase("quantize and write")
     model, packed_cfg, header = load_artifact(log.folder / ARTIFACT_NAME, cfg, ranks.device)
-    text = load_validation(packed_cfg.data, text.pattern, header["tokenizer_sha256"])
+    tokens, text = text.tokens, load_validation(packed_cfg.data, text.pattern, header["tokenizer_sha256"])
+    if PACKED_RECIPE is None and not np.array_equal(tokens, text.tokens):
+        raise UserError(
+            f"{text.pattern}: expected the validation text that the run began with, found another: it was "
+            f"replaced in the meantime. `python -m eval {log.folder}` scores the artifact on the new one."
+        )
     phase("reload")
     progress = ProgressLines(log.line, "scoring")
     score = score_model(model, packed_cfg, text, ranks, Scoring(Callbacks(progress=progress)))

@@ -11,6 +11,7 @@ import torch
 
 import train_gpt
 from common import UserError, read_json
+from data.shards import read_shard, write_shard
 from durable.stops import Stopped, Stops
 from formats import checkpoints
 from formats.checkpoints import (
@@ -496,6 +497,24 @@ def test_damaged_data_end_the_run_and_are_not_saved(tiny_config, stand_in_progra
     with pytest.raises(UserError, match=f"{shard.name}.*sha256"):
         run_to_end(cfg)
     assert numbered_steps(folder) == []
+
+
+def test_a_validation_text_that_is_replaced_in_the_run_is_noticed(
+    tiny_config, stand_in_program, tmp_path, monkeypatch
+):
+    """The run began with one text; a score on another would stand beside its log."""
+    data = Path(shutil.copytree(tiny_config.data.data_path, tmp_path / "data"))
+    whole = train_gpt.store_model
+
+    def replaced(*args):
+        shard, manifest = next(data.glob("fineweb_val_*.bin")), data / "manifest.json"
+        write_shard(shard, np.array(read_shard(shard))[:-40])
+        manifest.unlink()
+        return whole(*args)
+
+    monkeypatch.setattr(train_gpt, "store_model", replaced)
+    with pytest.raises(UserError, match="replaced in the meantime"):
+        run_to_end(saving(tiny_config, {"data.data_path": str(data)}))
 
 
 def test_the_sources_that_are_hashed_are_the_trainers(monkeypatch):
