@@ -3346,12 +3346,6 @@ def run_or_explain(cfg: Config, environment: Environment, start: Start | None = 
         raise UserError(out_of_memory(cfg, environment)) from error
 
 
-def read_free(folder: Path) -> FoundCheckpoint | None:
-    """Read a run folder's newest checkpoint, once a process that still writes there has ended."""
-    lock_folder(folder, HOLDER_WAIT_S).release()
-    return read_newest(folder)
-
-
 def find_place(text: str, out_dir: str) -> Path:
     """Find what --resume names: a checkpoint, a run folder, or the id of a run."""
     for place in (Path(text), Path(out_dir, text)):
@@ -3369,7 +3363,7 @@ def plan_run(args, environment: Environment) -> tuple[Config, Start]:
         cfg = load_config(args.recipe, environment.overrides, args.overrides)
         return cfg, find_start(cfg) if cfg.run.resume == "auto" or environment.restarts > 0 else Start()
     place = find_place(args.resume, parse_overrides(args.overrides).get("run.out_dir", RunConfig.out_dir))
-    found = read_free(place) if place.is_dir() else read_newest(place)
+    found = read_newest(place)
     if found is None:
         raise UserError(f"{place}: expected a run folder with a checkpoint, found none. Start the run anew.")
     folder, recipe, places = found.path.parent, args.recipe, {}
@@ -3387,10 +3381,13 @@ def find_start(cfg: Config) -> Start:
     folder = Path(cfg.run.out_dir, cfg.run.run_id)
     if not cfg.run.run_id:
         folder = find_unfinished(Path(cfg.run.out_dir), identity(cfg))
-    elif (folder / RESULT_NAME).is_file():
+    if folder is None or not folder.is_dir():
+        return Start()
+    lock_folder(folder, HOLDER_WAIT_S).release()  # once a process that was stopped there has saved
+    if (folder / RESULT_NAME).is_file():
         print(f"{folder}: the run is finished; --resume {folder} run.iterations=N makes it longer")
         raise SystemExit(0)
-    return Start(folder, read_free(folder)) if folder and folder.is_dir() else Start()
+    return Start(folder, read_newest(folder))
 
 
 def score_file(path: Path, live: Config, environment: Environment) -> None:
