@@ -93,7 +93,8 @@ def full_disk_named(path: str | Path):
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise UserError(f"{path}: not written, the disk is full. Free space and run this again.") from error
+        advice = "Free space and run this again, a run with --resume."
+        raise UserError(f"{path}: not written, the disk is full. {advice}") from error
 
 
 @contextmanager

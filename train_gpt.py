@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 # Threads that wait give up their core after microseconds, not milliseconds: beside another process, waiting
 # ones made a step 2 to 40 times slower (dev/LOG.md, "a neighbour on the machine"). Read when torch is loaded.
@@ -80,6 +80,7 @@ from formats.checkpoints import (
     find_unfinished,
     newest_checkpoint,
     read_newest,
+    set_aside,
 )
 from formats.events import EVENTS_NAME, append_scalars
 from formats.hardware import project
@@ -682,13 +683,13 @@ class AsyncWork(NamedTuple):
         return self.tensor if self.scale == 1.0 else self.tensor.mul_(self.scale)
 
 
-def open_store(environment: Environment, timeout_s: float = MEET_S) -> dist.Store:
+def open_store(environment: Environment, timeout_s: float = MEET_S, names: str = "") -> dist.Store:
     """Connect to the launcher's store, which outlives processes that it starts anew.
 
-    Names are those of this start: under older ones are the addresses of processes that are gone.
+    Names are, unless given, those of this start: under older ones are addresses of processes that are gone.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-    return dist.PrefixStore(f"start_{environment.restarts}_of_{environment.world_size}", store)
+    return dist.PrefixStore(names or f"start_{environment.restarts}_of_{environment.world_size}", store)
 
 
 def speak_once(error: Exception, environment: Environment) -> None:
@@ -2451,6 +2452,7 @@ class Training:
         self.cfg, self.ranks = cfg, ranks
         self.step = 0
         self.train_ms = 0.0
+        self.num_tokens = 0
         self.reserve_ms = 0.0  # of the clock, for what is left to do when training ends
         self.job_seconds: dict[str, float] = {}  # what each of jobs_in_the_clock is expected to take
         self.calibration_ms = 0.0  # what they took
@@ -2483,12 +2485,12 @@ class Training:
 
     def state_dict(self) -> dict:
         state = {name: part.state_dict() for name, part in self.parts().items()}
-        return state | {"step": self.step, "train_ms": self.train_ms}
+        return state | {"step": self.step, "train_ms": self.train_ms, "num_tokens": self.num_tokens}
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
-        self.step, self.train_ms = state["step"], state["train_ms"]
+        self.step, self.train_ms, self.num_tokens = state["step"], state["train_ms"], state["num_tokens"]
 
     def must_stop(self) -> bool:
         """Whether a rank has a reason to stop, as of the clock's last reading; no packed program does."""
@@ -2692,6 +2694,7 @@ def save_checkpoint(training: Training, path: Path) -> None:
             "train_ms": str(training.train_ms),
             "code": training.code,
             "places": json.dumps(place_values(training.cfg)),
+            "working_folder": str(Path.cwd()),
             "resumed_at": json.dumps(training.resumed_at),
         }
         write_state(path, state, training.identity | facts)
@@ -2699,14 +2702,19 @@ def save_checkpoint(training: Training, path: Path) -> None:
 
 
 def await_verified(training: Training, log: Log) -> None:
-    """Wait until all training shards are hashed: nothing that is kept may come from damaged ones."""
-    if training.verifier:
-        training.verifier.thread.join()
-        found = training.ranks.sum(torch.tensor(float(training.verifier.num_verified)))
-        log.line(training.verifier.summary(int(found)))
-        training.verifier = None
-        training.ranks.agree(0.0)
-    refuse_damaged(training.ranks)
+    """Wait until all training shards are hashed, or a signal comes: what is kept comes from whole data."""
+    ranks, verifier, polls = training.ranks, training.verifier, 0
+    while verifier and not training.must_stop():
+        verifier.thread.join(min(polls, 1) / 2)
+        waits = ranks.sum(torch.tensor(float(verifier.thread.is_alive()))).item() > 0
+        ranks.agree(0.0)
+        if not waits:
+            found = ranks.sum(torch.tensor(float(verifier.num_verified)))
+            log.line(verifier.summary(int(found)))
+            verifier = training.verifier = None
+        log.line("waiting: until the training shards are verified" if waits and polls == 2 else "")
+        polls += 1
+    refuse_damaged(ranks)
 
 
 def refuse_damaged(ranks: Ranks) -> None:
@@ -2842,10 +2850,10 @@ def report_losses(training: Training, log: Log, losses: list[StepLoss]) -> None:
 def end_steps(training: Training, log: Log) -> None:
     """Save the last whole step, so that nothing after it can lose it; leave where ranks.reason says so."""
     ranks, stops = training.ranks, training.ranks.stops
+    if not training.must_stop():
+        await_verified(training, log)
     if training.must_stop():
         stops.reached()
-    else:
-        await_verified(training, log)
     is_new = training.step > training.saved_at and ranks.reason != DAMAGED
     if is_new and training.cfg.run.save_every >= 0:
         keep_checkpoint(training, log)
@@ -2866,7 +2874,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
     limit_ms = training_ms(cfg, training.reserve_ms)
     clock = Clock(training.ranks, training.train_ms, limit_ms)
     clock.start()
-    elapsed_ms, phase, num_tokens = training.train_ms, None, 0
+    elapsed_ms, phase = training.train_ms, None
     losses: list[StepLoss] = []  # that are still on the device
     tell = ProgressLines(log.line, "training")
     stopped = elapsed_ms >= limit_ms
@@ -2895,7 +2903,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
             stopped = True
             continue
         training.update(elapsed_ms)
-        step, num_tokens = training.step, num_tokens + phase.stage.batch_tokens
+        step, training.num_tokens = training.step, training.num_tokens + phase.stage.batch_tokens
         training.train_ms = elapsed_ms = clock.tick()
         stopped = elapsed_ms >= limit_ms or training.must_stop()
         has_line = run.train_log_every > 0 and (step <= 10 or step % run.train_log_every == 0 or stopped)
@@ -2931,7 +2939,7 @@ def train(training: Training, log: Log, validate: Callable[[], BpbMeter]) -> dic
     if run.val_loss_every >= 0:
         log.line("validating: the final weights, before they are quantized")
         validate_now(training, log, validate)
-    speed = 1000.0 * num_tokens / max(training.train_ms, 1e-9)
+    speed = 1000.0 * training.num_tokens / max(training.train_ms, 1e-9)
     return {"steps": training.step, "train_ms": training.train_ms, "tokens_per_second": speed}
 
 
@@ -3071,7 +3079,7 @@ def numbered_folder(out_dir: str, run_id: str, number: int) -> Path:
 
 def clear_folder(folder: Path) -> None:
     """Remove what an old run left in its folder."""
-    for name in (RESULT_NAME, ARTIFACT_NAME, LOG_NAME, METRICS_NAME, EVENTS_NAME, NUMBERED_GLOB):
+    for name in ("result*.json", "artifact*.bin", LOG_NAME, METRICS_NAME, EVENTS_NAME, "checkpoint_step*"):
         for path in folder.glob(name):
             path.unlink()
 
@@ -3079,10 +3087,10 @@ def clear_folder(folder: Path) -> None:
 def keep_result(folder: Path) -> None:
     """Rename result and artifact of a run that is to go on: they are not lost if it fails."""
     if (folder / RESULT_NAME).is_file():
-        steps = read_json(folder / RESULT_NAME)["steps"]
-        for name in (RESULT_NAME, ARTIFACT_NAME):
-            path = folder / name
-            path.replace(path.with_stem(f"{path.stem}_step{steps:07d}"))
+        steps = read_json(folder / RESULT_NAME).get("steps", 0)
+        for path in (folder / ARTIFACT_NAME, folder / RESULT_NAME):
+            if path.is_file():
+                path.replace(path.with_stem(f"{path.stem}_step{steps:07d}"))
 
 
 def hold_folder(folder: Path, start: Start, held: ExitStack) -> None:
@@ -3091,16 +3099,22 @@ def hold_folder(folder: Path, start: Start, held: ExitStack) -> None:
     if start.folder is None:
         clear_folder(folder)
     else:
-        keep_result(folder)
-        cut_metrics(folder, int(start.found.facts["step"]) if start.found else 0)
         append_text(folder / LOG_NAME, "\n")  # a kill may have cut off a line
+
+
+def cut_folder(folder: Path, start: Start) -> None:
+    """Set aside what a run that goes on will make again: result, later log events, damaged checkpoints."""
+    step = int(start.found.facts["step"]) if start.found else 0
+    keep_result(folder)
+    cut_metrics(folder, step)
+    set_aside(folder, step)
 
 
 def kept_note(folder: Path, start: Start) -> str:
     """Say what a stop leaves before the first step."""
     if start.found:
         return f"{start.found.path} is kept; go on with --resume {folder}"
-    return f"No step was done; {folder} has the log."
+    return f"No checkpoint is kept; {folder} has the log."
 
 
 def write_recipe(folder: Path, cfg: Config) -> None:
@@ -3220,6 +3234,8 @@ def open_run(
     if PACKED_RECIPE is None:
         if ranks.is_main:
             hold_folder(folder, start, held)
+        if ranks.is_main and start.folder is None:
+            tell_folder(folder, environment)
         ranks.stops.is_silent, ranks.stops.kept = not ranks.is_main, kept_note(folder, start)
         if start.found:
             log.line(resume_lines(start.found, training.code))
@@ -3297,6 +3313,9 @@ def train_and_score(cfg: Config, environment: Environment, start: Start, held: E
     if PACKED_RECIPE is None:
         cfg = training.cfg  # where auto has become a number
     warm_up(training, log)
+    if PACKED_RECIPE is None and ranks.is_main and start.folder:
+        cut_folder(log.folder, start)
+        tell_folder(log.folder, environment)
     phase("set-up and warm-up")
 
     facts = train(training, log, lambda: validate(training.model, cfg, text, ranks))
@@ -3346,9 +3365,28 @@ def run_or_explain(cfg: Config, environment: Environment, start: Start | None = 
         raise UserError(out_of_memory(cfg, environment)) from error
 
 
+def job_store(environment: Environment) -> dist.Store:
+    """Connect to what the launcher keeps over all its starts of one job."""
+    return open_store(environment, JOIN_S, "job")
+
+
+def tell_folder(folder: Path, environment: Environment) -> None:
+    """Let a later start of this job by the launcher know the run folder."""
+    if environment.launched:
+        job_store(environment).set("folder", str(folder))
+
+
+def told_folder(environment: Environment) -> Path | None:
+    """Return the run folder of this job's earlier starts, None where there was none."""
+    if environment.restarts == 0:
+        return None
+    store = job_store(environment)
+    return Path(store.get("folder").decode()) if store.check(["folder"]) else None
+
+
 def find_place(text: str, out_dir: str) -> Path:
     """Find what --resume names: a checkpoint, a run folder, or the id of a run."""
-    for place in (Path(text), Path(out_dir, text)):
+    for place in (Path(text), Path(out_dir, text)) if text else ():
         if place.is_file() or newest_checkpoint(place) or (place / RECIPE_NAME).is_file():
             return place
     raise UserError(
@@ -3359,21 +3397,48 @@ def find_place(text: str, out_dir: str) -> Path:
 
 def plan_run(args, environment: Environment) -> tuple[Config, Start]:
     """Resolve a run's config, and where it starts."""
-    if not args.resume:
+    folder = told_folder(environment)  # of a job that the launcher starts anew
+    goes_on = folder is not None and newest_checkpoint(folder) is not None
+    if args.resume is None:
         cfg = load_config(args.recipe, environment.overrides, args.overrides)
-        return cfg, find_start(cfg) if cfg.run.resume == "auto" or environment.restarts > 0 else Start()
-    place = find_place(args.resume, parse_overrides(args.overrides).get("run.out_dir", RunConfig.out_dir))
-    found = read_newest(place)
+        start = Start(folder) if folder else find_start(cfg) if cfg.run.resume == "auto" else Start()
+        start = Start(folder, read_newest(folder)) if goes_on else start
+    else:
+        cfg, start = plan_resumed(args, environment, folder if goes_on else None)
+        start = start._replace(folder=folder) if folder else start
+    if folder and (folder / RESULT_NAME).is_file():
+        end_finished(cfg, folder)
+    return cfg, start
+
+
+def plan_resumed(args, environment: Environment, known: Path | None) -> tuple[Config, Start]:
+    """Resolve the config of a run that --resume, or what is known of the job, names, and where it starts.
+
+    It goes on in its folder, but a checkpoint that is not the folder's newest begins a run of its own.
+    """
+    typed = parse_overrides(args.overrides)
+    place = known or find_place(args.resume, typed.get("run.out_dir", RunConfig.out_dir))
+    folder = place if place.is_dir() else place.parent
+    found, is_run = read_newest(place), (folder / RECIPE_NAME).is_file()
     if found is None:
-        raise UserError(f"{place}: expected a run folder with a checkpoint, found none. Start the run anew.")
-    folder, recipe, places = found.path.parent, args.recipe, {}
-    if (folder / RECIPE_NAME).is_file():
-        if not recipe:
-            recipe, places = str(folder), json.loads(found.facts["places"])
-        places |= {"run.run_id": folder.resolve().name, "run.out_dir": str(folder.parent)}
-    cfg = load_config(recipe, environment.overrides, args.overrides, places)
+        kept = "it is finished and kept none" if (folder / RESULT_NAME).is_file() else "found none"
+        raise UserError(f"{place}: expected a run folder with a checkpoint, {kept}. Start the run anew.")
+    if not is_run and not args.recipe:
+        raise UserError(f"{place}: expected {RECIPE_NAME} beside it, found none. Name it: --recipe FILE.")
+    own = {"run.run_id": folder.resolve().name, "run.out_dir": str(folder.resolve().parent)} if is_run else {}
+    places = places_of(found) | own
+    cfg = load_config(args.recipe or str(folder), environment.overrides, args.overrides, places)
+    cfg = with_values(cfg, {name: value for name, value in own.items() if name not in typed}, "folder")
+    is_newest = place.is_dir() or newest_checkpoint(folder) == place
     is_same = Path(cfg.run.out_dir, cfg.run.run_id).resolve() == folder.resolve()
-    return cfg, Start(folder if is_same else None, found)
+    return cfg, Start(folder if is_same and is_newest else None, found)
+
+
+def places_of(found: FoundCheckpoint) -> dict[str, str]:
+    """Return where a checkpoint's run had its data; relative paths count from its folder, or from here."""
+    places, origin = json.loads(found.facts["places"]), Path(found.facts["working_folder"])
+    paths = {name: path for name, path in places.items() if name.startswith("data.")}
+    return places | {name: str(origin / path) for name, path in paths.items() if not Path(path).exists()}
 
 
 def find_start(cfg: Config) -> Start:
@@ -3385,9 +3450,23 @@ def find_start(cfg: Config) -> Start:
         return Start()
     lock_folder(folder, HOLDER_WAIT_S).release()  # once a process that was stopped there has saved
     if (folder / RESULT_NAME).is_file():
-        print(f"{folder}: the run is finished; --resume {folder} run.iterations=N makes it longer")
-        raise SystemExit(0)
+        end_finished(cfg, folder)
     return Start(folder, read_newest(folder))
+
+
+def end_finished(cfg: Config, folder: Path) -> NoReturn:
+    """End with status 0 where a folder has this run's valid result, else with an error."""
+    result = read_json(folder / RESULT_NAME)
+    expected, found = [fixed_hash(cfg), cfg.run.seed], [result.get("config_hash"), result.get("seed")]
+    if found != expected:
+        raise UserError(
+            f"{folder}: expected a run of recipe {expected[0]} and seed {expected[1]}, found a finished one "
+            f"of {found[0]} and seed {found[1]}. Choose another run.run_id."
+        )
+    if result["over_limits"] and cfg.run.enforce_limits:
+        raise BudgetError(f"{folder}: NOT A VALID RUN: over its limit of {', '.join(result['over_limits'])}.")
+    print(f"{folder}: the run is finished; --resume {folder} run.iterations=N makes it longer")
+    raise SystemExit(0)
 
 
 def score_file(path: Path, live: Config, environment: Environment) -> None:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,8 +152,8 @@ def print_table(report: dict) -> None:
         for name, shape, *numbers in (row.values() for row in report["tensors"])
     ]
     print(format_table({"tensor": f"<{width}"} | COLUMNS, cells))
-    total = np.sum([[row["bytes"], row["val_bpb_cost"]] for row in report["tensors"]], axis=0)
-    print(f"sum: {total[0]:,.0f} bytes, {total[1]:+.5f} bpb")
+    num_bytes, cost = (sum(row[key] for row in report["tensors"]) for key in ("bytes", "val_bpb_cost"))
+    print(f"sum: {num_bytes:,.0f} bytes, {cost:+.5f} bpb")
 
 
 def main(argv: list[str] | None = None) -> None:

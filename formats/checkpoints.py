@@ -35,8 +35,9 @@ class FoundCheckpoint(NamedTuple):
 
 def numbered_steps(folder: Path) -> list[int]:
     """List the steps of the numbered checkpoints in order."""
-    names = (path.stem.removeprefix("checkpoint_step") for path in folder.glob(NUMBERED_GLOB))
-    return sorted(int(name) for name in names if name.isdecimal())
+    found = {path.name for path in folder.glob(NUMBERED_GLOB) if path.is_file()}
+    digits = (name.removeprefix("checkpoint_step").partition(".")[0] for name in found)
+    return sorted(step for step in map(int, filter(str.isdecimal, digits)) if NUMBERED.format(step) in found)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -71,6 +72,14 @@ def drop_checkpoints(folder: Path, most: int) -> None:
     steps = numbered_steps(folder)
     for step in set(steps) - steps_to_keep(steps, losses, most):
         (folder / NUMBERED.format(step)).unlink()
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints after a step, which were damaged: they count no more."""
+    for later in numbered_steps(folder):
+        if later > step:
+            path = folder / NUMBERED.format(later)
+            path.replace(path.with_suffix(".damaged"))
 
 
 def cut_metrics(folder: Path, step: int) -> None:
@@ -115,13 +124,16 @@ def check_identity(path: Path, found: dict[str, str], expected: dict[str, str]) 
 
 
 def find_unfinished(out_dir: Path, expected: dict[str, str]) -> Path | None:
-    """Find the newest run folder without a result whose newest checkpoint is of this run; None without."""
+    """Find the newest run folder without a result whose newest whole checkpoint is of this run."""
     folders = []
     for path in {path.parent for path in out_dir.glob(f"*/{NUMBERED_GLOB}")}:
-        newest = newest_checkpoint(path)
-        if newest is None or (path / RESULT_NAME).is_file():
+        if (path / RESULT_NAME).is_file():
             continue
-        facts = read_facts(newest)
-        if all(facts.get(key) == expected[key] for key in IDENTITY):
-            folders.append((newest.stat().st_mtime, path))
+        for step in reversed(numbered_steps(path)):
+            newest = path / NUMBERED.format(step)
+            facts = read_facts(newest)
+            if all(facts.get(key) == expected[key] for key in IDENTITY):
+                folders.append((newest.stat().st_mtime, path))
+            if facts:  # without any it is damaged: the one before tells
+                break
     return max(folders)[1] if folders else None

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from common import atomic_file, read_json, sha256_file, write_json
+from common import UserError, atomic_file, read_json, sha256_file, write_json
 from pack.program import REPOSITORY, PackReport, has_library, pack, read_sections
 
 LIBRARIES = ("brotli", "python_minifier")  # a missing one leaves a step out
@@ -25,8 +25,12 @@ def cached_pack(recipe_path: Path | None, out: Path, entry: Path, method: str, c
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
     program, note = cache / f"{key}.py", cache / f"{key}.json"
-    kept = read_json(note) if note.is_file() and program.is_file() else None
-    if kept is None or kept["sha256"] != sha256_file(program):
+    try:
+        kept = read_json(note)
+        is_whole = kept["sha256"] == sha256_file(program)
+    except (UserError, OSError, KeyError, TypeError):  # there is none, or it is damaged
+        is_whole = False
+    if not is_whole:
         report = pack(recipe_path, program, entry, method)
         kept = {"report": report._asdict(), "sha256": sha256_file(program)}
         write_json(note, kept)

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -319,12 +320,12 @@ def test_no_whole_checkpoint_left_is_an_error(tiny_config, alone, tmp_path):
         read_newest(tmp_path)
 
 
-def planned(words: list[str], **environment) -> tuple:
+def planned(words: list[str], overrides: dict | None = None) -> tuple:
     """What the command line plans."""
     args = type("Args", (), {"resume": None, "recipe": None, "overrides": words})()
     if words and words[0] == "--resume":
         args.resume, args.overrides = words[1], words[2:]
-    return train_gpt.plan_run(args, Environment({}, **environment))
+    return train_gpt.plan_run(args, Environment(overrides or {}))
 
 
 def test_resume_takes_recipe_and_places_from_the_folder(tiny_config, stand_in_program, tmp_path):
@@ -344,6 +345,72 @@ def test_resume_takes_recipe_and_places_from_the_folder(tiny_config, stand_in_pr
         planned(["--resume", "nobody"])
 
 
+def test_an_older_checkpoint_begins_a_run_of_its_own(tiny_config, stand_in_program):
+    """In the folder it would stand beside the later ones, which would win the next time."""
+    folder = run_to_end(saving(tiny_config))
+    cfg, start = planned(["--resume", str(folder / NUMBERED.format(4))])
+    assert start.folder is None and start.found.state["step"] == 4
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run_to_end(with_values(cfg, {"run.overwrite": False}, "test"), start)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert (folder.with_name("tiny_2") / RESULT_NAME).is_file()
+
+
+def test_damaged_checkpoints_do_not_count_among_the_newest(tiny_config, stand_in_program):
+    """They are set aside: else new whole ones, of lower numbers, would be the ones to drop."""
+    cfg = saving(tiny_config, {"run.save_every": 1})
+    folder = run_to_end(cfg)
+    for step in (5, 6):
+        (folder / NUMBERED.format(step)).write_bytes(b"rubbish")
+    (folder / NUMBERED.format(7).replace("0000007", "7")).write_bytes(b"not ours")
+    found = read_newest(folder)
+    assert found.state["step"] < 5
+    run_to_end(cfg, Start(folder, found))
+    assert read_state(folder / NUMBERED.format(6))[0]["step"] == 6
+    assert len(list(folder.glob("*.damaged"))) == 2
+
+
+def test_the_folder_that_is_named_goes_on_whatever_the_environment_says(
+    tiny_config, stand_in_program, monkeypatch, tmp_path
+):
+    """By ".", by a link, beside another RUN_ID, from another working folder with relative data."""
+    monkeypatch.chdir(Path(tiny_config.data.data_path).parent)
+    name = Path(tiny_config.data.data_path).name
+    relative = {"data.data_path": name, "data.tokenizer_path": f"{name}/tokenizer.model"}
+    folder = run_to_end(saving(tiny_config, relative))
+    monkeypatch.chdir(folder)
+    (tmp_path / "link").symlink_to(folder)
+    for named in (".", str(tmp_path / "link"), newest_checkpoint(Path(".")).name):
+        cfg, start = planned(["--resume", named], overrides={"run.run_id": "zzz"})
+        assert start.folder.resolve() == folder.resolve() and cfg.run.run_id == "tiny"
+        assert Path(cfg.data.data_path).is_dir() and Path(cfg.data.tokenizer_path).is_file()
+    with pytest.raises(UserError, match="expected a run folder"):
+        planned(["--resume", ""])
+
+
+def test_a_finished_run_of_another_seed_is_not_this_one(tiny_config, stand_in_program):
+    """A sweep that uses one name would lose seeds; nor is a run over its limits a success."""
+    cfg = saving(tiny_config, {"run.resume": "auto"})
+    folder = run_to_end(cfg)
+    with pytest.raises(UserError, match=r"seed 99, found a finished one .* and seed 1337"):
+        train_gpt.find_start(with_values(cfg, {"run.seed": 99}, "test"))
+    result = read_json(folder / RESULT_NAME)
+    (folder / RESULT_NAME).write_text(json.dumps(result | {"over_limits": ["bytes"]}))
+    with pytest.raises(UserError, match="NOT A VALID RUN"):
+        train_gpt.find_start(cfg)
+    (folder / RESULT_NAME).write_text("")
+    with pytest.raises(UserError, match="not valid JSON"):
+        train_gpt.find_start(cfg)
+
+
+def test_a_resumed_run_tells_the_speed_of_all_its_steps(tiny_config, stand_in_program):
+    """Also one that had nothing left to train."""
+    cfg = saving(tiny_config)
+    folder = run_to_end(cfg)
+    run_to_end(cfg, Start(folder, read_newest(folder)))
+    assert read_json(folder / RESULT_NAME)["tokens_per_second"] > 0
+
+
 def test_a_longer_run_keeps_the_old_result_until_it_has_its_own(tiny_config, stand_in_program):
     """result.json of the shorter one stays, under the name of its steps."""
     folder = run_to_end(saving(tiny_config))
@@ -357,7 +424,7 @@ def test_a_longer_run_keeps_the_old_result_until_it_has_its_own(tiny_config, sta
 def test_auto_goes_on_with_the_unfinished_run_of_the_same_recipe_seed_and_data(
     tiny_config, stand_in_program, monkeypatch
 ):
-    """Of its id or, without one, the newest; a finished one is left alone; torchrun's restarts do it too."""
+    """Of its id or, without one, the newest; a finished one is left alone; damage hides no run."""
     cfg = saving(tiny_config, {"run.overwrite": False})
     words = [
         f"{section}.{key}={value}"
@@ -378,7 +445,11 @@ def test_auto_goes_on_with_the_unfinished_run_of_the_same_recipe_seed_and_data(
     assert planned(words)[1].folder == folder
     changed = with_values(cfg, {"run.run_id": ""}, "test")
     assert planned(words)[1] == Start()
-    assert planned(words, restarts=1)[1].found.path == newest_checkpoint(folder)
+    changed = with_values(cfg, {"run.run_id": "", "run.resume": "auto"}, "test")
+    assert planned(words)[1].found.path == newest_checkpoint(folder)
+    newest = newest_checkpoint(folder)
+    newest.write_bytes(b"")
+    assert planned(words)[1].found.path == folder / NUMBERED.format(4)
     changed = with_values(changed, {"run.resume": "auto", "run.seed": 7}, "test")
     assert planned(words)[1] == Start()
 
@@ -469,7 +540,7 @@ def test_a_stop_while_validating_leaves_the_validation(tiny_config, stand_in_pro
         train_gpt.run_or_explain(cfg, ALONE._replace(stops=stops))
     folder = Path(cfg.run.out_dir) / "tiny"
     assert numbered_steps(folder) == [] and not (folder / "metrics.jsonl").exists()
-    assert "No step was done" in stops.said()
+    assert "No checkpoint is kept" in stops.said()
 
 
 def test_a_step_that_is_given_up_changes_nothing(tiny_config, alone):
@@ -481,6 +552,24 @@ def test_a_step_that_is_given_up_changes_nothing(tiny_config, alone):
     assert training.accumulate(phase, lambda: True) is None
     assert training.loader.state_dict() == before and not training.fp8.seen.any()
     assert all(param.grad is None or not param.grad.any() for param in training.model.parameters())
+
+
+def test_a_stop_while_shards_are_verified_saves(tiny_config, stand_in_program, monkeypatch):
+    """Hashing may take longer than a signal waits: the step is saved, whenever the shards are verified."""
+    stops, let_go = Stops(), threading.Event()
+    monkeypatch.setattr("data.intact.sha256_slowly", lambda path: let_go.wait(60) and "")
+    cfg = saving(tiny_config, {"run.save_every": 0, "run.val_loss_every": -1})
+    whole = train_gpt.await_verified
+
+    def interrupted(*args):
+        stops.note(15, None)
+        whole(*args)
+
+    monkeypatch.setattr(train_gpt, "await_verified", interrupted)
+    with pytest.raises(Stopped):
+        train_gpt.run_or_explain(cfg, ALONE._replace(stops=stops))
+    let_go.set()
+    assert numbered_steps(Path(cfg.run.out_dir) / "tiny") == [6]
 
 
 def test_damaged_data_end_the_run_and_are_not_saved(tiny_config, stand_in_program, tmp_path):
