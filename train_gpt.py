@@ -2705,6 +2705,7 @@ def await_verified(training: Training, log: Log) -> None:
     """Wait until all training shards are hashed, or a signal comes: what is kept comes from whole data."""
     ranks, verifier, polls = training.ranks, training.verifier, 0
     while verifier and not training.must_stop():
+        verifier.hurry.set()
         verifier.thread.join(min(polls, 1) / 2)
         waits = ranks.sum(torch.tensor(float(verifier.thread.is_alive()))).item() > 0
         ranks.agree(0.0)

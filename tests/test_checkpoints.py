@@ -557,7 +557,7 @@ def test_a_step_that_is_given_up_changes_nothing(tiny_config, alone):
 def test_a_stop_while_shards_are_verified_saves(tiny_config, stand_in_program, monkeypatch):
     """Hashing may take longer than a signal waits: the step is saved, whenever the shards are verified."""
     stops, let_go = Stops(), threading.Event()
-    monkeypatch.setattr("data.intact.sha256_slowly", lambda path: let_go.wait(60) and "")
+    monkeypatch.setattr("data.intact.sha256_slowly", lambda path, hurry: let_go.wait(60) and "")
     cfg = saving(tiny_config, {"run.save_every": 0, "run.val_loss_every": -1})
     whole = train_gpt.await_verified
 

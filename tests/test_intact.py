@@ -1,5 +1,6 @@
 """Training shards are verified in the background, and a damaged one is named whichever bit is wrong."""
 
+import json
 import random
 import threading
 
@@ -114,9 +115,25 @@ def test_a_statement_of_another_form_is_one_sentence(tmp_path, files, stated_by,
 
 def test_hashing_is_the_same_through_a_small_buffer_and_in_the_background(tmp_path, files):
     """The thread ends with the process, and must not keep one alive."""
+    hurried = threading.Event()
+    hurried.set()
     path = tmp_path / "large.bin"
     for size in (0, 1, BUFFER_BYTES, BUFFER_BYTES + 1, 3 * BUFFER_BYTES - 1):
         path.write_bytes(random.Random(size).randbytes(size))
-        assert sha256_slowly(path) == sha256_file(path)
+        assert sha256_slowly(path, hurried) == sha256_file(path)
     verifier = ShardVerifier(files)
     assert verifier.thread.daemon and verifier.thread is not threading.main_thread()
+
+
+def test_hashing_takes_a_small_share_of_a_core_until_somebody_waits(tmp_path):
+    """Steps on two cores would feel a core that hashes gigabytes."""
+    path = tmp_path / "shard.bin"
+    path.write_bytes(bytes(64 * BUFFER_BYTES))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"train": {"shards": [{"file": path.name, "sha256": sha256_file(path)}]}})
+    )
+    verifier = ShardVerifier([path])
+    verifier.thread.join(0.2)
+    assert verifier.thread.is_alive()  # 64 MiB would be hashed by then
+    verifier.wait()
+    assert verifier.num_verified == 1
