@@ -406,7 +406,8 @@ def test_all_parts_rehearse_on_a_cpu_in_under_five_minutes(tmp_path):
 def start_driver(folder: Path) -> subprocess.Popen:
     """Start a driver of two parts in a process of its own."""
     code = (
-        "import sys; from pathlib import Path\n"
+        "import signal, sys; from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "from dev.gpu_battery.driver import BatterySettings, run_battery\n"
         "from dev.gpu_battery.driver import BatteryPart\n"
         "names = ('works', 'ignores_signals', 'exits')\n"

@@ -20,6 +20,7 @@ def start(code: str, is_launched: bool = False) -> subprocess.Popen:
     """Start a process with signals and watchdog installed that then runs `code`; wait until it is ready."""
     lines = [
         "import signal, sys, time",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a background job ignores it
         "from durable import stops as module",
         "module.GRACE_SECONDS = module.LONE_GRACE_SECONDS = 1.0",
         "stops = module.Stops()",

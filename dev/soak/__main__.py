@@ -1,6 +1,6 @@
 """Try to lose something: kill runs, damage files, fill disks, let writers meet; on tiny models, from a seed.
 
-    python -m dev.soak                                   everything, some half hour on a core
+    python -m dev.soak                                   everything, 18 minutes on two cores
     python -m dev.soak --only kills,flips --minutes 5    a part of it
     python -m dev.soak --json FILE                       also as JSON
     python -m dev.soak --enter FILE                      its table into docs/nothing-lost.md
