@@ -78,6 +78,15 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def choose_named(rows, text: str, option: str) -> list:
+    """Return the rows of a table that "a,b" names, in its order, all for ""; raises for an unknown name."""
+    names, known = set(text.split(",")) if text else set(), [row.name for row in rows]
+    unknown = names - set(known)
+    if unknown:
+        raise UserError(f"{option}: expected some of {', '.join(known)}, found {', '.join(sorted(unknown))}.")
+    return [row for row in rows if row.name in names or not names]
+
+
 def format_table(columns: dict[str, str], rows: list[tuple]) -> str:
     """Lay rows out below the titles of their columns, which map to formats like "<20" and ">12,.1f"."""
     pads = [spec.replace("+", "").partition(".")[0].rstrip(",") for spec in columns.values()]

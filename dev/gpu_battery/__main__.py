@@ -16,7 +16,7 @@ Another part is a row of PARTS and a function of a Job (job.py); parts at the en
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from common import CommandParser, UserError, read_json, run_command
+from common import CommandParser, UserError, choose_named, read_json, run_command
 from dev.gpu_battery.driver import FORMAT, RESULTS_NAME, BatteryPart, BatterySettings, run_battery
 from dev.gpu_battery.measurements import PAGE, enter
 from dev.gpu_battery.report import format_markdown, format_plain
@@ -42,12 +42,7 @@ PARTS = (
 
 def choose_parts(text: str) -> list[BatteryPart]:
     """Return the named parts in the order of the table; raises for an unknown name."""
-    names = set(text.split(",")) if text else set()
-    unknown = names - {part.name for part in PARTS}
-    if unknown:
-        known = ", ".join(part.name for part in PARTS)
-        raise UserError(f"--parts: expected some of {known}, found {', '.join(sorted(unknown))}.")
-    return [part for part in PARTS if part.name in names or not names]
+    return choose_named(PARTS, text, "--parts")
 
 
 def seconds(text: str) -> float:

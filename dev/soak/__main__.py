@@ -14,7 +14,7 @@ import argparse
 import signal
 from pathlib import Path
 
-from common import CommandParser, UserError, run_command, write_json
+from common import CommandParser, UserError, choose_named, run_command, write_json
 from dev.soak import disk_full, flips, kills, restarts, signals, writers
 from dev.soak.driver import Campaign, Settings, run_campaigns
 from dev.soak.report import PAGE, enter, format_plain, make_report
@@ -55,12 +55,7 @@ def minutes(text: str) -> float:
 
 def choose(options: argparse.Namespace) -> list[tuple[Campaign, int]]:
     """Return the campaigns that are asked for, with their numbers of cases; raises for an unknown name."""
-    names = set(options.only.split(",")) if options.only else set()
-    unknown = names - {campaign.name for campaign in CAMPAIGNS}
-    if unknown:
-        known = ", ".join(campaign.name for campaign in CAMPAIGNS)
-        raise UserError(f"--only: expected some of {known}, found {', '.join(sorted(unknown))}.")
-    chosen = [one for one in CAMPAIGNS if one.name in names or not names]
+    chosen = choose_named(CAMPAIGNS, options.only, "--only")
     asked = [(one, getattr(options, one.name.replace("-", "_"))) for one in chosen]
     return [(one, tries) for one, tries in asked if tries]
 

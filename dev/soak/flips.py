@@ -18,8 +18,9 @@ from common import UserError
 from data.intact import ShardVerifier
 from data.shards import MANIFEST_NAME, TRAIN_GLOB, VAL_GLOB, find_shards
 from dev.soak.child import Fault
-from dev.soak.place import CHECKPOINTS, NUM_STEPS, TINY, Bench, Place, make_dataset, newest_checkpoint
+from dev.soak.place import NUM_STEPS, TINY, Bench, Place, make_dataset
 from dev.soak.process import Miss
+from formats.checkpoints import NUMBERED_GLOB, newest_checkpoint
 from formats.state import read_state
 
 COMMAND_EVERY = 100
@@ -113,7 +114,7 @@ def in_dataset(pattern: str) -> Callable[[Files], list[Path]]:
 
 TARGETS = (
     Target(
-        "checkpoint", 25, lambda files: sorted(files.run.glob(CHECKPOINTS)),
+        "checkpoint", 25, lambda files: sorted(files.run.glob(NUMBERED_GLOB)),
         lambda files, path: read_state(path),
         lambda files, path: [*TINY, f"data.data_path={files.data}", f"run.out_dir={files.run.parent}",
                              "--resume", str(path)],

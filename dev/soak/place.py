@@ -17,15 +17,15 @@ from common import UserError, read_json, sha256_file
 from data.codecs import load_codec
 from data.documents import Document
 from data.prepare import write_dataset
-from data.shards import MANIFEST_NAME
+from data.shards import ALL_SHARDS_GLOB, MANIFEST_NAME, stated_hashes
 from data.train_tokenizer import train_tokenizer
 from dev.soak.child import Fault
 from dev.soak.process import Job, Miss, kill_marked, launcher, make_environment, python
+from formats.checkpoints import newest_checkpoint
 from formats.state import read_state
 
 VOCAB_SIZE = 300
 NUM_STEPS = 24
-CHECKPOINTS = "checkpoint_step*.safetensors"
 TEMPORARIES = (".*.part", ".staging")
 TINY = (
     "run.compile=off", f"run.iterations={NUM_STEPS}", "run.max_wallclock_seconds=0", "run.warmup_steps=1",
@@ -85,11 +85,6 @@ def read_losses(folder: Path) -> dict[int, float]:
         ):
             raise Miss(f"step {event['step']} has two different losses")
     return losses
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step."""
-    return max(folder.glob(CHECKPOINTS), default=None)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -260,12 +255,8 @@ class Place:
 def check_dataset(folder: Path) -> None:
     """Raise unless a dataset is whole: its manifest's shards and no others, with the bytes that it states."""
     manifest = read_json(folder / MANIFEST_NAME)
-    stated = {
-        shard["file"]: shard["sha256"]
-        for split in ("train", "val")
-        for shard in manifest[split]["shards"] + manifest[split].get("sidecars", [])
-    }
-    found = {path.name: sha256_file(path) for path in folder.glob("fineweb_*.bin")}
+    stated = stated_hashes(folder)
+    found = {path.name: sha256_file(path) for path in folder.glob(ALL_SHARDS_GLOB)}
     if found != stated:
         odd = min(name for name in {*found, *stated} if found.get(name) != stated.get(name))
         raise Miss(f"the dataset is mixed: {odd} is not what the manifest says")

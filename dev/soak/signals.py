@@ -5,8 +5,9 @@ import signal
 from random import Random
 
 from dev.soak.child import STALL_LINE, Fault
-from dev.soak.place import RECIPES, Bench, Place, newest_checkpoint, step_of
+from dev.soak.place import RECIPES, Bench, Place, step_of
 from dev.soak.process import GRACE_SECONDS, Job, Miss, wait_until_gone
+from formats.checkpoints import newest_checkpoint
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 TO_LAUNCHER = ("SIGINT", "SIGTERM", "SIGHUP")  # what torchrun passes on; SIGUSR1 ends it without a word
