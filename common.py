@@ -160,6 +160,18 @@ def write_json(path: str | Path, value) -> None:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+@contextmanager
+def damage_named(path: str | Path, expected: str, advice: str):
+    """Turn what a damaged file makes of the code that interprets it into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: expected {expected}, found a damaged file ({why}). {advice}") from error
+
+
 def sha256_file(path: str | Path) -> str:
     """Hash a file of any size in constant memory; returns lower-case hexadecimal."""
     with open(path, "rb") as file:
@@ -174,3 +186,7 @@ def read_json(path: str | Path):
         raise UserError(f"{path}: no such file.") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}). Make it again.") from error
+
+
+def parse_json(text, place):
+    return json.loads(text)

@@ -54,10 +54,8 @@ from common import (
     UserError,
     append_text,
     atomic_file,
-    read_json,
     run_command,
     sha256_file,
-    write_json,
 )
 from data.codecs import TokenCodec, load_codec
 from data.intact import ShardVerifier, val_summary
@@ -66,6 +64,7 @@ from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenize
 from data.validation import ValidationText, read_validation, scored_tokens
 from durable.lock import lock_folder
 from durable.peers import LOST, MEET_S, OWN, PeerError, Peers, end_explained
+from durable.seals import last_seal, seal_event, write_sealed
 from durable.stops import DAMAGED, Stopped, Stops
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
 from formats.checkpoints import (
@@ -80,6 +79,7 @@ from formats.checkpoints import (
     find_unfinished,
     newest_checkpoint,
     read_newest,
+    read_result,
     set_aside,
 )
 from formats.events import EVENTS_NAME, append_scalars
@@ -93,12 +93,12 @@ from formats.recipe import (
     config_value,
     environment_values,
     flatten_recipe,
-    format_toml,
     get_recipe,
     option,
     parse_overrides,
     read_recipe,
     recipe_hash,
+    seal_recipe,
     with_values,
 )
 from formats.rules import average_rules, clock_rules, model_rules, stage_rules
@@ -895,6 +895,7 @@ class Log:
         self.folder = folder
         self.is_main = is_main
         self.tensorboard = tensorboard
+        self.seal = 0  # of the events so far
 
     def line(self, text: str, console: bool = True) -> None:
         """Write a line to train.log and, unless told otherwise, to standard output; nothing if empty."""
@@ -906,7 +907,8 @@ class Log:
     def event(self, **values) -> None:
         """Append one JSON object to metrics.jsonl."""
         if self.is_main:
-            append_text(self.folder / "metrics.jsonl", json.dumps(values) + "\n")
+            line, self.seal = seal_event(values, self.seal)
+            append_text(self.folder / METRICS_NAME, line)
             if self.tensorboard:
                 append_scalars(self.folder / EVENTS_NAME, time.time(), values)
 
@@ -3088,7 +3090,7 @@ def clear_folder(folder: Path) -> None:
 def keep_result(folder: Path) -> None:
     """Rename result and artifact of a run that is to go on: they are not lost if it fails."""
     if (folder / RESULT_NAME).is_file():
-        steps = read_json(folder / RESULT_NAME).get("steps", 0)
+        steps = read_result(folder)["steps"]
         for path in (folder / ARTIFACT_NAME, folder / RESULT_NAME):
             if path.is_file():
                 path.replace(path.with_stem(f"{path.stem}_step{steps:07d}"))
@@ -3103,12 +3105,13 @@ def hold_folder(folder: Path, start: Start, held: ExitStack) -> None:
         append_text(folder / LOG_NAME, "\n")  # a kill may have cut off a line
 
 
-def cut_folder(folder: Path, start: Start) -> None:
+def cut_folder(log: Log, start: Start) -> None:
     """Set aside what a run that goes on will make again: result, later log events, damaged checkpoints."""
     step = int(start.found.facts["step"]) if start.found else 0
-    keep_result(folder)
-    cut_metrics(folder, step)
-    set_aside(folder, step)
+    keep_result(log.folder)
+    log.line(cut_metrics(log.folder, step))
+    log.seal = last_seal(log.folder / METRICS_NAME)
+    set_aside(log.folder, step)
 
 
 def kept_note(folder: Path, start: Start) -> str:
@@ -3124,7 +3127,7 @@ def write_recipe(folder: Path, cfg: Config) -> None:
     for section, key in (name.split(".") for name in (*PLACE_FIELDS, *ONCE_FIELDS)):
         recipe[section].pop(key, None)
     with atomic_file(folder / RECIPE_NAME) as file:
-        file.write(format_toml(recipe).encode())
+        file.write(seal_recipe(recipe).encode())
 
 
 def draw_ledgers(cfg: Config, result: dict, seconds: float, num_bytes: int) -> list[Ledger]:
@@ -3149,8 +3152,9 @@ def finish(folder: Path, cfg: Config, result: dict, log: Log) -> None:
         "config_hash": fixed_hash(cfg),
         "seed": cfg.run.seed,
         "places": place_values(cfg),
+        "metrics_crc32": log.seal,
     }
-    write_json(folder / RESULT_NAME, result)
+    write_sealed(folder / RESULT_NAME, result)
     log.line(f"run_folder:{folder}")
     if broken:
         verdict = not_valid(broken)
@@ -3315,7 +3319,7 @@ def train_and_score(cfg: Config, environment: Environment, start: Start, held: E
         cfg = training.cfg  # where auto has become a number
     warm_up(training, log)
     if PACKED_RECIPE is None and ranks.is_main and start.folder:
-        cut_folder(log.folder, start)
+        cut_folder(log, start)
         tell_folder(log.folder, environment)
     phase("set-up and warm-up")
 
@@ -3457,7 +3461,7 @@ def find_start(cfg: Config) -> Start:
 
 def end_finished(cfg: Config, folder: Path) -> NoReturn:
     """End with status 0 where a folder has this run's valid result, else with an error."""
-    result = read_json(folder / RESULT_NAME)
+    result = read_result(folder)
     expected, found = [fixed_hash(cfg), cfg.run.seed], [result.get("config_hash"), result.get("seed")]
     if found != expected:
         raise UserError(

@@ -10,7 +10,6 @@ import math
 import re
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ from audit.sandbox import Box, Limits, Ran, Server, namespace_command, read_trac
 from audit.world import World, make_world, target_bytes, write_world
 from common import UserError, sha256_file
 from eval.logs import ScoreLine, headlines, parse_log
+from formats.recipe import read_recipe
 
 NUM_TRAIN, NUM_TARGETS = 40_000, 2048  # targets: a multiple of every window in use
 TOY_VOCAB = 16
@@ -131,8 +131,7 @@ def plan_run(box: Box, recipe: Path | None) -> AttackPlan:
     argv = ["run.compile=off"] if "compile" in facts else []  # a recipe may have fixed it
     if recipe:
         argv = ["--recipe", str(box.add(recipe)), *argv]
-        rows = tomllib.loads(recipe.read_text(encoding="utf-8"))
-        facts |= {key: value for section in rows.values() for key, value in section.items()}
+        facts |= {name.partition(".")[2]: value for name, value in read_recipe(recipe).items()}
     is_free = facts["PACKED_RECIPE"] is None and not recipe  # the baseline: every field can be made small
     packed = (facts["PACKED_RECIPE"] or {}).get("data", {})
     vocab_size = TOY_VOCAB if is_free else {"vocab_size": BASELINE_VOCAB, **facts, **packed}["vocab_size"]

@@ -297,7 +297,11 @@ def is_complete(out: Path, manifest: dict) -> bool:
 
 def is_current(out: Path, wanted: dict) -> bool:
     """Tell whether `out` already holds the wanted corpus; raise when it holds another dataset."""
-    manifest = read_manifest(out)
+    try:
+        manifest = read_manifest(out)
+    except UserError as error:
+        print(f"{out}: making the built-in corpus again: {error}")
+        return False
     if manifest is None:
         return False
     found = manifest.get("sources", {})

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import CommandParser, UserError, at_least_one, atomic_file, run_command, sha256_file, write_json
+from common import CommandParser, UserError, at_least_one, atomic_file, run_command, sha256_file
 from data.codecs import TokenCodec, load_codec
 from data.documents import INPUT_HELP, Document, batched, check_inputs, read_documents
 from data.selection import add_selection_options, build_selection
-from data.shards import ALL_SHARDS_GLOB, MANIFEST_NAME, digest_of_report, read_manifest, write_shard
+from data.shards import ALL_SHARDS_GLOB, MANIFEST_NAME, read_manifest, write_shard
 from data.staging import staged
+from durable.seals import write_sealed
 
 MANIFEST_FORMAT = 1
 SHARD_TOKENS = 100_000_000  # the contest's shard length
@@ -260,9 +261,7 @@ def fill_dataset(
 
 def write_manifest(out: Path, manifest: dict) -> dict:
     """Write a dataset's manifest with its own digest; returns both."""
-    sealed = manifest | {"digest": digest_of_report(manifest)}
-    write_json(out / MANIFEST_NAME, sealed)
-    return sealed
+    return write_sealed(out / MANIFEST_NAME, manifest)
 
 
 def describe_codec(codec) -> dict:

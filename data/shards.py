@@ -6,13 +6,12 @@ Each document in it starts with the tokenizer's BOS id.
 """
 
 import glob
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 
 from common import UserError, atomic_file, read_json
+from durable.seals import digest_of, read_sealed
 
 SHARD_MAGIC = 20240520
 SHARD_DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # version -> tokens; the narrowest first
@@ -136,10 +135,7 @@ def read_manifest(folder: str | Path) -> dict | None:
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         return None
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("digest") not in (None, digest_of_report(manifest)):
-        raise UserError(f"{path}: altered since it was written. Make the data again.")
-    return manifest
+    return read_sealed(path, "Make the data again.")
 
 
 def stated_hashes(folder: Path) -> dict[str, str]:
@@ -181,7 +177,7 @@ def digest_of_data(folder: Path) -> str:
         [path.name, path.stat().st_size, hashes.get(path.name)] for path in find_shards(folder / TRAIN_GLOB)
     ]
     tokenizer = (read_manifest(folder) or {}).get("tokenizer")
-    return digest_of_report({"shards": shards, "tokenizer": tokenizer})
+    return digest_of({"shards": shards, "tokenizer": tokenizer})
 
 
 def stated_tokenizer(folder: str | Path) -> dict:
@@ -192,12 +188,6 @@ def stated_tokenizer(folder: str | Path) -> dict:
     return fields | ({"data.tokenizer_path": str(path)} if path.is_file() else {})
 
 
-def digest_of_report(report: dict) -> str:
-    """Hash all that a report or manifest says but its digest: SHA-256 of its JSON with sorted keys."""
-    stated = {key: value for key, value in report.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
-
-
 def read_report(folder: str | Path, tokenizer_sha256: str) -> str:
     """Return the digest of the tokenizer report beside shards; "none" where there is none.
 
@@ -206,11 +196,12 @@ def read_report(folder: str | Path, tokenizer_sha256: str) -> str:
     path = Path(folder) / REPORT_NAME
     if not path.is_file():
         return "none"
-    report = read_json(path)
-    named = report.get("tokenizer", {}).get("sha256")
-    if report.get("digest") != digest_of_report(report) or named != tokenizer_sha256 or not report["passed"]:
+    again = "Make it again: python -m data.tokenizer verify --out."
+    report = read_sealed(path, again)
+    named = report["tokenizer"]["sha256"]
+    if named != tokenizer_sha256 or not report["passed"]:
         raise UserError(
-            f"{path}: expected a report that passed on tokenizer {tokenizer_sha256[:16]}, found one altered, "
-            f"failed or of tokenizer {str(named)[:16]}. Make it again: python -m data.tokenizer verify --out."
+            f"{path}: expected a report that passed on tokenizer {tokenizer_sha256[:16]}, found one failed "
+            f"or of tokenizer {named[:16]}. {again}"
         )
     return report["digest"]

@@ -19,8 +19,8 @@ from data.codecs import TokenCodec
 from data.codecs.caseops import CASE_OPERATORS, from_case_operators
 from data.documents import Document, batched
 from data.prepare import describe_codec
-from data.shards import digest_of_report
 from data.train_tokenizer import HOSTILE_TEXTS
+from durable.seals import digest_of
 
 NUM_WORST = 5  # documents that the report names
 COUNTED = (
@@ -257,7 +257,7 @@ def verify_codec(codec: TokenCodec, documents: Iterable[Document], num_threads: 
     failures = ["mismatched_documents", "undeclared_losses", "hostile_failures", "byte_table_errors"]
     failures += ["bos_bytes", *(["round_trip_failures"] if codec.lossless else [])]
     report["passed"] = report["space_token"] and not any(report[key] for key in failures)
-    return report | {"digest": digest_of_report(report)}
+    return report | {"digest": digest_of(report)}
 
 
 # ---- Comparison -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 
-from common import format_table, run_command, sha256_file, write_json
+from common import format_table, run_command, sha256_file
 from data.builtin import collect_documents, find_modules
 from data.codecs import load_codec
 from data.doctor import Dataset, check_overlap
@@ -40,6 +40,7 @@ from data.prepare import write_dataset
 from data.shards import MANIFEST_NAME, TRAIN_GLOB, write_shard
 from data.train_tokenizer import train_tokenizer
 from dev.codec import measure_codec
+from durable.seals import write_sealed
 from formats.recipe import with_values
 from formats.state import read_state, write_state
 from kernels.machine import resolve_compile
@@ -286,7 +287,7 @@ def bench_verified_steps(folder: Path, ranks: Ranks) -> Measurement:
     shard = folder / TRAIN_GLOB.replace("*", "000000")
     write_shard(shard, np.random.default_rng(0).integers(0, 1024, VERIFIED_TOKENS), 1024)
     entry = {"file": shard.name, "sha256": sha256_file(shard)}
-    write_json(folder / MANIFEST_NAME, {"train": {"shards": [entry]}})
+    write_sealed(folder / MANIFEST_NAME, {"train": {"shards": [entry]}})
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(2 * VERIFIED_TURNS):
         started = time.perf_counter()

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train_gpt
-from common import CommandParser, UserError, format_table, read_json, run_command
+from common import CommandParser, UserError, format_table, run_command
+from formats.checkpoints import read_result
 from formats.recipe import config_hash, with_values
 from scoring.budget import BudgetError
 from train_gpt import Config, Environment, load_config, place_values, read_environment
@@ -49,7 +50,7 @@ def measure_decay(cfg: Config, decay: float, folder: Path) -> Point:
         # Over budget is no error here: the table tells the size, and result.json is written by then.
         with redirect_stdout(sys.stderr), suppress(BudgetError):
             train_gpt.run(cfg, Environment({}))
-    result = read_json(folder / run_id / "result.json")
+    result = read_result(folder / run_id)
     (_, code_bytes), *parts = result["ledger"]
     model_bytes = sum(size for _, size in parts)
     score = result["score"]
@@ -60,7 +61,7 @@ def is_done(folder: Path, cfg: Config) -> bool:
     """Whether a folder holds the result of this recipe on this data."""
     if not (folder / "result.json").is_file():
         return False
-    found = read_json(folder / "result.json")
+    found = read_result(folder)
     same_places = all(found["places"][name] == place_values(cfg)[name] for name in PLACES)
     return same_places and found["config_hash"] == config_hash(cfg)
 

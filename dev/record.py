@@ -25,7 +25,7 @@ import torch
 
 from audit.checks import FOLDER_NAME
 from audit.folder import TRACKS
-from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file, write_json
+from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file
 from data.shards import TRAIN_GLOB, VAL_GLOB, find_shards
 from dev.submission import (
     Record,
@@ -37,9 +37,11 @@ from dev.submission import (
     write_claims,
     write_files,
 )
+from durable.seals import read_sealed, write_sealed
 from eval.logs import parse_log, stable_config
 from eval.stats import SeedScore, read_scores
-from formats.recipe import config_fields, config_hash, config_value, format_toml, read_recipe, with_values
+from formats.checkpoints import read_result
+from formats.recipe import config_fields, config_hash, config_value, read_recipe, seal_recipe, with_values
 from pack.program import ENTRY, has_library, pack
 from pack.readable import READABLE_NAME, write_readable
 from train_gpt import (
@@ -55,6 +57,7 @@ from train_gpt import (
 
 PRIVATE_FIELDS = (*PLACE_FIELDS, "run.seed")  # what the seeds of a record may differ in
 RUN_FILES = ("recipe.toml", "train.log", ENTRY.name, ARTIFACT_NAME)  # of a complete run, with result.json
+AGAIN = "Delete it: the artifact is scored again."
 TAIL_LINES = 20  # of a crashed run that the error shows
 
 say = partial(print, flush=True)
@@ -185,7 +188,7 @@ def make_program(plan: RecordPlan) -> None:
     for section, key in (name.split(".") for name in PRIVATE_FIELDS):
         recipe[section].pop(key)
     with atomic_file(plan.work / "recipe.toml") as file:
-        file.write(format_toml(recipe).encode())
+        file.write(seal_recipe(recipe).encode())
     report = pack(plan.work / "recipe.toml", plan.program)
     for step in report.steps_left_out:
         say(f"packing left out {step}; the size is that of the file as written")
@@ -226,7 +229,7 @@ def differences(plan: RecordPlan, seed: int) -> list[str]:
     missing = [name for name in RUN_FILES if not (folder / name).is_file()]
     if missing:
         return [f"{', '.join(missing)} missing"]
-    result, expected = read_json(folder / "result.json"), settings(plan.cfg)
+    result, expected = read_result(folder), settings(plan.cfg)
     found = settings(with_values(plan.cfg, read_recipe(folder / "recipe.toml"), str(folder)))
     places = {name: config_value(plan.cfg, name) for name in PLACE_FIELDS if name.startswith("data.")}
     found |= {name: result["places"][name] for name in places} | {"run.seed": result["seed"]}
@@ -262,8 +265,8 @@ def train_seed(plan: RecordPlan, seed: int) -> None:
 def evaluate_seed(plan: RecordPlan, seed: int) -> Run:
     """Score a seed's artifact in a fresh process, once; returns all that is known of the seed."""
     folder = plan.run_folder(seed)
-    path, result = folder / "evaluation.json", read_json(folder / "result.json")
-    if not path.is_file() or read_json(path)["artifact_sha256"] != result["artifact_sha256"]:
+    path, result = folder / "evaluation.json", read_result(folder)
+    if not path.is_file() or read_sealed(path, AGAIN)["artifact_sha256"] != result["artifact_sha256"]:
         say(f"seed {seed}: scoring the artifact in a fresh process")
         part = folder / "evaluation.part"
         command = [sys.executable, "-m", "eval", str(folder), "--json"]
@@ -274,10 +277,10 @@ def evaluate_seed(plan: RecordPlan, seed: int) -> Run:
                 f"seed {seed}: expected val_bpb {result['score']['val_bpb']:.8f} again in a fresh process, "
                 f"found what stands above. `{shlex.join(command)}` repeats it."
             )
-        write_json(path, read_json(part))
+        write_sealed(path, read_json(part))
         part.unlink()
     text = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
-    return Run(seed, folder, result, read_json(path), parse_log(f"train_seed{seed}.log", text))
+    return Run(seed, folder, result, read_sealed(path, AGAIN), parse_log(f"train_seed{seed}.log", text))
 
 
 def check_agreement(runs: list[Run]) -> None:

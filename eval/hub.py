@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import CommandParser, UserError, atomic_file, read_json, run_command, write_json
+from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file, write_json
 from data.download import first_line
+from durable.seals import check_digest, write_sealed
 from eval.decode import decoding
-from formats.checkpoints import newest_checkpoint
+from formats.checkpoints import newest_checkpoint, read_metrics, read_result
 from formats.curves import draw_curves
 from formats.recipe import config_hash, flatten_recipe, get_recipe, read_recipe, with_values
 from formats.state import map_leaves, read_state, safetensors_library, write_state
@@ -50,7 +51,7 @@ from train_gpt import (
 
 CONFIG_NAME, WEIGHTS_NAME, STATS_NAME = "config.json", "model.safetensors", "stats.json"
 OPTIMIZER_NAME, CURVES_NAME = "optimizer.safetensors", "loss.svg"
-FORMAT = "parameter golf model 1"
+FORMAT = "parameter golf model 2"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILE_NAME = re.compile(r"\w[\w.-]*")
 
@@ -115,7 +116,7 @@ def run_settings(folder: Path) -> Config:
     if (folder / "recipe.toml").is_file():
         cfg = with_values(cfg, read_recipe(folder / "recipe.toml"), str(folder))
     if (folder / "result.json").is_file():
-        cfg = with_values(cfg, read_json(folder / "result.json")["places"], str(folder))
+        cfg = with_values(cfg, read_result(folder)["places"], str(folder))
     return cfg
 
 
@@ -143,6 +144,7 @@ def open_checkpoint(path: Path) -> ModelSource:
 def open_saved(path: Path) -> ModelSource:
     """Read a folder that `save` wrote, by its config.json."""
     config, library = read_config(path), safetensors_library()
+    check_saved(path.parent, config)
     cfg = with_values(Config(), flatten_recipe(config["recipe"], str(path)), str(path))
     tokenizer = path.with_name(config["tokenizer_files"][0])
     cfg = with_values(cfg, {"data.tokenizer_path": str(tokenizer)}, str(path))
@@ -160,14 +162,25 @@ def open_saved(path: Path) -> ModelSource:
 def read_config(path: Path) -> dict:
     """Read a saved folder's config.json, which may come from anybody."""
     config = read_json(path)
-    keys = {"format": str, "recipe": dict, "tokenizer_files": list, "tokenizer_sha256": str}
+    keys = {"format": str, "recipe": dict, "tokenizer_files": list, "tokenizer_sha256": str, "sha256": dict}
     whole = isinstance(config, dict) and all(isinstance(config.get(key), kind) for key, kind in keys.items())
     if not whole or config["format"] != FORMAT or not config["tokenizer_files"]:
         raise UserError(f"{path}: expected the config of a saved model, found another JSON file.")
+    check_digest(path, config, "Fetch or save the model again.")
     for name in config["tokenizer_files"]:
         if not FILE_NAME.fullmatch(str(name)):
             raise UserError(f"{path}: expected names of files beside it, found {name!r}. Do not trust it.")
     return config
+
+
+def check_saved(folder: Path, config: dict) -> None:
+    """Raise unless the files of a saved folder are those that its config states."""
+    for name in (WEIGHTS_NAME, STATS_NAME, *config["tokenizer_files"]):
+        stated, found = config["sha256"].get(name), sha256_file(folder / name)
+        if found != stated:
+            raise UserError(
+                f"{folder / name}: expected sha256 {stated}, found {found}. Fetch or save the model again."
+            )
 
 
 OPENERS: dict[str, Callable[[Path], ModelSource]] = {".safetensors": open_checkpoint, ".json": open_saved}
@@ -208,9 +221,7 @@ def open_codec(loaded: Loaded):
 
 def run_stats(folder: Path, cfg: Config, model: nn.Module) -> dict:
     """Sum up a run folder's metrics.jsonl; without one the curves are empty."""
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    events = [json.loads(line) for line in lines]
+    events = read_metrics(folder)
     trained = {event["step"]: event for event in events if event["kind"] == "train"}  # a resumed run repeats
     total_tokens, elapsed_ms = 0, 0.0
     for step, event in sorted(trained.items()):
@@ -297,7 +308,9 @@ def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False) -> Pa
     (folder / CURVES_NAME).write_text(draw_curves(f"{stats['name']}: nats a token", curves), encoding="utf-8")
     config = {"format": FORMAT, "recipe": get_recipe(loaded.cfg), "tokenizer_sha256": codec.digest}
     config["tokenizer_files"] = [file.name for file in files]
-    write_json(folder / CONFIG_NAME, config)  # last: a folder with it is whole
+    names = (WEIGHTS_NAME, STATS_NAME, *config["tokenizer_files"])
+    config["sha256"] = {name: sha256_file(folder / name) for name in names}
+    write_sealed(folder / CONFIG_NAME, config)  # last: a folder with it is whole
     return folder
 
 

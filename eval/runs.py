@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, read_json, sha256_file
+from common import UserError, damage_named, read_json, sha256_file
 from eval.logs import parse_log
+from formats.checkpoints import RESULT_NAME, read_result
 from formats.recipe import config_fields, read_recipe, with_values
 from scoring.modes import SCORERS
 from train_gpt import ARTIFACT_NAME, DTYPES, Config, only_live, read_environment
 
-RESULT_NAME, SUBMISSION_NAME = "result.json", "submission.json"
+SUBMISSION_NAME = "submission.json"
 RECIPE_NAME, PROGRAM_NAME, LOG_NAME = "recipe.toml", "train_gpt.py", "train.log"
 RUNS = Path("runs")
 TOLERANCE = 1e-6  # bits per byte; the same machine reproduces its own score far closer than this
@@ -80,7 +81,7 @@ def live_config(values: dict) -> Config:
 
 def find_run(folder: Path) -> Target:
     """Read a run folder; refuses an artifact that is not the one which the result describes."""
-    result = read_json(folder / RESULT_NAME)
+    result = read_result(folder)
     artifact = folder / ARTIFACT_NAME
     if sha256_file(artifact) != result["artifact_sha256"]:
         raise UserError(
@@ -117,8 +118,10 @@ def find_record(folder: Path, chosen: Path | None) -> Target:
     """
     path = folder / SUBMISSION_NAME
     facts = read_json(path) if path.is_file() else {}
-    seeds = {row["artifact_sha256"]: (seed, row) for seed, row in facts.get("seed_results", {}).items()
-             if "artifact_sha256" in row}  # fmt: skip
+    with damage_named(path, "a submission.json with seed_results", "Take it from the record again."):
+        rows = [(seed, row, row["val_bpb"] + 0.0) for seed, row in facts.get("seed_results", {}).items()
+                if "artifact_sha256" in row]  # fmt: skip
+        seeds = {row["artifact_sha256"]: (seed, row) for seed, row, _ in rows}
     live = live_config(read_recipe(folder / RECIPE_NAME))
     artifacts = [chosen] if chosen else [folder / ARTIFACT_NAME, *sorted(RUNS.glob(f"**/{ARTIFACT_NAME}"))]
     for artifact in filter(Path.is_file, artifacts):

@@ -4,12 +4,11 @@ checkpoint_step0000500.safetensors and so on; the newest two and the best by val
 as watch.keep_checkpoints says. Each is sealed (formats/state.py) and says whose it is.
 """
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, atomic_file
+from common import UserError
+from durable.seals import last_seal, read_events, read_sealed, split_events, write_events
 from formats.state import read_facts, read_state
 
 NUMBERED = "checkpoint_step{:07d}.safetensors"
@@ -46,16 +45,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return folder / NUMBERED.format(steps[-1]) if steps else None
 
 
-def read_metrics(folder: Path) -> Iterator[tuple[str, dict]]:
-    """Yield the whole lines of metrics.jsonl and what they say; what a kill cut off is left out."""
+def read_result(folder: Path) -> dict:
+    """Read what a finished run says of itself; raises where it was altered."""
+    return read_sealed(folder / RESULT_NAME, "Run it again, or take the file from a copy.")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Read a run's events; raises where they were altered, or are not all that its result counts."""
     path = folder / METRICS_NAME
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and isinstance(event.get("step"), int):
-            yield line, event
+    events = read_events(path)
+    if (folder / RESULT_NAME).is_file() and read_result(folder).get("metrics_crc32") != last_seal(path):
+        raise UserError(
+            f"{path}: expected the events that {RESULT_NAME} beside it counts, found others or a part of "
+            "them. Take both files from one copy, or move this one away to do without it."
+        )
+    return events
 
 
 def steps_to_keep(steps: list[int], losses: dict[int, float], most: int) -> set[int]:
@@ -67,8 +71,8 @@ def steps_to_keep(steps: list[int], losses: dict[int, float], most: int) -> set[
 
 def drop_checkpoints(folder: Path, most: int) -> None:
     """Remove all checkpoints but the best by the log's validation losses and the newest, `most` in all."""
-    events = [event for _, event in read_metrics(folder) if event.get("kind") == "val"]
-    losses = {event["step"]: event["val_loss"] for event in events}
+    events, _ = split_events(folder / METRICS_NAME)
+    losses = {event["step"]: event["val_loss"] for event in events if event["kind"] == "val"}
     steps = numbered_steps(folder)
     for step in set(steps) - steps_to_keep(steps, losses, most):
         (folder / NUMBERED.format(step)).unlink()
@@ -82,16 +86,22 @@ def set_aside(folder: Path, step: int) -> None:
             path.replace(path.with_suffix(".damaged"))
 
 
-def cut_metrics(folder: Path, step: int) -> None:
+def cut_metrics(folder: Path, step: int) -> str:
     """Take out of metrics.jsonl what came after a step and what a kill cut off: it will be done again.
 
-    So will the validation of the step itself.
+    So will the validation of the step itself. Of a file that was altered the events before that stay, the
+    file itself is set aside, and what is returned says so.
     """
-    events = read_metrics(folder)
-    kept = [line for line, event in events if event["step"] < step + (event.get("kind") == "train")]
-    if (folder / METRICS_NAME).is_file():
-        with atomic_file(folder / METRICS_NAME) as file:
-            file.write("".join(f"{line}\n" for line in kept).encode())
+    path = folder / METRICS_NAME
+    if not path.is_file():
+        return ""
+    events, fault = split_events(path)
+    if fault:
+        aside = path.with_suffix(".damaged")
+        path.replace(aside)
+        fault += f" What follows is left out; {aside} is the file as it was."
+    write_events(path, [event for event in events if event["step"] < step + (event["kind"] == "train")])
+    return fault
 
 
 def read_newest(place: Path) -> FoundCheckpoint | None:

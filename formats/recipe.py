@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common import UserError
+from durable.seals import DIGEST, check_digest, digest_of
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # breaks or forges lines of a log
 
@@ -123,6 +124,30 @@ def environment_values(config, environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ[env] for name, env in named.items() if env and env in environ}
 
 
+def read_toml(path: str | Path, what: str, advice: str) -> dict:
+    """Read a TOML file, at most one digest of what it says included; raises for all that is none.
+
+    A file without a digest must end its last line: otherwise it may have been cut off.
+    """
+    try:
+        text = Path(path).read_bytes().decode()
+        content = tomllib.loads(text)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such {what}. {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}. Mend the file or take another.") from error
+    if DIGEST in content:
+        check_digest(path, content, "If you changed it, remove the line of the digest.")
+        del content[DIGEST]
+    elif text and not text.endswith("\n"):
+        last = text.splitlines()[-1][-40:]
+        raise UserError(
+            f"{path}: expected a last line that ends, found {last!r}: the file may be cut off. End it with a "
+            "new line if it is whole."
+        )
+    return content
+
+
 def flatten_recipe(recipe: dict, source: str) -> dict:
     """Turn {section: {key: value}} into {"section.key": value}."""
     stray = [key for key, value in recipe.items() if not isinstance(value, dict)]
@@ -134,13 +159,7 @@ def flatten_recipe(recipe: dict, source: str) -> dict:
 def read_recipe(path: str | Path) -> dict:
     """Read a recipe.toml as {"section.key": value}."""
     path = Path(path) / "recipe.toml" if Path(path).is_dir() else path
-    try:
-        recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: no such recipe. Recipes are records/*/*/recipe.toml.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}.") from error
-    return flatten_recipe(recipe, str(path))
+    return flatten_recipe(read_toml(path, "recipe", "Recipes are records/*/*/recipe.toml."), str(path))
 
 
 def parse_overrides(texts: list[str]) -> dict[str, str]:
@@ -188,3 +207,9 @@ def format_toml(recipe: dict[str, dict]) -> str:
         for section, keys in recipe.items()
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def seal_recipe(recipe: dict[str, dict]) -> str:
+    """Write {section: {key: value}} as TOML that is refused once it was altered by accident."""
+    line = f'{DIGEST} = "{digest_of(recipe)}"  # remove this line when you change the recipe'
+    return f"{line}\n\n{format_toml(recipe)}"

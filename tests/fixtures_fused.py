@@ -167,7 +167,7 @@ if __name__ == "__main__":
 
 def write_project(folder: Path) -> Path:
     """Write the program beside copies of what it imports; returns its file."""
-    for name in ("kernels", "formats"):
+    for name in ("kernels", "formats", "durable"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "common.py", folder)
     for fused in ("auto", "off"):

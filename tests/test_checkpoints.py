@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import train_gpt
-from common import UserError, read_json
+from common import UserError, append_text, read_json
 from data.shards import read_shard, write_shard
+from durable.seals import append_event, read_events, write_events, write_sealed
 from durable.stops import Stopped, Stops
 from formats import checkpoints
 from formats.checkpoints import (
@@ -126,9 +127,8 @@ def test_seven_checkpoints_become_the_best_and_two_others(tmp_path, best):
     for step in range(1, 8):
         (tmp_path / NUMBERED.format(step)).write_bytes(b"state")
         drop_checkpoints(tmp_path, 3)
-        with open(tmp_path / "metrics.jsonl", "a") as file:
-            loss = abs(step - best) + 1.0
-            file.write(json.dumps({"kind": "val", "step": step, "val_loss": loss}) + "\n")
+        loss = abs(step - best) + 1.0
+        append_event(tmp_path / "metrics.jsonl", {"kind": "val", "step": step, "val_loss": loss})
     drop_checkpoints(tmp_path, 3)
     others = [step for step in (7, 6, 5) if step != best][:2]
     assert numbered_steps(tmp_path) == sorted([best, *others])
@@ -142,9 +142,10 @@ def test_the_log_is_cut_to_the_step_that_goes_on(tmp_path):
         for kind in (("val", "train") if step else ("val",))
     ]
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tr')
-    cut_metrics(tmp_path, 2)
-    kept = [(event["kind"], event["step"]) for event in map(json.loads, path.read_text().splitlines())]
+    write_events(path, lines)
+    append_text(path, '{"kind": "tr')
+    assert cut_metrics(tmp_path, 2) == ""
+    kept = [(event["kind"], event["step"]) for event in read_events(path)]
     assert kept == [("val", 0), ("val", 1), ("train", 1), ("train", 2)]
 
 
@@ -306,7 +307,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tiny_config, st
 
 def train_losses(folder: Path) -> list[tuple]:
     """Steps and losses of metrics.jsonl, in order."""
-    events = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    events = read_events(folder / "metrics.jsonl")
     return [
         (event["kind"], event["step"], event.get("train_loss", event.get("val_loss"))) for event in events
     ]
@@ -395,7 +396,7 @@ def test_a_finished_run_of_another_seed_is_not_this_one(tiny_config, stand_in_pr
     with pytest.raises(UserError, match=r"seed 99, found a finished one .* and seed 1337"):
         train_gpt.find_start(with_values(cfg, {"run.seed": 99}, "test"))
     result = read_json(folder / RESULT_NAME)
-    (folder / RESULT_NAME).write_text(json.dumps(result | {"over_limits": ["bytes"]}))
+    write_sealed(folder / RESULT_NAME, result | {"over_limits": ["bytes"]})
     with pytest.raises(UserError, match="NOT A VALID RUN"):
         train_gpt.find_start(cfg)
     (folder / RESULT_NAME).write_text("")

@@ -16,6 +16,7 @@ from fixtures_packing import leave_stand_in
 
 import train_gpt
 from common import UserError
+from durable.seals import write_sealed
 from eval.hub import generate, load, main, parameters, push, save, structure, summary
 from formats.checkpoints import NUMBERED
 from formats.recipe import with_values
@@ -207,11 +208,14 @@ def test_a_checkpoint_beside_another_recipe_is_refused(run_folder, tmp_path):
         load(tmp_path / CHECKPOINT)
     recipe = (run_folder / "recipe.toml").read_text().replace("beta1 = 0.9", "beta1 = 0.8")
     (tmp_path / "recipe.toml").write_text(recipe)
+    with pytest.raises(UserError, match="remove the line of the digest"):
+        load(tmp_path)
+    (tmp_path / "recipe.toml").write_text(recipe.partition("\n")[2])
     with pytest.raises(UserError, match="expected a checkpoint of recipe"):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["weights", "cut", "config", "path", "empty"])
+@pytest.mark.parametrize("damage", ["weights", "cut", "config", "path", "empty", "value", "stats"])
 def test_a_damaged_saved_folder_is_refused(saved, tmp_path, damage):
     """It may come from a stranger."""
     folder = shutil.copytree(saved, tmp_path / "model")
@@ -220,7 +224,14 @@ def test_a_damaged_saved_folder_is_refused(saved, tmp_path, damage):
         config["recipe"]["model"]["model_dim"] = 48
     if damage == "path":
         config["tokenizer_files"] = ["../tokenizer.model"]
-    (folder / "config.json").write_text("[]" if damage == "config" else json.dumps(config))
+    write_sealed(folder / "config.json", config)
+    if damage == "config":
+        (folder / "config.json").write_text("[]")
+    if damage == "value":
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace('"model_dim": 3', '"model_dim": 4'))
+    if damage == "stats":
+        (folder / "stats.json").write_text("{}")
     if damage == "cut":
         (folder / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:500])
     if damage == "empty":

@@ -10,6 +10,7 @@ import pytest
 from common import UserError, sha256_file, write_json
 from data.intact import BUFFER_BYTES, ShardVerifier, sha256_slowly
 from data.shards import write_shard
+from durable.seals import write_sealed
 
 
 def flip(path, bit: int) -> None:
@@ -27,7 +28,7 @@ def state(folder, files, stated_by: str, **changes) -> None:
     for number, change in changes.items():
         entries[int(number[1:])] |= change
     if stated_by == "manifest.json":
-        write_json(folder / stated_by, {"train": {"shards": entries}})
+        write_sealed(folder / stated_by, {"train": {"shards": entries}})
     else:
         write_json(folder / stated_by, {"files": {f"datasets/x/{row.pop('file')}": row for row in entries}})
 

@@ -15,6 +15,7 @@ import data.loader
 from common import UserError
 from data.loader import LOADERS, LoaderSettings, make_loader, segment_starts
 from data.shards import write_shard
+from durable.seals import write_sealed
 
 VOCAB_SIZE = 100_000  # above uint16, so the shards are version 2 and every token of a test can be its place
 BOS = 7
@@ -307,6 +308,6 @@ def test_a_wrong_dataset_is_refused_before_the_first_step():
         with pytest.raises(UserError, match="token id 79 at position 39 is not below"):
             make_loader(pattern, settings)
         entries = [{"file": path.name, "bytes": path.stat().st_size} for path in pattern.parent.glob("*.bin")]
-        (pattern.parent / "manifest.json").write_text(json.dumps({"train": {"shards": entries[:1]}}))
+        write_sealed(pattern.parent / "manifest.json", {"train": {"shards": entries[:1]}})
         with pytest.raises(UserError, match="none by the manifest"):
             open_loader(pattern)

@@ -8,18 +8,17 @@ import torch
 from common import UserError
 from dev import quant_report
 from dev.codec import measure_codec
+from durable.seals import write_sealed
 from formats.artifact import compress
 from formats.checkpoints import NUMBERED
-from formats.recipe import with_values
+from formats.recipe import format_toml, with_values
 from quantizers.gptq import factorize
 from quantizers.grid import Grid, quantize
 from train_gpt import (
     Training,
-    format_toml,
     get_recipe,
     quantized_names,
     save_checkpoint,
-    write_json,
 )
 
 pytestmark = pytest.mark.numeric
@@ -42,7 +41,7 @@ def run_folder(tiny_config, alone, tmp_path):
     save_checkpoint(training, folder / NUMBERED.format(0))
     (folder / "recipe.toml").write_text(format_toml(get_recipe(cfg)))
     places = {f"data.{key}": getattr(cfg.data, key) for key in ("data_path", "tokenizer_path")}
-    write_json(folder / "result.json", {"places": places})
+    write_sealed(folder / "result.json", {"places": places})
     return folder, cfg
 
 

@@ -10,10 +10,11 @@ import pytest
 from fixtures_audit import verdicts
 from fixtures_model import ROOT, TINY, make_documents, run_python
 
-from common import UserError, read_json, sha256_file, write_json
+from common import UserError, read_json, sha256_file
 from data.codecs import load_codec
 from data.prepare import Document, write_dataset
 from dev import record, submission
+from durable.seals import write_sealed
 from eval import stats
 from formats.recipe import config_hash, format_toml, get_recipe, read_recipe, with_values
 from pack.program import PackReport
@@ -82,8 +83,8 @@ def write_run(plan: record.RecordPlan, seed: int, bpb: float, log: str = "") -> 
     result |= {"seed": seed, "config_hash": config_hash(cfg), "ledger": [["code", len(PROGRAM)]]}
     result |= {"artifact_sha256": sha256_file(folder / "artifact.bin"), "seconds": {}}
     result["places"] = {"data.data_path": cfg.data.data_path, "data.tokenizer_path": cfg.data.tokenizer_path}
-    write_json(folder / "result.json", result)
-    write_json(folder / "evaluation.json", score_of(bpb) | {"artifact_sha256": result["artifact_sha256"]})
+    write_sealed(folder / "result.json", result)
+    write_sealed(folder / "evaluation.json", score_of(bpb) | {"artifact_sha256": result["artifact_sha256"]})
     return folder
 
 
@@ -227,7 +228,7 @@ def edit_recipe(folder: Path) -> None:
 
 
 def edit_result(folder: Path, **changes) -> None:
-    write_json(folder / "result.json", read_json(folder / "result.json") | changes)
+    write_sealed(folder / "result.json", read_json(folder / "result.json") | changes)
 
 
 CHANGES = {

@@ -15,13 +15,13 @@ from data.shards import (
     check_stated_shards,
     check_token_ids,
     digest_of_data,
-    digest_of_report,
     find_shards,
     read_manifest,
     read_report,
     read_shard,
     write_shard,
 )
+from durable.seals import digest_of, write_sealed
 
 SAME_FOLDER = settings(
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -133,8 +133,8 @@ def test_no_shards_is_an_error_that_names_the_three_ways_to_make_some(tmp_path):
 def test_a_manifest_is_read_back_and_a_damaged_one_is_refused(tmp_path):
     """A folder without a manifest is fine: the contest's shards have none beside them."""
     assert read_manifest(tmp_path) is None
-    write_json(tmp_path / "manifest.json", {"format": 1, "text": "caf\u00e9"})
-    assert read_manifest(tmp_path) == {"format": 1, "text": "caf\u00e9"}
+    written = write_sealed(tmp_path / "manifest.json", {"format": 1, "text": "caf\u00e9"})
+    assert read_manifest(tmp_path) == written and written["text"] == "caf\u00e9"
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 1})[:-2])
     with pytest.raises(UserError, match="not valid JSON"):
         read_manifest(tmp_path)
@@ -152,17 +152,17 @@ def test_shards_are_the_manifests_by_name_and_size(shard, tmp_path):
     """A copy that lost or gained a shard trains on other data without a word."""
     check_stated_shards([shard], "train")
     entry = {"file": shard.name, "bytes": shard.stat().st_size}
-    write_json(tmp_path / "manifest.json", {"train": {"shards": [entry]}})
+    write_sealed(tmp_path / "manifest.json", {"train": {"shards": [entry]}})
     check_stated_shards([shard], "train")
     other = shard.with_name("fineweb_train_000009.bin")
     other.write_bytes(b"")
     with pytest.raises(UserError, match=r"000009\.bin: expected bytes: none by the manifest, found: 0"):
         check_stated_shards([shard, other], "train")
-    write_json(tmp_path / "manifest.json", {"train": {"shards": [entry | {"bytes": 7}]}})
+    write_sealed(tmp_path / "manifest.json", {"train": {"shards": [entry | {"bytes": 7}]}})
     with pytest.raises(UserError, match="expected bytes: 7, found: 1224"):
         check_stated_shards([shard], "train")
     lost = {"file": "fineweb_train_000005.bin", "bytes": 7}
-    write_json(tmp_path / "manifest.json", {"train": {"shards": [entry, lost]}})
+    write_sealed(tmp_path / "manifest.json", {"train": {"shards": [entry, lost]}})
     with pytest.raises(UserError, match=r"000005\.bin: expected bytes: 7, found: none"):
         check_stated_shards([shard], "train")
 
@@ -171,7 +171,7 @@ def test_a_tokenizer_report_vouches_for_one_tokenizer_and_cannot_be_edited(tmp_p
     """Runs and records carry its digest."""
     assert read_report(tmp_path, "ab" * 32) == "none"
     report = {"passed": True, "documents": 3, "tokenizer": {"sha256": "ab" * 32}}
-    report["digest"] = digest_of_report(report)
+    report["digest"] = digest_of(report)
     write_json(tmp_path / "tokenizer_report.json", report)
     assert read_report(tmp_path, "ab" * 32) == report["digest"]
     with pytest.raises(UserError, match="report that passed on tokenizer cdcd"):
@@ -181,7 +181,7 @@ def test_a_tokenizer_report_vouches_for_one_tokenizer_and_cannot_be_edited(tmp_p
         with pytest.raises(UserError, match="altered"):
             read_report(tmp_path, "ab" * 32)
     failed = {"passed": False, "tokenizer": {"sha256": "ab" * 32}}
-    write_json(tmp_path / "tokenizer_report.json", failed | {"digest": digest_of_report(failed)})
+    write_json(tmp_path / "tokenizer_report.json", failed | {"digest": digest_of(failed)})
     with pytest.raises(UserError, match="failed"):
         read_report(tmp_path, "ab" * 32)
 
@@ -200,7 +200,7 @@ def test_the_digest_of_data_follows_what_is_stated_and_reads_no_shard(tmp_path):
     digests = {first}
     for sha256, tokenizer in (("0" * 64, "1"), ("1" * 64, "1"), ("1" * 64, "2")):
         shards = [{"file": "fineweb_train_000000.bin", "bytes": 1224, "sha256": sha256}]
-        write_json(tmp_path / "a" / "manifest.json", {"train": {"shards": shards}, "tokenizer": tokenizer})
+        write_sealed(tmp_path / "a" / "manifest.json", {"train": {"shards": shards}, "tokenizer": tokenizer})
         digests.add(digest_of_data(folders[0]))
     write_shard(folders[1] / "fineweb_train_000001.bin", np.arange(5))
     assert len({*digests, digest_of_data(folders[1])}) == 5
@@ -208,11 +208,12 @@ def test_the_digest_of_data_follows_what_is_stated_and_reads_no_shard(tmp_path):
 
 def test_a_manifest_that_was_altered_is_refused(tmp_path):
     """It states sizes that a score is divided by, and which file is whole."""
-    manifest = {"format": 1, "val": {"raw_bytes": 1000}}
-    manifest["digest"] = digest_of_report(manifest)
-    write_json(tmp_path / "manifest.json", manifest)
+    manifest = write_sealed(tmp_path / "manifest.json", {"format": 1, "val": {"raw_bytes": 1000}})
     assert read_manifest(tmp_path) == manifest
-    for altered in (manifest | {"val": {"raw_bytes": 1001}}, manifest | {"digest": "0"}, [manifest]):
+    unsealed = {key: manifest[key] for key in ("format", "val")}
+    for altered in (
+        manifest | {"val": {"raw_bytes": 1001}}, manifest | {"digest": "0"}, [manifest], unsealed
+    ):  # fmt: skip
         write_json(tmp_path / "manifest.json", altered)
-        with pytest.raises(UserError, match=r"manifest\.json: altered"):
+        with pytest.raises(UserError, match=r"manifest\.json: expected the digest of what it says, found"):
             read_manifest(tmp_path)

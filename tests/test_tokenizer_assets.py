@@ -18,9 +18,10 @@ from data.assets import ASSETS, LICENCES, build_assets
 from data.builtin import PACKAGES, find_package
 from data.codecs import load_codec
 from data.documents import Document, read_documents
-from data.shards import digest_of_report, read_manifest
+from data.shards import read_manifest
 from data.train_tokenizer import TRAINERS
 from data.verify import verify_codec
+from durable.seals import digest_of
 
 HOME = ROOT / "tokenizers"
 # Emoji with joiners, tabs, CRLF, decomposed letters, control characters, words longer than any piece.
@@ -62,7 +63,7 @@ def test_a_folder_says_what_its_file_is(asset):
     assert codec.path == asset / f"tokenizer{suffix}"
     page, report = (asset / "README.md").read_text(encoding="ascii"), read_json(asset / "report.json")
     assert report["verify"]["passed"] and report["verify"]["lossless"]
-    assert report["verify"]["digest"] == digest_of_report(report["verify"])
+    assert report["verify"]["digest"] == digest_of(report["verify"])
     assert report["verify"]["raw_bytes"] == report["verify"]["token_bytes"]
     assert report["verify"]["tokenizer"]["sha256"] == codec.digest == sha256_file(codec.path)
     assert report["report"]["vocab_size"] == codec.vocab_size == wanted.vocab_size

@@ -19,6 +19,7 @@ import kernels.attention
 import train_gpt
 from common import UserError, read_json
 from data.shards import HEADER_BYTES
+from durable.seals import write_sealed
 from eval.__main__ import main as evaluate
 from formats.checkpoints import NUMBERED, newest_checkpoint, read_newest
 from formats.recipe import with_values
@@ -142,7 +143,7 @@ def test_a_recorded_score_that_is_not_reproduced_fails_eval(finished_run, tmp_pa
     shutil.copytree(folder, forged)
     result = read_json(forged / "result.json")
     result["score"]["val_bpb"] += 1e-4
-    (forged / "result.json").write_text(json.dumps(result))
+    write_sealed(forged / "result.json", result)
     assert evaluate([str(forged)]) == 1
     assert "not reproduced" in capsys.readouterr().err
     with open(forged / "artifact.bin", "ab") as file:

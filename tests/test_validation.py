@@ -14,6 +14,7 @@ from common import UserError, read_json, write_json
 from data.codecs import load_codec
 from data.prepare import Document, write_dataset
 from data.validation import read_validation
+from durable.seals import write_sealed
 
 
 class WithSidecar:
@@ -135,6 +136,6 @@ def test_a_manifest_of_another_form_is_one_sentence(out, path, value, message):
     for key in path[:-1]:
         part = part[key]
     part[path[-1]] = value
-    write_json(out / "manifest.json", manifest)
+    write_sealed(out / "manifest.json", manifest)
     with pytest.raises(UserError, match=message):
         read(out)

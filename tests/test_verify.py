@@ -18,6 +18,7 @@ from data.codecs.caseops import CASE_OPERATORS, to_case_operators
 from data.prepare import Document
 from data.train_tokenizer import CONTEST_OPTIONS, train_sentencepiece, train_tokenizer
 from data.verify import compare_codec, verify_codec
+from durable.seals import write_sealed
 from formats.recipe import with_values
 
 TEXTS = [*small_texts(12, seed=5), "A Title, caf\u00e9! \u201cx\u201d", " a  b "]
@@ -237,12 +238,12 @@ def test_a_run_carries_the_digest_of_the_report_beside_its_shards(
     folder = tmp_path / "data"
     shutil.copytree(tiny_data, folder)
     report = verify_codec(load_codec(folder / "tokenizer.model"), DOCUMENTS)
-    write_json(folder / "tokenizer_report.json", report)
+    write_sealed(folder / "tokenizer_report.json", report)
     cfg = with_values(tiny_config, {"data.data_path": str(folder), "run.iterations": 1}, "test")
     train_gpt.run(cfg, train_gpt.Environment({}))
     run = Path(cfg.run.out_dir) / cfg.run.run_id
     assert json.loads((run / "result.json").read_text())["tokenizer_report"] == report["digest"]
     assert f"tokenizer_report:{report['digest']}\n" in (run / "train.log").read_text()
-    write_json(folder / "tokenizer_report.json", report | {"documents": 1})
+    write_sealed(folder / "tokenizer_report.json", report | {"documents": 1})
     with pytest.raises(UserError, match="altered"):
         train_gpt.run(cfg, train_gpt.Environment({}))

@@ -12,6 +12,7 @@ from dev.gpu_battery.job import Job
 from dev.gpu_battery.sizes import RECIPES, ROOT, get_size
 from dev.gpu_battery.text import data_settings, write_text
 from formats.artifact import require_codec
+from formats.checkpoints import read_result
 from quantizers.storage import frame_codec
 
 RUN_ID = "small"
@@ -77,7 +78,7 @@ def train(job: Job, places: dict) -> dict:
         if isinstance(error, subprocess.CalledProcessError):
             raise RuntimeError(f"train_gpt.py ended with status {error.returncode}, see stderr") from None
         raise
-    return sum_up(folder, read_json(folder / "result.json"))
+    return sum_up(folder, read_result(folder))
 
 
 def read_log(folder: Path) -> list[str]:

@@ -21,7 +21,8 @@ from data.shards import ALL_SHARDS_GLOB, MANIFEST_NAME, stated_hashes
 from data.train_tokenizer import train_tokenizer
 from dev.soak.child import Fault
 from dev.soak.process import Job, Miss, kill_marked, launcher, make_environment, python
-from formats.checkpoints import newest_checkpoint
+from durable.seals import split_events
+from formats.checkpoints import METRICS_NAME, newest_checkpoint, read_result
 from formats.state import read_state
 
 VOCAB_SIZE = 300
@@ -74,11 +75,10 @@ def make_dataset(folder: Path, kind: str = "sentencepiece", seed: int = 1) -> Pa
 def read_losses(folder: Path) -> dict[int, float]:
     """Read a run's training losses by step; raises for a broken line or two losses of one step."""
     losses: dict[int, float] = {}
-    for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            event = json.loads(text)
-        except ValueError as error:
-            raise Miss(f"metrics.jsonl has a broken line: {text[:40]!r}") from error
+    events, fault = split_events(folder / METRICS_NAME)
+    if fault:
+        raise Miss(fault)
+    for event in events:
         if (
             event["kind"] == "train"
             and losses.setdefault(event["step"], event["train_loss"]) != event["train_loss"]
@@ -125,6 +125,7 @@ class Bench:
         self.data = make_dataset(folder / "data")
         self.references: dict[tuple, Reference | Miss] = {}
         self.files = None  # of flips
+        self.sound = None  # of mutations
         self.notes: Counter = Counter()  # how something was done, how often; for the report
 
     def open_place(self, name: str, number: int = 0) -> "Place":
@@ -225,7 +226,7 @@ class Place:
 
     def check_own(self, run: Path) -> None:
         """Raise unless a run's result belongs to its log and its artifact."""
-        result, log = read_json(run / "result.json"), (run / "train.log").read_text(encoding="utf-8")
+        result, log = read_result(run), (run / "train.log").read_text(encoding="utf-8")
         if {f"seed:{result['seed']}"} != {line for line in log.splitlines() if line.startswith("seed:")}:
             raise Miss(f"result.json is of seed {result['seed']}, the log beside it not")
         if result["artifact_sha256"] != sha256_file(run / "artifact.bin"):
