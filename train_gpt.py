@@ -86,6 +86,7 @@ from formats.events import EVENTS_NAME, append_scalars
 from formats.hardware import project
 from formats.help import FieldParser, check_names, describe_sections, format_description, near_misses
 from formats.memory import counts_to_try, memory_message, read_auto
+from formats.preflight import check_new_run
 from formats.recipe import (
     changed_recipe,
     check_ranges,
@@ -579,6 +580,8 @@ def load_config(
     if PACKED_RECIPE is None:
         cfg = follow_data(cfg, recipe.keys(), environment.keys() | changes.keys())
     check_config(cfg)
+    if PACKED_RECIPE is None and places is None:
+        check_new_run(cfg)
     return cfg
 
 

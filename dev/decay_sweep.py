@@ -3,11 +3,11 @@
     python -m dev.decay_sweep --recipe R --decays 0,0.04,0.08
     python -m dev.decay_sweep --recipe R --target-bytes 400000 --high 2 --rounds 5 run.iterations=100
 
-With quant.scale_floor rows whose largest weight is below 1 share one step, so smaller weights take fewer
-bytes (contest pull request 281: "weight decay as a size knob"). One number is the decay of matrices,
-embedding and scalars alike. --target-bytes halves the interval [0, high] of decays and keeps the smallest
-one whose code + artifact fits; sizes are noisy, so it is a knob, no guarantee. Every training is a run folder
-below --out; one that is complete is not repeated, so the command can be stopped and started again.
+With quant.scale_floor=1, for codes of 8 bits, rows whose largest weight is below 1 share one step, so smaller
+weights take fewer bytes (contest pull request 281: "weight decay as a size knob"). One number is the decay of
+matrices, embedding and scalars alike. --target-bytes halves the interval [0, high] of decays and keeps the
+smallest one whose code + artifact fits; sizes are noisy, so it is a knob, no guarantee. Every training is a
+run folder below --out; one that is complete is not repeated, so the command can be stopped and started again.
 """
 
 import json
@@ -73,7 +73,8 @@ def bisect_decay(measure: Callable[[float], Point], target_bytes: int, high: flo
     if best.total_bytes > target_bytes:
         raise UserError(
             f"--target-bytes {target_bytes:,}: expected it in reach, found {start.total_bytes:,} bytes at "
-            f"decay 0 and {best.total_bytes:,} at {high:g}. Raise --high, or lower quant.matrix_bits."
+            f"decay 0 and {best.total_bytes:,} at {high:g}. Raise --high, set quant.scale_floor=1, or lower "
+            "quant.matrix_bits."
         )
     low = start.decay
     for _ in range(rounds):
