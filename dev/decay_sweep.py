@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train_gpt
-from common import CommandParser, UserError, format_table, read_json, run_command
+from common import CommandParser, UserError, format_table, read_json, run_command, split_numbers
 from formats.recipe import config_hash, with_values
 from scoring.budget import BudgetError
 from train_gpt import Config, Environment, load_config, place_values, read_environment
@@ -91,17 +91,6 @@ def format_points(points: list[Point], best: Point | None) -> str:
     return format_table(COLUMNS, [(*point, " <-" if point == best else "") for point in sorted(set(points))])
 
 
-def parse_decays(text: str) -> list[float]:
-    """Read numbers with commas between."""
-    try:
-        decays = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--decays {text}: expected numbers with commas between, as 0,0.04,0.08.") from error
-    if min(decays) < 0:
-        raise UserError(f"--decays {text}: expected numbers from 0 on.")
-    return decays
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command: runs log as always, the table comes last."""
     parser = CommandParser(prog="python -m dev.decay_sweep", description=__doc__)
@@ -117,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     if bool(args.decays) == (args.target_bytes is not None):
         raise UserError("expected either --decays or --target-bytes.")
     cfg = load_config(args.recipe, read_environment().overrides, args.overrides)
+    decays = split_numbers(args.decays, "--decays") if args.decays else []
     points: list[Point] = []
 
     def measure(decay: float) -> Point:
@@ -125,10 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         return points[-1]
 
     best = None
-    if args.decays:
-        for decay in parse_decays(args.decays):
-            measure(decay)
-    else:
+    for decay in decays:
+        measure(decay)
+    if not decays:
         best = bisect_decay(measure, args.target_bytes, args.high, args.rounds)
     rows = {"points": [point._asdict() for point in points], "best": best and best._asdict()}
     print(json.dumps(rows) if args.json else format_points(points, best))

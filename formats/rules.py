@@ -3,6 +3,45 @@
 `cfg` is a whole config of train_gpt.py; the range and the choices of a single field are in its declaration.
 """
 
+from formats.recipe import config_fields, config_value
+
+LARGEST_SIZE, LARGEST_DEPTH = 1 << 20, 256  # far beyond any model of the contest; artifacts state no more
+UNBOUNDED = ("model.rope_base",)  # numbers of the model that are no size
+
+
+def row_rules(cfg, tables: dict[str, dict]) -> list[tuple]:
+    """Return the rules that a choice has its row in the table that says what it does."""
+    return [
+        (
+            name,
+            config_value(cfg, name) in table,
+            f"has no row in its table, which has {', '.join(table)}: add one",
+        )
+        for name, table in tables.items()
+    ]
+
+
+def extent_rules(cfg) -> list[tuple]:
+    """Return the rules that a model can be described in a second, and that numbers fit a machine's."""
+    visits = cfg.model.num_layers * max(1, cfg.model.recur_passes)
+    numbers = {name: config_value(cfg, name) for name, item in config_fields(cfg).items() if item.type is int}
+    names = ["data.vocab_size", *(f"model.{key}" for key in vars(cfg.model))]
+    values = {name: config_value(cfg, name) for name in names if name not in UNBOUNDED}
+    sizes = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    limit = f"must be at most {LARGEST_SIZE:,}"
+    return [
+        *(
+            (name, -(2**63) <= value < 2**64, "must be from -2^63 to 2^64 - 1")
+            for name, value in numbers.items()
+        ),
+        *((name, value <= LARGEST_SIZE, limit) for name, value in sizes.items()),
+        (
+            "model.num_layers",
+            visits <= LARGEST_DEPTH,
+            f"gives {visits:.0f} visits of layers, at most {LARGEST_DEPTH}",
+        ),
+    ]
+
 
 def layers_fit(cfg, layers: tuple) -> bool:
     """Whether these layers exist."""
