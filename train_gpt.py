@@ -103,6 +103,9 @@ from formats.preflight import (
     check_limit,
     check_memory,
     check_new_run,
+    check_patterns,
+    check_recipe,
+    check_recipe_path,
     check_spent,
     check_text,
 )
@@ -123,10 +126,12 @@ from formats.recipe import (
 )
 from formats.rules import (
     average_rules,
+    clip_rules,
     clock_rules,
     extent_rules,
     model_rules,
     row_rules,
+    scorer_rules,
     stage_rules,
 )
 from formats.state import map_leaves, write_state
@@ -176,7 +181,7 @@ from quantizers.storage import (
     unpack_tensors,
     with_factors,
 )
-from scoring.adaptive import Callbacks, ScoringRun, WindowSettings
+from scoring.adaptive import Callbacks, ScoringRun, WindowSettings, find_sites
 from scoring.bpb import BpbMeter
 from scoring.budget import BYTES, SCORING, TRAINING, BudgetError, Ledger, not_valid, overruns
 from scoring.config import EvalConfig
@@ -228,7 +233,7 @@ READ_EVERY_MS = 1000.0  # how long the clock of a GPU goes on without being read
 
 HOLDER_WAIT_S = 60.0  # for a stopped run that still saves
 PEER_TIMEOUT_S = 120.0  # of a collective in which another rank does not answer
-JOIN_S = 10.0  # that a launcher's store may take to answer when something went wrong
+JOIN_S = 5.0  # that a launcher's store may take to answer when something went wrong
 
 NEWTON_STEPS = 2  # of fit_scales: the cost is nearly a parabola there
 
@@ -281,7 +286,7 @@ class RunConfig:
 
     run_id: str = option("", "RUN_ID", "name of the run folder; empty: time and seed", live=True)
     out_dir: str = option("runs", "", "where run folders go", live=True)
-    seed: int = option(1337, "SEED", "seed of the initial weights", live=True)
+    seed: int = option(1337, "SEED", "seed of the initial weights", live=True, low=-(2**63), high=2**64 - 1)
     device: str = option("auto", "", "where to compute", live="auto", choices=("auto", "cpu", *ACCELERATORS))
     compile: str = option("auto", "", "torch.compile", live="auto", choices=("auto", "on", "off"))
     attention: str = option("auto", "", "attention backend", live="auto", choices=("auto", *BACKENDS))
@@ -454,7 +459,7 @@ class OptimConfig:
         500, "MUON_MOMENTUM_WARMUP_STEPS", "steps until muon_momentum", low=0
     )
     bigram_proj: str = option("muon", "", "optimizer of the bigram projection", choices=("muon", "adamw"))
-    num_ns_steps: int = option(5, "MUON_BACKEND_STEPS", "Newton-Schulz iterations", low=1)
+    num_ns_steps: int = option(5, "MUON_BACKEND_STEPS", "Newton-Schulz iterations", low=1, high=100)
     ns_table: str = option("classic", "", "coefficients of Newton-Schulz", choices=tuple(NS_TABLES))
     row_norm: bool = option(
         False, "MUON_ROW_NORMALIZE", "normalise update rows before Newton-Schulz (MuonEq-R)"
@@ -464,9 +469,9 @@ class OptimConfig:
     )
     decay_taper_start: float = option(1.0, "", "progress where the matrices' decay starts to fall", high=1)
     decay_taper_end: float = option(0.5, "", "factor of the matrices' decay at the end", low=0, high=1)
-    beta1: float = option(0.9, "BETA1", "AdamW beta1", low=0, high=1)
-    beta2: float = option(0.95, "BETA2", "AdamW beta2", low=0, high=1)
-    adam_eps: float = option(1e-8, "ADAM_EPS", "AdamW epsilon", low=0)
+    beta1: float = option(0.9, "BETA1", "AdamW beta1", low=0, high=1 - 1e-9)
+    beta2: float = option(0.95, "BETA2", "AdamW beta2", low=0, high=1 - 1e-9)
+    adam_eps: float = option(1e-8, "ADAM_EPS", "AdamW epsilon", low=1e-30)
     grad_clip_norm: float = option(
         0.0, "GRAD_CLIP_NORM", "largest global norm of the reduced gradient; 0: any", low=0
     )
@@ -603,7 +608,12 @@ def load_config(
     if PACKED_RECIPE is None:
         check_names(Config, changes)
         changes = read_auto(changes)
-        recipe = (read_auto(read_recipe(recipe_path)) if recipe_path else {}) | (places or {})
+        recipe = {}
+        if recipe_path is not None:
+            check_recipe_path(recipe_path)
+            recipe = read_auto(read_recipe(recipe_path))
+            check_recipe(recipe_path, recipe)
+        recipe |= places or {}
         cfg = with_values(cfg, recipe, recipe_path)
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
@@ -661,6 +671,8 @@ def fixed_rules(cfg: Config) -> Iterator[tuple]:
     yield from model_rules(cfg)
     yield from stage_rules(cfg, get_stages(cfg))
     yield from average_rules(cfg)
+    yield from clip_rules(cfg)
+    yield from scorer_rules(cfg)
     yield from QUANTIZERS[cfg.quant.method].rules(cfg.quant)
     yield from scoring_rules(cfg.eval, cfg.eval.context_len or cfg.data.seq_len, cfg.data.vocab_size)
 
@@ -3217,6 +3229,10 @@ def check_start(cfg: Config, environment: Environment, start: Start) -> None:
     ranks = environment.world_size, environment.local_world_size if shared else 1
     check_memory(cfg, get_stages(cfg), sizes, ranks, (total_memory(device), device.type))
     check_limit(cfg, sizes)
+    check_patterns(cfg.quant.float16_names, sizes)
+    if SCORERS[cfg.eval.mode].plan is None and cfg.eval.lora_rank:
+        with torch.device("meta"):
+            find_sites(GPT(cfg.model, cfg.data.vocab_size), cfg.eval.lora_sites.split(","))
     if environment.rank == 0:
         check_disk(cfg, sizes, start.folder is None)
 

@@ -4,6 +4,8 @@
 Packed programs leave this out.
 """
 
+import difflib
+import fnmatch
 import math
 import shutil
 import tempfile
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import UserError
+from formats.help import RECIPES
 from formats.memory import memory_advice
 from formats.recipe import config_value, read_recipe
 
@@ -58,6 +61,36 @@ def new_run_rules(cfg) -> list[tuple]:
     ]
 
 
+def check_recipe_path(path: str) -> None:
+    """Raise for a recipe that is not there, naming the nearest in records/, or no file."""
+    place = Path(path)
+    if place.is_file() or place.is_fifo() or (place / "recipe.toml").is_file():
+        return
+    found = "no file or folder of a recipe" if place.exists() else "no such recipe"
+    known = {
+        folder.name: folder for folder in sorted(path.parent for path in RECIPES.glob("*/*/recipe.toml"))
+    }
+    short = {name.rpartition("_")[2]: name for name in known}
+    word = (place.parent if place.suffix == ".toml" else place).name
+    near = difflib.get_close_matches(word, [*known, *short], n=1)
+    meant = known.get(short.get(near[0], near[0])) if near else None
+    hint = (
+        f"Did you mean {meant.relative_to(RECIPES.parent)}?"
+        if meant
+        else "Recipes are records/*/*/recipe.toml."
+    )
+    raise UserError(f"--recipe {path!r:.200}: {found}. {hint}")
+
+
+def check_recipe(path: str, recipe: dict) -> None:
+    """Raise for a recipe that says nothing: it is a mistake, whatever it was meant to change."""
+    if not recipe:
+        raise UserError(
+            f"{path}: expected [section] and key = value, found an empty recipe. Leave --recipe out for the "
+            "contest's naive baseline."
+        )
+
+
 def check_new_run(cfg) -> None:
     """Raise naming field, value and constraint where a new run should not be told so."""
     for name, holds, constraint in new_run_rules(cfg):
@@ -73,7 +106,8 @@ def check_memory(cfg, stages: list, sizes: Sizes, ranks: tuple[int, int], device
     """
     world_size, sharing = ranks
     total, name = device
-    kept = sharing * sizes.item_bytes * (sizes.state_numel(cfg, world_size) + sizes.num_params)
+    gradients = sizes.num_params + sizes.stacked  # stacked ones are there twice
+    kept = sharing * sizes.item_bytes * (sizes.state_numel(cfg, world_size) + gradients)
     tokens = max(
         stage.batch_tokens // stage.micro_batches if stage.micro_batches else stage.seq_len
         for stage in stages
@@ -144,6 +178,16 @@ def check_limit(cfg, sizes: Sizes) -> None:
             f"quant.limit_bytes={limit}: expected at least {least:,}, which {sizes.num_params:,} parameters "
             "take however they are coded. Lower the model's sizes, or set run.enforce_limits=0."
         )
+
+
+def check_patterns(patterns: str, sizes: Sizes) -> None:
+    """Raise for a pattern of quant.float16_names that names no parameter."""
+    for pattern in filter(None, patterns.split(",")):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in sizes.numels):
+            raise UserError(
+                f"quant.float16_names={patterns:.100}: expected patterns of parameters, found "
+                f"{pattern!r:.60}, which names none. `--describe` lists them by kind."
+            )
 
 
 def check_text(cfg, text) -> None:
