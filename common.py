@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+MOST_SAID = 600  # characters of a usage error
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -79,7 +80,8 @@ class CommandParser(argparse.ArgumentParser):
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 after usage, message and suggestion."""
+        """Exit with status 2 after usage, message (of what was typed only the start) and suggestion."""
+        message = message if len(message) < MOST_SAID else f"{message[:MOST_SAID]} ..."
         known = [option for action in self._actions for option in action.option_strings]
         words = [word.split("=")[0].rstrip(":,") for word in message.split() if word.startswith("-")]
         unknown = [word for word in words if word not in known]
@@ -92,6 +94,13 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
     return int(text)
+
+
+def existing(text: str) -> Path:
+    """Read the value of an option that names a file or folder which must be there."""
+    if not text or not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"expected a file or folder that is there, found {text!r}")
+    return Path(text)
 
 
 def split_numbers(text: str, option: str, kind: type = float) -> list:
