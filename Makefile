@@ -5,7 +5,9 @@ TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU ?= cu130
 BENCH := $(if $(filter 1,$(GPU)),--gpu)
-override GPU := $(patsubst 1,cu130,$(GPU))
+override GPU := $(or $(filter-out 0 1,$(GPU)),cu130)
+GPUS := $(filter-out cpu,$(basename $(notdir $(wildcard constraints/*.txt))))
+$(if $(filter $(GPU),$(GPUS)),,$(error GPU=$(GPU): expected 0, 1 or one of $(GPUS)))
 ROCM_INDEX ?= https://download.pytorch.org/whl/rocm6.4
 KFD ?= /dev/kfd
 RECIPE ?= records/track_cpu/2026-11-21_Sp2048_LoraScoring/recipe.toml
@@ -118,6 +120,6 @@ null-gpu: setup ## what the trainer gives a GPU, counted without one, against th
 	$(PY) -m dev.null_gpu --check $(addprefix --environment ,$(CUDA_VENV))
 
 gpu-battery: setup ## measure this project on a GPU in at most 480 s, into OUT=...; REHEARSE=1: on a CPU; PARTS=, DATA=, CARRIED=
-	$(PY) -m dev.gpu_battery --out $(OUT) $(if $(REHEARSE),--rehearse) \
+	$(PY) -m dev.gpu_battery --out $(OUT) $(if $(filter-out 0,$(REHEARSE)),--rehearse) \
 		$(addprefix --parts ,$(PARTS)) $(addprefix --data ,$(DATA)) \
 		$(addprefix --carried ,$(CARRIED))

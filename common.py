@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+MOST_SAID = 600  # characters of a usage error
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -29,8 +30,12 @@ def run_command(main: Callable[[], int | None]) -> None:
     A reader that has read enough, as `head` does, ends it without a word.
     """
     try:
-        status = main()
-        sys.stdout.flush()
+        try:
+            status = main()
+        except SystemExit as ended:  # of --help, whose text is not written yet
+            status = ended.code
+        if sys.stdout:  # a process may have none
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
@@ -38,14 +43,26 @@ def run_command(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130  # 128 + SIGINT, as shells report it
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains
+        drop_output()
         status = 141  # 128 + SIGPIPE
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in DISK_FULL:
             raise
-        print(f"error: {error.filename}: {error.strerror}. Name another file or folder.", file=sys.stderr)
+        if error.filename is None:
+            drop_output()
+            said = (
+                "the disk is full: standard output or a file was not written. Free space and run this again"
+            )
+        else:
+            said = f"{error.filename}: {error.strerror}. Name another file or folder"
+        print(f"error: {said}.", file=sys.stderr)
         status = 1
     sys.exit(status)
+
+
+def drop_output() -> None:
+    """Send what is left of standard output nowhere, or the interpreter complains when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -63,7 +80,8 @@ class CommandParser(argparse.ArgumentParser):
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 after usage, message and suggestion."""
+        """Exit with status 2 after usage, message (of what was typed only the start) and suggestion."""
+        message = message if len(message) < MOST_SAID else f"{message[:MOST_SAID]} ..."
         known = [option for action in self._actions for option in action.option_strings]
         words = [word.split("=")[0].rstrip(":,") for word in message.split() if word.startswith("-")]
         unknown = [word for word in words if word not in known]
@@ -76,6 +94,25 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
     return int(text)
+
+
+def existing(text: str) -> Path:
+    """Read the value of an option that names a file or folder which must be there."""
+    if not text or not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"expected a file or folder that is there, found {text!r}")
+    return Path(text)
+
+
+def split_numbers(text: str, option: str, kind: type = float) -> list:
+    """Read "a,b": numbers from 0 on, below 2^53; raises naming the option for anything else."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 <= number < 2**53 for number in numbers):
+        kinds = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option} {text:.60}: expected {kinds} from 0 on, with commas between.")
+    return numbers
 
 
 def choose_named(rows, text: str, option: str) -> list:

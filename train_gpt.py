@@ -56,6 +56,7 @@ from common import (
     atomic_file,
     run_command,
     sha256_file,
+    split_numbers,
 )
 from data.codecs import TokenCodec, load_codec
 from data.intact import ShardVerifier, val_summary
@@ -63,7 +64,17 @@ from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
 from data.validation import ValidationText, read_validation, scored_tokens
 from durable.lock import lock_folder
-from durable.peers import LOST, MEET_S, OWN, PeerError, Peers, end_explained
+from durable.peers import (
+    FIRST_MEET_S,
+    LOST,
+    MEET_S,
+    OWN,
+    PeerError,
+    Peers,
+    check_launch,
+    end_explained,
+    waiting_told,
+)
 from durable.seals import last_seal, seal_event, write_sealed
 from durable.stops import DAMAGED, Stopped, Stops
 from formats.artifact import ArtifactError, Stream, pack_artifact, read_artifact, require_codec
@@ -86,6 +97,18 @@ from formats.events import EVENTS_NAME, append_scalars
 from formats.hardware import project
 from formats.help import FieldParser, check_names, describe_sections, format_description, near_misses
 from formats.memory import counts_to_try, memory_message, read_auto
+from formats.preflight import (
+    Sizes,
+    check_disk,
+    check_limit,
+    check_memory,
+    check_new_run,
+    check_patterns,
+    check_recipe,
+    check_recipe_path,
+    check_spent,
+    check_text,
+)
 from formats.recipe import (
     changed_recipe,
     check_ranges,
@@ -101,7 +124,16 @@ from formats.recipe import (
     seal_recipe,
     with_values,
 )
-from formats.rules import average_rules, clock_rules, model_rules, stage_rules
+from formats.rules import (
+    average_rules,
+    clip_rules,
+    clock_rules,
+    extent_rules,
+    model_rules,
+    row_rules,
+    scorer_rules,
+    stage_rules,
+)
 from formats.state import map_leaves, write_state
 from kernels.attention import (
     BACKENDS,
@@ -149,7 +181,7 @@ from quantizers.storage import (
     unpack_tensors,
     with_factors,
 )
-from scoring.adaptive import Callbacks, ScoringRun, WindowSettings
+from scoring.adaptive import Callbacks, ScoringRun, WindowSettings, find_sites
 from scoring.bpb import BpbMeter
 from scoring.budget import BYTES, SCORING, TRAINING, BudgetError, Ledger, not_valid, overruns
 from scoring.config import EvalConfig
@@ -201,7 +233,7 @@ READ_EVERY_MS = 1000.0  # how long the clock of a GPU goes on without being read
 
 HOLDER_WAIT_S = 60.0  # for a stopped run that still saves
 PEER_TIMEOUT_S = 120.0  # of a collective in which another rank does not answer
-JOIN_S = 10.0  # that a launcher's store may take to answer when something went wrong
+JOIN_S = 5.0  # that a launcher's store may take to answer when something went wrong
 
 NEWTON_STEPS = 2  # of fit_scales: the cost is nearly a parabola there
 
@@ -254,7 +286,7 @@ class RunConfig:
 
     run_id: str = option("", "RUN_ID", "name of the run folder; empty: time and seed", live=True)
     out_dir: str = option("runs", "", "where run folders go", live=True)
-    seed: int = option(1337, "SEED", "seed of the initial weights", live=True)
+    seed: int = option(1337, "SEED", "seed of the initial weights", live=True, low=-(2**63), high=2**64 - 1)
     device: str = option("auto", "", "where to compute", live="auto", choices=("auto", "cpu", *ACCELERATORS))
     compile: str = option("auto", "", "torch.compile", live="auto", choices=("auto", "on", "off"))
     attention: str = option("auto", "", "attention backend", live="auto", choices=("auto", *BACKENDS))
@@ -427,7 +459,7 @@ class OptimConfig:
         500, "MUON_MOMENTUM_WARMUP_STEPS", "steps until muon_momentum", low=0
     )
     bigram_proj: str = option("muon", "", "optimizer of the bigram projection", choices=("muon", "adamw"))
-    num_ns_steps: int = option(5, "MUON_BACKEND_STEPS", "Newton-Schulz iterations", low=1)
+    num_ns_steps: int = option(5, "MUON_BACKEND_STEPS", "Newton-Schulz iterations", low=1, high=100)
     ns_table: str = option("classic", "", "coefficients of Newton-Schulz", choices=tuple(NS_TABLES))
     row_norm: bool = option(
         False, "MUON_ROW_NORMALIZE", "normalise update rows before Newton-Schulz (MuonEq-R)"
@@ -437,9 +469,9 @@ class OptimConfig:
     )
     decay_taper_start: float = option(1.0, "", "progress where the matrices' decay starts to fall", high=1)
     decay_taper_end: float = option(0.5, "", "factor of the matrices' decay at the end", low=0, high=1)
-    beta1: float = option(0.9, "BETA1", "AdamW beta1", low=0, high=1)
-    beta2: float = option(0.95, "BETA2", "AdamW beta2", low=0, high=1)
-    adam_eps: float = option(1e-8, "ADAM_EPS", "AdamW epsilon", low=0)
+    beta1: float = option(0.9, "BETA1", "AdamW beta1", low=0, high=1 - 1e-9)
+    beta2: float = option(0.95, "BETA2", "AdamW beta2", low=0, high=1 - 1e-9)
+    adam_eps: float = option(1e-8, "ADAM_EPS", "AdamW epsilon", low=1e-30)
     grad_clip_norm: float = option(
         0.0, "GRAD_CLIP_NORM", "largest global norm of the reduced gradient; 0: any", low=0
     )
@@ -536,10 +568,13 @@ class Environment(NamedTuple):
     restarts: int = 0  # how often torchrun has started all processes anew
     launched: bool = False  # by torchrun, which is then the parent
     stops: Stops | None = None  # where signals are noted; not of a packed program
+    master: str = ""  # host and port where ranks meet
 
 
 def read_environment() -> Environment:
     """Read the environment: the one place that does."""
+    if PACKED_RECIPE is None:
+        check_launch(os.environ)
     layout = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
     numbers = {key: int(os.environ[env]) for key, env in layout.items() if env in os.environ}
     fixed = {name: os.environ[name] for name in PACKED_ENVIRONMENT.split() if name in os.environ}
@@ -548,6 +583,7 @@ def read_environment() -> Environment:
         numbers["local_world_size"] = int(os.environ.get("LOCAL_WORLD_SIZE", numbers.get("world_size", 1)))
         numbers["restarts"] = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         numbers["launched"] = "TORCHELASTIC_RUN_ID" in os.environ
+        numbers["master"] = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
     return Environment(environment_values(Config, os.environ) | fixed, **numbers)
 
 
@@ -572,13 +608,20 @@ def load_config(
     if PACKED_RECIPE is None:
         check_names(Config, changes)
         changes = read_auto(changes)
-        recipe = (read_auto(read_recipe(recipe_path)) if recipe_path else {}) | (places or {})
+        recipe = {}
+        if recipe_path is not None:
+            check_recipe_path(recipe_path)
+            recipe = read_auto(read_recipe(recipe_path))
+            check_recipe(recipe_path, recipe)
+        recipe |= places or {}
         cfg = with_values(cfg, recipe, recipe_path)
     cfg = with_values(cfg, environment, "environment")
     cfg = with_values(cfg, changes, "command line")
     if PACKED_RECIPE is None:
         cfg = follow_data(cfg, recipe.keys(), environment.keys() | changes.keys())
     check_config(cfg)
+    if PACKED_RECIPE is None and places is None:
+        check_new_run(cfg)
     return cfg
 
 
@@ -620,15 +663,18 @@ def whole_recipe(cfg: Config) -> dict[str, dict]:
     return {section: fixed.get(section, {}) | rest.get(section, {}) for section in {**rest, **fixed}}
 
 
-def fixed_rules(cfg: Config) -> list[tuple]:
-    """Return the rules that a packed program's fields passed when it was packed."""
-    return [
-        *model_rules(cfg),
-        *stage_rules(cfg, get_stages(cfg)),
-        *average_rules(cfg),
-        *QUANTIZERS[cfg.quant.method].rules(cfg.quant),
-        *scoring_rules(cfg.eval, cfg.eval.context_len or cfg.data.seq_len, cfg.data.vocab_size),
-    ]
+def fixed_rules(cfg: Config) -> Iterator[tuple]:
+    """Yield the rules that a packed program passed when it was packed; later ones rely on earlier ones."""
+    rows = {"quant.method": QUANTIZERS, "eval.mode": SCORERS, "optim.matrix_optimizer": MATRIX_OPTIMIZERS}
+    yield from row_rules(cfg, rows)
+    yield from extent_rules(cfg)
+    yield from model_rules(cfg)
+    yield from stage_rules(cfg, get_stages(cfg))
+    yield from average_rules(cfg)
+    yield from clip_rules(cfg)
+    yield from scorer_rules(cfg)
+    yield from QUANTIZERS[cfg.quant.method].rules(cfg.quant)
+    yield from scoring_rules(cfg.eval, cfg.eval.context_len or cfg.data.seq_len, cfg.data.vocab_size)
 
 
 def name_rules(run: RunConfig) -> list[tuple]:
@@ -643,10 +689,10 @@ def check_config(cfg: Config) -> None:
     check_ranges(cfg)
     rules = clock_rules(cfg)
     if PACKED_RECIPE is None:
-        rules = [*fixed_rules(cfg), *rules, *name_rules(cfg.run)]
+        rules = itertools.chain(fixed_rules(cfg), rules, name_rules(cfg.run))
     for name, holds, constraint in rules:
         if not holds:
-            raise UserError(f"{name}={config_value(cfg, name)} {constraint}.")
+            raise UserError(f"{name}={config_value(cfg, name)!s:.60} {constraint}.")
 
 
 def only_live(cfg: Config) -> Config:
@@ -731,11 +777,13 @@ class Ranks:
 
     def meet_peers(self, environment: Environment) -> dict:
         """Wait for all ranks, begin to watch the next one, and return how to make the process group."""
-        self.peers = Peers(open_store(environment), self.rank, self.world_size)
-        self.peers.tell("place", f"host:{socket.gethostname()} device:{self.device}")
-        # Before collectives give up: nccl's end the process, and nobody would say who is missing.
-        self.peers.start(5 / 6 * PEER_TIMEOUT_S)
-        self.peers.meet()
+        others = f"the other ranks of {self.world_size} at {environment.master}; this is rank {self.rank}"
+        with waiting_told(others):
+            self.peers = Peers(open_store(environment, FIRST_MEET_S), self.rank, self.world_size)
+            self.peers.tell("place", f"host:{socket.gethostname()} device:{self.device}")
+            # Before collectives give up: nccl's end the process, and nobody would say who is missing.
+            self.peers.start(5 / 6 * PEER_TIMEOUT_S)
+            self.peers.meet()
         places = {"store": open_store(environment), "rank": self.rank, "world_size": self.world_size}
         return places | {"timeout": timedelta(seconds=PEER_TIMEOUT_S)}
 
@@ -2183,9 +2231,6 @@ def quantize_model(
 # formats/artifact.py owns the file, quantizers/storage.py the streams of its tensors; here is what goes into
 # it: what the recipe changes, the tokenizer's sha256, the tensors in parameter order, the scorer's aids.
 
-# What an artifact may ask for: far beyond any model of the contest, little enough to be refused in a second.
-LARGEST_SIZE, LARGEST_DEPTH = 1 << 20, 256
-
 
 def has_scorer_state(cfg: EvalConfig) -> bool:
     """Whether the scorer takes anything but weights from the artifact."""
@@ -2234,24 +2279,7 @@ def merge_recipe(header: dict, live: Config, path: Path) -> Config:
         check_config(cfg)
     except (ArithmeticError, TypeError) as error:  # rows where numbers belong, steps of no tokens
         raise ArtifactError(f"{path}: the recipe in it cannot be checked ({error}).") from error
-    check_extent(cfg, path)
     return cfg
-
-
-def check_extent(cfg: Config, path: Path) -> None:
-    """Refuse a recipe whose mere description would take long or overflow, before a module is made."""
-    names = [
-        name for name in config_fields(Config) if name.startswith("model.") and name != "model.rope_base"
-    ]
-    sizes = {name: config_value(cfg, name) for name in (*names, "data.vocab_size")}
-    name = max((name for name in sizes if isinstance(sizes[name], (int, float))), key=sizes.__getitem__)
-    size = sizes[name]
-    visits = cfg.model.num_layers * max(1, cfg.model.recur_passes)
-    if size > LARGEST_SIZE or visits > LARGEST_DEPTH:
-        raise ArtifactError(
-            f"{path}: expected at most {LARGEST_DEPTH} visits of layers and sizes of {LARGEST_SIZE}, found "
-            f"{visits} visits and {name} {size}. The file is not one of ours."
-        )
 
 
 def load_scorer_state(streams: dict[str, Stream], cfg: Config) -> ScorerState:
@@ -3179,6 +3207,40 @@ def check_world_size(cfg: Config, world_size: int) -> None:
             )
 
 
+def find_sizes(cfg: Config, device: torch.device) -> Sizes:
+    """Count what a recipe's model has and its training keeps, without making it."""
+    numels = {row.name: math.prod(row.shape) for row in tensor_table(cfg)}
+    shares = MATRIX_OPTIMIZERS[cfg.optim.matrix_optimizer] is not None
+    stacks = [name for name, rule in match_rules(cfg, list(numels)).items() if rule.optimizer == "matrix"]
+    dtype = resolve_dtype(cfg.model.compute_dtype, device)
+    blocked = device.type == "cpu" or cfg.model.fused != "off"
+    return Sizes(
+        numels=numels,
+        stacked=sum(numels[name] for name in stacks) if shares else 0,
+        item_bytes=max(dtype.itemsize, 4),
+        compute_bytes=dtype.itemsize,
+        artifact_bytes=estimate_artifact_bytes(cfg),
+        whole_logits=not blocked,
+    )
+
+
+def check_start(cfg: Config, environment: Environment, start: Start) -> None:
+    """Raise for what can be known before anything is made: memory, the folder and its disk, bytes."""
+    check_world_size(cfg, environment.world_size)
+    device = resolve_device(cfg.run.device, environment.local_rank)
+    sizes = find_sizes(cfg, device)
+    shared = device.type == "cpu" and environment.launched  # others do not say how many are on a machine
+    ranks = environment.world_size, environment.local_world_size if shared else 1
+    check_memory(cfg, get_stages(cfg), sizes, ranks, (total_memory(device), device.type))
+    check_limit(cfg, sizes)
+    check_patterns(cfg.quant.float16_names, sizes)
+    if SCORERS[cfg.eval.mode].plan is None and cfg.eval.lora_rank:
+        with torch.device("meta"):
+            find_sites(GPT(cfg.model, cfg.data.vocab_size), cfg.eval.lora_sites.split(","))
+    if environment.rank == 0:
+        check_disk(cfg, sizes, start.folder is None)
+
+
 def rehearse_step(cfg: Config, ranks: Ranks, bos_id: int) -> None:
     """Take a step's memory: weights, optimizer state, gradients and a micro-batch on top, in each phase."""
     training = Training(cfg, ranks, bos_id)
@@ -3311,8 +3373,13 @@ def train_and_score(cfg: Config, environment: Environment, start: Start, held: E
         marks.append((name, time.perf_counter()))
 
     require_codec(frame_codec(cfg.quant.codec))
-    check_world_size(cfg, environment.world_size)
+    if PACKED_RECIPE is None:
+        check_start(cfg, environment, start)
+    else:
+        check_world_size(cfg, environment.world_size)
     text = load_validation(cfg.data)
+    if PACKED_RECIPE is None:
+        check_text(cfg, text)
     training, log, code_bytes = open_run(cfg, environment, text, start, held)
     ranks = training.ranks
     if PACKED_RECIPE is None:
@@ -3413,6 +3480,8 @@ def plan_run(args, environment: Environment) -> tuple[Config, Start]:
         start = start._replace(folder=folder) if folder else start
     if folder and (folder / RESULT_NAME).is_file():
         end_finished(cfg, folder)
+    if start.found:
+        check_spent(cfg, start.found, start.found.path.parent / RECIPE_NAME)
     return cfg, start
 
 
@@ -3567,8 +3636,8 @@ def estimate_artifact_bytes(cfg: Config) -> int:
 
 def describe_to_stdout(args, environment: Environment) -> None:
     """Print what --describe, or --hardware, asks for."""
-    steps = [int(step) for step in args.steps.split(",")]
-    elapsed = [float(ms) for ms in args.elapsed_ms.split(",")] if args.elapsed_ms else [0.0] * len(steps)
+    steps = split_numbers(args.steps, "--steps", int)
+    elapsed = split_numbers(args.elapsed_ms, "--elapsed-ms") if args.elapsed_ms else [0.0] * len(steps)
     if len(elapsed) != len(steps):
         raise UserError(f"--elapsed-ms: expected {len(steps)} times, one a step, found {len(elapsed)}.")
     cfg = load_config(args.recipe, environment.overrides, args.overrides)

@@ -26,7 +26,7 @@ from audit.program import read_program
 from audit.report import Findings, as_json, as_markdown, as_text, exit_status
 from audit.run import run_program
 from audit.table import CHECKS, judge
-from common import CommandParser, UserError, run_command
+from common import CommandParser, UserError, choose_named, run_command
 from data.doctor import examine
 from eval.stats import read_scores
 
@@ -107,8 +107,9 @@ def build_parser() -> CommandParser:
 def main(argv: list[str] | None = None) -> int:
     """Audit and print the report."""
     args = build_parser().parse_args(argv)
+    read_settings(args.env)
     if args.cases is not None:
-        return print_matrix([row for row in CASES if not args.cases or row.name in args.cases])
+        return print_matrix(choose_named(CASES, ",".join(args.cases), "--cases"))
     if not (args.folder or args.run or args.data):
         raise UserError("expected a folder, --run PROGRAM, --data DIR or --cases, found none. See --help.")
     measured = measure(args)

@@ -13,7 +13,6 @@ it takes minutes, measures once what takes long, and compares it with the time t
 Ratios travel between machines, seconds do not: compare the last column. Figures are medians.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 
-from common import format_table, run_command, sha256_file
+from common import CommandParser, format_table, run_command, sha256_file
 from data.builtin import collect_documents, find_modules
 from data.codecs import load_codec
 from data.doctor import Dataset, check_overlap
@@ -334,9 +333,7 @@ def print_table(rows: list[Measurement]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m dev.bench", description=__doc__)
     parser.add_argument("--only", choices=[*PARTS, "codec"], help="measure one part")
     parser.add_argument("--artifact", type=Path, help="codec: an artifact, or a run folder with a checkpoint")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

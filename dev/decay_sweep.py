@@ -3,11 +3,11 @@
     python -m dev.decay_sweep --recipe R --decays 0,0.04,0.08
     python -m dev.decay_sweep --recipe R --target-bytes 400000 --high 2 --rounds 5 run.iterations=100
 
-With quant.scale_floor rows whose largest weight is below 1 share one step, so smaller weights take fewer
-bytes (contest pull request 281: "weight decay as a size knob"). One number is the decay of matrices,
-embedding and scalars alike. --target-bytes halves the interval [0, high] of decays and keeps the smallest
-one whose code + artifact fits; sizes are noisy, so it is a knob, no guarantee. Every training is a run folder
-below --out; one that is complete is not repeated, so the command can be stopped and started again.
+With quant.scale_floor=1, for codes of 8 bits, rows whose largest weight is below 1 share one step, so smaller
+weights take fewer bytes (contest pull request 281: "weight decay as a size knob"). One number is the decay of
+matrices, embedding and scalars alike. --target-bytes halves the interval [0, high] of decays and keeps the
+smallest one whose code + artifact fits; sizes are noisy, so it is a knob, no guarantee. Every training is a
+run folder below --out; one that is complete is not repeated, so the command can be stopped and started again.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train_gpt
-from common import CommandParser, UserError, format_table, run_command
+from common import CommandParser, UserError, format_table, run_command, split_numbers
 from formats.checkpoints import read_result
 from formats.recipe import config_hash, with_values
 from scoring.budget import BudgetError
@@ -74,7 +74,8 @@ def bisect_decay(measure: Callable[[float], Point], target_bytes: int, high: flo
     if best.total_bytes > target_bytes:
         raise UserError(
             f"--target-bytes {target_bytes:,}: expected it in reach, found {start.total_bytes:,} bytes at "
-            f"decay 0 and {best.total_bytes:,} at {high:g}. Raise --high, or lower quant.matrix_bits."
+            f"decay 0 and {best.total_bytes:,} at {high:g}. Raise --high, set quant.scale_floor=1, or lower "
+            "quant.matrix_bits."
         )
     low = start.decay
     for _ in range(rounds):
@@ -89,17 +90,6 @@ def bisect_decay(measure: Callable[[float], Point], target_bytes: int, high: flo
 def format_points(points: list[Point], best: Point | None) -> str:
     """Lay out the points by decay; the one that bisection chose has an arrow."""
     return format_table(COLUMNS, [(*point, " <-" if point == best else "") for point in sorted(set(points))])
-
-
-def parse_decays(text: str) -> list[float]:
-    """Read numbers with commas between."""
-    try:
-        decays = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--decays {text}: expected numbers with commas between, as 0,0.04,0.08.") from error
-    if min(decays) < 0:
-        raise UserError(f"--decays {text}: expected numbers from 0 on.")
-    return decays
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     if bool(args.decays) == (args.target_bytes is not None):
         raise UserError("expected either --decays or --target-bytes.")
     cfg = load_config(args.recipe, read_environment().overrides, args.overrides)
+    decays = split_numbers(args.decays, "--decays") if args.decays else []
     points: list[Point] = []
 
     def measure(decay: float) -> Point:
@@ -125,10 +116,9 @@ def main(argv: list[str] | None = None) -> None:
         return points[-1]
 
     best = None
-    if args.decays:
-        for decay in parse_decays(args.decays):
-            measure(decay)
-    else:
+    for decay in decays:
+        measure(decay)
+    if not decays:
         best = bisect_decay(measure, args.target_bytes, args.high, args.rounds)
     rows = {"points": [point._asdict() for point in points], "best": best and best._asdict()}
     print(json.dumps(rows) if args.json else format_points(points, best))

@@ -25,7 +25,15 @@ import torch
 
 from audit.checks import FOLDER_NAME
 from audit.folder import TRACKS
-from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file
+from common import (
+    CommandParser,
+    UserError,
+    atomic_file,
+    read_json,
+    run_command,
+    sha256_file,
+    split_numbers,
+)
 from data.shards import TRAIN_GLOB, VAL_GLOB, find_shards
 from dev.submission import (
     Record,
@@ -120,10 +128,10 @@ def run_logged(command: list[str], label: str) -> None:
 
 def parse_seeds(text: str) -> list[int]:
     """Read comma-separated seeds, each once."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts) or len({*map(int, parts)}) < len(parts):
-        raise UserError(f"--seeds: expected different numbers like 1337,42,2025, found {text!r}.")
-    return [int(part) for part in parts]
+    seeds = split_numbers(text, "--seeds", int)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {text:.60}: expected different numbers, like 1337,42,2025.")
+    return seeds
 
 
 def make_plan(args: Namespace) -> RecordPlan:

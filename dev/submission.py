@@ -26,7 +26,7 @@ from audit.folder import SubmissionFolder, Track
 from audit.program import read_program, third_party_imports
 from audit.report import STATUS, as_json
 from audit.table import CHECKS
-from common import UserError, sha256_file, write_json
+from common import CommandParser, UserError, run_command, sha256_file, write_json
 from eval.logs import RunLog
 from eval.stats import Sample, SeedScore, compare, read_scores, summarize
 from formats.recipe import config_fields, config_value
@@ -439,5 +439,12 @@ def write_claims(folder: Path, record: Record, checks: list[dict]) -> None:
     write_json(folder / "audit.json", {"checks": checks})
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    """Print the source of a checkout."""
+    description = "Print commit, changed files and hash of the source that records are made with, as JSON."
+    CommandParser(prog="python -m dev.submission", description=description).parse_args(argv)
     print(json.dumps(get_source()))
+
+
+if __name__ == "__main__":
+    run_command(main)

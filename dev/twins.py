@@ -23,6 +23,7 @@ from data.shards import VAL_GLOB, find_shards, read_manifest, read_shard
 from data.staging import staged
 from data.train_tokenizer import TRAINERS
 from formats.checkpoints import read_metrics, read_result
+from formats.preflight import check_folder
 from formats.recipe import read_recipe, with_values
 from train_gpt import (
     ARTIFACT_NAME,
@@ -151,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in names:
         if name not in TWINS:
             raise UserError(f"{name}: expected a twin of {', '.join(TWINS)}.")
+    check_folder("--folder", args.folder)
     prepare(names, args.folder)
     for name in [] if args.data else names:
         print(json.dumps(train_twin(name, args.folder)), flush=True)

@@ -8,13 +8,14 @@ connections say; who beats is alive, however long it computes.
 import atexit
 import itertools
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn, Protocol
 
@@ -44,8 +45,72 @@ class Store(Protocol):
     def check(self, keys: list[str]) -> bool: ...
 
 
+# What torchrun tells its processes in whole numbers, and the least of each.
+LAUNCH_NUMBERS = {
+    "RANK": 0,
+    "WORLD_SIZE": 1,
+    "LOCAL_RANK": 0,
+    "LOCAL_WORLD_SIZE": 1,
+    "MASTER_PORT": 1,
+    "TORCHELASTIC_RESTART_COUNT": 0,
+}
+MEETING_PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+FIRST_MEET_S, PATIENCE_S = 600.0, 5.0  # that ranks wait for each other at first, and without a word
+
+
 class PeerError(RuntimeError):
     """Another rank did not come to where all meet, or ended."""
+
+
+def check_launch(environ: Mapping[str, str]) -> None:
+    """Raise where a launcher's variables make no sense: nobody should wait for ranks that do not exist."""
+    for name, least in LAUNCH_NUMBERS.items():
+        text = environ.get(name, str(least))
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+            raise launch_error(f"{name}={text!s:.40}", f"a whole number from {least} on")
+    numbers = {name: int(environ[name]) for name in LAUNCH_NUMBERS if name in environ}
+    world_size, port = numbers.get("WORLD_SIZE", 1), numbers.get("MASTER_PORT", 1)
+    if numbers.get("RANK", 0) >= world_size:
+        raise launch_error(f"RANK={numbers['RANK']}", f"a rank below WORLD_SIZE={world_size}")
+    local_size = numbers.get("LOCAL_WORLD_SIZE")
+    if local_size and numbers.get("LOCAL_RANK", 0) >= local_size:
+        raise launch_error(
+            f"LOCAL_RANK={numbers['LOCAL_RANK']}", f"a rank below LOCAL_WORLD_SIZE={local_size}"
+        )
+    if port > 65_535:
+        raise launch_error(f"MASTER_PORT={port}", "a port up to 65535")
+    signs = [
+        name
+        for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+        if environ.get(name, "0") != "0"
+    ]
+    signs += ["WORLD_SIZE"] if world_size > 1 else []
+    missing = [name for name in MEETING_PLACE if not environ.get(name)]
+    if signs and missing:
+        raise launch_error(
+            f"{signs[-1]}={environ[signs[-1]]:.40} alone", f"{' and '.join(missing)} beside it"
+        )
+
+
+def launch_error(found: str, expected: str) -> UserError:
+    """Say what of the launcher's variables makes no sense."""
+    return UserError(
+        f"environment: {found}: expected {expected}, as torchrun sets it. Start with `torchrun --standalone "
+        "--nproc_per_node=N train_gpt.py`, or for one process `unset RANK WORLD_SIZE LOCAL_RANK "
+        "LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT`."
+    )
+
+
+@contextmanager
+def waiting_told(what: str):
+    """Say what this process waits for when it takes long."""
+    timer = threading.Timer(PATIENCE_S, print, (f"waiting for {what}",), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Peers:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import CommandParser, UserError, run_command, sha256_file
+from common import CommandParser, UserError, existing, run_command, sha256_file
 from data.validation import ValidationText, check_tokenizer
 from eval.breakdown import Windows, as_facts, break_down, format_tables, get_costs
 from eval.compare import check_same_documents, compare_documents, document_costs, format_comparison
@@ -346,7 +346,7 @@ def build_parser() -> CommandParser:
     )
     add = parser.add_argument
     add("target", nargs="?", type=Path, help="run folder, record folder or artifact; default: the newest run")
-    add("--artifact", type=Path, help="of a record folder that does not hold it")
+    add("--artifact", type=existing, help="of a record folder that does not hold it")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="score two on the same documents")
     add("--breakdown", action="store_true", help="bits by context, document length and kind of byte")
     add("--domains", nargs="+", metavar="NAME=FILE", help="score files of text, a row a file; no adaptation")
@@ -372,6 +372,8 @@ def main(argv: list[str] | None = None) -> int:
     single = ("target", "artifact", "breakdown", "budget", "event_log", "switch_at")
     if args.compare and any(vars(args)[name] != parser.get_default(name) for name in single):
         parser.error(f"--compare takes two artifacts and none of {', '.join(single)}")
+    if args.switch_at is not None and args.switch_at < -1:
+        parser.error(f"argument --switch-at: expected -1 or a number of units, found {args.switch_at}")
     environment = read_environment()._replace(overrides={})
 
     def open_ranks(target: Target) -> KeepingRanks:

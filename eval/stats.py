@@ -409,6 +409,8 @@ def format_report(report: dict) -> str:
 def read_against(names: list[str]) -> list[SeedScore] | float:
     """Read the old side: one number, else files and folders."""
     if len(names) == 1 and names[0].replace(".", "", 1).isdigit():
+        if not 0 < float(names[0]) < 1000:
+            raise UserError(f"--against {names[0]:.40}: expected bits per byte above 0, as 1.2244.")
         return float(names[0])
     return read_scores([Path(name) for name in names])
 

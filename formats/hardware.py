@@ -151,18 +151,23 @@ class StepShape(NamedTuple):
 
 def parse_machine(text: str) -> Machine:
     """Read NAME, NAMExN or NAMExN@LINK; raises naming what is known."""
-    match = re.fullmatch(r"([a-z0-9-]+?)(?:x([1-9]\d*))?(?:@(\w+))?", text.strip().lower())
+    match = re.fullmatch(r"([a-z0-9-]+?)(?:x([1-9]\d{0,5}))?(?:@(\w+))?", text.strip().lower())
     name, count, link = match.groups() if match else ("", None, None)
     number = int(count or 1)
     if name not in CARDS or (link or "ib400") not in LINKS:
         raise UserError(
-            f"--hardware {text}: expected a name of {', '.join(CARDS)}, with xN for N cards, as h100x8, and "
-            f"@{' or @'.join(LINKS)} for what joins machines of {CARDS_A_MACHINE}; found another."
+            f"--hardware {text:.60}: expected a name of {', '.join(CARDS)}, with xN for N cards, as h100x8, "
+            f"and @{' or @'.join(LINKS)} for what joins machines of {CARDS_A_MACHINE}; found another."
         )
     if number > CARDS_A_MACHINE and number % CARDS_A_MACHINE:
         raise UserError(
             f"--hardware {text}: expected at most {CARDS_A_MACHINE} cards or a multiple of that, found "
             f"{number}. Machines of {CARDS_A_MACHINE} are joined."
+        )
+    if link and number <= CARDS_A_MACHINE:
+        raise UserError(
+            f"--hardware {text}: expected more than {CARDS_A_MACHINE} cards before @{link}, which joins "
+            f"machines, found {number}. Leave @{link} out."
         )
     return Machine(text.strip().lower(), name, number, LINKS[link or "ib400"])
 
@@ -399,13 +404,16 @@ def project_machine(work: Work, machine: Machine, words: list[str]) -> dict:
     }
 
 
+COLUMNS = ("hardware", "micro_batches", "GB a card", "ms a step", "steps", "in s", "scoring s")
+
+
 def format_hardware(found: dict) -> list[str]:
     """Lay a projection out for people: a table, the commands, what is known of the cards."""
     lines = ["projected, not measured: a model fitted to the contest's 8xH100 (docs/scaling.md)"]
-    columns = {"hardware": "<14", "micro_batches": ">14", "GB a card": ">16", "ms a step": ">20",
-               "steps": ">9", "in s": ">7", "scoring s": ">13"}  # fmt: skip
     shown = [table_cells(row) for row in found["machines"] if "command" in row]
-    lines += [f"  {line}" for line in format_table(columns, shown).splitlines()]
+    widths = [max(map(len, cells)) for cells in zip(COLUMNS, *shown)]
+    specs = (f"{side}{width + 2}" for side, width in zip("<>>>>>>", widths))
+    lines += [f"  {line}" for line in format_table(dict(zip(COLUMNS, specs)), shown).splitlines()]
     lines += [f"  {row['hardware']:<14}{row['refused']}" for row in found["machines"] if "refused" in row]
     lines += ["", "commands"]
     lines += [f"  {row['command']}" for row in found["machines"] if "command" in row]

@@ -101,9 +101,13 @@ def check_names(config, names: Iterable[str]) -> None:
     """Raise for the first name of the command line that is no field."""
     for name in names:
         if name not in config_fields(config):
+            fields = config_fields(config).items()
+            named = [full for full, item in fields if item.metadata["env"] == name]
             near = " or ".join(meant_fields(config, name))
             hint = f"Did you mean {near}?" if near else "`python train_gpt.py --help` lists all fields."
-            raise UserError(f"command line: unknown field {name!r}. {hint}")
+            if named:
+                hint = f"Write {named[0]}=..., or set {name} in the environment, before the command."
+            raise UserError(f"command line: unknown field {name!r:.60}. {hint}")
 
 
 def near_misses(config, names: Iterable[str]) -> list[str]:
@@ -130,10 +134,10 @@ def explain(config, name: str) -> str:
         return describe_field(matching[0], known[matching[0]])
     if matching:
         raise UserError(f"--help {name}: expected one field, found {' and '.join(matching)}. Name one.")
-    words = [*sections, *known, *(full.partition(".")[2] for full in known)]
-    near = difflib.get_close_matches(name, words, n=1)
+    words = [*known, *(full.partition(".")[2] for full in known)]
+    near = difflib.get_close_matches(name, sections, n=1) or difflib.get_close_matches(name, words, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Sections are {', '.join(sections)}."
-    raise UserError(f"--help {name}: expected a section or a field, found neither. {hint}")
+    raise UserError(f"--help {name!r:.60}: expected a section or a field, found neither. {hint}")
 
 
 def describe_sections(config) -> str:

@@ -3,6 +3,8 @@
 `cfg` is a whole config of train_gpt.py, a stage a row of its curriculum. Packed programs leave this out.
 """
 
+import math
+
 from common import UserError
 
 AUTO = {"data.micro_batches": 0}  # whole numbers that may be written "auto", and what stands for it
@@ -20,7 +22,9 @@ def read_auto(values: dict) -> dict:
 def legal_counts(stage, world_size: int) -> list[int]:
     """List the numbers of micro-batches, of whole rows and shared by all ranks, that a step may have."""
     rows = stage.batch_tokens // stage.seq_len
-    return [count for count in range(world_size, rows + 1, world_size) if rows % count == 0]
+    small = [count for count in range(1, math.isqrt(rows) + 1) if rows % count == 0]
+    counts = sorted({*small, *(rows // count for count in small)})
+    return [count for count in counts if count % world_size == 0]
 
 
 def counts_to_try(stage, world_size: int, can_try: bool) -> list[int]:

@@ -89,7 +89,7 @@ def with_values(config, values: dict, source: str):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"Did you mean {near[0]}?" if near else "`python train_gpt.py --help` lists all fields."
-            raise UserError(f"{source}: unknown field {name!r}. {hint}")
+            raise UserError(f"{source}: unknown field {name!r:.60}. {hint}")
         section, key = name.split(".")
         try:
             changed = {key: parse_value(value, known[name].type)}
@@ -97,7 +97,7 @@ def with_values(config, values: dict, source: str):
             env = known[name].metadata["env"]
             alias = f" ({env})" if env else ""
             kind = known[name].type.__name__ + " without control characters" * (known[name].type is str)
-            raise UserError(f"{source}: {name}{alias}: expected {kind}, found {value!r}.") from error
+            raise UserError(f"{source}: {name}{alias}: expected {kind}, found {value!r:.60}.") from error
         config = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **changed)}
         )

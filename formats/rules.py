@@ -3,10 +3,48 @@
 `cfg` is a whole config of train_gpt.py; the range and the choices of a single field are in its declaration.
 """
 
+from collections.abc import Iterator
+
+from formats.recipe import config_fields, config_value
+
+LARGEST_SIZE, LARGEST_DEPTH = 1 << 20, 256  # far beyond any model of the contest; artifacts state no more
+LARGEST_STEP = 1 << 40  # tokens
+LARGEST_RANK = 1 << 14  # of adapters, of which a batch of documents has dozens
+UNBOUNDED = ("model.rope_base",)  # numbers of the model that are no size
+
+
+def are_numbers(items: tuple) -> bool:
+    """Whether no item of a list is a row of its own."""
+    return not any(isinstance(item, tuple) for item in items)
+
+
+def row_rules(cfg, tables: dict[str, dict]) -> list[tuple]:
+    """Return the rules that a choice has its row in the table that says what it does."""
+    return [
+        (
+            name,
+            config_value(cfg, name) in table,
+            f"has no row in its table, which has {', '.join(table)}: add one",
+        )
+        for name, table in tables.items()
+    ]
+
+
+def extent_rules(cfg) -> Iterator[tuple]:
+    """Yield the rules that a model can be described in a second, and that numbers fit a machine's."""
+    for name, item in config_fields(cfg).items():
+        is_size = name == "data.vocab_size" or (name.startswith("model.") and name not in UNBOUNDED)
+        most = LARGEST_SIZE if is_size else 2**64 - 1 if item.type is int else 1e30
+        if item.type in (int, float):
+            yield name, -most <= config_value(cfg, name) <= most, f"must be from {-most:,} to {most:,}"
+    visits = cfg.model.num_layers * max(1, cfg.model.recur_passes)
+    advice = f"with model.recur_passes gives more than {LARGEST_DEPTH} visits of layers"
+    yield "model.num_layers", visits <= LARGEST_DEPTH, advice
+
 
 def layers_fit(cfg, layers: tuple) -> bool:
     """Whether these layers exist."""
-    return all(0 <= layer < cfg.model.num_layers for layer in layers)
+    return all(isinstance(layer, int) and 0 <= layer < cfg.model.num_layers for layer in layers)
 
 
 def stage_rules(cfg, stages: list) -> list[tuple]:
@@ -18,6 +56,10 @@ def stage_rules(cfg, stages: list) -> list[tuple]:
     by_hand = cfg.data.micro_batches > 0 or not cfg.schedule.stages
     rules.append(("data.micro_batches", by_hand, "is auto: expected a number beside schedule.stages"))
     for stage in stages:
+        is_sane = max(stage.seq_len, stage.batch_tokens) <= LARGEST_STEP
+        rules.append((name, is_sane, f"must be at most {LARGEST_STEP:,} tokens"))
+        rates = stage.lr_mul >= 0 and stage.grad_clip_norm >= 0
+        rules.append(("schedule.stages", rates, "must have lr_mul and grad_clip_norm from 0 on"))
         micro_tokens, rest = divmod(stage.batch_tokens, stage.micro_batches or 1)
         whole = micro_tokens >= 1 and micro_tokens % stage.seq_len == 0
         rows = f"/ micro_batches={stage.micro_batches} must be a multiple of data.seq_len={stage.seq_len}"
@@ -38,9 +80,11 @@ def model_rules(cfg) -> list[tuple]:
     any_reach = model.context_axis == "features" or not (model.window_layers or model.attn_in_document)
     context_fits = not model.context_ratio or 1 <= model.context_ratio_min <= model.context_ratio
     segment = model.recur_layers or (0, 0)
-    segment_fits = len(segment) == 2 and 0 <= segment[0] <= segment[-1] < model.num_layers
+    segment_fits = len(segment) == 2 and layers_fit(cfg, segment) and segment[0] <= segment[1]
     fracs = cfg.schedule.recur_start_fracs
-    fracs_fit = len(fracs) in (0, model.recur_passes - 1) and list(fracs) == sorted(fracs)
+    fracs_fit = (
+        len(fracs) in (0, model.recur_passes - 1) and are_numbers(fracs) and list(fracs) == sorted(fracs)
+    )
     layer_range = f"must lie in [0, {model.num_layers})"
     return [
         ("model.model_dim", model.model_dim % model.num_heads == 0, "must be a multiple of num_heads"),
@@ -62,6 +106,37 @@ def model_rules(cfg) -> list[tuple]:
         ("model.recur_layers", segment_fits, f"must be a first and a last layer below {model.num_layers}"),
         ("model.recur_passes", model.recur_passes == 1 or model.recur_layers, "needs model.recur_layers"),
         ("schedule.recur_start_fracs", fracs_fit, "must have recur_passes - 1 rising entries, or none"),
+    ]
+
+
+def scorer_rules(cfg) -> list[tuple]:
+    """Return the rules that an adaptive scorer, which starts after training, fits the model."""
+    options, chunks = cfg.eval, cfg.eval.lora_short_chunks
+    rows = all(isinstance(row, tuple) and len(row) == 2 and min(row) >= 1 for row in chunks)
+    rising = rows and [row[0] for row in chunks] == sorted({row[0] for row in chunks})
+    phases_fit = options.mode != "phased" or options.phase_count <= max(options.phase_docs, 1)
+    frozen_fit = options.sgd_freeze_blocks <= cfg.model.num_layers
+    return [
+        ("eval.lora_short_chunks", rising, "must be rows length:chunk, numbers from 1 on, rising by length"),
+        ("eval.lora_rank", options.lora_rank <= LARGEST_RANK, f"must be at most {LARGEST_RANK:,}"),
+        ("eval.phase_count", phases_fit, f"must be at most eval.phase_docs={options.phase_docs}"),
+        ("eval.sgd_freeze_blocks", frozen_fit, f"must be at most model.num_layers={cfg.model.num_layers}"),
+    ]
+
+
+def clip_rules(cfg) -> list[tuple]:
+    """Return the rules that clips are numbers of their rule: a quantile lies between 0 and 1."""
+    quant = cfg.quant
+    most = 1.0 if quant.clip_rule == "quantile" else 1e6
+    clips = {"quant.matrix_clip": quant.matrix_clip, "quant.embed_clip": quant.embed_clip}
+    clips |= {"quant.mlp_clip": quant.mlp_clip or quant.matrix_clip}
+    return [
+        (
+            name,
+            0 < clip <= most,
+            f"must be above 0 and at most {most:g} for quant.clip_rule={quant.clip_rule}",
+        )
+        for name, clip in clips.items()
     ]
 
 

@@ -1,16 +1,16 @@
 """Pack a recipe into the smallest file that runs, or write the readable one: `python -m pack --help`."""
 
-import argparse
 import json
+from argparse import Namespace
 from pathlib import Path
 
-from common import run_command
+from common import CommandParser, run_command
 from pack.cache import cached_pack
 from pack.program import ENTRY, METHODS, PackingError, pack
 from pack.readable import write_readable
 
 
-def print_readable(options: argparse.Namespace) -> None:
+def print_readable(options: Namespace) -> None:
     """Write the readable file and say how long it is."""
     if options.recipe is None:
         raise PackingError("--readable: expected --recipe R, found none. The file is that of one recipe.")
@@ -23,7 +23,7 @@ def print_readable(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Pack from the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m pack",
         description="Pack train_gpt.py and the modules it imports into one small file that runs like it: "
         "`python F` or `torchrun F`. Its size on disk is the code size of a record.",
@@ -51,6 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if not options.entry.is_file():
         raise PackingError(f"{options.entry}: no such program. --entry names the file to pack.")
+    if options.out.is_dir():
+        raise PackingError(
+            f"--out {options.out}: expected a file to write, found a folder. Name a file in it."
+        )
     if options.readable:
         print_readable(options)
         return

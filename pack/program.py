@@ -111,6 +111,14 @@ def collect(entry: Path, root: Path) -> list[SourceModule]:
     return list(found.values())
 
 
+def parse_source(path: Path, label: str) -> ast.Module:
+    """Parse a program; raises for a file that is none."""
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), label)
+    except (SyntaxError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or null bytes
+        raise PackingError(f"{path}: expected a Python program, found {error}. Name another file.") from error
+
+
 def _visit(path: Path, root: Path, chain: tuple[str, ...], found: dict[str, SourceModule]) -> None:
     """Add to `found` what the module at `path` imports, then the module; `chain` led here."""
     label = path.relative_to(root).as_posix()
@@ -121,7 +129,7 @@ def _visit(path: Path, root: Path, chain: tuple[str, ...], found: dict[str, Sour
         )
     if label in found:
         return
-    tree = ast.parse(path.read_text(encoding="utf-8"), label)
+    tree = parse_source(path, label)
     exports = {name for node in tree.body for name, _ in bound_names(node)}
     eager = set()
     for node, is_lazy in _imports(tree):

@@ -6,7 +6,6 @@ Packed bytes of a part are marginal: the packed program minus the packed program
 statements. Parts share words, so these do not add up to the whole, and a small part can cost nothing.
 """
 
-import argparse
 import ast
 import json
 import re
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import format_table, run_command
+from common import CommandParser, format_table, run_command
 from pack.names import Import
 from pack.program import (
     ENTRY,
@@ -27,6 +26,7 @@ from pack.program import (
     bundle,
     has_library,
     minify,
+    parse_source,
     read_sections,
     specialize,
     to_source,
@@ -74,6 +74,7 @@ def sections(source: str) -> list[tuple[str, int]]:
 def weigh(recipe_path: Path | None, entry: Path = ENTRY) -> SizeReport:
     """Pack the program whole and without each part, and measure."""
     entry = entry.resolve()
+    parse_source(entry, entry.name)
     found = sections(entry.read_text(encoding="utf-8"))
     statements = bundle(entry, entry.parent)
     source = to_source(statements)
@@ -145,7 +146,7 @@ def format_report(report: SizeReport) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m pack.size",
         description="Lines and bytes of the shipped program by section of train_gpt.py and by module. Packed "
         "bytes of a part are what the packed file shrinks by when the part is left out.",

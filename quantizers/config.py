@@ -43,7 +43,7 @@ class QuantConfig:
     )
     float16_numel: int = option(65_536, "", "matrices of at most so many elements stay float16", low=0)
     float16_names: str = option("", "", "patterns, with commas between, of others that stay float16")
-    scale_floor: bool = option(True, "", "scales are at least 1 / largest code (contest's baseline)")
+    scale_floor: bool = option(True, "", "scales are at least 1 / largest code, 8 bits (contest's baseline)")
     codec: str = option(
         "zlib",
         "",

@@ -51,7 +51,9 @@ class EvalConfig:
     lora_alpha: float = option(144.0, "TTT_LORA_ALPHA", "adapters are scaled by alpha / rank", low=0)
     lora_sites: str = option("q,k,v,o,mlp,head", "", "where adapters go: of q, k, v, o, mlp, head")
     lora_lr: float = option(1e-4, "TTT_LORA_LR", "AdamW learning rate of adapters", low=0)
-    lora_beta2: float = option(0.99, "TTT_BETA2", "AdamW beta2 of adapters (beta1 is 0)", low=0, high=1)
+    lora_beta2: float = option(
+        0.99, "TTT_BETA2", "AdamW beta2 of adapters (beta1 is 0)", low=0, high=1 - 1e-9
+    )
     lora_weight_decay: float = option(0.5, "TTT_WEIGHT_DECAY", "weight decay of adapters", low=0)
     lora_chunk_tokens: int = option(48, "TTT_CHUNK_SIZE", "targets of a document between updates", low=1)
     lora_short_chunks: tuple = option((), "", "length:chunk rows: chunks of documents up to a length, rising")
@@ -61,7 +63,7 @@ class EvalConfig:
     lora_graphs: bool = option(
         False, "", "adapters learn in compiled graphs, where run.compile resolves to on"
     )
-    lora_seed: int = option(0, "", "seed of the adapters' first values", low=0)
+    lora_seed: int = option(0, "", "seed of the adapters' first values", low=0, high=2**64 - 1)
     phase_docs: int = option(2500, "PHASED_TTT_PREFIX_DOCS", "documents before the last SGD phase", low=0)
     phase_count: int = option(1, "PHASED_TTT_NUM_PHASES", "SGD phases", low=1)
     limit_seconds: float = option(600.0, "", "scoring time budget", low=0)

@@ -26,11 +26,12 @@ def check_sampling(sampling: Sampling) -> None:
         ("max_tokens", sampling.max_tokens >= 0, "at least 0"),
         ("temperature", sampling.temperature >= 0, "at least 0"),
         ("top_k", sampling.top_k >= 0, "at least 0"),
+        ("seed", -(2**63) <= sampling.seed < 2**64, "from -2^63 to 2^64 - 1"),
         ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
     ]
     for name, holds, bounds in rules:
         if not holds:
-            raise UserError(f"{name}={getattr(sampling, name)}: expected a number {bounds}.")
+            raise UserError(f"{name}={getattr(sampling, name)!s:.60}: expected a number {bounds}.")
 
 
 def token_probs(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from common import UserError
 from scoring.adaptive import (
+    ADAPTER_SITES,
     Callbacks,
     ScoringResult,
     ScoringRun,
@@ -42,6 +43,8 @@ from scoring.sliding import Cost, Logits, ScaledCost, plain_cost, plan_windows, 
 SCALE_DTYPE = np.dtype("<f4")
 NOT_STORED = ": expected what it needs in the artifact, found nothing. Train with it or set it to 0 here."
 LEGACY_TAIL = "the text's last targets count more than once, as in systems B and C (contest rule C4)"
+
+LONGEST_PREFIX = 1000  # tokens: far beyond what repeats
 
 # Adaptation ends in time for so much of the limit: what is left pays for a last unit slower than expected.
 DEADLINE_FRAC = 0.95
@@ -153,8 +156,9 @@ def scoring_rules(cfg: EvalConfig, context_len: int, vocab_size: int) -> list[tu
     whole_strides = context_len % cfg.stride == 0 and context_len > cfg.stride
     repeats = cfg.mode == "sliding" and not cfg.keep_tail and whole_strides
     lengths = cfg.tilt_static_lengths
-    hints_fit = bool(lengths) and all(isinstance(n, int) and n >= 1 for n in lengths)
+    hints_fit = bool(lengths) and all(isinstance(n, int) and 1 <= n <= LONGEST_PREFIX for n in lengths)
     carries = cfg.mode == "phased" or (cfg.mode == "lora-ttt" and cfg.lora_warm_lanes)
+    known_sites = set(cfg.lora_sites.split(",")) <= set(ADAPTER_SITES)
     narrow = not cfg.tilt_static_entries or vocab_size <= 1 << 16
     no_later = cfg.deadline_s <= cfg.limit_seconds or not cfg.limit_seconds
     return [
@@ -171,7 +175,8 @@ def scoring_rules(cfg: EvalConfig, context_len: int, vocab_size: int) -> list[tu
             not (cfg.tilt_online and carries),
             "must be 0 with phases or warm lanes: hints would read text that is scored by what they helped",
         ),
-        ("eval.tilt_static_lengths", hints_fit, "must be whole numbers from 1 on"),
+        ("eval.tilt_static_lengths", hints_fit, f"must be whole numbers from 1 to {LONGEST_PREFIX}"),
+        ("eval.lora_sites", known_sites, f"must be some of {', '.join(ADAPTER_SITES)}"),
         ("eval.tilt_static_entries", narrow, "needs data.vocab_size of at most 65,536"),
     ]
 

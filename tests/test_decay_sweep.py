@@ -62,7 +62,7 @@ def test_runs_are_trained_once_and_reported(tiny_config, tmp_path, monkeypatch, 
     [
         ([], "either --decays or --target-bytes"),
         (["--decays", "0", "--target-bytes", "9"], "either --decays or --target-bytes"),
-        (["--decays", "a,b"], "numbers with commas"),
+        (["--decays", "a,b"], "numbers from 0 on, with commas"),
         (["--decays=-1"], "numbers from 0 on"),
     ],
 )

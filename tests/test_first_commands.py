@@ -69,7 +69,7 @@ def test_a_first_command_is_answered_in_one_sentence(
 
 def test_names_of_other_programs_are_no_misspellings(monkeypatch):
     """A warning that is mostly false is not read."""
-    for name in ("SEEDS", "HOME", "PATH", "DATA_DIR", "RANK", "MASTER_PORT", "NUM_LAYERS"):
+    for name in ("SEEDS", "HOME", "PATH", "DATA_DIR", "LOCAL_RANK", "MASTER_PORT", "NUM_LAYERS"):
         monkeypatch.setenv(name, "1")
     assert not [line for line in train_gpt.read_environment().misspelled if "NUM" in line or "SEED" in line]
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from common import UserError
 from formats.artifact import CHECKSUM_BYTES, LARGEST_FILE, PLAIN_CODECS, ArtifactError, compress
 from formats.recipe import flatten_recipe, get_recipe, with_values
+from formats.rules import LARGEST_DEPTH
 from quantizers.storage import STORAGE_PARTS, STREAM_DTYPES, TensorRow
 from train_gpt import (
-    LARGEST_DEPTH,
     Config,
     build_model,
     load_artifact,

@@ -124,7 +124,8 @@ def test_the_environment_says_who_started_us_and_how_often(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     alone = read_environment()
     assert (alone.launched, alone.restarts, alone.world_size, alone.local_world_size) == (False, 0, 1, 1)
-    for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("TORCHELASTIC_RESTART_COUNT", "2")):
+    launch = {"RANK": "9", "WORLD_SIZE": "16", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (launch | {"TORCHELASTIC_RESTART_COUNT": "2"}).items():
         monkeypatch.setenv(name, value)
     assert not read_environment().launched
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

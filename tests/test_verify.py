@@ -12,7 +12,7 @@ from fixtures_data import SIZES, corpora, needs_corpora, shared, small_texts
 
 import data.tokenizer
 import train_gpt
-from common import UserError, write_json
+from common import UserError
 from data.codecs import load_codec
 from data.codecs.caseops import CASE_OPERATORS, to_case_operators
 from data.prepare import Document

@@ -16,7 +16,7 @@ Another part is a row of PARTS and a function of a Job (job.py); parts at the en
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from common import CommandParser, UserError, choose_named, read_json, run_command
+from common import CommandParser, UserError, choose_named, existing, read_json, run_command
 from dev.gpu_battery.driver import FORMAT, RESULTS_NAME, BatteryPart, BatterySettings, run_battery
 from dev.gpu_battery.measurements import PAGE, enter
 from dev.gpu_battery.report import format_markdown, format_plain
@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=seconds, default=ALL_SECONDS, help="in all (%(default)s)")
     parser.add_argument("--parts", default="", metavar="A,B", help="of the table; default: all")
     parser.add_argument("--rehearse", action="store_true", help="in miniature, on a CPU")
-    parser.add_argument("--data", default="", metavar="FOLDER", help="a dataset for train_small")
-    parser.add_argument("--carried", default="", metavar="FOLDER", help="contest scripts (contest.py)")
+    parser.add_argument("--data", type=existing, metavar="FOLDER", help="a dataset for train_small")
+    parser.add_argument("--carried", type=existing, metavar="FOLDER", help="contest scripts (contest.py)")
     parser.add_argument("--no-ahead", action="store_true", help="compile nothing in the background")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a results.json as Markdown")
     parser.add_argument("--enter", type=Path, metavar="FILE", help="enter a results.json into the docs")
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{PAGE}: {found['card']}, {found['date']}, commit {found['commit']}")
         return 0
     parts = choose_parts(args.parts)
-    data, carried = (str(Path(name).resolve()) if name else "" for name in (args.data, args.carried))
+    data, carried = (str(path.resolve()) if path else "" for path in (args.data, args.carried))
     work = args.out.with_name(args.out.name + ".work")
     ahead = () if args.no_ahead else AHEAD
     settings = BatterySettings(args.out, work, args.seconds, args.rehearse, data, carried, ahead)

@@ -37,11 +37,14 @@ TINY = (
 )  # fmt: skip
 RECIPES = {
     "naive": (),
-    "qat": ("quant.qat_start=0.4", "quant.matrix_bits=6", "quant.method=gptq", "quant.calib_batches=2"),
+    "qat": (
+        "quant.qat_start=0.4", "quant.matrix_bits=6", "quant.scale_floor=0", "quant.method=gptq",
+        "quant.calib_batches=2",
+    ),
     "swa": ("average.swa_every=2", "average.swa_below=0.9"),
     "ema": ("average.ema_decay=0.9", "optim.grad_clip_norm=0.5"),
     "staged": ("schedule.stages=0:16:128:4:1:0,0.5:32:256:4:0.7:0.5",),
-}
+}  # fmt: skip
 
 
 class Reference(NamedTuple):
