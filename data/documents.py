@@ -4,13 +4,12 @@ Files pass through as streams, so they may be larger than memory.
 """
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError
+from common import UserError, parse_json
 
 INPUT_HELP = ".txt (one document a file), .jsonl, .jsonl.gz, .jsonl.zst (key text), .parquet (column text)"
 BATCH_BYTES = 4 << 20  # text encoded at once; the ids of a batch take about twenty times as much memory
@@ -95,12 +94,7 @@ def get_text(value: dict, place: str) -> str:
 
 def parse_object(line: bytes, place: str) -> dict:
     """Parse one line of JSON that holds an object."""
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error}). Expected one JSON object a line.") from error
+    value = parse_json(line, place, strict=False, advice="Expected one JSON object a line, as UTF-8.")
     if not isinstance(value, dict):
         found = type(value).__name__
         raise UserError(f'{place}: expected a JSON object with a string under "text", found {found}.')

@@ -6,7 +6,6 @@ docs_selected.jsonl, the text itself.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,16 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file, write_json
+from common import (
+    CommandParser,
+    UserError,
+    atomic_file,
+    parse_json,
+    read_json,
+    run_command,
+    sha256_file,
+    write_json,
+)
 from data.prepare import CONTEST_VAL_DOCS, DOCS_MANIFEST_NAME, DOCS_NAME
 from data.shards import MANIFEST_NAME, RECORD_NAME, read_shard
 from durable.lock import lock_folder
@@ -181,10 +189,7 @@ def is_intact(target: Path, item: Item, recorded: dict | None) -> bool:
 def fetch_manifest(hub: Hub) -> dict:
     """Fetch and parse the repository's manifest."""
     path = hub_fetch(hub, MANIFEST_NAME)
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{MANIFEST_NAME} of dataset {hub.repo_id}: not valid JSON ({error}).") from error
+    return parse_json(path.read_bytes(), f"{MANIFEST_NAME} of dataset {hub.repo_id}")
 
 
 def find_entry(manifest: dict, section: str, name: str) -> dict:
@@ -230,8 +235,8 @@ def local_path(artifact: str) -> str:
 def read_record(path: Path) -> dict:
     """Read what earlier runs wrote and checked; an unreadable record vouches for nothing."""
     try:
-        return json.loads(path.read_bytes())["files"]
-    except (FileNotFoundError, ValueError, KeyError):
+        return read_json(path)["files"]
+    except (UserError, KeyError, TypeError):
         return {}
 
 

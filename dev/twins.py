@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 import train_gpt
-from common import CommandParser, UserError, read_json, run_command
+from common import CommandParser, UserError, parse_json, read_json, run_command
 from data.builtin import collect_documents, describe_sources, fill_with_tokenizer, find_modules
 from data.prepare import Document
 from data.shards import VAL_GLOB, find_shards, read_manifest, read_shard
@@ -116,8 +116,9 @@ def train_twin(name: str, data: Path, out_dir: Path | str = "runs") -> dict:
     train_gpt.run(cfg, Environment({}))
     folder = Path(cfg.run.out_dir) / cfg.run.run_id
     result = read_json(folder / "result.json")
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = [event for event in map(json.loads, lines) if event["kind"] == "val"][-1]
+    metrics = folder / "metrics.jsonl"
+    events = [parse_json(line, metrics) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    last = [event for event in events if event["kind"] == "val"][-1]
     ranks = Ranks(Environment({}), "cpu")
     model, stored_cfg, header = load_artifact(folder / ARTIFACT_NAME, cfg, ranks.device)
     stored_loss = validate(model, stored_cfg, load_validation(cfg.data), ranks).val_loss

@@ -312,9 +312,9 @@ def test_zstd_files_with_a_long_window_are_read(tmp_path):
 BAD_FILES = [
     ("bad.txt", b"good\nline\n\xff", r"bad\.txt:3: not UTF-8"),
     ("bad.txt", b"", r"bad\.txt: expected documents, found none"),
-    ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.jsonl:2: not UTF-8"),
-    ("bad.jsonl", b'{"text": "a"}\n\n{"text": "a"\n', r"bad\.jsonl:3: not JSON"),
-    ("bad.jsonl", b"\xef\xbb\xbf{}\n", r"bad\.jsonl:1: not JSON"),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.jsonl:2: not valid JSON \(not UTF-8"),
+    ("bad.jsonl", b'{"text": "a"}\n\n{"text": "a"\n', r"bad\.jsonl:3: not valid JSON"),
+    ("bad.jsonl", b"\xef\xbb\xbf{}\n", r"bad\.jsonl:1: not valid JSON"),
     ("bad.jsonl", b'{"body": "a"}\n', r"bad\.jsonl:1: expected .* \"text\", found keys \['body'\]"),
     ("bad.jsonl", b'{"text": 7}\n', r"bad\.jsonl:1: expected .* \"text\""),
     ("bad.jsonl", b'["text"]\n', r"bad\.jsonl:1: expected .* found list"),
@@ -465,7 +465,7 @@ def test_a_run_that_fails_leaves_the_former_dataset_as_it_was(prepare, source, t
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (tmp_path / "bad.jsonl").write_bytes(b"bad\n")
     for arguments in (("--shard-tokens", 300), ()):
-        with pytest.raises(UserError, match="not JSON"):
+        with pytest.raises(UserError, match="not valid JSON"):
             prepare("--input", source, tmp_path / "bad.jsonl", "--val-docs", 60, *arguments)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     prepare("--input", source, "--val-docs", 60)
