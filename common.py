@@ -75,8 +75,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def at_least_one(text: str) -> int:
     """Read the value of an option that counts something; argparse adds the option's name to the error."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:  # 18 digits: what fits in 64 bits
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text[:40]!r}")
     return int(text)
 
 
