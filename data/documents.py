@@ -20,7 +20,7 @@ LONG_CHARS = 1 << 20  # a document from here on is a batch of its own, which may
 READ_BYTES = 1 << 17
 MAX_LINE_BYTES = 1 << 30
 LONG_LINE_BYTES = 1 << 20  # from here on a line is parsed so that it takes less memory
-PARQUET_ROWS = 64  # read at once
+PARQUET_ROWS = 64  # read at once, at most
 MANY_KEYS = 12  # in a message
 ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=27` to `--long=31` files need more than the default window
 
@@ -150,7 +150,7 @@ def read_txt(path: Path) -> Iterator[Document]:
 
 def name_keys(value: dict) -> str:
     """List the keys of an object for a message, a few of many."""
-    keys = sorted(value)
+    keys = sorted(key[:40] for key in value)
     return f"keys {keys[:MANY_KEYS]}" + (f" and {len(keys) - MANY_KEYS:,} more" if keys[MANY_KEYS:] else "")
 
 
@@ -301,21 +301,33 @@ def read_parquet(path: Path) -> Iterator[Document]:
         if names.count("text") != 1:
             raise UserError(f'{path}: expected a column "text", found {names[:MANY_KEYS]}.')
         check_column(table.schema_arrow.field("text").type, path)
-        number = 0
-        for group in range(table.num_row_groups):
-            rows = table.iter_batches(PARQUET_ROWS, [group], ["text"], use_threads=False)
-            try:
-                for batch in rows:
-                    for value in batch.column(0):
-                        number += 1
-                        yield Document(parse_cell(value, f"{path}:{number}"), f"{path}:{number}")
-            except broken as error:
-                if isinstance(error, UserError):
-                    raise
-                raise UserError(
-                    f"{path}: row group {group} is damaged, after row {number} ({error}). Copy or make the "
-                    "file again."
-                ) from error
+        waiting: list[Document] = []
+        for number, column in read_columns(table, path, broken):
+            yield from waiting  # only now has the library freed the columns that they come from
+            pyarrow.default_memory_pool().release_unused()
+            places = [f"{path}:{number + row}" for row in range(1, len(column) + 1)]
+            waiting = list(map(Document, map(parse_cell, column, places), places))
+            column = None
+        pyarrow.default_memory_pool().release_unused()
+        yield from waiting
+
+
+def read_columns(table, path: Path, broken: tuple) -> Iterator[tuple[int, Iterable]]:
+    """Yield the column `text` a few rows at a time, and how many rows were before; `broken` are errors."""
+    number = 0
+    for group in range(table.num_row_groups):
+        facts = table.metadata.row_group(group)
+        row_bytes = max(facts.total_byte_size // max(facts.num_rows, 1), 1)
+        num_rows = min(max(BATCH_BYTES // row_bytes, 1), PARQUET_ROWS)
+        try:
+            for batch in table.iter_batches(num_rows, [group], ["text"], use_threads=False):
+                yield number, batch.column(0)
+                number += len(batch)
+        except broken as error:
+            raise UserError(
+                f"{path}: row group {group} is damaged, after row {number} ({error}). Copy or make the file "
+                "again."
+            ) from error
 
 
 def check_column(kind, path: Path) -> None:

@@ -231,4 +231,4 @@ def beside_spaces(rules: bytes) -> tuple[set[str], set[str]]:
         afters |= set(values[exists[last == space].any(axis=0)].tolist())
         if exists.any():
             waiting.append((children[exists], np.broadcast_to(values, children.shape)[exists]))
-    return {chr(byte) for byte in befores if byte < 0x80}, {chr(byte) for byte in afters if byte < 0x80}
+    return {chr(byte) for byte in befores if 0 < byte < 0x80}, {chr(byte) for byte in afters if byte < 0x80}
