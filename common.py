@@ -5,7 +5,9 @@ import difflib
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -91,8 +93,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def at_least_one(text: str) -> int:
     """Read the value of an option that counts something; argparse adds the option's name to the error."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:  # 18 digits: what fits in 64 bits
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text[:40]!r}")
     return int(text)
 
 
@@ -215,15 +217,62 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: str | Path):
-    """Read a JSON file; raises a UserError where it is missing or broken."""
+def object_of(pairs: list[tuple]) -> dict:
+    """Build a JSON object; a key that occurs twice is an error, or one of its values would be lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice[:40]!r} occurs twice in one object")
+    return value
+
+
+def finite(digits: str) -> float:
+    """Read a JSON number with a point or an exponent; "NaN", "Infinity" and 1e999 are errors."""
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:40]} is no finite number")
+    return number
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=object_of, parse_float=finite, parse_constant=finite)
+LENIENT_JSON = json.JSONDecoder(object_pairs_hook=object_of)
+MAYBE_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate, paired or not
+
+
+def parse_json(
+    text: str | bytes, place: str | Path, *, strict: bool = True, advice: str = "Copy or make it again."
+):
+    """Parse JSON; whatever it cannot be read as is a UserError that names the place and gives the advice.
+
+    Strict: numbers must be finite and strings such that UTF-8 can express them. Always refused are broken
+    syntax, a key twice in one object, nesting too deep and numbers too long for Python.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = text if isinstance(text, str) else str(text, "utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError("it begins with a byte order mark: save it as UTF-8 without one")
+        value = (STRICT_JSON if strict else LENIENT_JSON).decode(text)
+        if strict and MAYBE_HALF_PAIR.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeError as error:
+        what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "half of a surrogate pair"
+        raise UserError(f"{place}: not valid JSON ({what}: {error.reason}). {advice}") from error
+    except RecursionError as error:
+        raise UserError(f"{place}: not valid JSON (nested too deep). {advice}") from error
+    except ValueError as error:
+        why = str(error).partition("; use sys.")[0]  # of a number of thousands of digits
+        raise UserError(f"{place}: not valid JSON ({why}). {advice}") from error
+
+
+def read_json(path: str | Path, **how):
+    """Read a JSON file as `parse_json` does; raises a UserError where it is missing or unreadable, too."""
+    try:
+        text = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Make it again.") from error
-
-
-def parse_json(text, place):
-    return json.loads(text)
+    except (OSError, ValueError) as error:  # a folder, no permission, a name that no file can have
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: expected a JSON file, cannot read it ({why}). Name another one.") from error
+    return parse_json(text, path, **how)

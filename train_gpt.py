@@ -54,6 +54,7 @@ from common import (
     UserError,
     append_text,
     atomic_file,
+    parse_json,
     run_command,
     sha256_file,
     split_numbers,
@@ -2771,7 +2772,7 @@ def restore(training: Training, found: FoundCheckpoint) -> None:
     """Continue from a checkpoint of the same recipe, seed and data, on any number of ranks."""
     check_identity(found.path, found.facts, training.identity)
     training.load_state_dict(map_leaves(found.state, np.ndarray, torch.from_numpy))
-    training.resumed_at = [*json.loads(found.facts["resumed_at"]), training.step]
+    training.resumed_at = [*parse_json(found.facts["resumed_at"], found.path), training.step]
     training.saved_at = training.step
 
 
@@ -3000,7 +3001,7 @@ def weigh_code(folder: Path) -> tuple[int, str]:
     if result.returncode != 0:
         said = f" says\n{result.stderr.strip()}" if result.stderr else " failed, see above"
         raise UserError(f"packing the source failed: `{' '.join(command[1:])}`{said}")
-    left_out = json.loads(result.stdout)["steps_left_out"]
+    left_out = parse_json(result.stdout, "python -m pack --json")["steps_left_out"]
     note = f"code_packing: left out {', '.join(left_out)}; the size is that of the file as written"
     return target.stat().st_size, note if left_out else ""
 
@@ -3510,7 +3511,7 @@ def plan_resumed(args, environment: Environment, known: Path | None) -> tuple[Co
 
 def places_of(found: FoundCheckpoint) -> dict[str, str]:
     """Return where a checkpoint's run had its data; relative paths count from its folder, or from here."""
-    places, origin = json.loads(found.facts["places"]), Path(found.facts["working_folder"])
+    places, origin = parse_json(found.facts["places"], found.path), Path(found.facts["working_folder"])
     paths = {name: path for name, path in places.items() if name.startswith("data.")}
     return places | {name: str(origin / path) for name, path in paths.items() if not Path(path).exists()}
 

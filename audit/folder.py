@@ -1,6 +1,5 @@
 """Read an untrusted record folder: bounded in files, bytes and depth; links are named and never followed."""
 
-import json
 import os
 import re
 import stat
@@ -8,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from common import UserError
+from common import UserError, parse_json
 from eval.logs import RunLog, parse_log
 
 MAX_FILES = 500
@@ -136,9 +135,9 @@ def read_submission(folder: SubmissionFolder) -> tuple[dict | None, str]:
     if not names:
         return None, "no submission.json"
     try:
-        facts = json.loads(folder.text(names[0]))
-    except (ValueError, RecursionError) as error:
-        return None, f"{names[0]} is no JSON: {str(error)[:80]}"
+        facts = parse_json(folder.text(names[0]), names[0])
+    except UserError as error:
+        return None, str(error)
     return (facts, "") if isinstance(facts, dict) else (None, f"{names[0]} holds no JSON object")
 
 

@@ -5,13 +5,13 @@ text says where in the text it is, so that costs can be compared between runs wh
 """
 
 import contextlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from audit.checks import Finding
+from common import parse_json
 
 RUN_TOKENS = 12  # with two nats a token, nowhere else in 2048 tokens
 MAX_FILE = 200_000_000  # bytes
@@ -43,8 +43,8 @@ def read_losses(folder: Path, tokens: np.ndarray) -> Losses:
         return Losses(costs, rows, 0)
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            with contextlib.suppress(ValueError, TypeError, IndexError, RecursionError, OverflowError):
-                learns, called, charged, logs = json.loads(line)
+            with contextlib.suppress(ValueError, TypeError, IndexError, OverflowError):
+                learns, called, charged, logs = parse_json(line, path, strict=False)
                 for index, place in locate(called, targets, places):
                     if learns:
                         num_learned += 1

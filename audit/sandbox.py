@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from audit.probes import Event
-from common import UserError
+from common import UserError, parse_json
 
 HERE = Path(__file__).resolve().parent
 INSIDE = ("inside.py", "shims.py")
@@ -290,8 +290,8 @@ def read_trace(folder: Path) -> list[list]:
         return rows
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file.read(MAX_OUTPUT).splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
+            with contextlib.suppress(UserError):
+                row = parse_json(line, path, strict=False)
                 if isinstance(row, list) and len(row) == 4 and all(isinstance(part, str) for part in row[1:]):
                     rows.append(row)
     return rows
@@ -353,8 +353,8 @@ class Server:
             self.rest += data
         line, _, self.rest = self.rest.partition(b"\n")
         try:
-            answer = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            answer = parse_json(line, "the program's scorer", strict=False)
+        except UserError as error:
             raise UserError(f"the program's scorer answered no JSON: {line[:80]!r}") from error
         return answer if isinstance(answer, dict) else {}
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common import CommandParser, UserError, at_least_one, run_command, sha256_file, write_json
 from data.codecs import TokenCodec, load_codec
-from data.documents import Document
+from data.documents import Document, check_output
 from data.prepare import fill_dataset, print_table
 from data.shards import READY_NAME, REPORT_NAME, read_manifest
 from data.staging import staged
@@ -140,7 +140,8 @@ def parse_module(module: Module) -> list[Chapter]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
             tree = ast.parse(module.path.read_bytes())
-    except (SyntaxError, ValueError):  # templates and files of other Python versions are no loss
+    # Templates, files of other Python versions, broken links and sources nested too deep are no loss.
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
         return []
     if module.name == TOPICS_MODULE:
         return parse_topics(module, tree)
@@ -288,10 +289,13 @@ def describe_sources(vocab_size: int) -> dict:
 
 def is_complete(out: Path, manifest: dict) -> bool:
     """Tell whether the files of a dataset are there: shards and tokenizer byte for byte, and its report."""
-    entries = [*manifest["train"]["shards"], *manifest["val"]["shards"], manifest["tokenizer"]]
+    try:
+        entries = [*manifest["train"]["shards"], *manifest["val"]["shards"], manifest["tokenizer"]]
+        files = {entry["file"]: entry["sha256"] for entry in entries}
+    except (KeyError, TypeError):
+        return False
     return (out / REPORT_NAME).is_file() and all(
-        (out / entry["file"]).is_file() and sha256_file(out / entry["file"]) == entry["sha256"]
-        for entry in entries
+        (out / name).is_file() and sha256_file(out / name) == stated for name, stated in files.items()
     )
 
 
@@ -359,6 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", required=True, metavar="DIR", help="folder for shards, tokenizer and manifest")
     add("--vocab-size", type=at_least_one, default=1024, metavar="N", help=entries)
     options = parser.parse_args(argv)
+    check_output(options.out, [])
     start = time.perf_counter()
     if build(options.out, options.vocab_size):
         print_table(options.out, read_manifest(options.out))

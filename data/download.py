@@ -6,7 +6,6 @@ docs_selected.jsonl, the text itself.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -16,8 +15,18 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file, write_json
-from data.prepare import CONTEST_VAL_DOCS, DOCS_MANIFEST_NAME, DOCS_NAME
+from common import (
+    CommandParser,
+    UserError,
+    atomic_file,
+    parse_json,
+    read_json,
+    run_command,
+    sha256_file,
+    write_json,
+)
+from data.documents import check_output
+from data.prepare import CONTEST_VAL_DOCS, DOCS_MANIFEST_NAME, DOCS_NAME, MAX_SHARDS
 from data.shards import MANIFEST_NAME, RECORD_NAME, read_shard
 from durable.lock import lock_folder
 
@@ -181,10 +190,7 @@ def is_intact(target: Path, item: Item, recorded: dict | None) -> bool:
 def fetch_manifest(hub: Hub) -> dict:
     """Fetch and parse the repository's manifest."""
     path = hub_fetch(hub, MANIFEST_NAME)
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{MANIFEST_NAME} of dataset {hub.repo_id}: not valid JSON ({error}).") from error
+    return parse_json(path.read_bytes(), f"{MANIFEST_NAME} of dataset {hub.repo_id}")
 
 
 def find_entry(manifest: dict, section: str, name: str) -> dict:
@@ -208,6 +214,8 @@ def plan_items(
             f"Choose --train-shards from 0 to {num_published}."
         )
     num_val = int(stats["files_val"])
+    if not 0 < num_val <= MAX_SHARDS:
+        raise UserError(f"{dataset_name}: expected 1 to {MAX_SHARDS:,} validation shards, found {num_val:,}.")
     counts = {"val": num_val, "val_bytes": num_val if has_sidecars else 0, "train": num_train_shards}
     folder = f"datasets/{dataset_name}"
     names = [f"{folder}/fineweb_{split}_{i:06d}.bin" for split, n in counts.items() for i in range(n)]
@@ -222,7 +230,7 @@ def plan_items(
 def local_path(artifact: str) -> str:
     """Place a tokenizer file of the manifest in tokenizers/; raise for a path that would lead out of it."""
     parts = PurePosixPath(artifact).parts
-    if not parts or parts[0] == "/" or ".." in parts:
+    if not parts or parts[0] == "/" or ".." in parts or not artifact.isprintable():
         raise UserError(f"{artifact!r}: the manifest's tokenizer path leads out of the data folder.")
     return str(PurePosixPath("tokenizers", *parts[parts[0] == "tokenizers" :]))
 
@@ -230,8 +238,9 @@ def local_path(artifact: str) -> str:
 def read_record(path: Path) -> dict:
     """Read what earlier runs wrote and checked; an unreadable record vouches for nothing."""
     try:
-        return json.loads(path.read_bytes())["files"]
-    except (FileNotFoundError, ValueError, KeyError):
+        rows = read_json(path)["files"].items()
+        return {name: {key: row[key] for key in ("bytes", "sha256")} for name, row in rows}
+    except (UserError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -278,6 +287,8 @@ class Download:
 
 def check_docs(docs: Path, stated: dict) -> None:
     """Raise unless the text is the one that its own description names, with the official validation."""
+    if not isinstance(stated, dict):
+        raise UserError(f"{DOCS_MANIFEST_NAME}: expected a JSON object. Delete it and run this again.")
     found = {"docs_sha256": sha256_file(docs), "docs_val": CONTEST_VAL_DOCS}
     for key, value in found.items():
         if stated.get(key) != value:
@@ -296,8 +307,13 @@ def download(
     manifest = fetch_manifest(hub)
     try:
         items = plan_items(manifest, dataset_name, num_train_shards, source.has_sidecars)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{MANIFEST_NAME} of dataset {hub.repo_id}: unknown layout ({error!r}).") from error
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{MANIFEST_NAME} of dataset {hub.repo_id}: unknown layout ({error!r:.80}). Name another dataset "
+            "by MATCHED_FINEWEB_REPO_ID."
+        ) from error
     docs = [DOCS_NAME, DOCS_MANIFEST_NAME] if with_docs else []
     items += [Item(name, name, False) for name in docs]
     with lock_folder(out / "datasets" / dataset_name):
@@ -330,6 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--train-shards", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N", help=shards)
     add("--out", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
     options = parser.parse_args(argv)
+    check_output(options.out, [])
     source = find_source(options.variant)
     hub = hub_from_environment(source.repo_id)
     wanted = options.variant, options.train_shards, options.out, options.with_docs

@@ -15,6 +15,7 @@ shard without row_len + 1 tokens has no window. Other row lengths need another d
 ends the epoch, so no token is read twice in one.
 """
 
+import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
@@ -58,6 +59,13 @@ class TokenLoader:
         check_stated_shards(self.files, "train")
         for path, shard in zip(self.files, self.shards):
             check_token_ids(shard[:EDGE_TOKENS], cfg.vocab_size, path)
+        if not any((shard[:EDGE_TOKENS] == cfg.bos_id).any() for shard in self.shards):
+            print(
+                f"warning: {pattern}: no BOS ({cfg.bos_id}) at the starts of its shards: "
+                "documents cannot be told apart, so the model sees across their borders. Make the data with "
+                "`python -m data.prepare`.",
+                file=sys.stderr,
+            )
         self.sizes = [shard.size for shard in self.shards]
         self.epoch = self.position = 0
         if sum(self.sizes) == 0:

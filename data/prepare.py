@@ -20,20 +20,41 @@ from tqdm import tqdm
 
 from common import CommandParser, UserError, at_least_one, atomic_file, run_command, sha256_file
 from data.codecs import TokenCodec, load_codec
-from data.documents import INPUT_HELP, Document, batched, check_inputs, read_documents
+from data.documents import (
+    INPUT_HELP,
+    LONG_CHARS,
+    Document,
+    batched,
+    check_inputs,
+    check_output,
+    check_unchanged,
+    read_documents,
+    snapshot,
+)
+from data.seams import NOTED_CHARS, cut, encode_parts, find_seam, note_whole
 from data.selection import add_selection_options, build_selection
-from data.shards import ALL_SHARDS_GLOB, MANIFEST_NAME, read_manifest, write_shard
+from data.shards import (
+    ALL_SHARDS_GLOB,
+    MANIFEST_NAME,
+    narrow,
+    read_manifest,
+    write_narrow,
+)
 from data.staging import staged
 from durable.seals import write_sealed
 
 MANIFEST_FORMAT = 1
 SHARD_TOKENS = 100_000_000  # the contest's shard length
+PARTS_AT_ONCE = 8  # of a long document, in one batch
 NUM_AHEAD = 2  # batches in work: one is encoded by the library's threads while Python lays out the other
 MIN_VAL_DOCUMENTS = 50
 VAL_FRAC = 0.01
 DOCS_NAME = "docs_selected.jsonl"  # the contest's text: its first documents are the validation set
 DOCS_MANIFEST_NAME = "docs_selected.source_manifest.json"
 CONTEST_VAL_DOCS = 50_000
+MAX_SHARDS = 10_000
+MAX_THREADS = 256
+MAX_SHARD_TOKENS = 2**31 - 1  # a shard's header holds no larger number
 SIDECAR_SPLIT = "val_bytes"  # the contest's name: fineweb_val_bytes_000000.bin
 
 
@@ -46,14 +67,23 @@ class ShardWriter:
     def __init__(self, out: Path, split: str, shard_tokens: int, vocab_size: int):
         self.out, self.split, self.shard_tokens, self.vocab_size = out, split, shard_tokens, vocab_size
         self.shards: list[dict] = []
-        self.waiting: list[np.ndarray] = []
+        self.waiting: list[np.ndarray] = []  # of the shard's own width: a shard of them is held in memory
         self.num_waiting = 0
+
+    def next_path(self) -> Path:
+        """Name the shard that is being filled; raise where there are too many for their names to sort."""
+        if len(self.shards) >= MAX_SHARDS:
+            raise UserError(
+                f"{self.out}: expected at most {MAX_SHARDS:,} shards, found more text than they hold. Give "
+                f"--shard-tokens more than {self.shard_tokens:,}."
+            )
+        return self.out / f"fineweb_{self.split}_{len(self.shards):06d}.bin"
 
     def add(self, ids: np.ndarray) -> None:
         """Take (N,) ids; write every shard that they fill."""
         while ids.size:
             part, ids = np.split(ids, [self.shard_tokens - self.num_waiting])
-            self.waiting.append(part)
+            self.waiting.append(narrow(part, self.vocab_size, self.next_path()))
             self.num_waiting += part.size
             if self.num_waiting == self.shard_tokens:
                 self.flush()
@@ -62,8 +92,8 @@ class ShardWriter:
         """Write what is waiting as the next shard, if anything is."""
         if not self.num_waiting:
             return
-        path = self.out / f"fineweb_{self.split}_{len(self.shards):06d}.bin"
-        write_shard(path, np.concatenate(self.waiting), self.vocab_size)
+        path = self.next_path()
+        write_narrow(path, self.waiting)
         entry = {"file": path.name, "tokens": self.num_waiting, "bytes": path.stat().st_size}
         self.shards.append(entry | {"sha256": sha256_file(path)})
         self.waiting, self.num_waiting = [], 0
@@ -137,12 +167,41 @@ def encode_for_sidecar(codec: TokenCodec, batch: list[Document]) -> tuple[np.nda
     return np.concatenate(documents), np.concatenate(sizes)
 
 
-def encode_ahead(batches: Iterable[list[Document]], encode: Callable) -> Iterator[tuple]:
-    """Yield each batch with its ids and sizes, in order, while the next ones are encoded."""
+def plan_jobs(
+    codec: TokenCodec, documents: Iterable[Document], num_threads: int, with_bytes: bool
+) -> Iterator[tuple[list[Document], Callable]]:
+    """Yield documents and what encodes them, in order; a long one has several jobs and ends with the last."""
+    whole = partial(encode_documents, codec, num_threads)
+    encode = partial(encode_for_sidecar, codec) if with_bytes else whole
+    for batch in batched(documents):
+        text = batch[0].text
+        seam = find_seam(codec.kind, codec.path) if len(text) >= LONG_CHARS else None
+        parts = cut(text, seam)
+        if seam is None or len(group := list(itertools.islice(parts, PARTS_AT_ONCE))) == 1:
+            if len(text) >= NOTED_CHARS:
+                note_whole(batch[0].place, len(text), codec.kind)
+            yield batch, partial(encode, batch)
+            continue
+        is_start = True
+        while group:
+            following = list(itertools.islice(parts, PARTS_AT_ONCE))
+            done = [] if following else batch
+            yield done, partial(encode_parts, codec, num_threads, with_bytes, group, is_start)
+            group, is_start = following, False
+
+
+def encode_ahead(
+    codec: TokenCodec, documents: Iterable[Document], num_threads: int, with_bytes: bool = False
+) -> Iterator[tuple[list[Document], np.ndarray, np.ndarray]]:
+    """Yield (documents, ids, sizes) in order, while the next ones are encoded: BOS before each document.
+
+    Of a long document the ids and sizes come in several such rows, of which only the last holds it.
+    with_bytes: sizes are the codec's exact count, for its sidecar.
+    """
     waiting = deque()
     with ThreadPoolExecutor(NUM_AHEAD) as pool:
-        for batch in batches:
-            waiting.append((batch, pool.submit(encode, batch)))
+        for batch, encode in plan_jobs(codec, documents, num_threads, with_bytes):
+            waiting.append((batch, pool.submit(encode)))
             if len(waiting) > NUM_AHEAD:
                 batch, encoded = waiting.popleft()
                 yield batch, *encoded.result()
@@ -162,9 +221,8 @@ def write_split(
     `sidecar` writes the bytes of each token, as shards of the same lengths.
     """
     counts = {"documents": [0, 0], "tokens": 0, "raw_bytes": 0, "token_bytes": 0}
-    encode = partial(encode_for_sidecar, codec) if sidecar else partial(encode_documents, codec, num_threads)
     with tqdm(desc=writer.split, unit="B", unit_scale=True, mininterval=1.0) as progress:
-        for batch, ids, sizes in encode_ahead(batched(documents), encode):
+        for batch, ids, sizes in encode_ahead(codec, documents, num_threads, sidecar is not None):
             writer.add(ids)
             if sidecar:
                 sidecar.add(sizes)
@@ -229,7 +287,7 @@ def fill_dataset(
     `val` is read to its end before `train` starts, so both may come from one stream. With split
     "first_documents" train's document numbers continue where val's end, otherwise both count from 0.
     """
-    num_threads = num_threads or os.cpu_count()
+    num_threads = min(num_threads or os.cpu_count(), MAX_THREADS)
     overlap = Overlap()
     writers = [ShardWriter(out, name, shard_tokens, codec.vocab_size) for name in ("val", "train")]
     sidecar = ShardWriter(out, SIDECAR_SPLIT, shard_tokens, 1 << 16) if codec.needs_sidecar else None
@@ -348,6 +406,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_selection_options(parser)
     parser.add_argument("--val-filter", "--val-order", dest="val_selection", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.shard_tokens > MAX_SHARD_TOKENS:
+        parser.error(f"argument --shard-tokens: expected at most {MAX_SHARD_TOKENS:,}")
     if options.val_selection:
         raise UserError(
             "validation documents are scored whole and in their order, or the score compares with no other: "
@@ -359,8 +419,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     options = parse_arguments(argv)
+    files = options.input + (options.val_input or [])
+    check_inputs(files)
+    check_output(options.out, files)
     codec = load_codec(options.tokenizer)
-    check_inputs(options.input + (options.val_input or []))
     note_other_validation(options)
     with staged(options.out) as staging:  # from here on, so that a second writer is refused before it reads
         check_folder(Path(options.out), codec.digest)
@@ -370,6 +432,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(options: argparse.Namespace, codec: TokenCodec, staging: Path) -> dict:
     """Do what the options say in an empty folder; returns the manifest."""
+    files = snapshot(options.input + (options.val_input or []))
     sources = {"input": describe_files(options.input)}
     train = read_documents(options.input)
     if options.val_input:
@@ -381,7 +444,9 @@ def prepare(options: argparse.Namespace, codec: TokenCodec, staging: Path) -> di
     selection = build_selection(options)
     sources["train_selection"] = selection.facts
     sizes = {"shard_tokens": options.shard_tokens, "num_threads": options.num_threads}
-    return fill_dataset(staging, codec, selection.apply(train), val, sources, split=split, **sizes)
+    manifest = fill_dataset(staging, codec, selection.apply(train), val, sources, split=split, **sizes)
+    check_unchanged(files)
+    return manifest
 
 
 if __name__ == "__main__":

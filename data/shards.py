@@ -34,18 +34,28 @@ def shard_version(vocab_size: int) -> int:
 
 def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int = 65_536) -> None:
     """Write (N,) token ids below vocab_size as one shard, whole or not at all."""
-    tokens = np.asarray(tokens)
+    write_narrow(path, [narrow(np.asarray(tokens), vocab_size, path)])
+
+
+def narrow(tokens: np.ndarray, vocab_size: int, path: str | Path) -> np.ndarray:
+    """Return (N,) token ids as a shard stores them; raise, naming the shard, for one beyond vocab_size."""
     if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
         raise UserError(
             f"{path}: token ids must be in [0, {vocab_size - 1}] for a vocabulary of {vocab_size:,}, "
             f"found [{tokens.min()}, {tokens.max()}]. Write them with the tokenizer that made them."
         )
-    version = shard_version(vocab_size)
+    return tokens.astype(SHARD_DTYPES[shard_version(vocab_size)], order="C")
+
+
+def write_narrow(path: str | Path, parts: list[np.ndarray]) -> None:
+    """Write what `narrow` returned, one or more, as one shard."""
+    version = next(version for version, dtype in SHARD_DTYPES.items() if dtype == parts[0].dtype)
     header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, version, tokens.size
+    header[:3] = SHARD_MAGIC, version, sum(part.size for part in parts)
     with atomic_file(path) as file:
         file.write(header.tobytes())
-        file.write(tokens.astype(SHARD_DTYPES[version], copy=False).tobytes())
+        for part in parts:
+            file.write(part.data)
 
 
 def read_shard(path: str | Path) -> np.ndarray:

@@ -7,7 +7,7 @@ import os
 from common import CommandParser, UserError, at_least_one, run_command, write_json
 from data.assets import ASSETS, FOLDER, build_assets
 from data.codecs import load_codec
-from data.documents import INPUT_HELP, check_inputs, read_documents
+from data.documents import INPUT_HELP, check_inputs, check_output, read_documents
 from data.selection import add_selection_options, build_selection
 from data.train_tokenizer import TRAINERS, train_tokenizer
 from data.verify import compare_codec, verify_codec
@@ -143,6 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = make_parser().parse_args(argv)
     check_inputs(options.input)
+    if out := vars(options).get("out"):
+        named = vars(options).get("tokenizer", [])
+        check_output(out, [*options.input, *([named] if isinstance(named, str) else named)])
     return options.run(options)
 
 

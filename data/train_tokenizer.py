@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, atomic_file
+from common import UserError, atomic_file, parse_json
 from data.codecs import load_codec
 from data.codecs.bese import (
     BESE_TYPE,
@@ -230,9 +230,9 @@ def train_super_bpe(texts: list[str], vocab_size: int, transition: int = 0) -> b
         show_progress=False,
     )
     second.train_from_iterator(stand_ins(tokenizer, texts), trainer)
-    content = json.loads(tokenizer.to_str())
+    content = parse_json(tokenizer.to_str(), "trained tokenizer")
     vocab, merges = content["model"]["vocab"], content["model"]["merges"]
-    for pair in json.loads(second.to_str())["model"]["merges"]:
+    for pair in parse_json(second.to_str(), "trained merges")["model"]["merges"]:
         if len(vocab) == vocab_size:
             break
         left, right = ("".join(names[ord(char) - FIRST_STAND_IN] for char in side) for side in pair)

@@ -89,6 +89,11 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
         token_bytes = np.concatenate(sidecars).astype(np.int32)
     else:
         token_bytes = codec.token_bytes(tokens)
+    if not token_bytes[1:].any():
+        raise UserError(
+            f"{pattern}: expected tokens that stand for text, found {tokens.size:,} of no bytes, as BOS is. "
+            "A score in bits per byte needs bytes; make the data again."
+        )
     stated = manifest.get("val", {})
     expected = [shard["file"] for shard in stated.get("shards", [])]
     is_whole = expected == [path.name for path in files]

@@ -26,7 +26,7 @@ from audit.folder import SubmissionFolder, Track
 from audit.program import read_program, third_party_imports
 from audit.report import STATUS, as_json
 from audit.table import CHECKS
-from common import CommandParser, UserError, run_command, sha256_file, write_json
+from common import CommandParser, UserError, parse_json, run_command, sha256_file, write_json
 from eval.logs import RunLog
 from eval.stats import Sample, SeedScore, compare, read_scores, summarize
 from formats.recipe import config_fields, config_value
@@ -140,7 +140,8 @@ def audit_deep(folder: Path, run: Run) -> list[list[dict]]:
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if child.returncode not in STATUS.values():
             raise UserError(f"`python -m audit` ended with status {child.returncode}: see above.")
-        reports.append([check for check in json.loads(child.stdout)["checks"] if check["id"] in asked])
+        report = parse_json(child.stdout, "python -m audit --json")
+        reports.append([check for check in report["checks"] if check["id"] in asked])
     return reports
 
 

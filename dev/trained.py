@@ -1,10 +1,9 @@
 """Trained weights for the tools: those of a run folder's last checkpoint, or what an artifact stands for."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError
+from common import UserError, parse_json
 from data.validation import ValidationText
 from formats.checkpoints import read_newest
 from formats.recipe import read_recipe, with_values
@@ -43,7 +42,7 @@ def open_checkpoint(folder: Path, ranks: Ranks) -> Trained:
             f"{folder}: no float weights: the artifact alone does not tell what quantization costs. "
             f"Train with run.save_every=N, N a number of steps: the last checkpoint stays in the run folder."
         )
-    cfg = live_settings(json.loads(found.facts["places"]))
+    cfg = live_settings(parse_json(found.facts["places"], found.path))
     stated = read_recipe(folder / "recipe.toml").items()
     recipe = {key: value for key, value in stated if key[:4] != "run." or key == "run.seed"}
     cfg = with_values(cfg, recipe, str(folder / "recipe.toml"))

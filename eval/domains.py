@@ -5,7 +5,6 @@ or alone in its batch: there is no padding, so none can be counted.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +12,8 @@ import numpy as np
 
 from common import UserError, format_table
 from data.codecs import TokenCodec
-from data.documents import Document, batched, check_inputs, read_documents, read_jsonl, require_utf8
-from data.prepare import encode_documents, encode_for_sidecar
+from data.documents import Document, check_inputs, read_documents, read_jsonl, require_utf8
+from data.prepare import encode_ahead
 from scoring.adaptive import plan_document_windows, plan_documents
 from scoring.bpb import BpbMeter
 from scoring.sliding import Logits, ScoreOptions, score_windows
@@ -79,11 +78,10 @@ def layout_text(value: dict, place: str) -> str:
 
 def read_domain(name: str, path: Path, codec: TokenCodec) -> Domain:
     """Encode a domain's file with a model's tokenizer."""
-    encode = encode_for_sidecar if codec.needs_sidecar else partial(encode_documents, num_threads=1)
     parts, num_documents = [], 0
-    for batch in batched(domain_documents(path)):
+    for batch, *encoded in encode_ahead(codec, domain_documents(path), 1, codec.needs_sidecar):
         num_documents += len(batch)
-        parts.append(encode(codec, batch=batch))
+        parts.append(encoded)
     if not parts:
         raise UserError(f"{path}: expected documents, found none.")
     ids, sizes = (np.concatenate(part) for part in zip(*parts))

@@ -12,7 +12,6 @@ A saved folder has config.json (the recipe), model.safetensors (weights by name)
 (loss curves), the tokenizer's files and, where asked for, optimizer.safetensors. Nothing in it runs code.
 """
 
-import json
 import re
 import shutil
 import tempfile
@@ -24,7 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import CommandParser, UserError, atomic_file, read_json, run_command, sha256_file, write_json
+from common import (
+    CommandParser,
+    UserError,
+    atomic_file,
+    parse_json,
+    read_json,
+    run_command,
+    sha256_file,
+    write_json,
+)
 from data.download import first_line
 from durable.seals import check_digest, write_sealed
 from eval.decode import decoding
@@ -131,7 +139,7 @@ def open_checkpoint(path: Path) -> ModelSource:
     state, facts = read_state(path)
     if not path.with_name("recipe.toml").is_file():
         raise UserError(f"{path}: expected recipe.toml beside it, found none. Copy it from the run folder.")
-    cfg = with_values(run_settings(path.parent), json.loads(facts["places"]), str(path))
+    cfg = with_values(run_settings(path.parent), parse_json(facts["places"], path), str(path))
     if facts.get("config_hash") != config_hash(cfg):
         raise UserError(
             f"{path}: expected a checkpoint of recipe {config_hash(cfg)}, that of recipe.toml beside it, "

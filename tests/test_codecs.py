@@ -138,7 +138,7 @@ def test_bad_input_keeps_its_own_message_in_training(tmp_path):
     """The reader's error names file and line; SentencePiece must not wrap it."""
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "good"}\nbad\n')
-    with pytest.raises(UserError, match=r"^\S*bad.jsonl:2: not JSON"):
+    with pytest.raises(UserError, match=r"^\S*bad.jsonl:2: not valid JSON"):
         data.tokenizer.main(["train", "--input", str(path), "--out", str(tmp_path / "x.model")])
 
 

@@ -11,7 +11,7 @@ import pytest
 from fixtures_model import ROOT
 
 import common
-from common import UserError, append_text, atomic_file
+from common import UserError, append_text, atomic_file, parse_json, read_json
 
 
 @pytest.mark.parametrize("last", ["print('x' * 100_000)", "sys.stdout.write('y' * 10)"])
@@ -126,3 +126,50 @@ def test_an_append_that_fails_half_way_leaves_the_file_as_it_was(tmp_path, monke
     assert path.read_bytes() == b'{"step": 1}\n'
     append_text(path, "next\n")
     assert path.read_bytes() == b'{"step": 1}\nnext\n'
+
+
+# ---- JSON -------------------------------------------------------------------------------------------
+
+BAD_JSON = {
+    "nothing": (b"", "Expecting value"),
+    "cut off": (b'{"a": [1, 2', "delimiter"),
+    "two values": (b"{} {}", "Extra data"),
+    "bytes that are not UTF-8": (b'"\xff"', "not UTF-8"),
+    "UTF-16": ("{}".encode("utf-16"), "not UTF-8"),
+    "a byte order mark": (b"\xef\xbb\xbf{}", "byte order mark"),
+    "deep lists": (b"[" * 100_000, "nested too deep"),
+    "deep objects": (b'{"a":' * 100_000, "nested too deep"),
+    "a number of 5,000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
+    "a key twice": (b'{"text": "a", "text": "b"}', "'text' occurs twice"),
+    "NaN": (b"[NaN]", "NaN is no finite number"),
+    "infinity": (b"[-Infinity]", "-Infinity is no finite"),
+    "a number beyond every float": (b"[1e999]", "1e999 is no finite"),
+    "half of a surrogate pair": (b'["\\ud800"]', "half of a surrogate pair"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_json_that_cannot_be_read_names_its_place_and_the_cause(tmp_path, name):
+    """The library raises three kinds of errors, and takes numbers and keys that it cannot keep."""
+    content, cause = BAD_JSON[name]
+    (tmp_path / "a.json").write_bytes(content)
+    for read in (read_json, lambda path: parse_json(path.read_bytes(), path)):
+        with pytest.raises(UserError, match=cause) as found:
+            read(tmp_path / "a.json")
+        assert str(found.value).startswith(f"{tmp_path / 'a.json'}: not valid JSON")
+
+
+def test_strangers_lines_may_hold_what_is_not_used_of_them():
+    """Programs write NaN as Python's library does; a key twice or broken syntax loses text."""
+    assert parse_json('{"a": Infinity, "b": "\\ud800"}', "x", strict=False)["a"] == float("inf")
+    assert parse_json('["\\ud83d\\ude00"]', "x") == ["\U0001f600"]
+    for text in ('{"a": 1, "a": 2}', "[" * 100_000, "9" * 5000):
+        with pytest.raises(UserError):
+            parse_json(text, "x", strict=False)
+
+
+@pytest.mark.parametrize("name", ["", "none.json", "\0", "x" * 300])
+def test_what_is_no_readable_file_is_one_sentence(tmp_path, name):
+    """A folder, nothing, and names that no file can have."""
+    with pytest.raises(UserError, match=r"no such file|cannot read it"):
+        read_json(tmp_path / name)

@@ -41,6 +41,20 @@ WITHOUT_TORCH = (
 FUNCTION_LINES = 60
 LONG_FUNCTION_LINES = 90
 ALLOWED_LONG = {("train_gpt.py", "train")}
+# Who may parse JSON without common.parse_json, and why.
+OWN_JSON = {
+    "common.py": "is the gate",
+    "audit/inside.py": "runs in the sandbox with the standard library alone, on its own parent's lines",
+    "dev/gpu_battery/child.py": "reads its own parent's argument",
+    "dev/gpu_battery/job.py": "takes NaN as text from its own child",
+    "dev/gpu_battery/timing.py": "reads the profiler's trace, whose objects may repeat keys",
+    "dev/soak/child.py": "reads its own parent's variable",
+    "dev/soak/flips.py": "damages files on purpose",
+    "dev/soak/place.py": "reads lines that a kill may have cut off",
+    "formats/artifact.py": "bounds and words it itself",
+    "formats/checkpoints.py": "passes over lines that a kill cut off",
+    "formats/state.py": "bounds and words it itself",
+}
 CODE_IN_DATA = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -247,3 +261,15 @@ def test_old_commands_name_the_new_ones_and_work(old, new):
     assert done.stderr == f"python -m {old} is called python -m {new} now\n"
     assert done.stdout.startswith(f"usage: python -m {new} ")
     assert done.returncode == 0
+
+
+def test_json_goes_through_one_gate():
+    """The library raises three kinds of errors, of which two were tracebacks wherever it was called."""
+    direct = {
+        label
+        for label, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.load", "json.loads")
+        if top(label).partition("/")[0] != "tests"
+    }
+    assert direct <= OWN_JSON.keys(), f"call common.parse_json in {direct - OWN_JSON.keys()}"

@@ -311,16 +311,13 @@ def test_zstd_files_with_a_long_window_are_read(tmp_path):
 
 BAD_FILES = [
     ("bad.txt", b"good\nline\n\xff", r"bad\.txt:3: not UTF-8"),
-    ("bad.txt", b"", r"bad\.txt: expected documents, found none"),
-    ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.jsonl:2: not UTF-8"),
-    ("bad.jsonl", b'{"text": "a"}\n\n{"text": "a"\n', r"bad\.jsonl:3: not JSON"),
-    ("bad.jsonl", b"\xef\xbb\xbf{}\n", r"bad\.jsonl:1: not JSON"),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.jsonl:2: not valid JSON \(not UTF-8"),
+    ("bad.jsonl", b'{"text": "a"}\n\n{"text": "a"\n', r"bad\.jsonl:3: not valid JSON"),
+    ("bad.jsonl", b"\xef\xbb\xbf{}\n", r"bad\.jsonl:1: not valid JSON"),
     ("bad.jsonl", b'{"body": "a"}\n', r"bad\.jsonl:1: expected .* \"text\", found keys \['body'\]"),
     ("bad.jsonl", b'{"text": 7}\n', r"bad\.jsonl:1: expected .* \"text\""),
     ("bad.jsonl", b'["text"]\n', r"bad\.jsonl:1: expected .* found list"),
     ("bad.jsonl", b'{"text": "\\ud800"}\n', r"bad\.jsonl:1: .* surrogate"),
-    ("bad.jsonl", b'{"text": "a"}\n{"text": ""}\n', r"bad\.jsonl:2: .* empty document"),
-    ("bad.jsonl", b"\n\n", r"bad\.jsonl: expected documents, found none"),
     ("bad.jsonl.gz", b"plain text", r"bad\.jsonl\.gz: not a whole gzip file"),
     ("bad.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-9], r"bad\.jsonl\.gz: not a whole gzip file"),
     ("bad.jsonl.zst", b"plain text", r"bad\.jsonl\.zst: not a zstd file"),
@@ -340,13 +337,31 @@ def test_bad_input_is_an_error_that_names_file_and_line(prepare, source, tmp_pat
     assert read_manifest(tmp_path / "out") is None
 
 
+def test_empty_files_and_documents_are_left_out_with_a_note(prepare, source, tmp_path, capsys):
+    """One among a thousand must not end an hour's work; nothing else in the input is an error."""
+    for name, content in {
+        "a.txt": b"",
+        "b.jsonl": b"\n\n",
+        "c.jsonl": b'{"text": ""}\n{"text": "c"}\n',
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    files = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.jsonl")]
+    out = prepare("--input", source, *files)
+    assert read_manifest(out)["train"]["documents"][1] == len(TEXTS) + 1
+    notes = capsys.readouterr().err
+    assert all(notes.count(f"{path}: holds no document\n") == 1 for path in files[:2])
+    assert notes.count(f"{files[2]}: left out 1 empty documents; the first: {files[2]}:1\n") == 1
+    with pytest.raises(UserError, match=r"a\.txt .*b\.jsonl: expected documents, found none"):
+        prepare("--input", *files[:2])
+
+
 def test_bad_parquet_cells_are_errors_that_name_file_and_row(tmp_path):
     """A column of numbers, a missing column and an absent value are the usual mistakes."""
     path = tmp_path / "bad.parquet"
     for texts, column, message in (
         (["a"], "body", r"bad\.parquet: expected a column \"text\", found \['body', 'id'\]"),
         (["a", None], "text", r"bad\.parquet:2: expected a string"),
-        ([1, 2], "text", r"bad\.parquet:1: expected a string"),
+        ([1, 2], "text", r"bad\.parquet: expected strings in the column \"text\", found int64"),
     ):
         write_parquet(path, texts, column)
         with pytest.raises(UserError, match=message):
@@ -465,7 +480,7 @@ def test_a_run_that_fails_leaves_the_former_dataset_as_it_was(prepare, source, t
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (tmp_path / "bad.jsonl").write_bytes(b"bad\n")
     for arguments in (("--shard-tokens", 300), ()):
-        with pytest.raises(UserError, match="not JSON"):
+        with pytest.raises(UserError, match="not valid JSON"):
             prepare("--input", source, tmp_path / "bad.jsonl", "--val-docs", 60, *arguments)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     prepare("--input", source, "--val-docs", 60)

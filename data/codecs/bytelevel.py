@@ -65,7 +65,7 @@ class ByteLevelCodec(PieceCodec):
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Encode documents, on all cores if num_threads is over 1; each gives (N,) int32 ids."""
         if num_threads == 1:
-            encoded = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            encoded = (self._tokenizer.encode(text, add_special_tokens=False) for text in texts)
         else:
             encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
