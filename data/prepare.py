@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from common import CommandParser, UserError, at_least_one, atomic_file, run_command, sha256_file, write_json
+from data.accounts import OTHER_TOKENIZER, ByteCounts, add_counts, count_documents, open_account
+from data.changes import find_changes
 from data.codecs import TokenCodec, load_codec
 from data.documents import INPUT_HELP, Document, batched, check_inputs, read_documents
 from data.selection import add_selection_options, build_selection
@@ -101,39 +104,46 @@ def hash_text(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def encode_documents(
-    codec: TokenCodec, num_threads: int, batch: list[Document]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Encode a batch to (N,) ids, BOS before each document, and (N,) the bytes that each stands for."""
+class Encoded(NamedTuple):
+    """A batch of documents as tokens."""
+
+    ids: np.ndarray  # (N,), BOS before each document
+    sizes: np.ndarray  # (N,) the bytes that each stands for
+    counts: ByteCounts
+
+
+def encode_documents(codec: TokenCodec, num_threads: int, batch: list[Document]) -> Encoded:
+    """Encode a batch; raise where a codec that should change nothing miscounts a document."""
     encoded = codec.encode_batch([document.text for document in batch], num_threads)
     bos = np.array([codec.bos_id], dtype=np.int32)
     ids = np.concatenate([part for document_ids in encoded for part in (bos, document_ids)])
     sizes = codec.token_bytes(ids)
-    if codec.lossless:
-        ends = np.cumsum([document_ids.size + 1 for document_ids in encoded])
-        counted = np.diff(np.cumsum(sizes, dtype=np.int64)[ends - 1], prepend=0)
-        for document, found in zip(batch, counted.tolist()):
-            size = len(document.text.encode())
-            if found != size:  # a wrong codec, not a wrong input
-                counts = f"the lossless codec counts {found} bytes, the text has {size}"
-                raise RuntimeError(f"{document.place}: {counts}")
-    return ids, sizes
+    ends = np.cumsum([document_ids.size + 1 for document_ids in encoded])
+    counted = np.diff(np.cumsum(sizes, dtype=np.int64)[ends - 1], prepend=0).tolist()
+    raw = [len(document.text.encode()) for document in batch]
+    if counted != raw and not find_changes(codec):
+        at = next(i for i in range(len(raw)) if raw[i] != counted[i])
+        raise UserError(
+            f"{batch[at].place}: the tokenizer gives every probe back, but counts {counted[at]} bytes of "
+            f"this document of {raw[at]}. {OTHER_TOKENIZER}"
+        )
+    return Encoded(ids, sizes, count_documents(raw, counted))
 
 
-def encode_for_sidecar(codec: TokenCodec, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+def encode_for_sidecar(codec: TokenCodec, batch: list[Document]) -> Encoded:
     """Do the same with sizes that add up to the bytes of each document; slower."""
-    documents, sizes = [], []
+    documents, sizes, raw = [], [], []
     for document in batch:
         ids, counted = codec.encode_with_bytes(document.text)
-        expected = len(document.text.encode())
-        if int(counted.sum()) != expected:
+        raw.append(len(document.text.encode()))
+        if int(counted.sum()) != raw[-1]:
             raise UserError(
-                f"{document.place}: the tokenizer keeps nothing of this document of {expected} bytes, so no "
+                f"{document.place}: the tokenizer keeps nothing of this document of {raw[-1]} bytes, so no "
                 "token could count them. Remove it."
             )
         documents += [[codec.bos_id], ids]
         sizes += [[0], counted]
-    return np.concatenate(documents), np.concatenate(sizes)
+    return Encoded(np.concatenate(documents), np.concatenate(sizes), count_documents(raw, raw))
 
 
 def encode_ahead(batches: Iterable[list[Document]], encode: Callable) -> Iterator[tuple]:
@@ -160,26 +170,28 @@ def write_split(
 
     `sidecar` writes the bytes of each token, as shards of the same lengths.
     """
-    counts = {"documents": [0, 0], "tokens": 0, "raw_bytes": 0, "token_bytes": 0}
+    num_tokens, counted = 0, [ByteCounts(0, 0, 0, 0, 0)]
     encode = partial(encode_for_sidecar, codec) if sidecar else partial(encode_documents, codec, num_threads)
     with tqdm(desc=writer.split, unit="B", unit_scale=True, mininterval=1.0) as progress:
-        for batch, ids, sizes in encode_ahead(batched(documents), encode):
+        for _, ids, sizes, found in encode_ahead(batched(documents), encode):
             writer.add(ids)
             if sidecar:
                 sidecar.add(sizes)
-            raw_bytes = sum(len(document.text.encode()) for document in batch)
-            counts["documents"][1] += len(batch)
-            counts["tokens"] += ids.size
-            counts["raw_bytes"] += raw_bytes
-            counts["token_bytes"] += int(sizes.sum())
-            progress.update(raw_bytes)
+            num_tokens += ids.size
+            counted.append(found)
+            progress.update(found.raw_bytes)
     writer.flush()
-    if not counts["documents"][1]:
+    total = add_counts(counted)
+    if not total.documents:
         raise UserError(
             f"expected at least one document for {writer.split}, found none that is kept. "
             "Give more input, or a smaller --val-docs."
         )
-    counts["shards"] = writer.shards
+    account = open_account(codec, total)
+    if writer.split == "val" and account.invalid:
+        raise UserError(f"{codec.path}: {account.invalid}. {OTHER_TOKENIZER}")
+    counts = {"documents": [0, total.documents], "tokens": num_tokens}
+    counts = total._asdict() | counts | {"byte_account": str(account), "shards": writer.shards}
     if sidecar:
         sidecar.flush()
         counts["sidecars"] = sidecar.shards
@@ -273,7 +285,7 @@ def describe_codec(codec) -> dict:
         "sha256": codec.digest,
         "vocab_size": codec.vocab_size,
         "bos_id": codec.bos_id,
-        "lossless": codec.lossless,
+        "lossless": not find_changes(codec),
     }
 
 
@@ -288,6 +300,8 @@ def print_table(out: str | Path, manifest: dict) -> None:
         ratio = row["raw_bytes"] / row["tokens"]
         print(f"{split:<6}{documents:>12,}{row['raw_bytes']:>17,}{row['tokens']:>16,}", end="")
         print(f"{ratio:>13.3f}{len(row['shards']):>8}")
+    for split in ("train", "val"):
+        print(f"{split:<6}{manifest[split].get('byte_account', 'not accounted for, an older manifest')}")
 
 
 # ---- Command ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError, format_table
+from data.accounts import ByteAccount, add_counts, open_account
 from data.codecs import TokenCodec
 from data.documents import Document, batched, check_inputs, read_documents, read_jsonl, require_utf8
 from data.prepare import encode_documents, encode_for_sidecar
@@ -36,6 +37,7 @@ class Domain(NamedTuple):
     num_documents: int
     tokens: np.ndarray  # (N + 1,) int32
     target_bytes: np.ndarray  # (N,) original UTF-8 bytes of each target
+    account: ByteAccount
 
 
 class DomainScore(NamedTuple):
@@ -80,14 +82,15 @@ def layout_text(value: dict, place: str) -> str:
 def read_domain(name: str, path: Path, codec: TokenCodec) -> Domain:
     """Encode a domain's file with a model's tokenizer."""
     encode = encode_for_sidecar if codec.needs_sidecar else partial(encode_documents, num_threads=1)
-    parts, num_documents = [], 0
+    parts = []
     for batch in batched(domain_documents(path)):
-        num_documents += len(batch)
         parts.append(encode(codec, batch=batch))
     if not parts:
         raise UserError(f"{path}: expected documents, found none.")
-    ids, sizes = (np.concatenate(part) for part in zip(*parts))
-    return Domain(name, num_documents, np.append(ids, codec.bos_id), np.append(sizes, 0)[1:])
+    ids, sizes = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    account = open_account(codec, add_counts(part.counts for part in parts))
+    ends = np.append(ids, codec.bos_id), np.append(sizes, 0)[1:]
+    return Domain(name, account.counts.documents, *ends, account)
 
 
 def score_domains(

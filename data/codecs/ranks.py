@@ -67,6 +67,12 @@ class RanksCodec(PieceCodec):
                 f"{', '.join(FAMILIES)}, as o200k_base.tiktoken, found {path.stem!r}. Rename the file."
             )
         ranks = read_ranks(path, family)
+        missing = {bytes([value]) for value in UTF8_BYTES} - ranks.keys()
+        if missing:  # the library would end without an exception that can be caught
+            raise UserError(
+                f"{path}: expected a token for each of the {len(UTF8_BYTES)} bytes of UTF-8 text, found none "
+                f"for {len(missing)}, as {min(missing)!r}. Take another tokenizer: text with them has no ids."
+            )
         pieces = [b""] * family.vocab_size
         for piece, rank in ranks.items():
             pieces[rank] = piece
@@ -76,7 +82,7 @@ class RanksCodec(PieceCodec):
         self._encoding = Encoding(
             path.stem, pat_str=family.split, mergeable_ranks=ranks, special_tokens=special
         )
-        self.lossless = ranks.keys() >= {bytes([value]) for value in UTF8_BYTES} and gives_back(self)
+        self.lossless = gives_back(self)
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Encode documents in parallel threads; each gives (N,) int32 ids."""
