@@ -17,7 +17,8 @@ HOSTILE = [
     *("<s></s><unk><0x41><|endoftext|><tag> <tag> x", "tab\tTag tag <tag>", "\u4e2d\u6587 the model"),
     "\U0001f468\u200d\U0001f469\u200d\U0001f467",
 ]  # fmt: skip
-DOCUMENTS = HOSTILE + PLAIN
+EMPTY_TO_SOME = ("\u200b", " ", "\ufeff")  # nothing is left of them by NFKC and trimming
+DOCUMENTS = [text for text in HOSTILE if text not in EMPTY_TO_SOME] + PLAIN
 
 
 # ---- Hugging Face tokenizers ------------------------------------------------------------------------
@@ -109,6 +110,14 @@ def sentence_piece(base: dict, texts: list[str] = PLAIN, size: int = 400, **opti
     return make
 
 
+def own_rules(folder: Path) -> Path:
+    """Train a model that keeps every probe, but for one word, which its rules replace."""
+    (folder / "rules.tsv").write_text("62 75 64 67 65 74\t62 75 64 67 69 65\n")  # budget -> budgie
+    options = LOSSLESS_OPTIONS | {"normalization_rule_tsv": str(folder / "rules.tsv")}
+    options = {key: value for key, value in options.items() if key != "normalization_rule_name"}
+    return sentence_piece(options)(folder)
+
+
 def case_ops(**options):
     """Make what trains a CaseOps model that normalises."""
     texts = [to_case_operators(text.title() + text) for text in PLAIN]
@@ -151,6 +160,7 @@ MAKERS = {
     "nfkc_symbols": sentence_piece(CONTEST_OPTIONS, user_defined_symbols=["the model", " three "]),
     "no_space": sentence_piece(CONTEST_OPTIONS, ["abcdefgh" * 50], 270),
     "no_fallback": sentence_piece(LOSSLESS_OPTIONS, size=140, byte_fallback=False),
+    "own_rules": own_rules,
     "case_ops_nfkc": case_ops(),
     "case_ops_folded": case_ops(normalization_rule_name="nmt_nfkc_cf"),
     "bese": lambda folder: train_small_kind("bese", folder),
