@@ -964,7 +964,7 @@ def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "
     """Load all validation shards, or the chosen ones; refuses another tokenizer than the one of this hash."""
     codec = open_tokenizer(cfg)
     text = read_validation(cfg, codec, chosen, tokenizer_sha256)
-    return with_account(text, codec) if PACKED_RECIPE is None else text
+    return with_account(text, codec, cfg) if PACKED_RECIPE is None else text
 
 
 # ----------------------------------------------------------------------------------------------------------

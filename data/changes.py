@@ -59,7 +59,12 @@ def proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def read_model(codec: TokenCodec) -> tuple[list[str], list[str]]:
-    """Name the rules of a model file that replace characters; those of "identity" are none."""
+    """Name rules that replace characters in a model file of which the probes come back.
+
+    The rules of "identity" are none.
+    """
+    if not codec.lossless:
+        return [], []
     normalizer = dict(proto_fields(dict(proto_fields(codec.path.read_bytes())).get(NORMALIZER, b"")))
     return (["what its normalisation rules name"] if normalizer.get(RULES) else []), []
 

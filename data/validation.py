@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError, sha256_file
-from data.accounts import ByteAccount, ByteCounts, open_account, stated_counts
+from data.accounts import OTHER_TOKENIZER, ByteAccount, ByteCounts, open_account, stated_counts
 from data.codecs import TokenCodec
 from data.shards import (
     VAL_GLOB,
@@ -109,7 +109,7 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
             f"{token_bytes.sum():,}. A bits-per-byte figure from them would be wrong; make the data again."
         )
     raw_bytes = stated.get("raw_bytes") if is_whole else None
-    if raw_bytes is not None and expected_bytes > raw_bytes and not settings.allow_extra_bytes:
+    if raw_bytes is not None and expected_bytes > 1.001 * raw_bytes and not settings.allow_extra_bytes:
         raise UserError(
             f"{pattern}: counts {expected_bytes:,} bytes of a text of {raw_bytes:,}: scores would be below "
             "the truth. Make the data again with another tokenizer."
@@ -121,12 +121,17 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
     return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, label)
 
 
-def with_account(text: ValidationText, codec: TokenCodec) -> ValidationText:
-    """Add the byte account of a text that read_validation has read, and the labels that follow from it."""
+def with_account(text: ValidationText, codec: TokenCodec, settings) -> ValidationText:
+    """Add the byte account of a text that read_validation has read, and the labels that follow from it.
+
+    Raises where scores would be below the truth, unless settings.allow_extra_bytes.
+    """
     counts = ByteCounts(None, int(text.target_bytes.sum()))
     if text.raw_bytes is not None:
         counts = stated_counts(read_manifest(Path(text.pattern).parent)["val"], counts.token_bytes)
     account = open_account(codec, counts)
+    if account.invalid and not settings.allow_extra_bytes:
+        raise UserError(f"{text.pattern}: {account.invalid}. {OTHER_TOKENIZER}")
     labels = {"not_comparable": account.not_comparable, "invalid": account.invalid}
     return text._replace(account=account, **labels)
 

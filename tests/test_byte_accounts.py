@@ -14,7 +14,7 @@ import data.prepare
 import train_gpt
 from audit.__main__ import audit_data, audit_folder
 from common import UserError, read_json
-from data.accounts import CONTEST, EXPANDS, LOSES, LOSSLESS, ByteAccount
+from data.accounts import CONTEST, EXPANDS, LOSES, LOSSLESS, ByteAccount, ByteCounts, open_account
 from data.changes import find_changes
 from data.codecs import load_codec
 from data.documents import Document
@@ -33,8 +33,8 @@ VERDICTS = {
 }
 EXPECTED = {name: verdict for verdict, names in VERDICTS.items() for name in names}
 WHOLE_WAY = (
-    *("nfkc", "lowercase", "replace", "swallow", "prefix_space", "few_bytes", "contest", "nmt_nfkc_cf"),
-    *("own_rules", "dummy_prefix", "symbols", "no_space", "no_fallback", "case_ops_nfkc", "bese", "bytes"),
+    *("nfkc", "replace", "swallow", "prefix_space", "contest", "nmt_nfkc_cf"),
+    *("own_rules", "dummy_prefix", "symbols", "no_space", "case_ops_nfkc", "bese"),
 )
 K9_VERDICTS = {LOSSLESS: "PASS", CONTEST: "PASS", LOSES: "SUSPECT", EXPANDS: "FAIL"}
 SPICE = st.sampled_from([*HOSTILE, *EXPANDING, "budget", "the model reads", "a  b", "\t<tag>\n", "\ue001X"])
@@ -218,6 +218,14 @@ def test_one_document_that_expands_is_counted_not_refused(files):
     assert "counts 148 bytes of a text of 19" in report["byte_account"]["said"]
 
 
+def test_a_hair_over_is_still_the_contests_rule(files):
+    """Its own models count 5 bytes too many of 100 pages of C4; other kinds have no such allowance."""
+    counts = ByteCounts(10_000, 10_005, 9, 1, 0)
+    assert open_account(files("contest")[1], counts).verdict == CONTEST
+    assert open_account(files("nmt_nfkc_cf")[1], counts).verdict == EXPANDS
+    assert open_account(files("contest")[1], counts._replace(token_bytes=10_011)).verdict == EXPANDS
+
+
 def test_training_text_may_expand(files, tmp_path):
     """No score divides by its bytes; the table says so of it."""
     _, codec = files("contest")
@@ -254,7 +262,7 @@ def test_a_packed_program_labels_what_is_not_comparable(files, name, tmp_path, m
     text = train_gpt.load_validation(cfg.data)
     assert text.account is None
     assert text.not_comparable == ("" if name in EXPECTED else "the tokenizer changes text")
-    manifest["val"]["raw_bytes"] = manifest["val"]["token_bytes"] - 1
+    manifest["val"]["raw_bytes"] = manifest["val"]["token_bytes"] * 99 // 100
     data.prepare.write_manifest(tmp_path, manifest)
     with pytest.raises(UserError, match="scores would be below the truth"):
         train_gpt.load_validation(cfg.data)
