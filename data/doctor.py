@@ -14,7 +14,7 @@ import numpy as np
 
 from common import CommandParser, UserError, run_command, sha256_file
 from data.accounts import open_account, stated_counts
-from data.codecs import TokenCodec, load_codec
+from data.codecs import TokenCodec, read_codec
 from data.prepare import CONTEST_VAL_DOCS
 from data.shards import (
     ALL_SHARDS_GLOB,
@@ -327,7 +327,7 @@ def examine(folder: Path, tokenizer: Path | None = None) -> list[ShardFinding]:
     manifest = read_manifest(folder) or {}
     beside = folder / manifest.get("tokenizer", {}).get("file", "tokenizer.model")
     tokenizer = tokenizer or (beside if beside.is_file() else None)
-    dataset = Dataset(folder, load_codec(tokenizer) if tokenizer else None)
+    dataset = Dataset(folder, read_codec(tokenizer) if tokenizer else None)
     findings = [check_files(dataset), check_manifest(dataset), check_tokenizer(dataset)]
     for split in SPLITS:
         if dataset.shards[split]:
