@@ -19,7 +19,7 @@ from data.codecs.raw import BYTES_TYPE, BytesCodec
 from data.codecs.spm import SentencePieceCodec
 from data.shards import MANIFEST_NAME, read_manifest
 
-REPORT_NAME = "report.json"  # of a folder of tokenizers/
+FOLDER_REPORT = "report.json"  # of a folder of tokenizers/
 TokenCodec = SentencePieceCodec | PieceCodec
 
 
@@ -44,11 +44,11 @@ def find_file(path: str | Path) -> Path:
 def stated_digests(file: Path) -> dict[str, str]:
     """Return {file name: sha256} of what lies beside a tokenizer file and states its digest."""
     manifest = file.with_name(MANIFEST_NAME)
-    report = file.with_name(REPORT_NAME)
+    report = file.with_name(FOLDER_REPORT)
     found = {MANIFEST_NAME: read_manifest(manifest.parent) or {}}
     if report.is_file():
         content = read_json(report)
-        found[REPORT_NAME] = content.get("verify") if isinstance(content, dict) else None
+        found[FOLDER_REPORT] = content.get("verify") if isinstance(content, dict) else None
     rows = {name: part.get("tokenizer") for name, part in found.items() if isinstance(part, dict)}
     rows = {name: row for name, row in rows.items() if isinstance(row, dict) and row.get("file") == file.name}
     return {name: str(row["sha256"]) for name, row in rows.items() if "sha256" in row}
