@@ -59,7 +59,7 @@ from common import (
     sha256_file,
     write_json,
 )
-from data.codecs import TokenCodec, load_codec, read_codec
+from data.codecs import TokenCodec, check_stated, read_codec
 from data.intact import ShardVerifier, val_summary
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
@@ -957,8 +957,9 @@ def in_pieces(batch: Batch, num_tokens: int) -> Iterator[Batch]:
 
 def open_tokenizer(cfg: DataConfig) -> TokenCodec:
     """Open the tokenizer that a config names."""
-    load = load_codec if PACKED_RECIPE is None else read_codec
-    return load(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
+    if PACKED_RECIPE is None:
+        check_stated(cfg.tokenizer_path)
+    return read_codec(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
 
 
 def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "") -> ValidationText:

@@ -25,6 +25,12 @@ TokenCodec = SentencePieceCodec | PieceCodec
 
 def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") -> TokenCodec:
     """Do as read_codec, and refuse another file than a manifest or report beside it states."""
+    check_stated(path)
+    return read_codec(path, vocab_size, kind)
+
+
+def check_stated(path: str | Path) -> None:
+    """Raise where what lies beside a tokenizer states another sha256 than its file has."""
     file = find_file(path)
     for name, stated in stated_digests(file).items() if file.is_file() else ():
         found = find_digest(file)
@@ -33,7 +39,6 @@ def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") 
                 f"{file}: expected sha256 {stated}, as {name} beside it states, found {found}: damaged or "
                 f"replaced. Copy it again; where it is meant to be another, remove {name}."
             )
-    return read_codec(file, vocab_size, kind)
 
 
 def find_file(path: str | Path) -> Path:
