@@ -284,7 +284,7 @@ def compare_codec(codec: TokenCodec, texts: list[str], model_dim: int, bits: flo
     return {
         "tokenizer": str(Path(codec.path.parent.name, codec.path.name)),
         "kind": codec.kind,
-        "lossless": codec.lossless,
+        "lossless": not find_changes(codec),
         "vocab_size": codec.vocab_size,
         "tokens": tokens,
         "bytes_per_token": raw_bytes / tokens,
