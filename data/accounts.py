@@ -53,7 +53,7 @@ class ByteAccount(NamedTuple):
     @property
     def not_comparable(self) -> str:
         """Say why a score compares with none of another tokenizer; "" where it does."""
-        return self.changes + self.numbers if self.verdict == LOSES else ""
+        return (self.changes or "bytes are missing") + self.numbers if self.verdict == LOSES else ""
 
     @property
     def numbers(self) -> str:

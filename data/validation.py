@@ -128,7 +128,8 @@ def with_account(text: ValidationText, codec: TokenCodec, settings) -> Validatio
     """
     counts = ByteCounts(None, int(text.target_bytes.sum()))
     if text.raw_bytes is not None:
-        counts = stated_counts(read_manifest(Path(text.pattern).parent)["val"], counts.token_bytes)
+        manifest = read_manifest(find_shards(text.pattern)[0].parent)
+        counts = stated_counts(manifest["val"], counts.token_bytes)
     account = open_account(codec, counts)
     if account.invalid and not settings.allow_extra_bytes:
         raise UserError(f"{text.pattern}: {account.invalid}. {OTHER_TOKENIZER}")
