@@ -59,11 +59,11 @@ from common import (
     sha256_file,
     split_numbers,
 )
-from data.codecs import TokenCodec, load_codec
+from data.codecs import TokenCodec, check_stated, read_codec
 from data.intact import ShardVerifier, val_summary
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
-from data.validation import ValidationText, read_validation, scored_tokens
+from data.validation import ValidationText, read_validation, scored_tokens, with_account
 from durable.lock import lock_folder
 from durable.peers import (
     FIRST_MEET_S,
@@ -333,6 +333,9 @@ class DataConfig:
     )
     tokenizer_kind: str = option("sentencepiece", "", "codec of the tokenizer", choices=TOKENIZER_KINDS)
     vocab_size: int = option(1024, "VOCAB_SIZE", "entries of the tokenizer", low=2)
+    allow_extra_bytes: bool = option(
+        False, "", "score a text that counts more bytes than it has; the score is invalid", live="source"
+    )
     loader: str = option("sequential", "", "order of the training tokens", choices=tuple(LOADERS))
     seq_len: int = option(1024, "TRAIN_SEQ_LEN", "tokens a training row", low=2)
     batch_tokens: int = option(524_288, "TRAIN_BATCH_TOKENS", "tokens a step, all ranks together", low=1)
@@ -1005,12 +1008,16 @@ def in_pieces(batch: Batch, num_tokens: int) -> Iterator[Batch]:
 
 def open_tokenizer(cfg: DataConfig) -> TokenCodec:
     """Open the tokenizer that a config names."""
-    return load_codec(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
+    if PACKED_RECIPE is None:
+        check_stated(cfg.tokenizer_path)
+    return read_codec(cfg.tokenizer_path, cfg.vocab_size, cfg.tokenizer_kind)
 
 
 def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "") -> ValidationText:
     """Load all validation shards, or the chosen ones; refuses another tokenizer than the one of this hash."""
-    return read_validation(cfg, open_tokenizer(cfg), chosen, tokenizer_sha256)
+    codec = open_tokenizer(cfg)
+    text = read_validation(cfg, codec, chosen, tokenizer_sha256)
+    return with_account(text, codec, cfg) if PACKED_RECIPE is None else text
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2415,9 +2422,11 @@ def score_model(
     seconds = ranks.broadcast(time.perf_counter() - started)
     totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
     tail = "included" if settings.keep_tail else "cut"
-    return Score(
-        *totals, settings.mode, context_len, scored_stride(settings), tail, seconds, *outcome[1:], text.loses
-    )
+    how = (settings.mode, context_len, scored_stride(settings), tail, seconds)
+    score = Score(*totals, *how, *outcome[1:], text.not_comparable)
+    if PACKED_RECIPE is None and text.invalid:
+        score = score._replace(invalid="; ".join(filter(None, (score.invalid, text.invalid))))
+    return score
 
 
 def new_average(model: nn.Module, cfg: AverageConfig) -> Ema | Swa | None:
@@ -3029,7 +3038,8 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"train_loader:dataset:{name} train_shards:{len(training.loader.files)}\n"
         f"val_loader:shards pattern={text.pattern} tokens:{seen}\n"
         f"val_bytes:{text.target_bytes.sum()} raw_bytes:{text.raw_bytes or 'unknown, no manifest'}\n"
-        f"tokenizer_report:{read_report(Path(text.pattern).parent, text.tokenizer_sha256)}\n"
+        + (f"byte_account:{text.account}\n" if PACKED_RECIPE is None else "")
+        + f"tokenizer_report:{read_report(Path(text.pattern).parent, text.tokenizer_sha256)}\n"
         f"model_params:{sum(param.numel() for param in model.parameters())}\n"
         f"world_size:{ranks.world_size} grad_accum_steps:{cfg.data.micro_batches // ranks.world_size}\n"
         f"device:{ranks.device.type} compute_dtype:{dtype}{reason} compile:{training.is_compiled}\n"
@@ -3417,6 +3427,7 @@ def train_and_score(cfg: Config, environment: Environment, start: Start, held: E
         result["calibration_ms"] = training.calibration_ms
         if PACKED_RECIPE is None:
             result["resumed_at"] = training.resumed_at
+            result["byte_account"] = text.account.facts()
         result["tokenizer_report"] = read_report(Path(text.pattern).parent, text.tokenizer_sha256)
         finish(log.folder, cfg, result, log)
         if PACKED_RECIPE is None and cfg.run.save_every == 0:
@@ -3552,7 +3563,8 @@ def score_file(path: Path, live: Config, environment: Environment) -> None:
     score = score_model(model, cfg, text, ranks)
     ranks.close()
     if ranks.is_main:
-        print(json.dumps(score._asdict()))
+        account = {"byte_account": text.account.facts()} if PACKED_RECIPE is None else {}
+        print(json.dumps(score._asdict() | account))
 
 
 def open_scorer(path: str) -> tuple[dict, Callable[[list[int]], tuple[list[float], list]]]:

@@ -30,8 +30,11 @@ from common import CommandParser, UserError, choose_named, run_command
 from data.doctor import examine
 from eval.stats import read_scores
 
-DOCTOR_STATES = {"ok": "PASS", "note": "PASS", "skipped": "NOT RUN", "FAIL": "FAIL"}
-DOCTOR_CHECKS = {"K9": ("tokenizer", "val totals", "sidecars"), "K10": ("overlap", "natural duplicates")}
+DOCTOR_STATES = {"ok": "PASS", "note": "PASS", "labelled": "SUSPECT", "skipped": "NOT RUN", "FAIL": "FAIL"}
+DOCTOR_CHECKS = {
+    "K9": ("tokenizer", "byte account", "val totals", "sidecars"),
+    "K10": ("overlap", "natural duplicates"),
+}
 
 
 def read_case(root: Path, against: list[Path] | None = None) -> Case:

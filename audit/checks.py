@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 from audit.folder import ARTIFACTS, Case
 from audit.program import external_commands, suspicions, third_party_imports
-from data.codecs.bese import BESE_TYPE, BeseCodec
+from data.accounts import CONTEST, EXPANDS, LOSES, LOSSLESS
+from data.codecs.bese import BESE_LOSES, BESE_TYPE
 from eval.logs import (
     RunLog,
     ScoreLine,
+    byte_accounts,
     classify_bytes,
     headlines,
     read_seed,
@@ -66,6 +68,8 @@ OTHER_NAMES = {
     "zstandard": ("zstd",),
 }
 NEEDS_DATA = "needs the data: --data DIR (`python -m data.doctor`), or --run PROGRAM for K9 in miniature"
+# What K9 makes of a log's own account of its bytes: a good one is a claim, which the data must show.
+ACCOUNT_VERDICTS = {LOSSLESS: "NOT RUN", CONTEST: "NOT RUN", LOSES: "SUSPECT", EXPANDS: "FAIL"}
 DOUBLED_PATH = re.compile(r"datasets/datasets/")
 
 
@@ -288,10 +292,16 @@ def check_tokenizer(case: Case) -> Finding:
     notes = Notes()
     for path in case.folder.named("*.json"):
         if f'"{BESE_TYPE}"' in case.folder.text(path):
-            notes.suspect(f"{path}: {BeseCodec.loses}: no text comes back, scores compare with none")
+            notes.suspect(f"{path}: {BESE_LOSES}: no text comes back, scores compare with none")
     for log in case.logs:
         for reason in reservations(log, "not_comparable"):
             notes.suspect(f"{log.name}: not comparable: {reason}")
+        raw, counted = log.facts.get("raw_bytes", math.inf), log.facts.get("val_bytes", 0)
+        if counted > raw:
+            notes.fail(f"{log.name}: counts {counted:,.0f} bytes of a text of {raw:,.0f}")
+        for said in byte_accounts(log):
+            verdict = ACCOUNT_VERDICTS.get(re.split("[:;]", said)[0], "SUSPECT")
+            notes.add(verdict, f"{log.name} says: {said}")
     return notes.finding(NEEDS_DATA)
 
 

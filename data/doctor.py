@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common import CommandParser, UserError, run_command, sha256_file
-from data.codecs import TokenCodec, load_codec
+from data.accounts import open_account, stated_counts
+from data.codecs import TokenCodec, read_codec
 from data.prepare import CONTEST_VAL_DOCS
 from data.shards import (
     ALL_SHARDS_GLOB,
@@ -39,7 +40,7 @@ CONTEST_BYTES = (151_060_000, 151_100_000)
 
 
 class ShardFinding(NamedTuple):
-    """The outcome of one check: ok, FAIL, skipped, or note (worth knowing, no fault)."""
+    """The outcome of one check: ok, FAIL, skipped, labelled (as scores are), or note (no fault)."""
 
     check: str
     state: str
@@ -199,6 +200,16 @@ def check_totals(dataset: Dataset, split: str) -> ShardFinding:
     return judge(f"{split} totals", problems, f"{tokens:,} tokens, {size}")
 
 
+def check_account(dataset: Dataset) -> ShardFinding:
+    """The validation tokens count no more bytes than their text has; what the tokenizer changes is named."""
+    found = count_split_bytes(dataset, "val")
+    if found is None or dataset.codec is None:
+        return ShardFinding("byte account", "skipped", "bytes not counted: give --tokenizer")
+    account = open_account(dataset.codec, stated_counts(dataset.stated("val"), found))
+    state = "FAIL" if account.invalid else "labelled" if account.not_comparable else "ok"
+    return ShardFinding("byte account", state, str(account))
+
+
 def check_sidecars(dataset: Dataset) -> ShardFinding:
     """Sidecars are as long as their shards, count nothing at BOS and add up to the raw text."""
     if not dataset.sidecars:
@@ -316,12 +327,12 @@ def examine(folder: Path, tokenizer: Path | None = None) -> list[ShardFinding]:
     manifest = read_manifest(folder) or {}
     beside = folder / manifest.get("tokenizer", {}).get("file", "tokenizer.model")
     tokenizer = tokenizer or (beside if beside.is_file() else None)
-    dataset = Dataset(folder, load_codec(tokenizer) if tokenizer else None)
+    dataset = Dataset(folder, read_codec(tokenizer) if tokenizer else None)
     findings = [check_files(dataset), check_manifest(dataset), check_tokenizer(dataset)]
     for split in SPLITS:
         if dataset.shards[split]:
             findings += [check_documents(dataset, split), check_totals(dataset, split)]
-    findings.append(check_sidecars(dataset))
+    findings += [check_account(dataset), check_sidecars(dataset)]
     return findings + check_overlap(dataset)
 
 

@@ -19,6 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import CommandParser, UserError, at_least_one, atomic_file, run_command, sha256_file
+from data.accounts import OTHER_TOKENIZER, ByteCounts, Encoded, add_counts, count_documents, open_account
+from data.changes import find_changes
 from data.codecs import TokenCodec, load_codec
 from data.documents import (
     INPUT_HELP,
@@ -132,39 +134,43 @@ def hash_text(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def encode_documents(
-    codec: TokenCodec, num_threads: int, batch: list[Document]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Encode a batch to (N,) ids, BOS before each document, and (N,) the bytes that each stands for."""
+def encode_documents(codec: TokenCodec, num_threads: int, batch: list[Document]) -> Encoded:
+    """Encode a batch of whole documents."""
     encoded = codec.encode_batch([document.text for document in batch], num_threads)
     bos = np.array([codec.bos_id], dtype=np.int32)
     ids = np.concatenate([part for document_ids in encoded for part in (bos, document_ids)])
     sizes = codec.token_bytes(ids)
-    if codec.lossless:
-        ends = np.cumsum([document_ids.size + 1 for document_ids in encoded])
-        counted = np.diff(np.cumsum(sizes, dtype=np.int64)[ends - 1], prepend=0)
-        for document, found in zip(batch, counted.tolist()):
-            size = len(document.text.encode())
-            if found != size:  # a wrong codec, not a wrong input
-                counts = f"the lossless codec counts {found} bytes, the text has {size}"
-                raise RuntimeError(f"{document.place}: {counts}")
-    return ids, sizes
+    ends = np.cumsum([document_ids.size + 1 for document_ids in encoded])
+    counted = np.diff(np.cumsum(sizes, dtype=np.int64)[ends - 1], prepend=0).tolist()
+    raw = [len(document.text.encode()) for document in batch]
+    check_counts(codec, [document.place for document in batch], raw, counted)
+    return Encoded(ids, sizes, count_documents(raw, counted))
 
 
-def encode_for_sidecar(codec: TokenCodec, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
-    """Do the same with sizes that add up to the bytes of each document; slower."""
-    documents, sizes = [], []
+def check_counts(codec: TokenCodec, places: list[str], raw: list[int], counted: list[int]) -> None:
+    """Raise where a codec that should change nothing miscounts the bytes of a document."""
+    if counted != raw and not find_changes(codec):
+        at = next(i for i in range(len(raw)) if raw[i] != counted[i])
+        raise UserError(
+            f"{places[at]}: the tokenizer gives every probe back, but counts {counted[at]} bytes of "
+            f"this document of {raw[at]}. {OTHER_TOKENIZER}"
+        )
+
+
+def encode_for_sidecar(codec: TokenCodec, batch: list[Document]) -> Encoded:
+    """Encode a batch with sizes that add up to the bytes of each document; slower."""
+    documents, sizes, raw = [], [], []
     for document in batch:
         ids, counted = codec.encode_with_bytes(document.text)
-        expected = len(document.text.encode())
-        if int(counted.sum()) != expected:
+        raw.append(len(document.text.encode()))
+        if int(counted.sum()) != raw[-1]:
             raise UserError(
-                f"{document.place}: the tokenizer keeps nothing of this document of {expected} bytes, so no "
+                f"{document.place}: the tokenizer keeps nothing of this document of {raw[-1]} bytes, so no "
                 "token could count them. Remove it."
             )
         documents += [[codec.bos_id], ids]
         sizes += [[0], counted]
-    return np.concatenate(documents), np.concatenate(sizes)
+    return Encoded(np.concatenate(documents), np.concatenate(sizes), count_documents(raw, raw))
 
 
 def plan_jobs(
@@ -192,21 +198,37 @@ def plan_jobs(
 
 def encode_ahead(
     codec: TokenCodec, documents: Iterable[Document], num_threads: int, with_bytes: bool = False
-) -> Iterator[tuple[list[Document], np.ndarray, np.ndarray]]:
-    """Yield (documents, ids, sizes) in order, while the next ones are encoded: BOS before each document.
+) -> Iterator[Encoded]:
+    """Yield documents as tokens, in order, while the next ones are encoded.
 
-    Of a long document the ids and sizes come in several such rows, of which only the last holds it.
-    with_bytes: sizes are the codec's exact count, for its sidecar.
+    A long document comes in several rows, of which the last counts it. with_bytes: sizes are the codec's
+    exact count, for its sidecar.
     """
-    waiting = deque()
+    waiting, raw, counted = deque(), 0, 0  # of a long document so far
+
+    def finish() -> Encoded:
+        nonlocal raw, counted
+        batch, encoded = waiting.popleft()
+        found = encoded.result()
+        if found.counts.documents:
+            return found
+        raw, counted = raw + found.counts.raw_bytes, counted + found.counts.token_bytes
+        if not batch:
+            return found
+        check_counts(codec, [batch[0].place], [raw], [counted])
+        ended = count_documents([raw], [counted])._replace(
+            raw_bytes=found.counts.raw_bytes, token_bytes=found.counts.token_bytes
+        )
+        raw = counted = 0
+        return found._replace(counts=ended)
+
     with ThreadPoolExecutor(NUM_AHEAD) as pool:
         for batch, encode in plan_jobs(codec, documents, num_threads, with_bytes):
             waiting.append((batch, pool.submit(encode)))
             if len(waiting) > NUM_AHEAD:
-                batch, encoded = waiting.popleft()
-                yield batch, *encoded.result()
-        for batch, encoded in waiting:
-            yield batch, *encoded.result()
+                yield finish()
+        while waiting:
+            yield finish()
 
 
 def write_split(
@@ -220,25 +242,27 @@ def write_split(
 
     `sidecar` writes the bytes of each token, as shards of the same lengths.
     """
-    counts = {"documents": [0, 0], "tokens": 0, "raw_bytes": 0, "token_bytes": 0}
+    num_tokens, counted = 0, [ByteCounts(0, 0, 0, 0, 0)]
     with tqdm(desc=writer.split, unit="B", unit_scale=True, mininterval=1.0) as progress:
-        for batch, ids, sizes in encode_ahead(codec, documents, num_threads, sidecar is not None):
+        for ids, sizes, found in encode_ahead(codec, documents, num_threads, sidecar is not None):
             writer.add(ids)
             if sidecar:
                 sidecar.add(sizes)
-            raw_bytes = sum(len(document.text.encode()) for document in batch)
-            counts["documents"][1] += len(batch)
-            counts["tokens"] += ids.size
-            counts["raw_bytes"] += raw_bytes
-            counts["token_bytes"] += int(sizes.sum())
-            progress.update(raw_bytes)
+            num_tokens += ids.size
+            counted.append(found)
+            progress.update(found.raw_bytes)
     writer.flush()
-    if not counts["documents"][1]:
+    total = add_counts(counted)
+    if not total.documents:
         raise UserError(
             f"expected at least one document for {writer.split}, found none that is kept. "
             "Give more input, or a smaller --val-docs."
         )
-    counts["shards"] = writer.shards
+    account = open_account(codec, total)
+    if writer.split == "val" and account.invalid:
+        raise UserError(f"{codec.path}: {account.invalid}. {OTHER_TOKENIZER}")
+    counts = {"documents": [0, total.documents], "tokens": num_tokens}
+    counts = total._asdict() | counts | {"byte_account": str(account), "shards": writer.shards}
     if sidecar:
         sidecar.flush()
         counts["sidecars"] = sidecar.shards
@@ -330,7 +354,7 @@ def describe_codec(codec) -> dict:
         "sha256": codec.digest,
         "vocab_size": codec.vocab_size,
         "bos_id": codec.bos_id,
-        "lossless": codec.lossless,
+        "lossless": not find_changes(codec),
     }
 
 
@@ -345,6 +369,8 @@ def print_table(out: str | Path, manifest: dict) -> None:
         ratio = row["raw_bytes"] / row["tokens"]
         print(f"{split:<6}{documents:>12,}{row['raw_bytes']:>17,}{row['tokens']:>16,}", end="")
         print(f"{ratio:>13.3f}{len(row['shards']):>8}")
+    for split in ("train", "val"):
+        print(f"{split:<6}{manifest[split].get('byte_account', 'not accounted for, an older manifest')}")
 
 
 # ---- Command ----------------------------------------------------------------------------------------

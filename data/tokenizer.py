@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import sys
 
 from common import CommandParser, UserError, at_least_one, run_command, write_json
 from data.assets import ASSETS, FOLDER, build_assets
+from data.changes import find_changes
 from data.codecs import load_codec
 from data.documents import INPUT_HELP, check_inputs, check_output, read_documents
 from data.selection import add_selection_options, build_selection
@@ -41,6 +43,8 @@ def run_train(options: argparse.Namespace) -> int:
     train_tokenizer(texts, vocab_size, options.out, options.kind, options.transition)
     codec = load_codec(options.out)
     print(f"{options.out}: {codec.vocab_size} entries, sha256 {codec.digest}")
+    if changes := find_changes(codec):
+        print(f"note: {changes}", file=sys.stderr)
     return 0
 
 
@@ -53,7 +57,7 @@ def run_verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report))
     else:
-        for key, value in report.items():
+        for key, value in (report | {"byte_account": report["byte_account"]["said"]}).items():
             print(f"{key:<22}{value if isinstance(value, str | int) else json.dumps(value)}")
     return 0 if report["passed"] else 1
 

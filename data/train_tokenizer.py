@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +51,14 @@ LOSSLESS_OPTIONS = COMMON_OPTIONS | {
     "required_chars": "\u2581\n",  # a space and a newline always have a token of their own
     "max_sentence_length": 1 << 30,  # a "sentence" is a whole document here; longer ones are skipped
 }
+SENTENCE_BYTES = 4192  # SentencePiece's own max_sentence_length
+RESERVED = "\u2585"  # stands for unknown characters while SentencePiece trains
+SENTENCEPIECE_SAYS = {  # pattern of a message -> what it means
+    r"too high .* <= (\d+)": "this text gives at most {0} entries: lower --vocab-size or give more text.",
+    r"smaller than required_chars\. \d+ vs (\d+)": "this text needs at least {0} entries ({needs}).",
+    r"insert_id": "this kind needs more: {needs}.",
+    r"!sentences_\.empty\(\)": "no document is left to train on. Give text that SentencePiece does not drop.",
+}
 # Texts that normalising or space-trimming models change, beside the codecs' own probes.
 HOSTILE_TEXTS = (
     "  a  ",
@@ -66,6 +76,7 @@ HOSTILE_TEXTS = (
     "\u2581" * 300 + "\ue004" * 301,
 )
 END_OF_TEXT = "<|endoftext|>"
+MOST_BESE = 8192  # entries: pairs are counted in a table of their square, half a gigabyte
 BYTE_ENTRIES = 257  # of byte-level BPE before any merge: END_OF_TEXT and the bytes
 # What may not be part of a longer token when spaces may (the rule of the shared SuperBPE vocabulary, with
 # one digit a token): digits, runs of signs, spaces at the end of a run.
@@ -79,6 +90,7 @@ def training_texts(documents: Iterable[str]) -> Iterator[str]:
     remaining = MAX_TRAINING_BYTES
     for text in documents:
         if remaining <= 0:
+            print(f"note: only the first {MAX_TRAINING_BYTES:,} characters are trained on", file=sys.stderr)
             return
         remaining -= len(text)
         yield text
@@ -97,6 +109,8 @@ def train_tokenizer(
     """
     trainer = TRAINERS[kind]
     out = Path(out)
+    if vocab_size > trainer.most:
+        raise UserError(f"--vocab-size {vocab_size}: expected at most {trainer.most:,} for --kind {kind}.")
     if out.suffix != trainer.suffix:
         raise UserError(f"{out}: expected a name that ends in {trainer.suffix}.")
     if transition is not None and not (kind == "superbpe" and BYTE_ENTRIES <= transition <= vocab_size):
@@ -126,11 +140,11 @@ def check_lossless(path: Path) -> None:
 
 def require_size(found: int, vocab_size: int) -> None:
     """Raise when the text did not give the merges that the vocabulary needs."""
-    if found != vocab_size:
-        raise UserError(
-            f"expected {vocab_size} entries, this kind gives {found} on this text: change --vocab-size or "
-            "give more text."
-        )
+    if found < vocab_size:
+        advice = f"this text gives {found} entries: lower it to that, or give more text."
+        raise UserError(f"--vocab-size {vocab_size}: {advice}")
+    if found > vocab_size:
+        raise UserError(f"--vocab-size {vocab_size}: this kind has at least {found} entries. Raise it.")
 
 
 # ---- SentencePiece ----------------------------------------------------------------------------------
@@ -140,17 +154,36 @@ def train_sentencepiece(texts: list[str], vocab_size: int, options: dict) -> byt
     """Train a SentencePiece model; returns its file."""
     import sentencepiece
 
+    most_bytes = options.get("max_sentence_length", SENTENCE_BYTES)
+    note_dropped(texts, most_bytes)
     model = io.BytesIO()
     options = options | {"sentence_iterator": iter(texts), "model_writer": model, "vocab_size": vocab_size}
     try:
         sentencepiece.SentencePieceTrainer.train(**options)
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"SentencePiece cannot train {vocab_size} entries on this text ({error}). A vocabulary needs 4 "
-            "special and 256 byte entries, one for each character, and text enough for the merges: change "
-            "--vocab-size or give more text."
-        ) from error
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"--vocab-size {vocab_size}: {explain(str(error))}") from error
     return model.getvalue()
+
+
+def note_dropped(texts: list[str], most_bytes: int) -> None:
+    """Say which documents SentencePiece leaves out of training without a word."""
+    too_long = sum(len(text.encode()) > most_bytes for text in texts)
+    reserved = sum(RESERVED in text for text in texts)
+    if too_long or reserved:
+        print(
+            f"note: of {len(texts):,} documents SentencePiece does not train on {too_long:,} of more than "
+            f"{most_bytes:,} bytes and {reserved:,} that hold U+2585, which it reserves",
+            file=sys.stderr,
+        )
+
+
+def explain(message: str) -> str:
+    """Say what a message of SentencePiece's trainer means and what to change."""
+    needs = "4 special and 256 byte entries, one for each character and each symbol of the kind"
+    for pattern, meaning in SENTENCEPIECE_SAYS.items():
+        if found := re.search(pattern, message):
+            return meaning.format(*found.groups(), needs=needs)
+    return f"SentencePiece cannot train on this text ({message}). Change --vocab-size or the text."
 
 
 def train_lossless(texts: list[str], vocab_size: int) -> bytes:
@@ -305,6 +338,7 @@ class Trainer(NamedTuple):
     vocab_size: int  # the default
     is_lossless: bool
     meaning: str
+    most: int = 1 << 20  # entries: four times the largest vocabularies in use
 
 
 TRAINERS = {
@@ -316,6 +350,6 @@ TRAINERS = {
     ),
     "bytelevel": Trainer(train_byte_level, ".json", 1024, True, "GPT-2's BPE of bytes, one digit a token"),
     "superbpe": Trainer(train_super_bpe, ".json", 1024, True, "the same, later merges span words"),
-    "bese": Trainer(train_bese, ".json", 288, False, "system B's alphabet: no case, few signs"),
+    "bese": Trainer(train_bese, ".json", 288, False, "system B's alphabet: no case, few signs", MOST_BESE),
     "bytes": Trainer(write_bytes_file, ".json", 260, True, "the contest's byte260; learns nothing"),
 }

@@ -1,6 +1,7 @@
 """Validation text as tokens, and how many bytes of the original text each of them stands for.
 
-`settings` is the data section of a recipe, or any object with its data_path, tokenizer_path and vocab_size.
+`settings` is the data section of a recipe, or any object with its data_path, tokenizer_path, vocab_size and
+allow_extra_bytes.
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError, sha256_file
+from data.accounts import OTHER_TOKENIZER, ByteAccount, ByteCounts, open_account, stated_counts
 from data.codecs import TokenCodec
 from data.shards import (
     VAL_GLOB,
@@ -31,7 +33,9 @@ class ValidationText(NamedTuple):
     tokenizer_kind: str
     tokenizer_sha256: str
     raw_bytes: int | None  # of the text itself, where a manifest states it
-    loses: str = ""  # what of it the tokenizer drops, as the codec says
+    not_comparable: str = ""  # why its scores compare with none of another tokenizer
+    invalid: str = ""  # why they are below the truth
+    account: ByteAccount | None = None  # of all the shards, tail included; packed programs have none
 
 
 def read_intact(path: Path) -> np.ndarray:
@@ -110,8 +114,32 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
             f"{token_bytes.sum():,}. A bits-per-byte figure from them would be wrong; make the data again."
         )
     raw_bytes = stated.get("raw_bytes") if is_whole else None
+    if raw_bytes is not None and expected_bytes > 1.001 * raw_bytes and not settings.allow_extra_bytes:
+        raise UserError(
+            f"{pattern}: counts {expected_bytes:,} bytes of a text of {raw_bytes:,}: scores would be below "
+            "the truth. Make the data again with another tokenizer."
+        )
+    is_stated = manifest.get("tokenizer", {}).get("lossless", True)  # by more probes than the codec's
+    is_exact = codec.by_contest_rule or (codec.lossless and is_stated)
     made_by = (codec.bos_id, pattern, codec.kind, codec.digest)
-    return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, codec.loses)
+    label = "" if is_exact else "the tokenizer changes text"
+    return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, label)
+
+
+def with_account(text: ValidationText, codec: TokenCodec, settings) -> ValidationText:
+    """Add the byte account of a text that read_validation has read, and the labels that follow from it.
+
+    Raises where scores would be below the truth, unless settings.allow_extra_bytes.
+    """
+    counts = ByteCounts(None, int(text.target_bytes.sum()))
+    if text.raw_bytes is not None:
+        manifest = read_manifest(find_shards(text.pattern)[0].parent)
+        counts = stated_counts(manifest["val"], counts.token_bytes)
+    account = open_account(codec, counts)
+    if account.invalid and not settings.allow_extra_bytes:
+        raise UserError(f"{text.pattern}: {account.invalid}. {OTHER_TOKENIZER}")
+    labels = {"not_comparable": account.not_comparable, "invalid": account.invalid}
+    return text._replace(account=account, **labels)
 
 
 def scored_tokens(text: ValidationText, context_len: int, keep_tail: bool) -> np.ndarray:

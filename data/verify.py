@@ -15,6 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import read_json
+from data.accounts import count_documents, open_account
+from data.changes import find_changes
 from data.codecs import TokenCodec
 from data.codecs.caseops import CASE_OPERATORS, from_case_operators
 from data.documents import Document, batched
@@ -104,7 +106,7 @@ def sentencepiece_sizes(codec) -> list[int]:
         elif codec.lossless:
             size = len(piece.replace(SPACE, " ").encode())
         else:  # the contest's rule
-            size = piece.startswith(SPACE) + len(piece.removeprefix(SPACE).encode())
+            size = piece.startswith(SPACE) + len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
         sizes.append(size)
     return sizes
 
@@ -184,6 +186,7 @@ class Tally:
         self.counts = dict.fromkeys(COUNTED, 0)
         self.worst: list[tuple[int, str, int]] = []  # a heap of (distance, place, raw bytes)
         self.text_hash = hashlib.sha256()
+        self.raw_sizes, self.counted_sizes = [], []
 
     def add(self, documents: list[Document], num_threads: int) -> None:
         """Encode, decode and count documents."""
@@ -208,6 +211,8 @@ class Tally:
         }
         for key, value in found.items():
             self.counts[key] += int(value)
+        self.raw_sizes.append(len(raw))
+        self.counted_sizes.append(counted)
         self.text_hash.update(hashlib.sha256(raw).digest())
         if decoded != raw:
             heapq.heappush(self.worst, (byte_distance(raw, decoded), document.place, len(raw)))
@@ -241,8 +246,10 @@ def verify_codec(codec: TokenCodec, documents: Iterable[Document], num_threads: 
             progress.update(tally.counts["raw_bytes"] - progress.n)
     hostile = Tally(codec)
     broken = [one for one in HOSTILE_TEXTS if not hostile.add_document(Document(one, ""), codec.encode(one))]
-    report = {"lossless": codec.lossless} | tally.counts
+    report = {"lossless": codec.lossless and not find_changes(codec)} | tally.counts
+    account = open_account(codec, count_documents(tally.raw_sizes, tally.counted_sizes))
     report |= {
+        "byte_account": account.facts(),
         "hostile_failures": [text[:40] for text in broken],
         "byte_table_errors": byte_table_errors(codec),
         "space_token": has_space_token(codec),
@@ -256,7 +263,8 @@ def verify_codec(codec: TokenCodec, documents: Iterable[Document], num_threads: 
     }
     failures = ["mismatched_documents", "undeclared_losses", "hostile_failures", "byte_table_errors"]
     failures += ["bos_bytes", *(["round_trip_failures"] if codec.lossless else [])]
-    report["passed"] = report["space_token"] and not any(report[key] for key in failures)
+    is_sound = report["space_token"] and not account.invalid
+    report["passed"] = is_sound and not any(report[key] for key in failures)
     return report | {"digest": digest_of(report)}
 
 
@@ -276,7 +284,7 @@ def compare_codec(codec: TokenCodec, texts: list[str], model_dim: int, bits: flo
     return {
         "tokenizer": str(Path(codec.path.parent.name, codec.path.name)),
         "kind": codec.kind,
-        "lossless": codec.lossless,
+        "lossless": not find_changes(codec),
         "vocab_size": codec.vocab_size,
         "tokens": tokens,
         "bytes_per_token": raw_bytes / tokens,

@@ -13,7 +13,9 @@ def seal_file(path: Path) -> None:
     """Seal a JSON file, or a log of events, as it is."""
     if path.suffix == ".jsonl":
         lines = path.read_text(encoding="utf-8").splitlines()
-        events = [parse_json(line, f"{path}:{number}", strict=False) for number, line in enumerate(lines, start=1)]
+        events = [
+            parse_json(line, f"{path}:{number}", strict=False) for number, line in enumerate(lines, start=1)
+        ]
         write_events(path, [{key: event[key] for key in event if key != "crc32"} for event in events])
         return
     facts = read_json(path)

@@ -26,10 +26,11 @@ import numpy as np
 from tqdm import tqdm
 
 from common import CommandParser, UserError, existing, run_command, sha256_file
+from data.accounts import OTHER_TOKENIZER, ByteAccount
 from data.validation import ValidationText, check_tokenizer
 from eval.breakdown import Windows, as_facts, break_down, format_tables, get_costs
 from eval.compare import check_same_documents, compare_documents, document_costs, format_comparison
-from eval.domains import format_domains, parse_domains, read_domain, score_domains
+from eval.domains import Domain, format_domains, parse_domains, read_domain, score_domains
 from eval.logs import classify_bytes
 from eval.runs import Target, find_target, newest_run
 from formats.help import describe_section
@@ -219,6 +220,7 @@ def print_table(scored: Scored, target: Target) -> None:
         ("val_bpb", f"{score.val_bpb:.8f} bits a byte"),
         ("scored", f"{score.num_tokens:,} tokens, {score.num_bytes:,} bytes in {score.seconds:.1f} s"),
         ("implied bytes", f"{implied_bytes(score):,.0f}"),
+        ("byte account", scored.text.account),
         ("how", f"{score.mode}, context {score.context_len}, stride {score.stride}, tail {score.tail}"),
         ("artifact", f"{target.artifact}, {target.artifact.stat().st_size:,} bytes"),
     ]
@@ -240,7 +242,7 @@ def get_facts(scored: Scored, target: Target) -> dict:
     facts |= {"implied_bytes": implied_bytes(scored.score), "tilt": scored.cfg.eval.tilt_online}
     facts |= {"order": get_order(scored.cfg.eval)}
     facts |= {"artifact": str(target.artifact), "artifact_sha256": sha256_file(target.artifact)}
-    return scored.score._asdict() | facts
+    return scored.score._asdict() | facts | {"byte_account": scored.text.account.facts()}
 
 
 def score_one(args: Namespace, open_ranks) -> int:
@@ -313,16 +315,35 @@ def score_by_domain(args: Namespace, open_ranks) -> int:
     codec = open_tokenizer(cfg.data)
     check_tokenizer(cfg.data, codec, header["tokenizer_sha256"])
     domains = [read_domain(name, path, codec) for name, path in parse_domains(args.domains).items()]
+    check_domains(domains, cfg.data.allow_extra_bytes)
     context_len = cfg.eval.context_len or cfg.data.seq_len
     stride = scored_stride(cfg.eval)
     options = ScoreOptions(codec.bos_id, cfg.run.val_batch_tokens // cfg.data.micro_batches, ranks.device)
     rows = score_domains(domains, model, context_len, stride, options)
     ranks.close()
     if ranks.is_main:
-        if codec.loses:
-            say(f"warning: not comparable: {codec.loses}")
-        print(json.dumps([row._asdict() for row in rows]) if args.json else format_domains(rows))
+        accounts = [domain.account for domain in domains]
+        facts = [row._asdict() | label_domain(account) for row, account in zip(rows, accounts)]
+        print(json.dumps(facts) if args.json else format_domains(rows))
+        for domain in () if args.json else domains:
+            print(f"{domain.name:<16}{domain.account}")
+            for name, reason in label_domain(domain.account).items():
+                if reason and name != "byte_account":
+                    say(f"warning: {domain.name}: {name.replace('_', ' ')}: {reason}")
     return 0
+
+
+def check_domains(domains: list[Domain], allows_extra_bytes: bool) -> None:
+    """Refuse a domain that counts more bytes than it has, unless data.allow_extra_bytes says to score it."""
+    for domain in domains:
+        if domain.account.invalid and not allows_extra_bytes:
+            raise UserError(f"{domain.name}: {domain.account.invalid}. {OTHER_TOKENIZER}")
+
+
+def label_domain(account: ByteAccount) -> dict:
+    """Return what JSON says of a domain's bytes and against its score."""
+    labels = {"invalid": account.invalid, "not_comparable": account.not_comparable}
+    return labels | {"byte_account": account.facts()}
 
 
 def document_range(text: str) -> slice:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError, format_table
+from data.accounts import ByteAccount, add_counts, open_account
 from data.codecs import TokenCodec
 from data.documents import Document, check_inputs, read_documents, read_jsonl, require_utf8
 from data.prepare import encode_ahead
@@ -35,6 +36,7 @@ class Domain(NamedTuple):
     num_documents: int
     tokens: np.ndarray  # (N + 1,) int32
     target_bytes: np.ndarray  # (N,) original UTF-8 bytes of each target
+    account: ByteAccount
 
 
 class DomainScore(NamedTuple):
@@ -78,14 +80,13 @@ def layout_text(value: dict, place: str) -> str:
 
 def read_domain(name: str, path: Path, codec: TokenCodec) -> Domain:
     """Encode a domain's file with a model's tokenizer."""
-    parts, num_documents = [], 0
-    for batch, *encoded in encode_ahead(codec, domain_documents(path), 1, codec.needs_sidecar):
-        num_documents += len(batch)
-        parts.append(encoded)
+    parts = list(encode_ahead(codec, domain_documents(path), 1, codec.needs_sidecar))
     if not parts:
         raise UserError(f"{path}: expected documents, found none.")
-    ids, sizes = (np.concatenate(part) for part in zip(*parts))
-    return Domain(name, num_documents, np.append(ids, codec.bos_id), np.append(sizes, 0)[1:])
+    ids, sizes = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    account = open_account(codec, add_counts(part.counts for part in parts))
+    ends = np.append(ids, codec.bos_id), np.append(sizes, 0)[1:]
+    return Domain(name, account.counts.documents, *ends, account)
 
 
 def score_domains(

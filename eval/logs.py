@@ -31,6 +31,7 @@ FACTS = (
     ("total_bytes", re.compile(r"Total submission size \S.*?: (\d+) bytes")),
     ("code_bytes", re.compile(r"Code size(?: \((?:compressed)\))?: (\d+) bytes")),
     ("val_bytes", re.compile(r"val_bytes:(\d+) raw_bytes:")),
+    ("raw_bytes", re.compile(r"val_bytes:\d+ raw_bytes:(\d+)$")),
     ("scored_bytes", re.compile(r"eval_mode:.* bytes:(\d+) adapted:")),
     ("within_gate", re.compile(r"ngram_tilt:hints .*\bwithin_gate[:=](\d+)")),
     ("word_gate", re.compile(r"ngram_tilt:hints .*\bword_gate[:=](\d+)")),
@@ -48,6 +49,7 @@ KNOWN_BYTES = (
 KNOWN_TOLERANCE = 0.004
 # What a log says against its own score.
 RESERVATION = re.compile(r"(invalid|not_comparable):(.+)")
+ACCOUNT = "byte_account:"
 # Keys of the configuration that differ between honest runs of one configuration.
 VOLATILE = re.compile(
     r"seed|run_id|logfile|rank|config_hash|total_eval_time|iters_each|.*(?:_dir|_path|_files|_pattern|dataset)|model_params"
@@ -109,9 +111,18 @@ def parse_log(name: str, text: str) -> RunLog:
 
 def reservations(log: RunLog, kind: str) -> list[str]:
     """Return the reasons, in printed order, for which a log calls its score invalid or not_comparable."""
-    lines = (PREFIX.sub("", line[:MAX_LINE], count=1).rstrip() for line in log.text.splitlines())
-    found = [RESERVATION.fullmatch(line) for line in lines]
+    found = [RESERVATION.fullmatch(line) for line in plain_lines(log)]
     return [match[2] for match in found if match and match[1] == kind]
+
+
+def byte_accounts(log: RunLog) -> list[str]:
+    """Return what a log says of the bytes of its text, as data/accounts.py words it."""
+    return [line.removeprefix(ACCOUNT) for line in plain_lines(log) if line.startswith(ACCOUNT)]
+
+
+def plain_lines(log: RunLog) -> list[str]:
+    """Return the lines of a log without a time before them."""
+    return [PREFIX.sub("", line[:MAX_LINE], count=1).rstrip() for line in log.text.splitlines()]
 
 
 def _score(line: str) -> ScoreLine | None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import shutil
 import sys
 from base64 import b64encode
 from itertools import islice, pairwise, product
@@ -15,7 +16,7 @@ from fixtures_model import recipe, shape_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common import UserError
+from common import UserError, write_json
 from data.codecs import load_codec
 from data.codecs.bese import (
     BESE_BOS,
@@ -35,7 +36,7 @@ from data.codecs.caseops import (
 from data.codecs.ranks import FAMILIES
 from data.prepare import Document, write_dataset
 from data.shards import read_shard
-from data.train_tokenizer import HOSTILE_TEXTS, train_tokenizer
+from data.train_tokenizer import HOSTILE_TEXTS, TRAINERS, train_tokenizer
 
 LOSSLESS_KINDS = ("bytes", "bytelevel", "superbpe", "caseops", "caseops_spaced")
 ALPHABET = " \ue000\t\n\0\u2581aAbBzZeE1.,?!'\"\u212a\u0130\u00df\u00e9\u0301\U0001f600" + CASE_OPERATORS
@@ -113,6 +114,90 @@ def test_a_size_that_the_text_cannot_give_is_a_user_error(kind, size, message, t
     with pytest.raises(UserError, match=message):
         train_tokenizer(small_texts(3), size, out, kind)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_absurd_sizes_are_refused_with_the_advice_that_fits(kind, tmp_path):
+    """Libraries end such training with internal errors, or take all memory."""
+    out = tmp_path / f"x{TRAINERS[kind].suffix}"
+    for size in (1, 10**7, 2**31, 10**12):
+        with pytest.raises(UserError, match=f"--vocab-size {size}: ") as caught:
+            train_tokenizer(small_texts(3), size, out, kind)
+        assert "INTERNAL" not in str(caught.value)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "message"),
+    [([], 400, "no document is left to train on"), (["\u2585"], 400, "no document is left"),
+     (["abc" * 100], 100_000, "this text gives at most 27\\d entries: lower"),
+     (["abc" * 100], 100, "this text needs at least 26\\d entries")],
+)  # fmt: skip
+def test_sentencepiece_errors_are_explained(texts, size, message, tmp_path):
+    """Their own words name lines of its source."""
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(texts, size, tmp_path / "x.model")
+
+
+def test_documents_that_sentencepiece_drops_are_counted(tmp_path, capsys):
+    """It says nothing: a tokenizer of half the text looks like one of all of it."""
+    texts = [*small_texts(20), "x\u2585y", "long " * 1000, "long\u2585" * 1000]
+    train_tokenizer(texts, 400, tmp_path / "x.model", "contest")
+    said = "of 23 documents SentencePiece does not train on 2 of more than 4,192 bytes and 2 that hold U+2585"
+    assert said in capsys.readouterr().err
+    train_tokenizer(texts, 400, tmp_path / "y.model")
+    assert "23 documents SentencePiece does not train on 0 of more" in capsys.readouterr().err
+    train_tokenizer(small_texts(20), 400, tmp_path / "z.model")
+    assert "does not train" not in capsys.readouterr().err
+
+
+# ---- Stated digests ---------------------------------------------------------------------------------
+
+
+def state_in_report(folder: Path, row: dict) -> None:
+    write_json(folder / "report.json", {"verify": {"tokenizer": row}})
+
+
+def state_in_manifest(folder: Path, row: dict) -> None:
+    write_json(folder / "manifest.json", {"tokenizer": row})
+
+
+@pytest.mark.parametrize("state", [state_in_report, state_in_manifest])
+@pytest.mark.parametrize("kind", [*SIZES, "sentencepiece", "ranks", "pair"])
+def test_a_flipped_file_is_refused_by_what_states_its_digest(trained, lossless_model, tmp_path, kind, state):
+    """A flipped tokenizer may load: another one, whose shards look like this one's."""
+    if kind == "pair":
+        model = json.loads(trained["bytelevel"].read_text())["model"]
+        (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+        path = tmp_path / "vocab.json"
+    elif kind == "ranks":
+        path = write_ranks(tmp_path / "r50k_tiny.tiktoken", [bytes([value]) for value in range(256)])
+    else:
+        source = lossless_model if kind == "sentencepiece" else trained[kind]
+        path = Path(shutil.copy(source, tmp_path / f"tokenizer{source.suffix}"))
+    codec = load_codec(path)
+    state(tmp_path, {"file": "another", "sha256": "0"})
+    assert load_codec(path).digest == codec.digest
+    state(tmp_path, {"file": path.name, "sha256": codec.digest})
+    assert load_codec(path).digest == codec.digest
+    for flipped in (path, path.with_name("merges.txt")) if kind == "pair" else (path,):
+        blob = flipped.read_bytes()
+        for at in range(0, len(blob), 1 + len(blob) // 5):
+            flipped.write_bytes(blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :])
+            with pytest.raises(UserError, match=r"damaged or replaced\. Copy it again"):
+                load_codec(path)
+        flipped.write_bytes(blob)
+
+
+def test_what_states_nothing_is_passed_over(trained, tmp_path):
+    """Folders hold reports and manifests of others."""
+    path = Path(shutil.copy(trained["bytes"], tmp_path / "tokenizer.json"))
+    for content in ([], {}, {"verify": 3}, {"verify": {"tokenizer": []}}, {"tokenizer": "x"}):
+        write_json(tmp_path / "report.json", content)
+        if isinstance(content, dict):
+            write_json(tmp_path / "manifest.json", content)
+        assert load_codec(path).kind == "bytes"
 
 
 # ---- Bytes ------------------------------------------------------------------------------------------

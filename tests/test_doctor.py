@@ -72,9 +72,9 @@ def test_clean_data_has_no_finding(clean, capsys):
     assert {row.state for row in examine(clean)} == {"ok", "skipped"}
     assert doctor.main([str(clean), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["passed"] and len(report["findings"]) == 9
+    assert report["passed"] and len(report["findings"]) == 10
     assert doctor.main([str(clean)]) == 0
-    assert capsys.readouterr().out.count("\n") == 9
+    assert capsys.readouterr().out.count("\n") == 10
 
 
 def test_a_contest_folder_without_a_manifest_is_examined(dataset, trained):

@@ -2,31 +2,76 @@
 
 A codec has: kind, path, vocab_size, bos_id, lossless, digest (sha256 of its file or files), encode(text)
 -> ids, encode_batch(texts) -> list of ids, decode(ids) -> bytes, token_bytes(ids) -> original bytes of
-each; loses: what it drops of a text that the contest's own tokenizers keep, so that its scores compare with
-no other, "" for nothing; and needs_sidecar: CaseOps over a model that normalises has encode_with_bytes(text)
--> ids and the exact bytes of each, which lie beside the shards because the ids alone do not tell them.
+each; by_contest_rule: whether it changes and counts text as the contest's own models; and needs_sidecar:
+CaseOps over a model that normalises has encode_with_bytes(text) -> ids and the exact bytes of each, which
+lie beside the shards because the ids alone do not tell them. data.changes says what a codec changes.
 """
 
 from pathlib import Path
 
-from common import UserError, read_json
+from common import UserError, read_json, sha256_file
 from data.codecs.bese import BESE_TYPE, BeseCodec
-from data.codecs.bytelevel import ByteLevelCodec
+from data.codecs.bytelevel import ByteLevelCodec, pair_digest
 from data.codecs.caseops import CASE_OPERATORS, CaseOpsCodec
 from data.codecs.pieces import PieceCodec
-from data.codecs.ranks import RanksCodec
+from data.codecs.ranks import RanksCodec, ranks_digest
 from data.codecs.raw import BYTES_TYPE, BytesCodec
 from data.codecs.spm import SentencePieceCodec
+from data.shards import MANIFEST_NAME, read_manifest
 
+FOLDER_REPORT = "report.json"  # of a folder of tokenizers/
 TokenCodec = SentencePieceCodec | PieceCodec
 
 
 def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") -> TokenCodec:
+    """Do as read_codec, and refuse another file than a manifest or report beside it states."""
+    check_stated(path)
+    return read_codec(path, vocab_size, kind)
+
+
+def check_stated(path: str | Path) -> None:
+    """Raise where what lies beside a tokenizer states another sha256 than its file has."""
+    file = find_file(path)
+    for name, stated in stated_digests(file).items() if file.is_file() else ():
+        found = find_digest(file)
+        if found != stated:
+            raise UserError(
+                f"{file}: expected sha256 {stated}, as {name} beside it states, found {found}: damaged or "
+                f"replaced. Copy it again; where it is meant to be another, remove {name}."
+            )
+
+
+def find_file(path: str | Path) -> Path:
+    """Name the tokenizer file of a folder that has one, else the path itself."""
+    return min(Path(path).glob("tokenizer.*"), default=Path(path))
+
+
+def stated_digests(file: Path) -> dict[str, str]:
+    """Return {file name: sha256} of what lies beside a tokenizer file and states its digest."""
+    manifest = file.with_name(MANIFEST_NAME)
+    report = file.with_name(FOLDER_REPORT)
+    found = {MANIFEST_NAME: read_manifest(manifest.parent) or {}}
+    if report.is_file():
+        content = read_json(report)
+        found[FOLDER_REPORT] = content.get("verify") if isinstance(content, dict) else None
+    rows = {name: part.get("tokenizer") for name, part in found.items() if isinstance(part, dict)}
+    rows = {name: row for name, row in rows.items() if isinstance(row, dict) and row.get("file") == file.name}
+    return {name: str(row["sha256"]) for name, row in rows.items() if "sha256" in row}
+
+
+def find_digest(file: Path) -> str:
+    """Compute the digest that a file's codec has, without reading it as a tokenizer."""
+    if file.name == "vocab.json":
+        return pair_digest(file)
+    return ranks_digest(file) if file.suffix == ".tiktoken" else sha256_file(file)
+
+
+def read_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") -> TokenCodec:
     """Load the tokenizer file at `path`, or in the folder; raise when size or kind is not the expected one.
 
     A program that always names the same kind needs no other codec.
     """
-    path = min(Path(path).glob("tokenizer.*"), default=Path(path))  # of a folder, the file in it
+    path = find_file(path)
     if not path.is_file():
         raise UserError(
             f"{path}: no such tokenizer file. `make run` makes the built-in corpus and trains on it; "

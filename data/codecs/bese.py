@@ -16,6 +16,7 @@ from common import UserError, read_json
 from data.codecs.pieces import PieceCodec
 
 BESE_TYPE = "bese_bpe"
+BESE_LOSES = "the tokenizer (bese) drops case, most signs and all that is not ASCII"
 BESE_BOS = 1  # between documents; in no merge
 NUM_SPECIAL = 4
 FIRST_GROUP, FIRST_PLACE, FIRST_SIGN = 15, 19, 23
@@ -74,7 +75,6 @@ class BeseCodec(PieceCodec):
     """One file of system B's format. Text does not come back: case, most signs and non-ASCII are lost."""
 
     kind = "bese"
-    loses = "the tokenizer (bese) drops case, most signs and all that is not ASCII"
 
     def __init__(self, path: str | Path):
         content = read_json(path)

@@ -57,8 +57,7 @@ class ByteLevelCodec(PieceCodec):
         pieces[bos_id] = b""
         super().__init__(path, pieces, bos_id)
         if Path(path).name == "vocab.json":  # the merges are half of the tokenizer
-            merges = Path(path).with_name("merges.txt").read_bytes()
-            self.digest = hashlib.sha256(Path(path).read_bytes() + merges).hexdigest()
+            self.digest = pair_digest(self.path)
         single_bytes = {piece[0] for piece in pieces if len(piece) == 1}
         self.lossless = single_bytes >= UTF8_BYTES and gives_back(self)
 
@@ -69,6 +68,14 @@ class ByteLevelCodec(PieceCodec):
         else:
             encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+
+
+def pair_digest(path: Path) -> str:
+    """Hash vocab.json together with the merges.txt beside it."""
+    merges = path.with_name("merges.txt")
+    if not merges.is_file():
+        raise UserError(f"{path}: expected merges.txt beside it, found none. Copy it there.")
+    return hashlib.sha256(path.read_bytes() + merges.read_bytes()).hexdigest()
 
 
 def read_tokenizer(path: Path):
@@ -87,7 +94,9 @@ def read_tokenizer(path: Path):
             tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path}: not a tokenizer that `tokenizers` reads ({error}).") from error
+        raise UserError(
+            f"{path}: not a tokenizer that `tokenizers` reads ({error}). Copy it again."
+        ) from error
     if not isinstance(tokenizer.model, models.BPE):
         found = type(tokenizer.model).__name__
         raise UserError(f"{path}: expected byte-level BPE, found a model of type {found}.")

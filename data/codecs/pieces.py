@@ -32,8 +32,7 @@ class PieceCodec:
     """A table of token bytes. Subclasses load it and write `encode_batch`."""
 
     kind = ""
-    needs_sidecar = False
-    loses = ""
+    needs_sidecar = by_contest_rule = False
 
     def __init__(self, path: str | Path, pieces: list[bytes], bos_id: int):
         self.path = Path(path)

@@ -60,23 +60,24 @@ class RanksCodec(PieceCodec):
         except ImportError as error:
             raise UserError(f"{path}: reading this tokenizer needs `pip install tiktoken`.") from error
         path = Path(path)
-        family = FAMILIES.get(path.stem.partition("_")[0])
-        if family is None:
-            raise UserError(
-                f"{path}: the name must say the split rule. Expected it to begin with one of "
-                f"{', '.join(FAMILIES)}, as o200k_base.tiktoken, found {path.stem!r}. Rename the file."
-            )
+        family = find_family(path)
         ranks = read_ranks(path, family)
+        missing = {bytes([value]) for value in UTF8_BYTES} - ranks.keys()
+        if missing:  # the library would end without an exception that can be caught
+            raise UserError(
+                f"{path}: expected a token for each of the {len(UTF8_BYTES)} bytes of UTF-8 text, found none "
+                f"for {len(missing)}, as {min(missing)!r}. Take another tokenizer: text with them has no ids."
+            )
         pieces = [b""] * family.vocab_size
         for piece, rank in ranks.items():
             pieces[rank] = piece
         super().__init__(path, pieces, family.bos_id)
-        self.digest = hashlib.sha256(path.read_bytes() + repr(family).encode()).hexdigest()
+        self.digest = ranks_digest(path)
         special = {SPECIAL_END: family.bos_id}
         self._encoding = Encoding(
             path.stem, pat_str=family.split, mergeable_ranks=ranks, special_tokens=special
         )
-        self.lossless = ranks.keys() >= {bytes([value]) for value in UTF8_BYTES} and gives_back(self)
+        self.lossless = gives_back(self)
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Encode documents in parallel threads; each gives (N,) int32 ids."""
@@ -84,6 +85,22 @@ class RanksCodec(PieceCodec):
             text.encode()  # the library would write half a surrogate pair as another character
         encoded = self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
         return [np.array(ids, dtype=np.int32) for ids in encoded]
+
+
+def find_family(path: Path) -> RankFamily:
+    """Return the family that a file's name says."""
+    family = FAMILIES.get(path.stem.partition("_")[0])
+    if family is None:
+        raise UserError(
+            f"{path}: the name must say the split rule. Expected it to begin with one of "
+            f"{', '.join(FAMILIES)}, as o200k_base.tiktoken, found {path.stem!r}. Rename the file."
+        )
+    return family
+
+
+def ranks_digest(path: Path) -> str:
+    """Hash a file together with what its family adds."""
+    return hashlib.sha256(path.read_bytes() + repr(find_family(path)).encode()).hexdigest()
 
 
 def read_ranks(path: Path, family: RankFamily) -> dict[bytes, int]:

@@ -12,6 +12,8 @@ SPACE_SYMBOL = "\u2581"  # SentencePiece writes a space as this character
 # A model that gives all of these back byte for byte loses nothing: it neither normalises, nor trims
 # or merges spaces, nor adds a dummy prefix, and bytes outside its alphabet fall back to byte tokens.
 LOSSLESS_PROBES = ("a", " a", "a  b ", "\n\t\r\0", "\ufb01 \u212a e\u0301 \U0001f600", "\u3000x\u00a0")
+# What the contest's own models make of a text: nmt_nfkc, capitals kept, spaces merged and trimmed, no prefix.
+CONTEST_PROBE, CONTEST_READS = " A\ufb01 \n\u200b e ", "Afi\u2581e"
 
 
 def read_number(file: BytesIO) -> int:
@@ -36,11 +38,11 @@ class SentencePieceCodec:
 
     `token_bytes` follows the contest's rule for its normalising models: a piece counts its UTF-8 bytes
     without the leading space symbol, plus one for that space unless the previous token is a boundary
-    (control, unknown, unused) or absent. A lossless model counts every byte it writes.
+    (control, unknown, unused) or absent. A lossless model counts every byte it writes. A space within a
+    piece, which the contest's models do not have, counts one.
     """
 
     kind = "sentencepiece"
-    loses = ""  # the normalisation of the contest's models is no loss: everybody's score has it
     needs_sidecar = False  # whether token_bytes is short of the text's bytes, and encode_with_bytes is not
 
     def __init__(self, path: str | Path):
@@ -51,7 +53,9 @@ class SentencePieceCodec:
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: not a SentencePiece model ({error}).") from error
+            raise UserError(
+                f"{path}: not a SentencePiece model ({error}). Copy or train it again."
+            ) from error
         sp = self._sp
         self.path = Path(path)
         self.digest = sha256_file(path)
@@ -67,6 +71,12 @@ class SentencePieceCodec:
         self._pieces = [self._piece_bytes(i) for i in range(self.vocab_size)]
         self.lossless = len(self._byte_ids) == 256 and all(
             self._join(sp.encode(text, out_type=int)) == text.encode() for text in LOSSLESS_PROBES
+        )
+        self.by_contest_rule = (
+            len(self._byte_ids) == 256
+            and sp.normalize(CONTEST_PROBE) == CONTEST_READS
+            and self.has_pieces(SPACE_SYMBOL)
+            and not any(b" " in piece[1:] for piece in self._pieces)
         )
         self._written_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
         leading = [sp.id_to_piece(i).startswith(SPACE_SYMBOL) for i in range(self.vocab_size)]
@@ -85,9 +95,7 @@ class SentencePieceCodec:
     def _contest_bytes(self, token: int) -> int:
         if self._boundary[token]:
             return 0
-        if token in self._byte_ids:
-            return 1
-        return len(self._sp.id_to_piece(token).removeprefix(SPACE_SYMBOL).encode())
+        return 1 if token in self._byte_ids else len(self._pieces[token].removeprefix(b" "))
 
     def _join(self, ids) -> bytes:
         return b"".join(self._pieces[int(i)] for i in ids)
