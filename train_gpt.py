@@ -3239,11 +3239,13 @@ def check_start(cfg: Config, environment: Environment, start: Start) -> None:
     """Raise for what can be known before anything is made: memory, the folder and its disk, bytes."""
     check_world_size(cfg, environment.world_size)
     device = resolve_device(cfg.run.device, environment.local_rank)
+    check_device(cfg, device)
     sizes = find_sizes(cfg, device)
     shared = device.type == "cpu" and environment.launched  # others do not say how many are on a machine
     ranks = environment.world_size, environment.local_world_size if shared else 1
     check_memory(cfg, get_stages(cfg), sizes, ranks, (total_memory(device), device.type))
     check_limit(cfg, sizes)
+    resolve_backend(cfg, device, resolve_dtype(cfg.model.compute_dtype, device))
     check_patterns(cfg.quant.float16_names, sizes)
     if SCORERS[cfg.eval.mode].plan is None and cfg.eval.lora_rank:
         with torch.device("meta"):
