@@ -26,11 +26,12 @@ import numpy as np
 
 from common import read_json
 from data.accounts import ByteCounts, Encoded
+from data.changes import proto_fields
 from data.codecs import TokenCodec
 from data.codecs.bese import BESE_TYPE, NUM_BASE, NUM_SPECIAL, base_table
 from data.codecs.caseops import CASE_BEFORE_SPACE, CASE_OPERATORS
 from data.codecs.ranks import FAMILIES
-from data.codecs.spm import SPACE_SYMBOL, proto_fields
+from data.codecs.spm import SPACE_SYMBOL
 
 PART_CHARS = 1 << 18  # of a part, up to the next seam
 NODES_AT_ONCE = 1 << 10

@@ -1,7 +1,5 @@
 """SentencePiece models: the contest's own (normalising) and lossless ones (identity normalisation)."""
 
-from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +12,6 @@ SPACE_SYMBOL = "\u2581"  # SentencePiece writes a space as this character
 LOSSLESS_PROBES = ("a", " a", "a  b ", "\n\t\r\0", "\ufb01 \u212a e\u0301 \U0001f600", "\u3000x\u00a0")
 # What the contest's own models make of a text: nmt_nfkc, capitals kept, spaces merged and trimmed, no prefix.
 CONTEST_PROBE, CONTEST_READS = " A\ufb01 \n\u200b e ", "Afi\u2581e"
-
-
-def read_number(file: BytesIO) -> int:
-    """Read a number of a protocol buffer: seven bits a byte, the lowest first."""
-    value = shift = 0
-    while (byte := file.read(1)[0]) > 127:
-        value |= (byte & 127) << shift
-        shift += 7
-    return value | byte << shift
-
-
-def proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (number, value) of a protocol buffer's fields."""
-    file = BytesIO(data)
-    while file.tell() < len(data):
-        number, wire = divmod(read_number(file), 8)
-        yield number, file.read({1: 8, 5: 4}.get(wire) or read_number(file)) if wire else read_number(file)
 
 
 class SentencePieceCodec:
