@@ -63,7 +63,7 @@ from data.codecs import TokenCodec, check_stated, read_codec
 from data.intact import ShardVerifier, val_summary
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
 from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
-from data.validation import ValidationText, read_validation, scored_tokens, with_account
+from data.validation import ValidationText, account_validation, read_validation, scored_tokens
 from durable.lock import lock_folder
 from durable.peers import (
     FIRST_MEET_S,
@@ -1015,9 +1015,9 @@ def open_tokenizer(cfg: DataConfig) -> TokenCodec:
 
 def load_validation(cfg: DataConfig, chosen: str = "", tokenizer_sha256: str = "") -> ValidationText:
     """Load all validation shards, or the chosen ones; refuses another tokenizer than the one of this hash."""
-    codec = open_tokenizer(cfg)
-    text = read_validation(cfg, codec, chosen, tokenizer_sha256)
-    return with_account(text, codec, cfg) if PACKED_RECIPE is None else text
+    if PACKED_RECIPE is None:
+        return account_validation(cfg, open_tokenizer(cfg), chosen, tokenizer_sha256)
+    return read_validation(cfg, open_tokenizer(cfg), chosen, tokenizer_sha256)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2422,11 +2422,8 @@ def score_model(
     seconds = ranks.broadcast(time.perf_counter() - started)
     totals = (meter.val_loss, meter.val_bpb, meter.num_tokens, meter.num_bytes)
     tail = "included" if settings.keep_tail else "cut"
-    how = (settings.mode, context_len, scored_stride(settings), tail, seconds)
-    score = Score(*totals, *how, *outcome[1:], text.not_comparable)
-    if PACKED_RECIPE is None and text.invalid:
-        score = score._replace(invalid="; ".join(filter(None, (score.invalid, text.invalid))))
-    return score
+    how = (settings.mode, context_len, scored_stride(settings), tail, seconds, *outcome[1:3])
+    return Score(*totals, *how, "; ".join(filter(None, (outcome.invalid, text.invalid))), text.not_comparable)
 
 
 def new_average(model: nn.Module, cfg: AverageConfig) -> Ema | Swa | None:
@@ -3038,8 +3035,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"train_loader:dataset:{name} train_shards:{len(training.loader.files)}\n"
         f"val_loader:shards pattern={text.pattern} tokens:{seen}\n"
         f"val_bytes:{text.target_bytes.sum()} raw_bytes:{text.raw_bytes or 'unknown, no manifest'}\n"
-        + (f"byte_account:{text.account}\n" if PACKED_RECIPE is None else "")
-        + f"tokenizer_report:{read_report(Path(text.pattern).parent, text.tokenizer_sha256)}\n"
+        f"tokenizer_report:{read_report(Path(text.pattern).parent, text.tokenizer_sha256)}\n"
         f"model_params:{sum(param.numel() for param in model.parameters())}\n"
         f"world_size:{ranks.world_size} grad_accum_steps:{cfg.data.micro_batches // ranks.world_size}\n"
         f"device:{ranks.device.type} compute_dtype:{dtype}{reason} compile:{training.is_compiled}\n"
@@ -3056,7 +3052,7 @@ def log_setup(cfg: Config, training: Training, text: ValidationText, log: Log) -
         f"seed:{run.seed}"
     )
     if PACKED_RECIPE is None:
-        log.line(ranks.layout())
+        log.line(f"byte_account:{text.account}\n{ranks.layout()}")
 
 
 def log_sizes(cfg: Config, model: GPT, ledger: list[tuple[str, int]], log: Log) -> None:
@@ -3565,7 +3561,7 @@ def score_file(path: Path, live: Config, environment: Environment) -> None:
     score = score_model(model, cfg, text, ranks)
     ranks.close()
     if ranks.is_main:
-        account = {"byte_account": text.account.facts()} if PACKED_RECIPE is None else {}
+        account = {} if PACKED_RECIPE is not None else {"byte_account": text.account.facts()}
         print(json.dumps(score._asdict() | account))
 
 

@@ -119,18 +119,18 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
             f"{pattern}: counts {expected_bytes:,} bytes of a text of {raw_bytes:,}: scores would be below "
             "the truth. Make the data again with another tokenizer."
         )
-    is_stated = manifest.get("tokenizer", {}).get("lossless", True)  # by more probes than the codec's
-    is_exact = codec.by_contest_rule or (codec.lossless and is_stated)
+    is_exact = codec.lossless and manifest.get("tokenizer", {}).get("lossless", True)  # by more probes
     made_by = (codec.bos_id, pattern, codec.kind, codec.digest)
-    label = "" if is_exact else "the tokenizer changes text"
+    label = "" if is_exact or codec.by_contest_rule else "the tokenizer changes text"
     return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, label)
 
 
-def with_account(text: ValidationText, codec: TokenCodec, settings) -> ValidationText:
-    """Add the byte account of a text that read_validation has read, and the labels that follow from it.
+def account_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: str) -> ValidationText:
+    """Do as read_validation and add the byte account, and the labels of scores that follow from it.
 
     Raises where scores would be below the truth, unless settings.allow_extra_bytes.
     """
+    text = read_validation(settings, codec, chosen, tokenizer_sha256)
     counts = ByteCounts(None, int(text.target_bytes.sum()))
     if text.raw_bytes is not None:
         manifest = read_manifest(find_shards(text.pattern)[0].parent)

@@ -17,9 +17,10 @@ from data.codecs.pieces import PieceCodec
 from data.codecs.ranks import RanksCodec, ranks_digest
 from data.codecs.raw import BYTES_TYPE, BytesCodec
 from data.codecs.spm import SentencePieceCodec
-from data.shards import MANIFEST_NAME, read_manifest
 
-FOLDER_REPORT = "report.json"  # of a folder of tokenizers/
+# What may lie beside a tokenizer and state its digest, and where it does: a dataset's, and of tokenizers/.
+STATEMENTS = {"manifest.json": ("tokenizer",), "report.json": ("verify", "tokenizer")}
+
 TokenCodec = SentencePieceCodec | PieceCodec
 
 
@@ -31,7 +32,7 @@ def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") 
 
 def check_stated(path: str | Path) -> None:
     """Raise where what lies beside a tokenizer states another sha256 than its file has."""
-    file = find_file(path)
+    file = min(Path(path).glob("tokenizer.*"), default=Path(path))
     for name, stated in stated_digests(file).items() if file.is_file() else ():
         found = find_digest(file)
         if found != stated:
@@ -41,22 +42,16 @@ def check_stated(path: str | Path) -> None:
             )
 
 
-def find_file(path: str | Path) -> Path:
-    """Name the tokenizer file of a folder that has one, else the path itself."""
-    return min(Path(path).glob("tokenizer.*"), default=Path(path))
-
-
 def stated_digests(file: Path) -> dict[str, str]:
     """Return {file name: sha256} of what lies beside a tokenizer file and states its digest."""
-    manifest = file.with_name(MANIFEST_NAME)
-    report = file.with_name(FOLDER_REPORT)
-    found = {MANIFEST_NAME: read_manifest(manifest.parent) or {}}
-    if report.is_file():
-        content = read_json(report)
-        found[FOLDER_REPORT] = content.get("verify") if isinstance(content, dict) else None
-    rows = {name: part.get("tokenizer") for name, part in found.items() if isinstance(part, dict)}
-    rows = {name: row for name, row in rows.items() if isinstance(row, dict) and row.get("file") == file.name}
-    return {name: str(row["sha256"]) for name, row in rows.items() if "sha256" in row}
+    found = {}
+    for name, keys in STATEMENTS.items():
+        row = read_json(file.with_name(name)) if file.with_name(name).is_file() else None
+        for key in keys:
+            row = row.get(key) if isinstance(row, dict) else None
+        if isinstance(row, dict) and row.get("file") == file.name and "sha256" in row:
+            found[name] = str(row["sha256"])
+    return found
 
 
 def find_digest(file: Path) -> str:
@@ -71,7 +66,7 @@ def read_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") 
 
     A program that always names the same kind needs no other codec.
     """
-    path = find_file(path)
+    path = min(Path(path).glob("tokenizer.*"), default=Path(path))  # of a folder, the file in it
     if not path.is_file():
         raise UserError(
             f"{path}: no such tokenizer file. `make run` makes the built-in corpus and trains on it; "

@@ -19,8 +19,7 @@ class SentencePieceCodec:
 
     `token_bytes` follows the contest's rule for its normalising models: a piece counts its UTF-8 bytes
     without the leading space symbol, plus one for that space unless the previous token is a boundary
-    (control, unknown, unused) or absent. A lossless model counts every byte it writes. A space within a
-    piece, which the contest's models do not have, counts one.
+    (control, unknown, unused) or absent. A lossless model counts every byte it writes.
     """
 
     kind = "sentencepiece"
@@ -34,9 +33,7 @@ class SentencePieceCodec:
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{path}: not a SentencePiece model ({error}). Copy or train it again."
-            ) from error
+            raise UserError(f"{path}: no SentencePiece model ({error}). Copy it again.") from error
         sp = self._sp
         self.path = Path(path)
         self.digest = sha256_file(path)
@@ -50,15 +47,12 @@ class SentencePieceCodec:
             [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(self.vocab_size)]
         )
         self._pieces = [self._piece_bytes(i) for i in range(self.vocab_size)]
-        self.lossless = len(self._byte_ids) == 256 and all(
+        has_bytes = len(self._byte_ids) == 256
+        self.lossless = has_bytes and all(
             self._join(sp.encode(text, out_type=int)) == text.encode() for text in LOSSLESS_PROBES
         )
-        self.by_contest_rule = (
-            len(self._byte_ids) == 256
-            and sp.normalize(CONTEST_PROBE) == CONTEST_READS
-            and self.has_pieces(SPACE_SYMBOL)
-            and not any(b" " in piece[1:] for piece in self._pieces)
-        )
+        knows_space = self.has_pieces(SPACE_SYMBOL) and not any(b" " in piece[1:] for piece in self._pieces)
+        self.by_contest_rule = has_bytes and knows_space and sp.normalize(CONTEST_PROBE) == CONTEST_READS
         self._written_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
         leading = [sp.id_to_piece(i).startswith(SPACE_SYMBOL) for i in range(self.vocab_size)]
         self._leading_space = np.array(leading) & ~self._boundary
@@ -76,6 +70,7 @@ class SentencePieceCodec:
     def _contest_bytes(self, token: int) -> int:
         if self._boundary[token]:
             return 0
+        # A space within a piece, which the contest's models do not have, counts one.
         return 1 if token in self._byte_ids else len(self._pieces[token].removeprefix(b" "))
 
     def _join(self, ids) -> bytes:
