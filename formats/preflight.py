@@ -79,7 +79,7 @@ def check_recipe_path(path: str) -> None:
         if meant
         else "Recipes are records/*/*/recipe.toml."
     )
-    raise UserError(f"--recipe {path!r:.200}: {found}. {hint}")
+    raise UserError(f"--recipe {path:.200}: {found}. {hint}")
 
 
 def check_recipe(path: str, recipe: dict) -> None:
