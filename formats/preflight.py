@@ -127,14 +127,14 @@ def check_memory(cfg, stages: list, sizes: Sizes, ranks: tuple[int, int], device
         if all(stage.micro_batches for stage in stages):
             advice = f"For it, {memory_advice(cfg, stages, world_size)}"
     raise UserError(
-        f"expected at least {in_gib(kept + max(gradients, batch))} of memory, {in_gib(kept)} for weights and "
-        f"moments and the rest for {what}, found {in_gib(total)} of this {name}. {advice}."
+        f"expected at least {in_words(kept + max(gradients, batch))} of memory, {in_words(kept)} for weights and "
+        f"moments and the rest for {what}, found {in_words(total)} of this {name}. {advice}."
     )
 
 
-def in_gib(size: float) -> str:
+def in_words(size: float) -> str:
     """Write a number of bytes for people."""
-    return f"{size / 2**30:,.1f} GiB"
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
 
 
 def check_folder(name: str, folder: str | Path) -> Path:
@@ -166,10 +166,10 @@ def check_disk(cfg, sizes: Sizes, is_new: bool) -> None:
     checkpoint = sizes.item_bytes * sizes.state_numel(cfg, 1)
     need = LEAST_FILES + sizes.artifact_bytes // CODED_SHARE + count * checkpoint
     if need > free:
-        each = f", {count} checkpoints of {in_gib(checkpoint)} among it" if count else ""
+        each = f" (of it {count} x {in_words(checkpoint)} for checkpoints)" if count else ""
         raise UserError(
-            f"run.out_dir={cfg.run.out_dir}: expected at least {in_gib(need)} free on its disk{each}, found "
-            f"{in_gib(free)}. Free space, lower watch.keep_checkpoints or the model's size, or change "
+            f"run.out_dir={cfg.run.out_dir}: expected at least {in_words(need)} free on its disk{each}, found "
+            f"{in_words(free)}. Free space, lower watch.keep_checkpoints or the model's size, or change "
             "run.out_dir."
         )
 

@@ -46,7 +46,7 @@ def resolve_device(requested: str, index: int = 0) -> torch.device:
 
 
 def hidden_gpus(chosen: str) -> list[str]:
-    """Say where CUDA_VISIBLE_DEVICES, `chosen`, leaves a torch for GPUs without any: runs would take the CPU."""
+    """Say where CUDA_VISIBLE_DEVICES, `chosen`, leaves a torch for GPUs without any."""
     if chosen in ("", "-1") or not torch.version.cuda or torch.cuda.is_available():
         return []
     return [f"CUDA_VISIBLE_DEVICES={chosen:.40} leaves no GPU: what follows computes on the CPU"]
