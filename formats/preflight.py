@@ -127,8 +127,8 @@ def check_memory(cfg, stages: list, sizes: Sizes, ranks: tuple[int, int], device
         if all(stage.micro_batches for stage in stages):
             advice = f"For it, {memory_advice(cfg, stages, world_size)}"
     raise UserError(
-        f"expected at least {in_words(kept + max(gradients, batch))} of memory, {in_words(kept)} for weights and "
-        f"moments and the rest for {what}, found {in_words(total)} of this {name}. {advice}."
+        f"expected at least {in_words(kept + max(gradients, batch))} of memory, {in_words(kept)} for weights "
+        f"and moments and the rest for {what}, found {in_words(total)} of this {name}. {advice}."
     )
 
 
@@ -168,8 +168,8 @@ def check_disk(cfg, sizes: Sizes, is_new: bool) -> None:
     if need > free:
         each = f" (of it {count} x {in_words(checkpoint)} for checkpoints)" if count else ""
         raise UserError(
-            f"run.out_dir={cfg.run.out_dir}: expected at least {in_words(need)} free on its disk{each}, found "
-            f"{in_words(free)}. Free space, lower watch.keep_checkpoints or the model's size, or change "
+            f"run.out_dir={cfg.run.out_dir}: expected at least {in_words(need)} free on its disk{each}, "
+            f"found {in_words(free)}. Free space, lower watch.keep_checkpoints or the model's size, or change "
             "run.out_dir."
         )
 
