@@ -169,7 +169,7 @@ def check_disk(cfg, sizes: Sizes, is_new: bool) -> None:
         each = f" (of it {count} x {in_words(checkpoint)} for checkpoints)" if count else ""
         raise UserError(
             f"run.out_dir={cfg.run.out_dir}: expected at least {in_words(need)} free on its disk{each}, "
-            f"found {in_words(free)}. Free space, lower watch.keep_checkpoints or the model's size, or change "
+            f"found {in_words(free)}. Free space, lower watch.keep_checkpoints or the model's size, or set "
             "run.out_dir."
         )
 
