@@ -156,6 +156,7 @@ from kernels.machine import (
     ACCELERATORS,
     check_device,
     copy_to_device,
+    hidden_gpus,
     keep_freed_memory,
     peak_memory,
     resolve_compile,
@@ -567,7 +568,7 @@ class Environment(NamedTuple):
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    misspelled: tuple[str, ...] = ()  # sentences on variables that look like misspelled ones
+    misspelled: tuple[str, ...] = ()  # sentences on variables that look like mistakes
     local_world_size: int = 1  # processes on this machine
     restarts: int = 0  # how often torchrun has started all processes anew
     launched: bool = False  # by torchrun, which is then the parent
@@ -583,7 +584,8 @@ def read_environment() -> Environment:
     numbers = {key: int(os.environ[env]) for key, env in layout.items() if env in os.environ}
     fixed = {name: os.environ[name] for name in PACKED_ENVIRONMENT.split() if name in os.environ}
     if PACKED_RECIPE is None:
-        numbers["misspelled"] = near_misses(Config, os.environ)
+        hidden = hidden_gpus(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        numbers["misspelled"] = near_misses(Config, os.environ) + hidden
         numbers["local_world_size"] = int(os.environ.get("LOCAL_WORLD_SIZE", numbers.get("world_size", 1)))
         numbers["restarts"] = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         numbers["launched"] = "TORCHELASTIC_RUN_ID" in os.environ

@@ -13,6 +13,7 @@ from dev.gpu_battery.report import markdown_row
 from dev.gpu_battery.sizes import RECIPES, ROOT
 from dev.pages import DOCS, write_block
 from formats.hardware import (
+    CARDS_A_MACHINE,
     LINKS,
     StepShape,
     Work,
@@ -39,7 +40,8 @@ def read_recipe_work() -> Work:
 
 def step_on(work: Work, count: int, link: str) -> dict[str, float]:
     """Return the parts of a step at all visits, in the fewest micro-batches that fit, milliseconds."""
-    machine = parse_machine(f"{CARD}x{count}@{link}")
+    joined = f"@{link}" if count > CARDS_A_MACHINE else ""
+    machine = parse_machine(f"{CARD}x{count}{joined}")
     return step_parts(work, machine, fitting_counts(work, machine)[0], work.visits)
 
 

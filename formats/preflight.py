@@ -79,7 +79,7 @@ def check_recipe_path(path: str) -> None:
         if meant
         else "Recipes are records/*/*/recipe.toml."
     )
-    raise UserError(f"--recipe {path!r:.200}: {found}. {hint}")
+    raise UserError(f"--recipe {path:.200}: {found}. {hint}")
 
 
 def check_recipe(path: str, recipe: dict) -> None:
@@ -99,38 +99,42 @@ def check_new_run(cfg) -> None:
 
 
 def check_memory(cfg, stages: list, sizes: Sizes, ranks: tuple[int, int], device: tuple[int, str]) -> None:
-    """Raise where weights, gradients, moments and one micro-batch surely need more memory than there is.
+    """Raise where an update, or the forward pass of one micro-batch, surely needs more memory than there is.
 
     ranks: all, and those that share this memory; device: its bytes (0: unknown) and name. What else a step
     keeps is not counted: a run that is not refused may still not fit.
     """
     world_size, sharing = ranks
     total, name = device
-    gradients = sizes.num_params + sizes.stacked  # stacked ones are there twice
-    kept = sharing * sizes.item_bytes * (sizes.state_numel(cfg, world_size) + gradients)
     tokens = max(
         stage.batch_tokens // stage.micro_batches if stage.micro_batches else stage.seq_len
         for stage in stages
     )
+    kept = sharing * sizes.item_bytes * sizes.state_numel(cfg, world_size)
+    gradients = (
+        sharing * sizes.item_bytes * (sizes.num_params + sizes.stacked)
+    )  # stacked ones are there twice
     channels = cfg.model.model_dim + cfg.data.vocab_size * sizes.whole_logits
     batch = sharing * tokens * (16 + sizes.compute_bytes * channels)  # tokens and targets are 8 bytes each
-    if not total or kept + batch <= total:
+    if not total or kept + max(gradients, batch) <= total:
         return
     largest = max(sizes.numels, key=sizes.numels.__getitem__)
-    share = f"of {sizes.num_params:,} parameters {largest} has {sizes.numels[largest]:,}"
-    advice = f"Lower the model's sizes: {share}."
-    if kept <= total and all(stage.micro_batches for stage in stages):
-        advice = f"For it, {memory_advice(cfg, stages, world_size)}."
+    what = f"the gradients of {sizes.num_params:,} parameters"
+    advice = f"Lower the model's sizes: {largest} has {sizes.numels[largest]:,}"
+    if kept + gradients <= total:
+        what = f"a micro-batch of {tokens:,} tokens"
+        advice = "Lower data.seq_len"
+        if all(stage.micro_batches for stage in stages):
+            advice = f"For it, {memory_advice(cfg, stages, world_size)}"
     raise UserError(
-        f"expected at least {in_gib(kept + batch)} of memory, {in_gib(kept)} for weights, gradients and "
-        f"optimizer and {in_gib(batch)} for a micro-batch of {tokens:,} tokens, found {in_gib(total)} of "
-        f"this {name}. {advice}"
+        f"expected at least {in_words(kept + max(gradients, batch))} of memory, {in_words(kept)} for weights "
+        f"and moments and the rest for {what}, found {in_words(total)} of this {name}. {advice}."
     )
 
 
-def in_gib(size: float) -> str:
+def in_words(size: float) -> str:
     """Write a number of bytes for people."""
-    return f"{size / 2**30:,.1f} GiB"
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
 
 
 def check_folder(name: str, folder: str | Path) -> Path:
@@ -162,10 +166,10 @@ def check_disk(cfg, sizes: Sizes, is_new: bool) -> None:
     checkpoint = sizes.item_bytes * sizes.state_numel(cfg, 1)
     need = LEAST_FILES + sizes.artifact_bytes // CODED_SHARE + count * checkpoint
     if need > free:
-        each = f", {count} checkpoints of {in_gib(checkpoint)} among it" if count else ""
+        each = f" (of it {count} x {in_words(checkpoint)} for checkpoints)" if count else ""
         raise UserError(
-            f"run.out_dir={cfg.run.out_dir}: expected at least {in_gib(need)} free on its disk{each}, found "
-            f"{in_gib(free)}. Free space, lower watch.keep_checkpoints or the model's size, or change "
+            f"run.out_dir={cfg.run.out_dir}: expected at least {in_words(need)} free on its disk{each}, "
+            f"found {in_words(free)}. Free space, lower watch.keep_checkpoints or the model's size, or set "
             "run.out_dir."
         )
 

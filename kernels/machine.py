@@ -45,6 +45,13 @@ def resolve_device(requested: str, index: int = 0) -> torch.device:
     return torch.device(kind, index)
 
 
+def hidden_gpus(chosen: str) -> list[str]:
+    """Say where CUDA_VISIBLE_DEVICES, `chosen`, leaves a torch for GPUs without any."""
+    if chosen in ("", "-1") or not torch.version.cuda or torch.cuda.is_available():
+        return []
+    return [f"CUDA_VISIBLE_DEVICES={chosen:.40} leaves no GPU: what follows computes on the CPU"]
+
+
 PINNING = {"cuda"}  # devices that copy from locked memory while the CPU goes on
 
 

@@ -38,7 +38,7 @@ def test_the_table_marks_the_choice():
 def test_runs_are_trained_once_and_reported(tiny_config, tmp_path, monkeypatch, capsys):
     """Six steps a decay; the second call finds the runs; another step count trains again."""
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(format_toml({}))
+    recipe.write_text(format_toml({"model": {"num_layers": 3}}))
     trained, run = [], train_gpt.run
     monkeypatch.setattr(train_gpt, "weigh_code", lambda folder: (1000, ""))
     monkeypatch.setattr(train_gpt, "run", lambda cfg, env: (trained.append(cfg), run(cfg, env)))
@@ -68,6 +68,6 @@ def test_runs_are_trained_once_and_reported(tiny_config, tmp_path, monkeypatch, 
 )
 def test_arguments_that_mean_nothing_are_refused(arguments, message, tiny_config, tmp_path):
     """Before anything is trained."""
-    (tmp_path / "recipe.toml").write_text("")
+    (tmp_path / "recipe.toml").write_text("[model]\nnum_layers = 3\n")
     with pytest.raises(UserError, match=message):
         main(["--recipe", str(tmp_path / "recipe.toml"), *arguments])

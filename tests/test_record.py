@@ -326,7 +326,7 @@ def test_children_see_no_setting_of_the_environment(monkeypatch):
     ("args", "message"),
     [
         (["--seeds", "1,1"], "different numbers"),
-        (["--seeds", "one"], "different numbers"),
+        (["--seeds", "one"], "whole numbers"),
         (["--name", "My record"], "YYYY-MM-DD_Name"),
         (["--out", "records/elsewhere"], "track_cpu"),
         (["--data", "nowhere"], "no such folder"),
