@@ -30,6 +30,7 @@ from data.documents import (
     check_unchanged,
     read_documents,
     snapshot,
+    utf8_chunks,
 )
 from data.seams import NOTED_CHARS, cut, encode_parts, find_seam, note_long
 from data.selection import add_selection_options, build_selection
@@ -129,7 +130,10 @@ class Overlap:
 
 def hash_text(text: str) -> bytes:
     """Hash a document; 16 bytes of SHA-256 keep collisions out of any corpus."""
-    return hashlib.sha256(text.encode()).digest()[:16]
+    digest = hashlib.sha256()
+    for chunk in utf8_chunks(text):
+        digest.update(chunk)
+    return digest.digest()[:16]
 
 
 def encode_documents(
@@ -227,7 +231,7 @@ def write_split(
             writer.add(ids)
             if sidecar:
                 sidecar.add(sizes)
-            raw_bytes = sum(len(document.text.encode()) for document in batch)
+            raw_bytes = sum(len(chunk) for document in batch for chunk in utf8_chunks(document.text))
             counts["documents"][1] += len(batch)
             counts["tokens"] += ids.size
             counts["raw_bytes"] += raw_bytes

@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -206,7 +205,7 @@ def bench_data(ranks: Ranks) -> list[Measurement]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = bench_text(documents, folder)
-        if hasattr(os, "wait4"):  # not on Windows
+        if sys.platform != "win32":
             text = "\n\n".join(document.text for document in documents)
             rows.append(bench_memory(text, folder / "sp.model", folder))
         write_random_shards(folder / "random")
@@ -235,6 +234,22 @@ def bench_text(documents: list[Document], folder: Path) -> list[Measurement]:
     ]
 
 
+# A process between: at its start a child counts as its own the memory that its parent has.
+PEAK_SOURCE = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def peak_memory(command: list[str]) -> int:
+    """Run a command and return the most memory that it took, in bytes; not on Windows."""
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK_SOURCE, *command], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return int(found.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
 def bench_memory(text: str, model: Path, folder: Path) -> Measurement:
     """Prepare a document of LONG_MEGABYTES in a process of its own: memory beyond a short one's, a byte."""
     peaks = []
@@ -243,10 +258,7 @@ def bench_memory(text: str, model: Path, folder: Path) -> Measurement:
         (folder / "val.txt").write_text("validation")
         command = [sys.executable, "-m", "data.prepare", "--tokenizer", model, "--out", folder / "one"]
         command += ["--input", folder / "one.txt", "--val-input", folder / "val.txt"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-        peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        peaks.append(peak_memory([str(word) for word in command]))
     spent = (peaks[1] - peaks[0]) / (folder / "one.txt").stat().st_size
     return Measurement(f"memory, {LONG_MEGABYTES} MB document", spent, "bytes/byte", "bar", 8)
 
