@@ -221,9 +221,7 @@ def object_of(pairs: list[tuple]) -> dict:
     """Build a JSON object; a key that occurs twice is an error, or one of its values would be lost."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice[:40]!r} occurs twice in one object")
+        raise ValueError(f"a key occurs twice in one object, of keys {list(value)!r:.80}")
     return value
 
 

@@ -32,6 +32,12 @@ class Document(NamedTuple):
     place: str
 
 
+def utf8_chunks(text: str) -> Iterator[bytes]:
+    """Yield the UTF-8 of a text, of a long one in pieces: a whole copy would take memory beside it."""
+    for first in range(0, len(text), LONG_CHARS):
+        yield text[first : first + LONG_CHARS].encode()
+
+
 def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Group documents until a batch holds BATCH_BYTES characters or more; long ones stay alone."""
     batch, size = [], 0
@@ -138,14 +144,19 @@ def check_unchanged(before: list[tuple]) -> None:
 
 def read_txt(path: Path) -> Iterator[Document]:
     """Yield the whole file as one document; nothing for an empty file."""
+    text = decode_file(path)
+    if text:
+        yield Document(text, str(path))
+
+
+def decode_file(path: Path) -> str:
+    """Read a file of UTF-8; raises a UserError that names the line where it is none."""
     raw = path.read_bytes()
     try:
-        text = raw.decode()
+        return raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
-    if text:
-        yield Document(text, str(path))
 
 
 def name_keys(value: dict) -> str:

@@ -32,8 +32,9 @@ from data.documents import (
     check_unchanged,
     read_documents,
     snapshot,
+    utf8_chunks,
 )
-from data.seams import NOTED_CHARS, cut, encode_parts, find_seam, note_whole
+from data.seams import NOTED_CHARS, cut, encode_parts, find_seam, note_long
 from data.selection import add_selection_options, build_selection
 from data.shards import (
     ALL_SHARDS_GLOB,
@@ -47,7 +48,7 @@ from durable.seals import write_sealed
 
 MANIFEST_FORMAT = 1
 SHARD_TOKENS = 100_000_000  # the contest's shard length
-PARTS_AT_ONCE = 8  # of a long document, in one batch
+PARTS_AT_ONCE = 4  # of a long document, in one batch
 NUM_AHEAD = 2  # batches in work: one is encoded by the library's threads while Python lays out the other
 MIN_VAL_DOCUMENTS = 50
 VAL_FRAC = 0.01
@@ -131,7 +132,10 @@ class Overlap:
 
 def hash_text(text: str) -> bytes:
     """Hash a document; 16 bytes of SHA-256 keep collisions out of any corpus."""
-    return hashlib.sha256(text.encode()).digest()[:16]
+    digest = hashlib.sha256()
+    for chunk in utf8_chunks(text):
+        digest.update(chunk)
+    return digest.digest()[:16]
 
 
 def encode_documents(codec: TokenCodec, num_threads: int, batch: list[Document]) -> Encoded:
@@ -180,16 +184,17 @@ def plan_jobs(
     whole = partial(encode_documents, codec, num_threads)
     encode = partial(encode_for_sidecar, codec) if with_bytes else whole
     for batch in batched(documents):
-        text = batch[0].text
-        seam = find_seam(codec.kind, codec.path) if len(text) >= LONG_CHARS else None
-        parts = cut(text, seam)
-        if seam is None or len(group := list(itertools.islice(parts, PARTS_AT_ONCE))) == 1:
+        place, text = batch[0].place, batch[0].text
+        parts = cut(text, find_seam(codec) if len(text) >= LONG_CHARS else None)
+        group, is_start = list(itertools.islice(parts, PARTS_AT_ONCE)), True
+        if len(group) == 1:  # not cut, as most are not
             if len(text) >= NOTED_CHARS:
-                note_whole(batch[0].place, len(text), codec.kind)
+                note_long(place, codec.kind)
             yield batch, partial(encode, batch)
             continue
-        is_start = True
         while group:
+            if max(map(len, group)) >= NOTED_CHARS:
+                note_long(place, codec.kind)
             following = list(itertools.islice(parts, PARTS_AT_ONCE))
             done = [] if following else batch
             yield done, partial(encode_parts, codec, num_threads, with_bytes, group, is_start)

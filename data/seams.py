@@ -98,12 +98,12 @@ def encode_parts(
 
 
 @cache
-def note_whole(place: str, num_chars: int, kind: str) -> None:
-    """Say once that a document is encoded whole."""
+def note_long(place: str, kind: str) -> None:
+    """Say once of a document that a very long part of it is encoded whole."""
     print(
-        f"note: {place}: no place was found in this document of {num_chars:,} characters where it may be "
-        f"cut without changing tokens of this {kind} tokenizer; encoding it whole takes 50 to 150 bytes of "
-        "memory for each. Cut it into documents if that is too much.",
+        f"note: {place}: over {NOTED_CHARS:,} characters of this document hold no place where they may be "
+        f"cut without changing tokens of this {kind} tokenizer; encoding them takes 50 to 150 bytes of "
+        "memory each. Cut the document if that is too much.",
         file=sys.stderr,
     )
 
@@ -111,9 +111,14 @@ def note_whole(place: str, num_chars: int, kind: str) -> None:
 # ---- Finding seams ----------------------------------------------------------------------------------
 
 
-@cache
-def find_seam(kind: str, path: Path) -> re.Pattern | None:
+def find_seam(codec: TokenCodec) -> re.Pattern | None:
     """Return the pattern of characters after which texts may be cut for a tokenizer, or None."""
+    return read_seam(codec.kind, codec.path, codec.digest)
+
+
+@cache
+def read_seam(kind: str, path: Path, digest: str) -> re.Pattern | None:
+    """Find the seam of a tokenizer's file; its digest tells apart files that come to one place in turn."""
     if kind == "bytes":
         return EVERYWHERE
     if kind == "tiktoken":
@@ -184,7 +189,9 @@ def find_piece_seam(path: Path, kind: str) -> re.Pattern | None:
     pieces = [sp.id_to_piece(token) for token in tokens]
     if trainer.get(MODEL_TYPE) != BPE or trainer.get(SUFFIX_SPACE) or SPACE_SYMBOL not in pieces:
         return None
-    marks = {SPACE_SYMBOL, *CASE_OPERATORS, CASE_BEFORE_SPACE}
+    if not is_kept(sp, f"x{SPACE_SYMBOL}x"):
+        return None
+    marks = {" ", SPACE_SYMBOL, *CASE_OPERATORS, CASE_BEFORE_SPACE}  # a user's symbol may hold a plain space
     joined = {before for piece in pieces for before, char in pairwise(piece) if char in marks}
     known = {piece for piece in pieces if len(piece) == 1 and not piece.isspace()} - marks - joined
     if kind == "caseops":
@@ -192,8 +199,7 @@ def find_piece_seam(path: Path, kind: str) -> re.Pattern | None:
     if rules:
         befores, afters = beside_spaces(rules)
         kept = {char for char in known if char.isascii() and char.isalnum() and is_kept(sp, char)}
-        seam = f"{any_of(kept - befores)}(?= {any_of(set(GRAPHIC) - afters)})"
-        return re.compile(seam) if is_kept(sp, f"x{SPACE_SYMBOL}x") else None
+        return re.compile(f"{any_of(kept - befores)}(?= {any_of(set(GRAPHIC) - afters)})")
     seam = f"{any_of(known)}(?= )"
     if sum(map(sp.is_byte, range(sp.vocab_size()))) == 256:
         others = {char for piece in pieces for char in piece} | marks | set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")

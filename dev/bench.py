@@ -16,6 +16,7 @@ Ratios travel between machines, seconds do not: compare the last column. Figures
 import hashlib
 import itertools
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -62,6 +63,7 @@ from train_gpt import (
 NUM_BATCHES = 2000
 NUM_THREADS = 2
 TEXT_MEGABYTES = 20
+LONG_MEGABYTES = 50
 STATE_ARRAYS = 108  # of 2^20 float32: weights, momentum and average of 36 M parameters
 VERIFIED_TOKENS, VERIFIED_TURNS = 100_000_000, 5  # a shard of the contest's size
 SHAPE = {"model.num_layers": 6, "model.model_dim": 128, "model.num_heads": 4, "model.num_kv_heads": 2}
@@ -203,6 +205,9 @@ def bench_data(ranks: Ranks) -> list[Measurement]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = bench_text(documents, folder)
+        if sys.platform != "win32":
+            text = "\n\n".join(document.text for document in documents)
+            rows.append(bench_memory(text, folder / "sp.model", folder))
         write_random_shards(folder / "random")
         return rows + bench_overlap(folder / "random") + bench_batches(folder / "random", ranks)
 
@@ -227,6 +232,35 @@ def bench_text(documents: list[Document], folder: Path) -> list[Measurement]:
         Measurement("BESE training, 20 MB", training, "s", "bar", 60),
         Measurement("BESE encoding", megabytes / merging, "MB/s", "bar", 2),
     ]
+
+
+# A process between: at its start a child counts as its own the memory that its parent has.
+PEAK_SOURCE = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def peak_memory(command: list[str]) -> int:
+    """Run a command and return the most memory that it took, in bytes; not on Windows."""
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK_SOURCE, *command], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return int(found.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+def bench_memory(text: str, model: Path, folder: Path) -> Measurement:
+    """Prepare a document of LONG_MEGABYTES in a process of its own: memory beyond a short one's, a byte."""
+    peaks = []
+    for num_chars in (1000, LONG_MEGABYTES * 1_000_000):
+        (folder / "one.txt").write_text((text * (num_chars // len(text) + 1))[:num_chars], encoding="utf-8")
+        (folder / "val.txt").write_text("validation")
+        command = [sys.executable, "-m", "data.prepare", "--tokenizer", model, "--out", folder / "one"]
+        command += ["--input", folder / "one.txt", "--val-input", folder / "val.txt"]
+        peaks.append(peak_memory([str(word) for word in command]))
+    spent = (peaks[1] - peaks[0]) / (folder / "one.txt").stat().st_size
+    return Measurement(f"memory, {LONG_MEGABYTES} MB document", spent, "bytes/byte", "bar", 8)
 
 
 def write_random_shards(folder: Path) -> None:

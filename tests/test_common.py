@@ -140,7 +140,7 @@ BAD_JSON = {
     "deep lists": (b"[" * 100_000, "nested too deep"),
     "deep objects": (b'{"a":' * 100_000, "nested too deep"),
     "a number of 5,000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
-    "a key twice": (b'{"text": "a", "text": "b"}', "'text' occurs twice"),
+    "a key twice": (b'{"text": "a", "text": "b"}', "a key occurs twice"),
     "NaN": (b"[NaN]", "NaN is no finite number"),
     "infinity": (b"[-Infinity]", "-Infinity is no finite"),
     "a number beyond every float": (b"[1e999]", "1e999 is no finite"),
