@@ -295,6 +295,11 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join(started)
 
 
+def on_one_line(error: Exception) -> str:
+    """Return what a library says, which may have several lines."""
+    return " ".join(str(error).split())
+
+
 def read_parquet(path: Path) -> Iterator[Document]:
     """Yield the rows of the column `text`, of any of the string types; rows count from 1."""
     try:
@@ -306,7 +311,9 @@ def read_parquet(path: Path) -> Iterator[Document]:
     try:
         table = parquet.ParquetFile(path, buffer_size=READ_BYTES)
     except broken as error:
-        raise UserError(f"{path}: not a parquet file ({error}). Copy or make it again.") from error
+        raise UserError(
+            f"{path}: not a parquet file ({on_one_line(error)}). Copy or make it again."
+        ) from error
     with table:
         names = table.schema_arrow.names
         if names.count("text") != 1:
@@ -336,7 +343,7 @@ def read_columns(table, path: Path, broken: tuple) -> Iterator[tuple[int, Iterab
                 number += len(batch)
         except broken as error:
             raise UserError(
-                f"{path}: row group {group} is damaged, after row {number} ({error}). Copy or make the file "
+                f"{path}: row group {group} is damaged, after row {number} ({on_one_line(error)}). Copy or make the file "
                 "again."
             ) from error
 

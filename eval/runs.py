@@ -121,7 +121,7 @@ def find_record(folder: Path, chosen: Path | None) -> Target:
     with damage_named(path, "a submission.json with seed_results", "Take it from the record again."):
         rows = [(seed, row, row["val_bpb"] + 0.0) for seed, row in facts.get("seed_results", {}).items()
                 if "artifact_sha256" in row]  # fmt: skip
-        seeds = {row["artifact_sha256"]: (seed, row) for seed, row, _ in rows}
+        seeds = {str(row["artifact_sha256"]): (seed, row) for seed, row, _ in rows}
     live = live_config(read_recipe(folder / RECIPE_NAME))
     artifacts = [chosen] if chosen else [folder / ARTIFACT_NAME, *sorted(RUNS.glob(f"**/{ARTIFACT_NAME}"))]
     for artifact in filter(Path.is_file, artifacts):

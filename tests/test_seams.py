@@ -14,7 +14,7 @@ from data import prepare, seams
 from data.codecs import load_codec
 from data.codecs.ranks import FAMILIES
 from data.documents import Document, batched
-from data.seams import beside_spaces, cut, encode_parts, find_seam, find_split_seam, proto_fields
+from data.seams import beside_spaces, cut, encode_parts, find_seam, find_split_seam
 from data.shards import find_shards, read_manifest, read_shard
 from dev.bench import peak_memory
 
@@ -71,13 +71,13 @@ def assert_parts_are_the_whole(codec, texts: list[str]) -> int:
         assert parts[0] + "".join(part[1:] for part in parts[1:]) == text
         num_cuts += len(parts) - 1
         whole = np.array([codec.bos_id, *codec.encode(text)], dtype=np.int32)
-        ids, sizes = encode_parts(codec, 1, False, parts, True)
+        ids, sizes, counts = encode_parts(codec, 1, False, parts, True)
         assert ids.tolist() == whole.tolist(), (text, parts)
         assert sizes.tolist() == codec.token_bytes(whole).tolist(), (text, parts)
         if codec.needs_sidecar and codec.encode(text).size:
             whole, counted = codec.encode_with_bytes(text)
             if counted.sum() == len(text.encode()):
-                ids, sizes = encode_parts(codec, 1, True, parts, True)
+                ids, sizes, counts = encode_parts(codec, 1, True, parts, True)
                 assert ids[1:].tolist() == whole.tolist() and sizes[1:].tolist() == counted.tolist(), (
                     text,
                     parts,

@@ -12,6 +12,7 @@ import numpy as np
 from common import UserError
 from data.codecs.pieces import UTF8_BYTES, PieceCodec, gives_back
 
+MOST_ENTRIES = 1 << 24  # the largest known vocabularies have a sixtieth of it
 # The first of these names in the vocabulary separates documents.
 BOS_NAMES = ("<|bos|>", "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
 
@@ -40,8 +41,11 @@ class ByteLevelCodec(PieceCodec):
         self._tokenizer = read_tokenizer(Path(path))
         self._tokenizer.encode_special_tokens = True  # text that spells a special token stays text
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        bos_id = next((vocab[name] for name in BOS_NAMES if name in vocab), max(vocab.values()) + 1)
-        pieces = [b""] * (max(bos_id, *vocab.values()) + 1)
+        largest = max(vocab.values())
+        if largest >= MOST_ENTRIES:
+            raise UserError(f"{path}: expected ids below {MOST_ENTRIES:,}, found {largest}. Copy it again.")
+        bos_id = next((vocab[name] for name in BOS_NAMES if name in vocab), largest + 1)
+        pieces = [b""] * (max(bos_id, largest) + 1)
         added = self._tokenizer.get_added_tokens_decoder()
         symbols = byte_symbols()
         for name, token in vocab.items():

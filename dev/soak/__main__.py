@@ -15,7 +15,7 @@ import signal
 from pathlib import Path
 
 from common import CommandParser, UserError, choose_named, run_command, write_json
-from dev.soak import disk_full, flips, kills, restarts, signals, writers
+from dev.soak import disk_full, flips, kills, mutations, restarts, signals, writers
 from dev.soak.driver import Campaign, Settings, run_campaigns
 from dev.soak.report import PAGE, enter, format_plain, make_report
 
@@ -24,6 +24,12 @@ CAMPAIGNS = (
         "kills", "killed anywhere, a third inside a write: same losses, artifact, weights", kills.case, 100
     ),
     Campaign("flips", "a damaged file is refused in a sentence", flips.case, 1000),
+    Campaign(
+        "mutations",
+        "a file of any kind, mutated, loads equal or is refused in a sentence",
+        mutations.case,
+        2000,
+    ),
     Campaign(
         "signals", "a stopped run says so, keeps its step, goes on to the same artifact", signals.case, 20
     ),
