@@ -82,8 +82,8 @@ class CommandParser(argparse.ArgumentParser):
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 after usage, message (of what was typed only the start) and suggestion."""
-        message = message if len(message) < MOST_SAID else f"{message[:MOST_SAID]} ..."
+        """Exit with status 2 after usage, message and suggestion."""
+        message = message[:MOST_SAID]  # who typed 5,000 digits knows them
         known = [option for action in self._actions for option in action.option_strings]
         words = [word.split("=")[0].rstrip(":,") for word in message.split() if word.startswith("-")]
         unknown = [word for word in words if word not in known]

@@ -684,10 +684,13 @@ def fixed_rules(cfg: Config) -> Iterator[tuple]:
 
 
 def name_rules(run: RunConfig) -> list[tuple]:
-    """Return the rule that a run's id is a name in every file system, no path."""
+    """Return the rules that a run's id is a name in every file system, no path, and that it has a place."""
     is_name = not re.search(r'[/\\:*?"<>|]|^\.|[. ]$', run.run_id) and len(run.run_id.encode()) < 200
     advice = 'must be a name without / \\ : * ? " < > |, no dot first, below 200 bytes; see run.out_dir'
-    return [("run.run_id", is_name, advice)]
+    return [
+        ("run.run_id", is_name, advice),
+        ("run.out_dir", bool(run.out_dir), "must name a folder, as `runs` or `.`"),
+    ]
 
 
 def check_config(cfg: Config) -> None:

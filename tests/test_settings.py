@@ -59,6 +59,7 @@ ODD = {
     "run.warmup_steps": ("-1",),
     "run.device": ("gpu", "cuda:7", "CPU", ""),
     "run.resume": ("on",),
+    "run.out_dir": ("",),
     "run.run_id": ("a/b", "..", "x" * 300, "a\nb"),
     "optim.matrix_lr": ("-1", "nan", "1e300", "1,0", "0.04.1"),
     "optim.beta1": ("1", "2"),

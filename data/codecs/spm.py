@@ -33,7 +33,7 @@ class SentencePieceCodec:
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: no SentencePiece model ({error}). Copy it again.") from error
+            raise UserError(f"{path}: not a SentencePiece model ({error}). Copy it again.") from error
         sp = self._sp
         self.path = Path(path)
         self.digest = sha256_file(path)
