@@ -343,8 +343,8 @@ def read_columns(table, path: Path, broken: tuple) -> Iterator[tuple[int, Iterab
                 number += len(batch)
         except broken as error:
             raise UserError(
-                f"{path}: row group {group} is damaged, after row {number} ({on_one_line(error)}). Copy or make the file "
-                "again."
+                f"{path}: row group {group} is damaged, after row {number} ({on_one_line(error)}). Copy or "
+                "make the file again."
             ) from error
 
 

@@ -11,6 +11,7 @@ from fixtures_data import needs_corpora, shared, small_texts
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from data import prepare, seams
+from data.changes import proto_fields
 from data.codecs import load_codec
 from data.codecs.ranks import FAMILIES
 from data.documents import Document, batched
@@ -78,6 +79,7 @@ def assert_parts_are_the_whole(codec, texts: list[str]) -> int:
             whole, counted = codec.encode_with_bytes(text)
             if counted.sum() == len(text.encode()):
                 ids, sizes, counts = encode_parts(codec, 1, True, parts, True)
+                assert counts[:2] == (counted.sum(), counted.sum())
                 assert ids[1:].tolist() == whole.tolist() and sizes[1:].tolist() == counted.tolist(), (
                     text,
                     parts,

@@ -26,7 +26,7 @@ CAMPAIGNS = (
     Campaign("flips", "a damaged file is refused in a sentence", flips.case, 1000),
     Campaign(
         "mutations",
-        "a file of any kind, mutated, loads equal or is refused in a sentence",
+        "any file, mutated, loads equal or is refused in a sentence",
         mutations.case,
         2000,
     ),
