@@ -34,7 +34,6 @@ from data.codecs.ranks import FAMILIES
 from data.codecs.spm import SPACE_SYMBOL
 
 PART_CHARS = 1 << 18  # of a part, up to the next seam
-NODES_AT_ONCE = 1 << 10
 NOTED_CHARS = 16 << 20  # without a seam: longer documents are named, because of the memory that they take
 GRAPHIC = "".join(map(chr, range(0x21, 0x7F)))  # of ASCII
 # Letters in every version of Unicode that a split rule may know.
@@ -221,23 +220,23 @@ def beside_spaces(rules: bytes) -> tuple[set[str], set[str]]:
     """Return the ASCII characters before and after spaces in what the rules of a normalizer replace.
 
     They are the keys of a double array of Darts-clone: a node's child by byte b is the node's number ^ its
-    offset ^ b, and has the label b.
+    offset ^ b, and has the label b. So number ^ label finds all children of a node at once.
     """
     size = int.from_bytes(rules[:4], "little")
     units = np.frombuffer(rules[4 : 4 + size], "<u4").astype(np.int64)
     labels, offsets = units & (1 << 31 | 0xFF), units >> 10 << ((units & 1 << 9) >> 6)
-    values, space = np.arange(1, 256), ord(" ")
+    children = np.flatnonzero((labels > 0) & (labels < 256))
+    children = children[np.argsort(children ^ labels[children], kind="stable")]
+    starts = children ^ labels[children]
     befores, afters = set(), set()
-    waiting = [(np.zeros(1, np.int64), np.zeros(1, np.int64))]  # nodes, and the bytes that lead to them
-    while waiting:
-        nodes, last = waiting.pop()
-        if nodes.size > NODES_AT_ONCE:
-            waiting.append((nodes[NODES_AT_ONCE:], last[NODES_AT_ONCE:]))
-            nodes, last = nodes[:NODES_AT_ONCE], last[:NODES_AT_ONCE]
-        children = (nodes ^ offsets[nodes])[:, None] ^ values  # (N, 255)
-        exists = (children < units.size) & (labels[np.minimum(children, units.size - 1)] == values)
-        befores |= set(last[exists[:, space - 1]].tolist())
-        afters |= set(values[exists[last == space].any(axis=0)].tolist())
-        if exists.any():
-            waiting.append((children[exists], np.broadcast_to(values, children.shape)[exists]))
-    return {chr(byte) for byte in befores if 0 < byte < 0x80}, {chr(byte) for byte in afters if byte < 0x80}
+    nodes = last = np.zeros(1, np.int64)  # nodes of one depth, and the bytes that lead to them
+    while nodes.size:
+        bases = nodes ^ offsets[nodes]
+        first = np.searchsorted(starts, bases)
+        counts = np.searchsorted(starts, bases, "right") - first
+        places = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        before, nodes = np.repeat(last, counts), children[places]
+        last = labels[nodes]
+        befores |= {chr(byte) for byte in np.unique(before[last == ord(" ")]) if 0 < byte < 0x80}
+        afters |= {chr(byte) for byte in np.unique(last[before == ord(" ")]) if byte < 0x80}
+    return befores, afters

@@ -292,3 +292,28 @@ def test_a_document_of_50_mb_takes_at_most_eight_bytes_of_memory_a_byte(
         "2",
     ]
     assert peak_memory([*map(str, command)]) < 8 * size + FIXED_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the system does not tell a child's memory")
+def test_200_mb_of_documents_of_all_lengths_take_less_than_a_gigabyte(tmp_path, lossless_model):
+    """Very short ones, usual ones, and one of 25 MB among them."""
+    short, usual = small_texts(1)[0][:30], "\U0001f600 " + " ".join(small_texts(6))
+    texts = [short] * 2000 + [usual * 8000] + [usual, usual * 3] * 4000
+    with open(tmp_path / "mixed.jsonl", "w") as file:
+        total = 0
+        while total < 200_000_000:
+            for text in texts:
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            total += sum(len(text.encode()) for text in texts)
+    command = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "--input",
+        str(tmp_path / "mixed.jsonl"),
+        "--val-docs",
+        "50",
+    ]
+    command += ["--tokenizer", str(lossless_model), "--out", str(tmp_path / "out"), "--num-threads", "2"]
+    assert peak_memory(command) < 1_000_000_000
