@@ -156,7 +156,7 @@ KNOWABLE = {
     "a micro-batch beyond memory": (
         ["data.batch_tokens=274877906944", "data.micro_batches=1"], r"set data.micro_batches=2 \(same batch\)"
     ),
-    "bytes beyond the limit": (["quant.limit_bytes=100"], "expected at least 2,160"),
+    "bytes beyond the limit": (["quant.limit_bytes=100"], "expected at least 540"),
     "a name of no weight": (["quant.float16_names=blocks.9.*"], "names none"),
     "an empty name": (["quant.float16_names=["], "names none"),
     "a data folder that is not there": (["data.data_path=nowhere"], "no such folder"),
