@@ -449,6 +449,8 @@ REAL = {
         ["-m", "eval.sample", RECORD, "--seed", "9" * 25], {}, 1, "seed=999"
     ),
     "no program": (["-m", "pack", "--entry", "docs/progress.svg"], {}, 1, "expected a Python program"),
+    "no cache": (["-m", "pack", "--cache", "README.md"], {}, 1, "a folder that can be written"),
+    "no pair": (["-m", "eval", "--compare", RECORD, "nope"], {}, 2, "a file or folder that is there"),
     "no place": (["-m", "pack", "--out", ""], {}, 1, "expected a file to write"),
     "no such seeds": (
         ["-m", "dev.record", "--recipe", f"{RECORD}/recipe.toml", "--seeds", "x"], {}, 1, "--seeds x: ex"
