@@ -368,7 +368,7 @@ def build_parser() -> CommandParser:
     add = parser.add_argument
     add("target", nargs="?", type=Path, help="run folder, record folder or artifact; default: the newest run")
     add("--artifact", type=existing, help="of a record folder that does not hold it")
-    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="score two on the same documents")
+    add("--compare", nargs=2, type=existing, metavar=("A", "B"), help="score two on the same documents")
     add("--breakdown", action="store_true", help="bits by context, document length and kind of byte")
     add("--domains", nargs="+", metavar="NAME=FILE", help="score files of text, a row a file; no adaptation")
     add("--val", default="", help="glob of validation shards; default: those of the run")

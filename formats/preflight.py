@@ -18,7 +18,7 @@ from formats.memory import memory_advice
 from formats.recipe import config_value, read_recipe
 
 LEAST_FILES = 1 << 18  # bytes of log, recipe and packed code
-CODED_SHARE = 16  # trained weights are never coded to less than this part of their estimate
+CODED_SHARE = 64  # trained weights are never coded to less than this part of their estimate
 
 
 class Sizes(NamedTuple):

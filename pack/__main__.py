@@ -5,6 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from common import CommandParser, run_command
+from formats.preflight import check_folder, check_recipe, check_recipe_path
+from formats.recipe import read_recipe
 from pack.cache import cached_pack
 from pack.program import ENTRY, METHODS, PackingError, pack
 from pack.readable import write_readable
@@ -55,6 +57,12 @@ def main(argv: list[str] | None = None) -> None:
         raise PackingError(
             f"--out {options.out}: expected a file to write, found a folder. Name a file in it."
         )
+    check_folder("--out", options.out.parent)
+    if options.cache:
+        check_folder("--cache", options.cache)
+    if options.recipe:
+        check_recipe_path(str(options.recipe))
+        check_recipe(str(options.recipe), read_recipe(options.recipe))
     if options.readable:
         print_readable(options)
         return

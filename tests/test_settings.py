@@ -156,7 +156,7 @@ KNOWABLE = {
     "a micro-batch beyond memory": (
         ["data.batch_tokens=274877906944", "data.micro_batches=1"], r"set data.micro_batches=2 \(same batch\)"
     ),
-    "bytes beyond the limit": (["quant.limit_bytes=100"], "expected at least 2,160"),
+    "bytes beyond the limit": (["quant.limit_bytes=100"], "expected at least 540"),
     "a name of no weight": (["quant.float16_names=blocks.9.*"], "names none"),
     "an empty name": (["quant.float16_names=["], "names none"),
     "a data folder that is not there": (["data.data_path=nowhere"], "no such folder"),
@@ -449,6 +449,8 @@ REAL = {
         ["-m", "eval.sample", RECORD, "--seed", "9" * 25], {}, 1, "seed=999"
     ),
     "no program": (["-m", "pack", "--entry", "docs/progress.svg"], {}, 1, "expected a Python program"),
+    "no cache": (["-m", "pack", "--cache", "README.md"], {}, 1, "a folder that can be written"),
+    "no pair": (["-m", "eval", "--compare", RECORD, "nope"], {}, 2, "a file or folder that is there"),
     "no place": (["-m", "pack", "--out", ""], {}, 1, "expected a file to write"),
     "no such seeds": (
         ["-m", "dev.record", "--recipe", f"{RECORD}/recipe.toml", "--seeds", "x"], {}, 1, "--seeds x: ex"

@@ -431,8 +431,8 @@ def test_bad_input_says_what_was_expected(tiny_config, values, message):
 
 def test_over_budget_fails_and_loses_nothing(tiny_config):
     """The artifact and its score stay; the exit says no."""
-    cfg = with_values(tiny_config, {"quant.limit_bytes": 3000}, "test")
-    with pytest.raises(BudgetError, match=r"^NOT A VALID RUN: bytes .* [\d,]+ bytes of 3,000$"):
+    cfg = with_values(tiny_config, {"quant.limit_bytes": 1000}, "test")
+    with pytest.raises(BudgetError, match=r"^NOT A VALID RUN: bytes .* [\d,]+ bytes of 1,000$"):
         train_gpt.run(cfg, ALONE)
     folder = Path(cfg.run.out_dir) / "tiny"
     result = read_json(folder / "result.json")
