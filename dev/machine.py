@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common import CommandParser, run_command
+from common import CommandParser, UserError, run_command
 from data.shards import MANIFEST_NAME, read_manifest
 from kernels.attention import BACKENDS, MaskSpec, refusal, resolve_attention
 from kernels.machine import resolve_compile, resolve_device, resolve_dtype, why_float32
@@ -114,7 +114,11 @@ def find_data(root: Path) -> dict[str, str]:
     """Describe the datasets in a folder by their manifests."""
     found = {}
     for path in sorted(root.glob(f"*/{MANIFEST_NAME}")):
-        manifest = read_manifest(path.parent) or {}
+        try:
+            manifest = read_manifest(path.parent) or {}
+        except UserError:
+            found[path.parent.name] = f"{MANIFEST_NAME} was altered, or is of an earlier version"
+            continue
         train, val = (manifest.get(part, {}).get("tokens", 0) for part in ("train", "val"))
         entries = manifest.get("tokenizer", {}).get("vocab_size", "unknown")
         found[path.parent.name] = f"{train:,} and {val:,} tokens, vocabulary {entries}"

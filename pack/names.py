@@ -32,7 +32,7 @@ Import = ast.Import | ast.ImportFrom
 # Fields of syntax nodes in which no node stands, or only an expression context.
 PLAIN_FIELDS = {"ctx", "id", "attr", "arg", "kind", "module", "level", "asname", "rest", "simple"}
 PLAIN_FIELDS |= {"is_async", "conversion", "type_comment", "kwd_attrs", "type_ignores"}
-PLAIN_KINDS = (ast.Constant, ast.Global, ast.Nonlocal)
+PLAIN_KINDS = (ast.Constant, ast.MatchSingleton, ast.Global, ast.Nonlocal)
 
 
 @cache

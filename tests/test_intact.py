@@ -1,6 +1,5 @@
 """Training shards are verified in the background, and a damaged one is named whichever bit is wrong."""
 
-import json
 import random
 import threading
 
@@ -130,9 +129,8 @@ def test_hashing_takes_a_small_share_of_a_core_until_somebody_waits(tmp_path):
     """Steps on two cores would feel a core that hashes gigabytes."""
     path = tmp_path / "shard.bin"
     path.write_bytes(bytes(64 * BUFFER_BYTES))
-    (tmp_path / "manifest.json").write_text(
-        json.dumps({"train": {"shards": [{"file": path.name, "sha256": sha256_file(path)}]}})
-    )
+    entry = {"file": path.name, "sha256": sha256_file(path)}
+    write_sealed(tmp_path / "manifest.json", {"train": {"shards": [entry]}})
     verifier = ShardVerifier([path])
     verifier.thread.join(0.2)
     assert verifier.thread.is_alive()  # 64 MiB would be hashed by then

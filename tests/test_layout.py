@@ -50,9 +50,8 @@ OWN_JSON = {
     "dev/gpu_battery/timing.py": "reads the profiler's trace, whose objects may repeat keys",
     "dev/soak/child.py": "reads its own parent's variable",
     "dev/soak/flips.py": "damages files on purpose",
-    "dev/soak/place.py": "reads lines that a kill may have cut off",
+    "dev/soak/mutations.py": "mutates files on purpose",
     "formats/artifact.py": "bounds and words it itself",
-    "formats/checkpoints.py": "passes over lines that a kill cut off",
     "formats/state.py": "bounds and words it itself",
 }
 CODE_IN_DATA = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

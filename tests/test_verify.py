@@ -12,7 +12,7 @@ from fixtures_data import SIZES, corpora, needs_corpora, shared, small_texts
 
 import data.tokenizer
 import train_gpt
-from common import UserError
+from common import UserError, write_json
 from data.codecs import load_codec
 from data.codecs.caseops import CASE_OPERATORS, to_case_operators
 from data.prepare import Document
@@ -244,6 +244,6 @@ def test_a_run_carries_the_digest_of_the_report_beside_its_shards(
     run = Path(cfg.run.out_dir) / cfg.run.run_id
     assert json.loads((run / "result.json").read_text())["tokenizer_report"] == report["digest"]
     assert f"tokenizer_report:{report['digest']}\n" in (run / "train.log").read_text()
-    write_sealed(folder / "tokenizer_report.json", report | {"documents": 1})
+    write_json(folder / "tokenizer_report.json", report | {"documents": 1})
     with pytest.raises(UserError, match="altered"):
         train_gpt.run(cfg, train_gpt.Environment({}))
