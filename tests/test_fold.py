@@ -973,6 +973,19 @@ def main(cfg: Config):
             return 'other'
 """,
     """
+def main(cfg: Config):
+    found = []
+    for part in ({"keep": False, "name": "a"}, {"keep": True}, None, 3):
+        match part:
+            case {"keep": False, "name": name}:
+                found.append(name)
+            case None:
+                found.append('none')
+            case _:
+                found.append('other')
+    return found
+""",
+    """
 class Flags:
     off = None
     on = True
