@@ -23,7 +23,7 @@ from common import (
 DIGEST = "digest"
 EVENT_SEAL = re.compile(rb'"crc32": ([0-9]+)\}\n$')
 EVENT_SEAL_BYTES = 64  # of a line's end, enough for the seal
-EVENT = re.compile(r'(\{.*), "crc32": ([0-9]+)\}')
+EVENT = re.compile(r'(\{.*), "crc32": ([0-9]{1,10})\}')
 AGAIN = "`python -m durable.reseal {}` accepts it as it is now."
 
 

@@ -261,8 +261,16 @@ def _json_scores(file: Path, source: str) -> list[SeedScore]:
     return [
         SeedScore(**known | {name: row[name] for name in SeedScore._fields if name in row} | {"seed": seed})
         for seed, row in rows
-        if isinstance(row, dict) and isinstance(row.get("val_bpb"), float)
+        if isinstance(row, dict) and _is_score(row)
     ]
+
+
+def _is_score(row: dict) -> bool:
+    """Tell whether a row of JSON states a score, and in a score's fields nothing of another kind."""
+    kinds = {"val_loss": float | None, "file": str, "config": str, "source": str}
+    return isinstance(row.get("val_bpb"), float) and all(
+        isinstance(row[name], kind) for name, kind in kinds.items() if name in row
+    )
 
 
 def by_source(scores: list[SeedScore]) -> dict[str, list[SeedScore]]:

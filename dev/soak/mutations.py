@@ -18,6 +18,8 @@ from dev.soak.flips import replaced
 from dev.soak.place import Bench, Place
 from dev.soak.process import Miss
 from dev.soak.readers import READERS, Reader, make_sound
+from formats.recipe import config_fields
+from train_gpt import Config
 
 SECONDS = 10.0
 GROWTH_MIB = 1000
@@ -178,7 +180,8 @@ def judge(reader: Reader, path: Path, sound) -> str:
 
 def names_place(sentence: str, path: Path) -> bool:
     """Tell whether a sentence names the file, its folder, or a field of a recipe, and says something."""
-    named = (path.name, str(path.parent), path.parent.name)
+    named = [path.name, str(path.parent), path.parent.name]
+    named += config_fields(Config) if path.suffix == ".toml" else []
     return len(sentence) > 20 and "\n" not in sentence.strip() and any(name in sentence for name in named)
 
 

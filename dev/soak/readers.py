@@ -7,6 +7,7 @@ import base64
 import gzip
 import hashlib
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 import train_gpt
-from common import write_json
+from common import UserError, write_json
 from data.codecs import load_codec
 from data.codecs.bytelevel import byte_symbols
 from data.documents import Document, read_documents
@@ -24,7 +25,7 @@ from data.shards import MANIFEST_NAME, REPORT_NAME, TRAIN_GLOB, VAL_GLOB, find_s
 from data.train_tokenizer import TRAINERS, train_tokenizer
 from data.verify import verify_codec
 from dev.soak.place import TINY, VOCAB_SIZE, make_dataset, make_texts
-from durable.seals import write_events, write_sealed
+from durable.seals import DIGEST, write_events, write_sealed
 from eval import hub
 from eval.logs import parse_log
 from eval.runs import find_target
@@ -199,6 +200,14 @@ def read_log(path: Path) -> object:
     return read_scores([path])
 
 
+def read_written_recipe(path: Path) -> object:
+    """Read a recipe that a program wrote; without the line of its digest it is a person's."""
+    values = read_recipe(path)
+    if DIGEST not in tomllib.loads(path.read_text(encoding="utf-8")):
+        raise UserError(f"{path}: whoever took the digest out may change what follows")
+    return values
+
+
 def read_any_recipe(path: Path) -> object:
     """Read a recipe that anybody wrote, and resolve it."""
     cfg = with_values(train_gpt.Config(), read_recipe(path), str(path))
@@ -230,7 +239,7 @@ TEXTS = tuple(
     for suffix in (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 )
 READERS = (
-    Reader("recipe of a run", "run/recipe.toml", read_recipe, True),
+    Reader("recipe of a run", "run/recipe.toml", read_written_recipe, True),
     Reader("result", "run/result.json", lambda path: read_result(path.parent), True),
     Reader("events", "run/metrics.jsonl", lambda path: read_metrics(path.parent), True),
     Reader("checkpoint", f"run/{NUMBERED.format(3)}", read_checkpoint, True),
