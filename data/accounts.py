@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.changes import find_changes
+from data.changes import find_changes, follows_contest
 from data.codecs import TokenCodec
 
 LOSSLESS, CONTEST, LOSES, EXPANDS = "lossless", "by the contest's rule", "loses text", "expands text"
@@ -96,7 +96,7 @@ def add_counts(parts: Iterable[ByteCounts]) -> ByteCounts:
 
 def open_account(codec: TokenCodec, counts: ByteCounts) -> ByteAccount:
     """Draw up the account of documents whose tokens a codec made."""
-    return ByteAccount(counts, find_changes(codec), codec.by_contest_rule)
+    return ByteAccount(counts, find_changes(codec), follows_contest(codec))
 
 
 def stated_counts(split: dict, counted: int) -> ByteCounts:

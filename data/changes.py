@@ -3,6 +3,7 @@
 A codec's `lossless` says how it counts bytes. This is the proof: its words stand in every byte account.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from io import BytesIO
@@ -10,6 +11,7 @@ from io import BytesIO
 from common import read_json
 from data.codecs import TokenCodec
 from data.codecs.bese import BESE_LOSES
+from data.codecs.ranks import FAMILIES
 
 PROBES = {
     "case": "aA \u00e9\u00c9",
@@ -22,6 +24,10 @@ PROBES = {
     "spelled special tokens": "it's 'LL 12345 <s></s><unk><0x41><|endoftext|>",
 }
 NORMALIZER, RULES = 3, 2  # fields of a SentencePiece model file, and of its normalizer
+CONTEST_RULES = {  # SHA-256 of the tables of nmt_nfkc in the contest's models
+    "79372c41389c2b9b29bc171017ab5400e352debd686b02670a42bec709015074",
+    "51d3684747b35ef99cd4802f37cc1ee0c6bec4d060814f774efb1066d3c167f2",
+}
 
 
 @lru_cache(maxsize=64)
@@ -58,15 +64,41 @@ def proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         yield number, file.read(read_number(file) if size is None else size) if wire else read_number(file)
 
 
-def read_model(codec: TokenCodec) -> tuple[list[str], list[str]]:
-    """Name rules that replace characters in a model file of which the probes come back.
+def inner_fields(data: bytes, number: int) -> dict[int, int | bytes]:
+    """Return the fields of a message within a message; of one that comes in parts, as readers merge them."""
+    return dict(proto_fields(b"".join(value for field, value in proto_fields(data) if field == number)))
 
-    The rules of "identity" are none.
-    """
-    if not codec.lossless:
+
+def normalizer_rules(model: bytes) -> bytes:
+    """Return the table of rules that a model file normalises by; none for "identity"."""
+    return inner_fields(model, NORMALIZER).get(RULES, b"")
+
+
+def read_model(codec: TokenCodec) -> tuple[list[str], list[str]]:
+    """Name rules that replace characters in a model file of which the probes come back."""
+    if not codec.lossless or not normalizer_rules(codec.path.read_bytes()):
         return [], []
-    normalizer = dict(proto_fields(dict(proto_fields(codec.path.read_bytes())).get(NORMALIZER, b"")))
-    return (["what its normalisation rules name"] if normalizer.get(RULES) else []), []
+    return ["what its normalisation rules name"], []
+
+
+@lru_cache(maxsize=64)
+def follows_contest(codec: TokenCodec) -> bool:
+    """Tell whether a codec changes and counts text as the contest's own models: by their table of rules."""
+    if not codec.by_contest_rule:
+        return False
+    found = hashlib.sha256(normalizer_rules(codec.path.read_bytes())).hexdigest()
+    return found in CONTEST_RULES or found == installed_rules()
+
+
+def installed_rules() -> str:
+    """Hash the table of nmt_nfkc that the installed library trains with; "" where it does not tell."""
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc").serialized_model_proto()
+    except (AttributeError, TypeError):  # an older library
+        return ""
+    return hashlib.sha256(normalizer_rules(model)).hexdigest()
 
 
 # ---- Hugging Face -----------------------------------------------------------------------------------
@@ -94,6 +126,8 @@ def keeps_text(part: dict) -> bool:
     match part:
         case {"type": "ByteLevel", **others}:
             return not others.get("add_prefix_space", False)
+        case {"type": "Split", "behavior": "Removed", "invert": True, "pattern": {"Regex": rule}}:
+            return any(rule == family.split for family in FAMILIES.values())  # which match every character
         case {"type": "Split" | "Punctuation", "behavior": behavior}:
             return behavior != "Removed"
     return part.get("type") in ("Digits", "UnicodeScripts", "FixedLength", "Sequence")

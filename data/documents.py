@@ -16,7 +16,7 @@ from common import UserError, parse_json
 
 INPUT_HELP = ".txt (one document a file), .jsonl, .jsonl.gz, .jsonl.zst (key text), .parquet (column text)"
 BATCH_BYTES = 4 << 20  # text encoded at once; the ids of a batch take about twenty times as much memory
-LONG_CHARS = 1 << 20  # a document from here on is a batch of its own, which may be encoded in parts
+LONG_BYTES = 1 << 20  # a document from here on is a batch of its own, which may be encoded in parts
 READ_BYTES = 1 << 17
 MAX_LINE_BYTES = 1 << 30
 LONG_LINE_BYTES = 1 << 20  # from here on a line is parsed so that it takes less memory
@@ -34,15 +34,21 @@ class Document(NamedTuple):
 
 def utf8_chunks(text: str) -> Iterator[bytes]:
     """Yield the UTF-8 of a text, of a long one in pieces: a whole copy would take memory beside it."""
-    for first in range(0, len(text), LONG_CHARS):
-        yield text[first : first + LONG_CHARS].encode()
+    for first in range(0, len(text), LONG_BYTES):
+        yield text[first : first + LONG_BYTES].encode()
+
+
+def utf8_size(text: str) -> int:
+    """Count the UTF-8 bytes of a text."""
+    return len(text) if text.isascii() else sum(map(len, utf8_chunks(text)))
 
 
 def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents until a batch holds BATCH_BYTES characters or more; long ones stay alone."""
+    """Group documents until a batch holds BATCH_BYTES or more; long ones stay alone."""
     batch, size = [], 0
     for document in documents:
-        is_long = len(document.text) >= LONG_CHARS
+        num_bytes = utf8_size(document.text)
+        is_long = num_bytes >= LONG_BYTES
         if batch and (is_long or size >= BATCH_BYTES):
             yield batch
             batch, size = [], 0
@@ -50,7 +56,7 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
             yield [document]
         else:
             batch.append(document)
-            size += len(document.text)
+            size += num_bytes
     if batch:
         yield batch
 
@@ -309,7 +315,7 @@ def read_parquet(path: Path) -> Iterator[Document]:
         raise UserError(f"{path}: reading .parquet needs `pip install pyarrow`.") from error
     broken = (pyarrow.ArrowException, OSError, ValueError, OverflowError)
     try:
-        table = parquet.ParquetFile(path, buffer_size=READ_BYTES)
+        table = parquet.ParquetFile(path, buffer_size=READ_BYTES, page_checksum_verification=True)
     except broken as error:
         raise UserError(
             f"{path}: not a parquet file ({on_one_line(error)}). Copy or make it again."

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from common import CommandParser, UserError, at_least_one, atomic_file, run_command, sha256_file
 from data.accounts import OTHER_TOKENIZER, ByteCounts, Encoded, add_counts, count_documents, open_account
-from data.changes import find_changes
+from data.changes import find_changes, follows_contest
 from data.codecs import TokenCodec, load_codec
 from data.documents import (
     INPUT_HELP,
-    LONG_CHARS,
+    LONG_BYTES,
     Document,
     batched,
     check_inputs,
@@ -33,8 +33,9 @@ from data.documents import (
     read_documents,
     snapshot,
     utf8_chunks,
+    utf8_size,
 )
-from data.seams import NOTED_CHARS, cut, encode_parts, find_seam, note_long
+from data.seams import NOTED_BYTES, cut, encode_parts, find_seam, note_long
 from data.selection import add_selection_options, build_selection
 from data.shards import (
     ALL_SHARDS_GLOB,
@@ -185,15 +186,15 @@ def plan_jobs(
     encode = partial(encode_for_sidecar, codec) if with_bytes else whole
     for batch in batched(documents):
         place, text = batch[0].place, batch[0].text
-        parts = cut(text, find_seam(codec) if len(text) >= LONG_CHARS else None)
+        parts = cut(text, find_seam(codec) if utf8_size(text) >= LONG_BYTES else None)
         group, is_start = list(itertools.islice(parts, PARTS_AT_ONCE)), True
         if len(group) == 1:  # not cut, as most are not
-            if len(text) >= NOTED_CHARS:
+            if utf8_size(text) >= NOTED_BYTES:
                 note_long(place, codec.kind)
             yield batch, partial(encode, batch)
             continue
         while group:
-            if max(map(len, group)) >= NOTED_CHARS:
+            if max(map(utf8_size, group)) >= NOTED_BYTES:
                 note_long(place, codec.kind)
             following = list(itertools.islice(parts, PARTS_AT_ONCE))
             done = [] if following else batch
@@ -360,6 +361,7 @@ def describe_codec(codec) -> dict:
         "vocab_size": codec.vocab_size,
         "bos_id": codec.bos_id,
         "lossless": not find_changes(codec),
+        "by_contest_rule": follows_contest(codec),
     }
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from common import read_json
 from data.accounts import ByteCounts, Encoded
-from data.changes import proto_fields
+from data.changes import inner_fields, normalizer_rules
 from data.codecs import TokenCodec
 from data.codecs.bese import BESE_TYPE, NUM_BASE, NUM_SPECIAL, base_table
 from data.codecs.caseops import CASE_BEFORE_SPACE, CASE_OPERATORS
@@ -34,7 +34,7 @@ from data.codecs.ranks import FAMILIES
 from data.codecs.spm import SPACE_SYMBOL
 
 PART_CHARS = 1 << 18  # of a part, up to the next seam
-NOTED_CHARS = 16 << 20  # without a seam: longer documents are named, because of the memory that they take
+NOTED_BYTES = 16 << 20  # without a seam: longer documents are named, because of the memory that they take
 GRAPHIC = "".join(map(chr, range(0x21, 0x7F)))  # of ASCII
 # Letters in every version of Unicode that a split rule may know.
 LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017f\u0391-\u03a1\u03b1-\u03c9\u0410-\u044f\u3041-\u3094"
@@ -55,7 +55,7 @@ SPLIT_RULES = {
 }
 MODEL_TYPE, BPE = 3, 2  # a field of SentencePiece's trainer_spec, and its value
 SUFFIX_SPACE = 24  # another: spaces end pieces
-TRAINER, NORMALIZER, RULES = 2, 3, 2  # fields of its model file, and of its normalizer_spec
+TRAINER = 2  # a field of its model file
 
 
 # ---- Cutting ----------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def encode_parts(
 def note_long(place: str, kind: str) -> None:
     """Say once of a document that a very long part of it is encoded whole."""
     print(
-        f"note: {place}: over {NOTED_CHARS:,} characters of this document hold no place where they may be "
+        f"note: {place}: over {NOTED_BYTES:,} bytes of this document hold no place where they may be "
         f"cut without changing tokens of this {kind} tokenizer; encoding them takes 50 to 150 bytes of "
         "memory each. Cut the document if that is too much.",
         file=sys.stderr,
@@ -182,8 +182,8 @@ def find_piece_seam(path: Path, kind: str) -> re.Pattern | None:
     from sentencepiece import SentencePieceProcessor
 
     sp = SentencePieceProcessor(model_file=str(path))
-    fields = dict(proto_fields(sp.serialized_model_proto()))
-    trainer, rules = dict(proto_fields(fields[TRAINER])), dict(proto_fields(fields[NORMALIZER])).get(RULES)
+    model = sp.serialized_model_proto()
+    trainer, rules = inner_fields(model, TRAINER), normalizer_rules(model)
     tokens = [token for token in range(sp.vocab_size()) if not (sp.is_control(token) or sp.is_byte(token))]
     pieces = [sp.id_to_piece(token) for token in tokens]
     if trainer.get(MODEL_TYPE) != BPE or trainer.get(SUFFIX_SPACE) or SPACE_SYMBOL not in pieces:

@@ -119,9 +119,11 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
             f"{pattern}: counts {expected_bytes:,} bytes of a text of {raw_bytes:,}: scores would be below "
             "the truth. Make the data again with another tokenizer."
         )
-    is_exact = codec.lossless and manifest.get("tokenizer", {}).get("lossless", True)  # by more probes
+    proven = manifest.get("tokenizer", {})  # by more than the codec's own probes
+    is_exact = codec.lossless and proven.get("lossless", True)
+    by_contest_rule = codec.by_contest_rule and proven.get("by_contest_rule", True)
     made_by = (codec.bos_id, pattern, codec.kind, codec.digest)
-    label = "" if is_exact or codec.by_contest_rule else "the tokenizer changes text"
+    label = "" if is_exact or by_contest_rule else "the tokenizer changes text"
     return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, label)
 
 

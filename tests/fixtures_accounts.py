@@ -7,9 +7,11 @@ from pathlib import Path
 from fixtures_data import small_texts, train_small_kind, train_small_tokenizer
 
 from data.codecs.caseops import CASE_OPERATORS, to_case_operators
+from data.codecs.ranks import FAMILIES
 from data.train_tokenizer import CONTEST_OPTIONS, LOSSLESS_OPTIONS, train_sentencepiece
 
 PLAIN = small_texts(12, seed=9)
+CL100K = FAMILIES["cl100k"].split
 EXPANDING = ["\ufdfa" * 3, "\ufdfa \ufb03", "\u3300"]  # U+FDFA becomes 18 letters
 HOSTILE = [
     *("fi \ufb01 \ufb03", "\uff26\uff55\uff4c\uff4c \u212a", "e\u0301 \u00e9 \u1e9b\u0323", "   three   "),
@@ -38,6 +40,13 @@ def hugging_face(change):
         return path
 
     return make
+
+
+def tk_regex(rule: str):
+    """Spell a rule as the library's own kind of pattern."""
+    from tokenizers import Regex
+
+    return Regex(rule)
 
 
 def normalizer(build):
@@ -118,6 +127,35 @@ def own_rules(folder: Path) -> Path:
     return sentence_piece(options)(folder)
 
 
+def rules_of(rows: dict[str, str]):
+    """Make what trains a model whose rules are the contest's on the codec's probe, and these besides."""
+
+    def make(folder: Path) -> Path:
+        rows_of_probe = {"\ufb01": "fi", "\n": " ", "\u200b": " "}
+        spelled = [" ".join(f"{ord(char):X}" for char in text) for text in [*rows_of_probe, *rows]]
+        texts = [*rows_of_probe.values(), *rows.values()]
+        becomes = [" ".join(f"{ord(char):X}" for char in text) for text in texts]
+        lines = "".join(f"{source}\t{target}\n" for source, target in zip(spelled, becomes))
+        (folder / "rules.tsv").write_text(lines)
+        options = {key: value for key, value in CONTEST_OPTIONS.items() if key != "normalization_rule_name"}
+        return sentence_piece(options, normalization_rule_tsv=str(folder / "rules.tsv"))(folder)
+
+    return make
+
+
+def hidden_rules(folder: Path) -> Path:
+    """Append an empty normalizer, which readers merge with the one before, to a model with rules."""
+    path = own_rules(folder)
+    path.write_bytes(path.read_bytes() + b"\x1a\x00")
+    return path
+
+
+def share_ids(model: dict) -> None:
+    """Give two entries of one length one id."""
+    names = sorted(name for name in model["vocab"] if len(name) == 3)[:2]
+    model["vocab"][names[0]] = model["vocab"][names[1]]
+
+
 def case_ops(**options):
     """Make what trains a CaseOps model that normalises."""
     texts = [to_case_operators(text.title() + text) for text in PLAIN]
@@ -149,6 +187,11 @@ MAKERS = {
     "word_ends": rewritten(end_words),
     "prefix_space": pre_tokenizer(lambda p: p.ByteLevel(add_prefix_space=True)),
     "removed": pre_tokenizer(lambda p: p.Sequence([p.Split("budget", "removed"), p.ByteLevel(False)])),
+    "inverted_split": pre_tokenizer(
+        lambda p: p.Sequence(
+            [p.Split(tk_regex(CL100K), "removed", invert=True), p.ByteLevel(False, use_regex=False)]
+        )
+    ),
     "added_token": added("<tag>", "model reads"),
     "contest": sentence_piece(CONTEST_OPTIONS),
     "nmt_nfkc_cf": sentence_piece(CONTEST_OPTIONS, normalization_rule_name="nmt_nfkc_cf"),
@@ -161,6 +204,9 @@ MAKERS = {
     "no_space": sentence_piece(CONTEST_OPTIONS, ["abcdefgh" * 50], 270),
     "no_fallback": sentence_piece(LOSSLESS_OPTIONS, size=140, byte_fallback=False),
     "own_rules": own_rules,
+    "hidden_rules": hidden_rules,
+    "folded_letters": rules_of(dict.fromkeys("bdfghjklmpqrstuvwz", "c")),
+    "dropped_vowels": rules_of(dict.fromkeys("aou", "")),
     "case_ops_nfkc": case_ops(),
     "case_ops_folded": case_ops(normalization_rule_name="nmt_nfkc_cf"),
     "bese": lambda folder: train_small_kind("bese", folder),

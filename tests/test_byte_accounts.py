@@ -4,7 +4,17 @@ import json
 
 import numpy as np
 import pytest
-from fixtures_accounts import DOCUMENTS, EXPANDING, HOSTILE, MAKERS, PLAIN
+from fixtures_accounts import (
+    DOCUMENTS,
+    EXPANDING,
+    HOSTILE,
+    MAKERS,
+    PLAIN,
+    pre_tokenizer,
+    rewritten,
+    share_ids,
+    tk_regex,
+)
 from fixtures_data import needs_corpora, shared, shared_texts, small_texts
 from fixtures_model import TINY
 from hypothesis import given, settings
@@ -15,7 +25,7 @@ import train_gpt
 from audit.__main__ import audit_data, audit_folder
 from common import UserError, read_json
 from data.accounts import CONTEST, EXPANDS, LOSES, LOSSLESS, ByteAccount, ByteCounts, open_account
-from data.changes import find_changes
+from data.changes import find_changes, follows_contest
 from data.codecs import load_codec
 from data.documents import Document
 from data.prepare import print_table, write_dataset
@@ -27,7 +37,7 @@ from train_gpt import Config, Environment
 pytestmark = pytest.mark.numeric
 
 VERDICTS = {
-    LOSSLESS: ("post_processor", "added_token", "symbols", "ranks", "bytes", "lossless"),
+    LOSSLESS: ("post_processor", "added_token", "inverted_split", "symbols", "ranks", "bytes", "lossless"),
     CONTEST: ("contest", "case_ops_nfkc"),
     EXPANDS: ("prepend", "prefix_space", "word_ends", "no_space"),
 }
@@ -98,11 +108,47 @@ def test_every_byte_is_counted_or_the_file_is_labelled(files, name):
      ("swallow", "its own added tokens"), ("removed", "what its pre-tokenizer Split does"),
      ("nmt_nfkc_cf", "changes case, spaces"), ("trimmed", "changes spaces"),
      ("dummy_prefix", "changes the space symbol"), ("own_rules", "what its normalisation rules name"),
-     ("case_ops_folded", "changes case"), ("bese", "drops case, most signs and all that is not ASCII")],
+     ("case_ops_folded", "changes case"), ("hidden_rules", "what its normalisation rules name"), ("bese", "drops case, most signs and all that is not ASCII")],
 )  # fmt: skip
 def test_what_is_changed_is_named(files, name, said):
     """A reader of a score must know which text it is a score of."""
     assert said in find_changes(files(name)[1])
+
+
+def test_entries_that_share_an_id_are_refused(tmp_path):
+    """The text of one would come back as that of the other, by chance of the order in which they are read."""
+    with pytest.raises(UserError, match="expected an id for each entry, found "):
+        load_codec(rewritten(share_ids)(tmp_path))
+
+
+def test_dropout_of_training_is_off(tmp_path):
+    """Shards and scores of one text would differ from one run to the next."""
+    codec = load_codec(rewritten(lambda model: model.update(dropout=0.5))(tmp_path))
+    assert len({tuple(codec.encode(PLAIN[0] * 5)) for _ in range(10)}) == 1
+
+
+def test_a_panic_of_the_library_is_one_sentence(tmp_path):
+    """A rule that runs back and forth; a table of rules that is none; a million spaces."""
+    split = pre_tokenizer(
+        lambda p: p.Sequence([p.Split(tk_regex("(x+x+)+y"), "isolated"), p.ByteLevel(False)])
+    )
+    with pytest.raises(UserError, match=r"tokenizer\.json: the tokenizer's library gave up \(.*retry-limit"):
+        load_codec(split(tmp_path)).encode("x" * 20_000)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json: the tokenizer's library gave up"):
+        load_codec(tmp_path / "tokenizer.json")
+    with pytest.raises(
+        UserError, match=r"r50k_base\.tiktoken: the tokenizer's library gave up .*million spaces"
+    ):
+        load_codec(MAKERS["ranks"](tmp_path)).encode(" " * 2_000_000 + "x")
+
+
+def test_a_model_that_drops_a_letter_is_verified(files):
+    """Its table is looked at after a letter that it keeps."""
+    report = verify_codec(files("dropped_vowels")[1], documents(PLAIN))
+    assert report["byte_account"]["verdict"] == LOSES and not report["byte_table_errors"]
 
 
 def test_a_table_without_all_bytes_is_refused(tmp_path):
@@ -113,7 +159,7 @@ def test_a_table_without_all_bytes_is_refused(tmp_path):
 
 def test_only_the_contests_kind_of_model_is_called_so(files):
     """Its scores compare with the contest's; folding case, a prefix, other symbols are other kinds."""
-    found = {name for name in MAKERS if name != "few_ranks" and files(name)[1].by_contest_rule}
+    found = {name for name in MAKERS if name != "few_ranks" and follows_contest(files(name)[1])}
     assert found == set(VERDICTS[CONTEST])
 
 

@@ -149,6 +149,7 @@ def test_the_manifest_describes_files_and_tokenizer(prepare, source, lossless_co
         "vocab_size": 400,
         "bos_id": 1,
         "lossless": True,
+        "by_contest_rule": False,
     }
     for split in ("train", "val"):
         shards = manifest[split]["shards"]
@@ -311,9 +312,8 @@ def test_zstd_files_with_a_long_window_are_read(tmp_path):
 
 BAD_FILES = [
     ("bad.txt", b"good\nline\n\xff", r"bad\.txt:3: not UTF-8"),
-    ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.jsonl:2: not valid JSON \(not UTF-8"),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.jsonl:2: not valid JSON \(.*codec"),
     ("bad.jsonl", b'{"text": "a"}\n\n{"text": "a"\n', r"bad\.jsonl:3: not valid JSON"),
-    ("bad.jsonl", b"\xef\xbb\xbf{}\n", r"bad\.jsonl:1: not valid JSON"),
     ("bad.jsonl", b'{"body": "a"}\n', r"bad\.jsonl:1: expected .* \"text\", found keys \['body'\]"),
     ("bad.jsonl", b'{"text": 7}\n', r"bad\.jsonl:1: expected .* \"text\""),
     ("bad.jsonl", b'["text"]\n', r"bad\.jsonl:1: expected .* found list"),

@@ -11,7 +11,7 @@ from fixtures_data import needs_corpora, shared, small_texts
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from data import prepare, seams
-from data.changes import proto_fields
+from data.changes import normalizer_rules
 from data.codecs import load_codec
 from data.codecs.ranks import FAMILIES
 from data.documents import Document, batched
@@ -157,7 +157,7 @@ def test_a_normalizer_that_replaces_words_and_spaces_is_seen_in_its_rules(tmp_pa
     (tmp_path / "rules.tsv").write_text(table)
     path = train_model(tmp_path, normalization_rule_tsv=str(tmp_path / "rules.tsv"), add_dummy_prefix=False)
     model = SentencePieceProcessor(model_file=path).serialized_model_proto()
-    rules = dict(proto_fields(dict(proto_fields(model))[seams.NORMALIZER]))[seams.RULES]
+    rules = normalizer_rules(model)
     assert beside_spaces(rules) == ({"d", "a"}, {"c", "t"})
     codec = load_codec(path)
     seam = find_seam(codec)
@@ -240,7 +240,7 @@ def test_a_dataset_does_not_show_that_its_documents_were_cut(
     options = ["--input", str(source), "--tokenizer", str(path), "--val-docs", "3", "--num-threads", "1"]
     prepare.main([*options, "--out", str(tmp_path / "whole")])
     for module in ("data.documents", "data.prepare"):
-        monkeypatch.setattr(f"{module}.LONG_CHARS", 2000)
+        monkeypatch.setattr(f"{module}.LONG_BYTES", 2000)
     monkeypatch.setattr(seams, "PART_CHARS", 50)
     assert [len(batch) for batch in batched(Document(text, "") for text in texts)] == [1] * 6 + [5]
     counted = []
@@ -257,12 +257,12 @@ def test_a_dataset_does_not_show_that_its_documents_were_cut(
 def test_a_document_that_cannot_be_cut_is_named(tmp_path, trained, monkeypatch, capsys):
     """It takes much more memory; who runs out of it must know which document to cut."""
     for module in (prepare, seams):
-        monkeypatch.setattr(module, "NOTED_CHARS", 1 << 20)
+        monkeypatch.setattr(module, "NOTED_BYTES", 1 << 20)
     (tmp_path / "long.txt").write_text("x" * (1 << 20))
     (tmp_path / "other.txt").write_text("other")
     files = ["--input", str(tmp_path / "long.txt"), "--val-input", str(tmp_path / "other.txt")]
     prepare.main([*files, "--tokenizer", str(trained["superbpe"]), "--out", str(tmp_path / "out")])
-    assert "long.txt: over 1,048,576 characters of this document hold no place" in capsys.readouterr().err
+    assert "long.txt: over 1,048,576 bytes of this document hold no place" in capsys.readouterr().err
 
 
 FIXED_BYTES = 150_000_000  # of the interpreter and its libraries

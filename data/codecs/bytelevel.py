@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError
-from data.codecs.pieces import UTF8_BYTES, PieceCodec, gives_back
+from data.codecs.pieces import UTF8_BYTES, PieceCodec, gives_back, panics_named
 
 MOST_ENTRIES = 1 << 24  # the largest known vocabularies have a sixtieth of it
 # The first of these names in the vocabulary separates documents.
@@ -42,6 +42,13 @@ class ByteLevelCodec(PieceCodec):
         self._tokenizer.encode_special_tokens = True  # text that spells a special token stays text
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         largest = max(vocab.values())
+        names = dict(zip(vocab.values(), vocab))  # the last of each id
+        if len(names) < len(vocab):
+            twice = sorted(name for name in vocab if names[vocab[name]] != name)[:4]
+            raise UserError(
+                f"{path}: expected an id for each entry, found {twice} on ids of others: their text "
+                "could not be told apart. Number them anew."
+            )
         if largest >= MOST_ENTRIES:
             raise UserError(f"{path}: expected ids below {MOST_ENTRIES:,}, found {largest}. Copy it again.")
         bos_id = next((vocab[name] for name in BOS_NAMES if name in vocab), largest + 1)
@@ -67,6 +74,10 @@ class ByteLevelCodec(PieceCodec):
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Encode documents, on all cores if num_threads is over 1; each gives (N,) int32 ids."""
+        with panics_named(self.path):
+            return self._encode_batch(texts, num_threads)
+
+    def _encode_batch(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
         if num_threads == 1:
             encoded = (self._tokenizer.encode(text, add_special_tokens=False) for text in texts)
         else:
@@ -92,11 +103,14 @@ def read_tokenizer(path: Path):
     if path.name == "vocab.json" and not merges.is_file():
         raise UserError(f"{path}: expected merges.txt beside it, found none. Copy it there.")
     try:
-        if path.name != "vocab.json":
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        with panics_named(path):
+            if path.name != "vocab.json":
+                tokenizer = Tokenizer.from_file(str(path))
+            else:
+                tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
+                tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    except UserError:
+        raise
     except Exception as error:  # the library raises plain Exception
         raise UserError(
             f"{path}: not a tokenizer that `tokenizers` reads ({error}). Copy it again."
@@ -104,6 +118,7 @@ def read_tokenizer(path: Path):
     if not isinstance(tokenizer.model, models.BPE):
         found = type(tokenizer.model).__name__
         raise UserError(f"{path}: expected byte-level BPE, found a model of type {found}.")
+    tokenizer.model.dropout = None  # of training: the same text must have the same tokens
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

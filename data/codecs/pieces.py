@@ -1,10 +1,11 @@
 """What codecs share whose every token stands for the same bytes wherever it occurs."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from common import sha256_file
+from common import UserError, sha256_file
 
 # Texts that tokenizers change: a codec that gives all of them back loses nothing.
 HOSTILE_PROBES = (
@@ -26,6 +27,21 @@ UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}  # the bytes that valid UTF-8
 def gives_back(codec) -> bool:
     """Tell whether every hostile probe comes back byte for byte."""
     return all(codec.decode(codec.encode(text)) == text.encode() for text in HOSTILE_PROBES)
+
+
+@contextmanager
+def panics_named(path: Path):
+    """Turn a panic of a library in Rust, which is no Exception, into a UserError that names the tokenizer."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        why = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"{path}: the tokenizer's library gave up ({why}). Take another tokenizer, or cut what is very "
+            "long in the text, as a million spaces in a row."
+        ) from None
 
 
 class PieceCodec:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError
-from data.codecs.pieces import UTF8_BYTES, PieceCodec, gives_back
+from data.codecs.pieces import UTF8_BYTES, PieceCodec, gives_back, panics_named
 
 SPECIAL_END = "<|endoftext|>"
 CAPITALS, SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -83,7 +83,8 @@ class RanksCodec(PieceCodec):
         """Encode documents in parallel threads; each gives (N,) int32 ids."""
         for text in texts:
             text.encode()  # the library would write half a surrogate pair as another character
-        encoded = self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+        with panics_named(self.path):
+            encoded = self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
         return [np.array(ids, dtype=np.int32) for ids in encoded]
 
 
