@@ -108,7 +108,8 @@ def test_every_byte_is_counted_or_the_file_is_labelled(files, name):
      ("swallow", "its own added tokens"), ("removed", "what its pre-tokenizer Split does"),
      ("nmt_nfkc_cf", "changes case, spaces"), ("trimmed", "changes spaces"),
      ("dummy_prefix", "changes the space symbol"), ("own_rules", "what its normalisation rules name"),
-     ("case_ops_folded", "changes case"), ("hidden_rules", "what its normalisation rules name"), ("bese", "drops case, most signs and all that is not ASCII")],
+     ("case_ops_folded", "changes case"), ("hidden_rules", "what its normalisation rules name"),
+     ("bese", "drops case, most signs and all that is not ASCII")],
 )  # fmt: skip
 def test_what_is_changed_is_named(files, name, said):
     """A reader of a score must know which text it is a score of."""

@@ -50,6 +50,7 @@ def to_parquet(column, name: str = "text", **how) -> bytes:
 
 
 PARQUET = to_parquet(TEXTS, row_group_size=5, compression="none")
+CHECKED = to_parquet(["abcdefgh" * 9], compression="none", use_dictionary=False, write_page_checksum=True)
 
 
 def flipped(content: bytes, place: float) -> bytes:
@@ -169,6 +170,8 @@ INPUTS = [
     *(Input("bad.jsonl.zst", ZSTD[:size], "cut off") for size in (1, 9, 100, len(ZSTD) - 1)),
     # Parquet.
     Input("bad.parquet", PARQUET, ""),
+    Input("bad.parquet", CHECKED, ""),
+    Input("bad.parquet", CHECKED.replace(b"hab", b"hXb", 1), r"bad\.parquet: row group 0 is damaged.*CRC"),
     Input("bad.parquet", to_parquet(pyarrow.array(TEXTS, pyarrow.large_string())), ""),
     Input("bad.parquet", to_parquet(pyarrow.array(TEXTS * 3).dictionary_encode()), ""),
     Input("bad.parquet", to_parquet(pyarrow.array([], pyarrow.string())), ""),
