@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -115,6 +115,16 @@ def split_numbers(text: str, option: str, kind: type = float) -> list:
         kinds = "whole numbers" if kind is int else "numbers"
         raise UserError(f"{option} {text:.60}: expected {kinds} from 0 on, with commas between.")
     return numbers
+
+
+def check_output(out: str | Path, files: Iterable[str | Path], option: str = "--out") -> None:
+    """Raise for an output without a name, or one that would replace a file that is read, or one beside it."""
+    if not str(out):
+        raise UserError(f"{option}: expected a name, found an empty one. Name a file or folder.")
+    for path in files if os.path.exists(out) else ():
+        beside = os.path.isdir(path) and os.path.isfile(out) and os.path.samefile(Path(out).parent, path)
+        if beside or (os.path.exists(path) and os.path.samefile(out, path)):
+            raise UserError(f"{option} {out}: this is a file that is read, {path}. Choose another name.")
 
 
 def choose_named(rows, text: str, option: str) -> list:

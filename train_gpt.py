@@ -3695,6 +3695,10 @@ def main(argv: list[str] | None = None) -> None:
     for sentence in environment.misspelled if environment.rank == 0 else ():
         print(f"warning: environment: {sentence}", file=sys.stderr)
     if PACKED_RECIPE is None and (args.describe or args.hardware is not None):
+        if args.resume or args.score:
+            parser.error(
+                "--describe tells of a recipe: name a run's with --recipe RUN, not --resume or --score"
+            )
         describe_to_stdout(args, environment)
         return
     try:

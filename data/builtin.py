@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import CommandParser, UserError, at_least_one, run_command, sha256_file, write_json
+from common import CommandParser, UserError, at_least_one, check_output, run_command, sha256_file, write_json
 from data.codecs import TokenCodec, load_codec
-from data.documents import Document, check_output
+from data.documents import Document
 from data.prepare import fill_dataset, print_table
 from data.shards import READY_NAME, REPORT_NAME, read_manifest
 from data.staging import staged

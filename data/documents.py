@@ -123,16 +123,6 @@ def check_inputs(files: Iterable[str | Path]) -> None:
         find_reader(Path(path))
 
 
-def check_output(out: str | Path, files: Iterable[str | Path]) -> None:
-    """Raise for an output without a name, or one that would replace a file that is read."""
-    require_utf8_name(out)
-    if not str(out):
-        raise UserError("--out: expected a name, found an empty one. Name a file or folder.")
-    for path in files:
-        if os.path.exists(out) and os.path.samefile(out, path):
-            raise UserError(f"--out {out}: this is a file that is read, {path}. Choose another name.")
-
-
 def snapshot(files: Iterable[str | Path]) -> list[tuple]:
     """Return what tells whether files change while they are read: sizes and times of the last change."""
     return [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]

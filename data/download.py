@@ -19,13 +19,13 @@ from common import (
     CommandParser,
     UserError,
     atomic_file,
+    check_output,
     parse_json,
     read_json,
     run_command,
     sha256_file,
     write_json,
 )
-from data.documents import check_output
 from data.prepare import CONTEST_VAL_DOCS, DOCS_MANIFEST_NAME, DOCS_NAME, MAX_SHARDS
 from data.shards import MANIFEST_NAME, RECORD_NAME, read_shard
 from durable.lock import lock_folder

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import CommandParser, UserError, at_least_one, atomic_file, run_command, sha256_file
+from common import CommandParser, UserError, at_least_one, atomic_file, check_output, run_command, sha256_file
 from data.accounts import OTHER_TOKENIZER, ByteCounts, Encoded, add_counts, count_documents, open_account
 from data.changes import find_changes, follows_contest
 from data.codecs import TokenCodec, load_codec
@@ -28,9 +28,9 @@ from data.documents import (
     Document,
     batched,
     check_inputs,
-    check_output,
     check_unchanged,
     read_documents,
+    require_utf8_name,
     snapshot,
     utf8_chunks,
     utf8_size,
@@ -454,6 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
     files = options.input + (options.val_input or [])
     check_inputs(files)
+    require_utf8_name(options.out)
     check_output(options.out, files)
     codec = load_codec(options.tokenizer)
     note_other_validation(options)

@@ -5,11 +5,11 @@ import json
 import os
 import sys
 
-from common import CommandParser, UserError, at_least_one, run_command, write_json
+from common import CommandParser, UserError, at_least_one, check_output, run_command, write_json
 from data.assets import ASSETS, FOLDER, build_assets
 from data.changes import find_changes
 from data.codecs import load_codec
-from data.documents import INPUT_HELP, check_inputs, check_output, read_documents
+from data.documents import INPUT_HELP, check_inputs, read_documents
 from data.selection import add_selection_options, build_selection
 from data.train_tokenizer import TRAINERS, train_tokenizer
 from data.verify import compare_codec, verify_codec

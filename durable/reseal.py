@@ -3,10 +3,13 @@
 python -m durable.reseal runs/NAME/result.json runs/NAME/metrics.jsonl
 """
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from common import CommandParser, UserError, parse_json, read_json, run_command
 from durable.seals import write_events, write_sealed
+
+SEALED = ("result*.json", "manifest.json", "config.json", "evaluation.json", "tokenizer_report.json")
 
 
 def seal_file(path: Path) -> None:
@@ -16,11 +19,13 @@ def seal_file(path: Path) -> None:
         events = [
             parse_json(line, f"{path}:{number}", strict=False) for number, line in enumerate(lines, start=1)
         ]
+        if not all(isinstance(event, dict) and {"kind", "step"} <= event.keys() for event in events):
+            raise UserError(f"{path}: expected events with kind and step, found others. Name another file.")
         write_events(path, [{key: event[key] for key in event if key != "crc32"} for event in events])
         return
-    facts = read_json(path)
-    if not isinstance(facts, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(facts).__name__}. Name another file.")
+    facts = read_json(path, strict=False)
+    if not isinstance(facts, dict) or not any(fnmatchcase(path.name, pattern) for pattern in SEALED):
+        raise UserError(f"{path}: expected one of {', '.join(SEALED)}, found another file. Name one of them.")
     write_sealed(path, facts)
 
 

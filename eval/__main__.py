@@ -25,14 +25,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import CommandParser, UserError, existing, run_command, sha256_file
+from common import CommandParser, UserError, check_output, existing, run_command, sha256_file
 from data.accounts import OTHER_TOKENIZER, ByteAccount
 from data.validation import ValidationText, check_tokenizer
 from eval.breakdown import Windows, as_facts, break_down, format_tables, get_costs
 from eval.compare import check_same_documents, compare_documents, document_costs, format_comparison
 from eval.domains import Domain, format_domains, parse_domains, read_domain, score_domains
 from eval.logs import classify_bytes
-from eval.runs import Target, find_target, newest_run
+from eval.runs import RECIPE_NAME, Target, find_target, newest_run
 from formats.help import describe_section
 from formats.recipe import config_fields, parse_overrides, with_values
 from scoring.adaptive import Callbacks, plan_documents
@@ -146,6 +146,7 @@ def event_writer(path: Path | None, rank: int):
     if path is None:
         yield None
         return
+    check_output(path, [path.parent] if (path.parent / RECIPE_NAME).is_file() else [], "--event-log")
     with open(path if rank == 0 else f"{path}.{rank}", "w", encoding="utf-8") as file:
         yield lambda event: print(json.dumps(event), file=file)
 

@@ -301,6 +301,11 @@ def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False) -> Pa
     codec = open_codec(loaded)
     merges = codec.path.with_name("merges.txt")
     files = [codec.path, *([merges] if codec.path.name == "vocab.json" else [])]
+    config = folder / CONFIG_NAME
+    if folder.is_dir() and any(folder.iterdir()) and not (config.is_file() and read_config(config)):
+        raise UserError(
+            f"{folder}: expected a new or empty folder, or a saved model's, found files of others."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from common import UserError, damage_named, read_json, sha256_file
 from eval.logs import parse_log
 from formats.checkpoints import RESULT_NAME, read_result
-from formats.recipe import config_fields, read_recipe, with_values
+from formats.recipe import config_fields, config_hash, read_recipe, with_values
 from scoring.modes import SCORERS
 from train_gpt import ARTIFACT_NAME, DTYPES, Config, only_live, read_environment
 
@@ -88,7 +88,17 @@ def find_run(folder: Path) -> Target:
             f"{artifact}: not the file that {RESULT_NAME} describes, or damaged. Run it again, or "
             "score a copy of it elsewhere by itself."
         )
-    live = with_values(Config(), read_recipe(folder / RECIPE_NAME) | result["places"], str(folder))
+    recipe = with_values(Config(), read_recipe(folder / RECIPE_NAME), str(folder))
+    if config_hash(recipe) != result["config_hash"]:
+        raise UserError(
+            f"{folder / RECIPE_NAME}: expected the recipe {result['config_hash']} that {RESULT_NAME} beside "
+            f"it states, found {config_hash(recipe)}. Take both files from one run, or score {artifact} "
+            "elsewhere by itself."
+        )
+    environ = read_environment().overrides
+    lost = [name for name, place in result["places"].items() if name in environ and not Path(place).exists()]
+    moved = {name: environ[name] for name in lost}
+    live = with_values(recipe, result["places"] | moved, str(folder))
     score, text = result["score"], read_log(folder, result.get("seed"))
     result["calibration_ms"] = parse_log(LOG_NAME, text).facts.get("calibration_ms", 0.0)
     computed = find_arithmetic(text)

@@ -10,17 +10,10 @@ from typing import NoReturn
 
 from common import CommandParser, UserError
 from formats.hardware import format_hardware
-from formats.recipe import config_fields, parse_value, read_recipe
+from formats.recipe import KINDS, config_fields, parse_value, read_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "records"
 WIDTH = 79
-KINDS = {
-    bool: "0 or 1",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    tuple: "a list: 3,4 or 1:2,3:4",
-}
 UNITS = {  # by the end of a field's name
     "seconds": "seconds",
     "s": "seconds",

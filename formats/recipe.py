@@ -14,9 +14,16 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from common import UserError
+from common import UserError, parse_json
 from durable.seals import DIGEST, check_digest, digest_of
 
+KINDS = {
+    bool: "0 or 1",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text without control characters",
+    tuple: "a list: 3,4 or 1:2,3:4",
+}
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # breaks or forges lines of a log
 
 
@@ -53,11 +60,13 @@ def parse_value(value, kind: type):
             raise ValueError
         return words[str(value).lower()]
     if kind is tuple:
+        if isinstance(value, str) and value[:1] == "[":
+            value = parse_json(value, "a list")  # as recipes write it
         items = [item for item in value.split(",") if item] if isinstance(value, str) else value
         return tuple(parse_item(item) for item in items)
     if kind is int and isinstance(value, str):
         return int(value.replace("_", ""))
-    if isinstance(value, (dict, list)) or (kind is int and value != int(value)):
+    if isinstance(value, (dict, list, bool)) or (kind is int and value != int(value)):
         raise ValueError
     converted = kind(value)
     if kind is str and CONTROL.search(converted):
@@ -96,7 +105,7 @@ def with_values(config, values: dict, source: str):
         except (ValueError, TypeError, OverflowError) as error:
             env = known[name].metadata["env"]
             alias = f" ({env})" if env else ""
-            kind = known[name].type.__name__ + " without control characters" * (known[name].type is str)
+            kind = KINDS[known[name].type]
             raise UserError(f"{source}: {name}{alias}: expected {kind}, found {value!r:.60}.") from error
         config = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **changed)}
@@ -130,7 +139,7 @@ def read_toml(path: str | Path, what: str, advice: str) -> dict:
     A file without a digest must end its last line: otherwise it may have been cut off.
     """
     try:
-        text = Path(path).read_bytes().decode()
+        text = Path(path).read_bytes().decode().removeprefix("\ufeff")
         content = tomllib.loads(text)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such {what}. {advice}") from error

@@ -4,7 +4,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from common import CommandParser, run_command
+from common import CommandParser, check_output, run_command
 from formats.preflight import check_folder, check_recipe, check_recipe_path
 from formats.recipe import read_recipe
 from pack.cache import cached_pack
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise PackingError(
             f"--out {options.out}: expected a file to write, found a folder. Name a file in it."
         )
+    check_output(options.out, [*options.entry.parent.glob("*.py"), *filter(None, [options.recipe])])
     check_folder("--out", options.out.parent)
     if options.cache:
         check_folder("--cache", options.cache)

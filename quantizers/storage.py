@@ -87,7 +87,10 @@ def pack_tensors(
             pieces = {"halves": weight.half(), "floats": weight.float()}
         for stream, _ in STORAGE_PARTS[row.storage](row.shape):
             if not torch.isfinite(pieces[stream]).all():  # huge weights overflow in float16, their scales too
-                raise UserError(f"{row.name} is not finite: the run diverged. Lower the learning rates.")
+                raise UserError(
+                    f"{row.name} is not finite as {stream} store it: the run diverged. Lower the learning "
+                    "rates in a new run."
+                )
             raw[stream].append(pieces[stream].cpu().numpy())
     streams = {
         name: b"".join(part.astype(dtype).tobytes() for part in raw[name])

@@ -328,7 +328,7 @@ def test_weights_that_are_not_finite_as_stored_are_not_written(artifact, tmp_pat
     _, cfg, model, _ = artifact
     with torch.no_grad():
         model.get_parameter(name).fill_(value)
-    with pytest.raises(UserError, match=f"{name} is not finite: the run diverged. Lower the learning rates"):
+    with pytest.raises(UserError, match=f"{name} is not finite as .* diverged. Lower the learning rates"):
         store(model, cfg, tmp_path / "wild.bin")
     assert not (tmp_path / "wild.bin").exists()
 

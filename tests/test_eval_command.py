@@ -19,6 +19,7 @@ from audit.probes import Event, coverage, order_of_events
 from common import UserError, read_json, sha256_file, write_json
 from data.codecs import load_codec
 from data.prepare import Document, write_dataset
+from durable.seals import write_sealed
 from eval.__main__ import document_range, main, take_documents
 from eval.breakdown import (
     BYTE_CLASSES,
@@ -288,6 +289,38 @@ def test_a_record_is_scored_from_the_artifact_that_it_states(record, tmp_path, c
         find_target(folder, other)
     shutil.copy(kept, folder / "artifact.bin")
     assert evaluate(capsys, folder)["artifact"] == str(folder / "artifact.bin")
+
+
+def test_what_a_run_left_is_not_written_over(make_run, capsys):
+    """An event log of its name would be the end of an artifact."""
+    run = make_run("seed7")
+    for name in ("artifact.bin", "result.json", "recipe.toml"):
+        before = (run / name).read_bytes()
+        with pytest.raises(UserError, match=r"--event-log .*: this is a file that is read"):
+            main([str(run), "--event-log", str(run / name)])
+        assert (run / name).read_bytes() == before
+    evaluate(capsys, run, "--event-log", run / "events.jsonl")
+    assert (run / "events.jsonl").is_file()
+
+
+def test_a_run_with_the_recipe_of_another_is_refused(make_run):
+    """Its artifact has its own; but one of the two files is not what it seems."""
+    run = make_run("seed7")
+    (run / "recipe.toml").write_text("[model]\nnum_layers = 7\n")
+    with pytest.raises(UserError, match=r"recipe\.toml: expected the recipe .* that result\.json beside"):
+        find_target(run)
+
+
+def test_data_that_moved_are_named_by_the_environment(make_run, capsys, monkeypatch, tmp_path):
+    """As by the run's own command."""
+    run = make_run("seed7")
+    result = read_json(run / "result.json")
+    places = result["places"]
+    lost = {name: str(tmp_path / "away") for name in ("data.data_path", "data.tokenizer_path")}
+    write_sealed(run / "result.json", result | {"places": places | lost})
+    monkeypatch.setenv("DATA_PATH", places["data.data_path"])
+    monkeypatch.setenv("TOKENIZER_PATH", places["data.tokenizer_path"])
+    assert evaluate(capsys, run)["difference"] == 0
 
 
 def test_a_record_finds_the_seeds_that_were_trained_for_it(record, capsys):

@@ -24,7 +24,7 @@ COMMANDS = [
     (
         "",
         {"NUM_LAYERS": "three"},
-        r"model.num_layers \(NUM_LAYERS\): expected int, found .three.",
+        r"model.num_layers \(NUM_LAYERS\): expected a whole number, found .three.",
     ),
     ("", {"MODEL_DIM": "500"}, r"model.model_dim=500|model.num_heads=8|even head"),
     ("", {"VOCAB_SIZE": "2048"}, r"make data VOCAB=2048"),
@@ -43,7 +43,7 @@ COMMANDS = [
     ("num_layers=4", {}, r"unknown field 'num_layers'. Did you mean model.num_layers\?"),
     ("lr=0.1", {}, r"unknown field 'lr'. Did you mean optim.matrix_lr or optim.embed_lr"),
     ("model.num_layer=4", {}, r"unknown field 'model.num_layer'. Did you mean model.num_layers\?"),
-    ("run.seed=abc", {}, r"run.seed \(SEED\): expected int, found 'abc'"),
+    ("run.seed=abc", {}, r"run.seed \(SEED\): expected a whole number, found 'abc'"),
     ("run.attention=flash", {}, r"run.attention=flash must be one of auto, fa3"),
     ("optim.matrix_lr=-1", {}, r"optim.matrix_lr=-1.0 must be at least 0"),
     ("--recipe missing.toml", {}, r"missing.toml: no such recipe"),

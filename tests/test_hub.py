@@ -254,3 +254,17 @@ def test_the_command_line_saves_and_sums_up(run_folder, tmp_path, capsys):
     with pytest.raises(UserError, match="expected a target"):
         main(["save", str(run_folder)])
     assert "pickle" not in sys.modules["eval.hub"].__dict__
+
+
+def test_files_of_others_are_not_replaced(run_folder, saved, tmp_path):
+    """A dataset, a run folder, a folder with another config.json; a saved model may be saved again."""
+    model = load(run_folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    dataset = Path(model.cfg.data.tokenizer_path).parent
+    for folder in (tmp_path / "mine", run_folder, dataset):
+        with pytest.raises(UserError):
+            save(model, folder)
+    assert (tmp_path / "mine" / "config.json").read_text() == "{}"
+    again = shutil.copytree(saved, tmp_path / "again")
+    assert save(model, again) == again

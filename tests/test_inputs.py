@@ -50,7 +50,13 @@ def to_parquet(column, name: str = "text", **how) -> bytes:
 
 
 PARQUET = to_parquet(TEXTS, row_group_size=5, compression="none")
-CHECKED = to_parquet(["abcdefgh" * 9], compression="none", use_dictionary=False, write_page_checksum=True)
+CHECKED = to_parquet(
+    ["abcdefgh" * 9],
+    compression="none",
+    use_dictionary=False,
+    write_statistics=False,
+    write_page_checksum=True,
+)
 
 
 def flipped(content: bytes, place: float) -> bytes:

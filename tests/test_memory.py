@@ -167,7 +167,7 @@ def test_auto_is_a_number_that_a_run_finds(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text('[data]\nmicro_batches = "auto"\n')
     assert load_config(str(path), {}, []).data.micro_batches == 0
-    with pytest.raises(UserError, match="expected int, found 'auto'"):
+    with pytest.raises(UserError, match="expected a whole number, found 'auto'"):
         load_config(None, {}, ["data.seq_len=auto"])
     with pytest.raises(UserError, match=r"data\.micro_batches=0 is auto.*beside schedule\.stages"):
         load_config(None, {}, ["data.micro_batches=auto", "schedule.stages=0:1024:524288:8:1:0"])

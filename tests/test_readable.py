@@ -24,7 +24,7 @@ from pack.readable import arrange, for_readers, make_readable, write_readable
 TRACK = ROOT / "records" / "track_10min_16mb"
 NAIVE = TRACK / "2026-03-17_NaiveBaseline"
 RICH = TRACK / "2026-04-30_ContextGrowth_3072"  # of all the recipes the one with the longest file
-MOST_LINES = {NAIVE: 4360, RICH: 6430}
+MOST_LINES = {NAIVE: 4370, RICH: 6430}
 
 
 class Made(NamedTuple):

@@ -119,5 +119,5 @@ def test_files_that_a_person_changed_are_sealed_again(tmp_path, log, capsys):
     assert read_sealed(result, "")["score"] == 1.5 and read_events(log) == EVENTS
     assert capsys.readouterr().out.count("sealed as it is") == 2
     result.write_text("[1]")
-    with pytest.raises(UserError, match="expected a JSON object, found list"):
+    with pytest.raises(UserError, match=r"expected one of result\*\.json, .* found another file"):
         main([str(result)])

@@ -1,5 +1,6 @@
 """Wrong settings as a newcomer, somebody in haste and a saboteur type them: each is one sentence, at once."""
 
+import importlib
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from formats import preflight
 from formats.hardware import format_hardware, parse_machine, project
 from formats.help import explain
 from formats.memory import legal_counts
-from formats.recipe import with_values
+from formats.recipe import read_recipe, with_values
 from quantizers.config import METHODS
 from train_gpt import Config, check_config, describe, load_config
 
@@ -436,7 +437,7 @@ def test_make_takes_0_for_no(target, words, expected):
 
 RECORD = "records/track_cpu/2026-11-21_NaiveBaseline"
 REAL = {
-    "a wrong number": (["train_gpt.py", "model.num_layers=two"], {}, 1, "expected int, found 'two'"),
+    "a wrong number": (["train_gpt.py", "model.num_layers=two"], {}, 1, "expected a whole number"),
     "5,000 digits": (["train_gpt.py", f"run.seed={DIGITS}"], {}, 1, "run.seed"),
     "a launcher's rubbish": (["train_gpt.py"], {"WORLD_SIZE": "abc"}, 1, "WORLD_SIZE=abc"),
     "half a launcher": (["train_gpt.py"], {"WORLD_SIZE": "2", "RANK": "0"}, 1, "MASTER_ADDR and MASTER_PORT"),
@@ -496,3 +497,65 @@ def test_a_rank_without_others_says_what_it_waits_for(words):
             "waiting for the other ranks of 2 at 127.0.0.1:29391; this is rank 0\n"
         )
         rank.kill()
+
+
+# ---- Outputs that would replace what is read --------------------------------------------------------
+
+
+VERIFY = ("data.tokenizer", "verify", "--tokenizer", "TOKENIZER", "--input", "TEXT")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("pack", "--out", "train_gpt.py"),
+        ("pack", "--recipe", "RECIPE", "--out", "RECIPE"),
+        (*VERIFY, "--out", "TOKENIZER/tokenizer.model"),
+        (*VERIFY, "--out", "TEXT"),
+    ],
+)
+def test_an_output_does_not_replace_what_is_read(tmp_path, command):
+    """The contest's file has the name of the source: `--out train_gpt.py` is typed soon."""
+    recipe, text, folder = tmp_path / "mine.toml", tmp_path / "a.txt", tmp_path / "tokenizer"
+    recipe.write_text("[model]\nnum_layers = 2\n")
+    text.write_text("abc")
+    shutil.copytree(ROOT / "tokenizers" / "sp1024", folder)
+    files = [ROOT / "train_gpt.py", recipe, text, folder / "tokenizer.model"]
+    before = [path.read_bytes() for path in files]
+    names = {"RECIPE": str(recipe), "TOKENIZER": str(folder), "TEXT": str(text)}
+    module, *words = (names.get(word, word.replace("TOKENIZER", str(folder))) for word in command)
+    main = importlib.import_module(f"{module}.__main__" if module == "pack" else module).main
+    with pytest.raises(UserError, match="this is a file that is read"):
+        main(words)
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_describe_tells_of_recipes_alone(refused):
+    """Beside --resume it described the default recipe."""
+    assert "not --resume or --score" in refused("--describe", "--resume", "runs/a")
+
+
+# ---- Recipes as people write them -------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Some editors put one before everything."""
+    (tmp_path / "mine.toml").write_bytes(b"\xef\xbb\xbf[model]\nnum_layers = 2\n")
+    assert read_recipe(tmp_path / "mine.toml") == {"model.num_layers": 2}
+
+
+@pytest.mark.parametrize("name", ["run.iterations", "run.seed", "run.max_wallclock_seconds", "run.out_dir"])
+def test_true_is_no_number_and_no_text(name):
+    """TOML has it as a value of its own."""
+    with pytest.raises(UserError, match=f"{name}.*found True"):
+        with_values(Config(), {name: True}, "test")
+
+
+def test_a_list_is_typed_as_recipes_write_it():
+    """Or with commas alone."""
+    for typed in ("[1, 3]", "1,3"):
+        values = {"model.window_layers": typed, "schedule.stages": "[[0, 8, 64, 1, 1, 0]]"}
+        cfg = with_values(Config(), values, "test")
+        assert cfg.model.window_layers == (1, 3) and cfg.schedule.stages == ((0, 8, 64, 1, 1, 0),)
+    with pytest.raises(UserError, match="expected a list: 3,4 or 1:2,3:4"):
+        with_values(Config(), {"model.window_layers": "[1, 3"}, "test")
