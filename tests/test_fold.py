@@ -1614,7 +1614,7 @@ def test_folding_a_random_function_changes_neither_its_result_nor_its_effects(te
     [
         ({"model": {"width": 0}}, r"model\.width=0 must lie in \[1, None\]"),
         ({"model": {"kind": "odd"}}, r"model\.kind=odd must be one of none, dense"),
-        ({"model": {"width": "wide"}}, r"model\.width: expected a whole number, found 'wide'"),
+        ({"model": {"width": "wide"}}, r"model\.width: expected int, found 'wide'"),
         ({"model": {"wdth": 3}}, r"unknown field model\.wdth"),
         ({"modle": {"width": 3}}, r"unknown section 'modle'"),
     ],

@@ -106,6 +106,12 @@ def words(tiny_config) -> list[str]:
     return as_overrides(tiny_config)
 
 
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    """Names of files are relative to the checkout."""
+    monkeypatch.chdir(ROOT)
+
+
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """Run the trainer's command in this process; returns the sentence that refuses it before it trains."""
