@@ -4,6 +4,7 @@ One table. A row is what lies in a folder, the command line and what the answer 
 without complaint. Damaged files that can be read after all must have given the text that was written.
 """
 
+import contextlib
 import gzip
 import io
 import json
@@ -400,8 +401,8 @@ def place(tmp_path, good, bytes_file) -> Callable[[str], list[str]]:
     if sys.platform != "win32":
         os.mkfifo(names["PIPE"])
         short = socket.socket(socket.AF_UNIX)
-        os.chdir(tmp_path)  # the system bounds the lengths of sockets' names
-        short.bind("socket.txt")
+        with contextlib.chdir(tmp_path):  # the system bounds the lengths of sockets' names
+            short.bind("socket.txt")
         short.close()
         Path(names["LOOP"]).symlink_to(names["LOOP"])
         Path(names["DANGLING"]).symlink_to(names["NONE"])
