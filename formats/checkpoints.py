@@ -51,10 +51,13 @@ def read_result(folder: Path) -> dict:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Read a run's events; raises where they were altered, or are not all that its result counts."""
+    """Read a run's events, none where it keeps none; raises where they are altered, or not all of them."""
     path = folder / METRICS_NAME
+    if not path.is_file():  # as in a record
+        return []
     events = read_events(path)
-    if (folder / RESULT_NAME).is_file() and read_result(folder).get("metrics_crc32") != last_seal(path):
+    stated = read_result(folder).get("metrics_crc32") if (folder / RESULT_NAME).is_file() else None
+    if stated not in (None, last_seal(path)):
         raise UserError(
             f"{path}: expected the events that {RESULT_NAME} beside it counts, found others or a part of "
             "them. Take both files from one copy, or move this one away to do without it."

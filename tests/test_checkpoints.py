@@ -13,7 +13,7 @@ import torch
 import train_gpt
 from common import UserError, append_text, read_json
 from data.shards import read_shard, write_shard
-from durable.seals import append_event, read_events, write_events, write_sealed
+from durable.seals import append_event, last_seal, read_events, write_events, write_sealed
 from durable.stops import Stopped, Stops
 from formats import checkpoints
 from formats.checkpoints import (
@@ -147,6 +147,21 @@ def test_the_log_is_cut_to_the_step_that_goes_on(tmp_path):
     assert cut_metrics(tmp_path, 2) == ""
     kept = [(event["kind"], event["step"]) for event in read_events(path)]
     assert kept == [("val", 0), ("val", 1), ("train", 1), ("train", 2)]
+
+
+def test_events_are_all_that_the_result_counts(tmp_path):
+    """A log cut off at the end of a line looks whole; a record has no log, older results do not count."""
+    write_events(tmp_path / "metrics.jsonl", [{"kind": "train", "step": step} for step in (1, 2, 3)])
+    for stated in ({}, {"metrics_crc32": last_seal(tmp_path / "metrics.jsonl")}):
+        write_sealed(tmp_path / RESULT_NAME, stated)
+        assert len(checkpoints.read_metrics(tmp_path)) == 3
+    write_events(tmp_path / "metrics.jsonl", [{"kind": "train", "step": step} for step in (1, 2)])
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl: expected the events that result\.json beside"
+    ):
+        checkpoints.read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert checkpoints.read_metrics(tmp_path) == []
 
 
 # Whose they are
