@@ -53,7 +53,7 @@ MODES = {  # mode -> further settings
     "doc": [],
     "sgd-ttt": [],
     "lora-ttt": ["lora_warm_lanes=0"],
-    "phased": ["lora_warm_lanes=0", "phase_docs=3", "tilt_online=off"],
+    "phased": ["lora_warm_lanes=0", "phase_docs=3", "tilt_online=0"],
 }
 # Runs in a process of its own in either checkout: arguments of the trainer, and of the scorer for each mode.
 SCRIPT = """
@@ -250,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = compare(before, after)
     print("\n".join([*lines, f"{len(after)} values, {len(lines)} differ from {options.commit}"]))
     failures = [value for name, value in after.items() if name.startswith("failure")]
+    failures += [value for value in after.values() if isinstance(value, str) and "Error: " in value[:40]]
     if failures:
         print(f"{len(failures)} commands failed on the working tree, the first: {failures[0]}")
     return int(bool(lines or failures))
