@@ -156,9 +156,7 @@ def test_events_are_all_that_the_result_counts(tmp_path):
         write_sealed(tmp_path / RESULT_NAME, stated)
         assert len(checkpoints.read_metrics(tmp_path)) == 3
     write_events(tmp_path / "metrics.jsonl", [{"kind": "train", "step": step} for step in (1, 2)])
-    with pytest.raises(
-        UserError, match=r"metrics\.jsonl: expected the events that result\.json beside"
-    ):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: expected the events that result\.json beside"):
         checkpoints.read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
     assert checkpoints.read_metrics(tmp_path) == []
