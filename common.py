@@ -117,8 +117,18 @@ def split_numbers(text: str, option: str, kind: type = float) -> list:
     return numbers
 
 
+def require_utf8_name(path: str | Path) -> None:
+    """Raise for a name that UTF-8 cannot express: neither a manifest nor a message could hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise UserError(f"{shown}: the name is not UTF-8. Rename the file or folder.") from error
+
+
 def check_output(out: str | Path, files: Iterable[str | Path], option: str = "--out") -> None:
     """Raise for an output without a name, or one that would replace a file that is read, or one beside it."""
+    require_utf8_name(out)
     if not str(out):
         raise UserError(f"{option}: expected a name, found an empty one. Name a file or folder.")
     for path in files if os.path.exists(out) else ():

@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, parse_json
+from common import UserError, parse_json, require_utf8_name
 
 INPUT_HELP = ".txt (one document a file), .jsonl, .jsonl.gz, .jsonl.zst (key text), .parquet (column text)"
 BATCH_BYTES = 4 << 20  # text encoded at once; the ids of a batch take about twenty times as much memory
@@ -105,15 +105,6 @@ def find_reader(path: Path):
         what = "found a pipe, socket or device" if path.exists() else "no such file"
         raise UserError(f"{path}: {what}. Name a file: it is read more than once.")
     return reader
-
-
-def require_utf8_name(path: str | Path) -> None:
-    """Raise for a name that UTF-8 cannot express: neither a manifest nor a message could hold it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise UserError(f"{shown}: the name is not UTF-8. Rename the file or folder.") from error
 
 
 def check_inputs(files: Iterable[str | Path]) -> None:

@@ -30,7 +30,6 @@ from data.documents import (
     check_inputs,
     check_unchanged,
     read_documents,
-    require_utf8_name,
     snapshot,
     utf8_chunks,
     utf8_size,
@@ -186,10 +185,11 @@ def plan_jobs(
     encode = partial(encode_for_sidecar, codec) if with_bytes else whole
     for batch in batched(documents):
         place, text = batch[0].place, batch[0].text
-        parts = cut(text, find_seam(codec) if utf8_size(text) >= LONG_BYTES else None)
+        num_bytes = utf8_size(text)
+        parts = cut(text, find_seam(codec) if num_bytes >= LONG_BYTES else None)
         group, is_start = list(itertools.islice(parts, PARTS_AT_ONCE)), True
         if len(group) == 1:  # not cut, as most are not
-            if utf8_size(text) >= NOTED_BYTES:
+            if num_bytes >= NOTED_BYTES:
                 note_long(place, codec.kind)
             yield batch, partial(encode, batch)
             continue
@@ -454,7 +454,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
     files = options.input + (options.val_input or [])
     check_inputs(files)
-    require_utf8_name(options.out)
     check_output(options.out, files)
     codec = load_codec(options.tokenizer)
     note_other_validation(options)

@@ -10,7 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError, sha256_file
-from data.accounts import OTHER_TOKENIZER, ByteAccount, ByteCounts, open_account, stated_counts
+from data.accounts import (
+    CONTEST_EXCESS,
+    OTHER_TOKENIZER,
+    ByteAccount,
+    ByteCounts,
+    open_account,
+    stated_counts,
+)
 from data.codecs import TokenCodec
 from data.shards import (
     VAL_GLOB,
@@ -114,17 +121,25 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
             f"{token_bytes.sum():,}. A bits-per-byte figure from them would be wrong; make the data again."
         )
     raw_bytes = stated.get("raw_bytes") if is_whole else None
-    if raw_bytes is not None and expected_bytes > 1.001 * raw_bytes and not settings.allow_extra_bytes:
+    if (
+        raw_bytes is not None
+        and expected_bytes > raw_bytes * (1 + CONTEST_EXCESS)
+        and not settings.allow_extra_bytes
+    ):
         raise UserError(
             f"{pattern}: counts {expected_bytes:,} bytes of a text of {raw_bytes:,}: scores would be below "
             "the truth. Make the data again with another tokenizer."
         )
-    proven = manifest.get("tokenizer", {})  # by more than the codec's own probes
+    made_by = (codec.bos_id, pattern, codec.kind, codec.digest)
+    label = find_label(codec, manifest.get("tokenizer", {}))
+    return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, label)
+
+
+def find_label(codec: TokenCodec, proven: dict) -> str:
+    """Say that scores compare with no others, "" where they do; proven: by more than the codec's own probes."""
     is_exact = codec.lossless and proven.get("lossless", True)
     by_contest_rule = codec.by_contest_rule and proven.get("by_contest_rule", True)
-    made_by = (codec.bos_id, pattern, codec.kind, codec.digest)
-    label = "" if is_exact or by_contest_rule else "the tokenizer changes text"
-    return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, label)
+    return "" if is_exact or by_contest_rule else "the tokenizer changes text"
 
 
 def account_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: str) -> ValidationText:

@@ -89,10 +89,11 @@ def find_run(folder: Path) -> Target:
             "score a copy of it elsewhere by itself."
         )
     recipe = with_values(Config(), read_recipe(folder / RECIPE_NAME), str(folder))
-    if config_hash(recipe) != result["config_hash"]:
+    found = config_hash(recipe)
+    if found != result["config_hash"]:
         raise UserError(
             f"{folder / RECIPE_NAME}: expected the recipe {result['config_hash']} that {RESULT_NAME} beside "
-            f"it states, found {config_hash(recipe)}. Take both files from one run, or score {artifact} "
+            f"it states, found {found}. Take both files from one run, or score {artifact} "
             "elsewhere by itself."
         )
     environ = read_environment().overrides

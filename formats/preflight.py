@@ -111,9 +111,8 @@ def check_memory(cfg, stages: list, sizes: Sizes, ranks: tuple[int, int], device
         for stage in stages
     )
     kept = sharing * sizes.item_bytes * sizes.state_numel(cfg, world_size)
-    gradients = (
-        sharing * sizes.item_bytes * (sizes.num_params + sizes.stacked)
-    )  # stacked ones are there twice
+    # Of stacked parameters a gradient is there twice.
+    gradients = sharing * sizes.item_bytes * (sizes.num_params + sizes.stacked)
     channels = cfg.model.model_dim + cfg.data.vocab_size * sizes.whole_logits
     batch = sharing * tokens * (16 + sizes.compute_bytes * channels)  # tokens and targets are 8 bytes each
     if not total or kept + max(gradients, batch) <= total:

@@ -1,10 +1,8 @@
 """Hostile artifacts: whatever the bytes, an error that says so or a model, in 2 seconds and 1 GB."""
 
-import copy
 import functools
 import math
 import random
-import resource
 import time
 
 import numpy as np
@@ -16,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from common import UserError
+from dev.soak.mutations import LEAVES, NUMBERS, mutate_bytes, mutate_tree, peak_mib
 from formats.artifact import CHECKSUM_BYTES, LARGEST_FILE, PLAIN_CODECS, ArtifactError, compress
 from formats.recipe import flatten_recipe, get_recipe, with_values
 from formats.rules import LARGEST_DEPTH
@@ -50,10 +49,6 @@ def artifacts() -> list[bytes]:
     return blobs
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """A judge of bytes: load them, hold clock and memory to the limits; returns the weights or None."""
@@ -80,56 +75,18 @@ def outcome(tmp_path_factory):
 
 
 def damage_bytes(blob: bytes, dice: random.Random) -> bytes:
-    """Flip, cut, splice and reorder bytes; half the time the checksum is made right."""
-    body = blob[:-CHECKSUM_BYTES]
-    for _ in range(dice.randint(1, 3)):
-        first = dice.randint(0, len(body))
-        last = min(len(body), first + dice.randint(0, dice.choice([1, 8, 300, len(body)])))
-        piece, kind = bytearray(body[first:last]), dice.randrange(8)
-        if kind == 0 and piece:
-            piece[0] ^= 1 << dice.randrange(8)
-        if kind == 1:
-            last = len(body)
-        others = [b"", piece * 2, piece[::-1], dice.randbytes(len(piece)), bytes(len(piece)), b"\xff" * 8]
-        body = body[:first] + (others[kind - 2] if kind > 1 else piece if kind == 0 else b"") + body[last:]
+    """Mutate bytes; half the time the checksum is made right."""
+    body = mutate_bytes(blob[:-CHECKSUM_BYTES], dice)
     return sign(body) if dice.random() < 0.5 else body + blob[-CHECKSUM_BYTES:]
 
 
 # Meaning
 
-NUMBERS = [0, 1, -1, 2, 3, 7, 255, 1000, 1 << 16, 1 << 20, 1 << 31, 1 << 40, 1 << 62, 1 << 63, 10**30]
-FLOATS = [0.5, -0.5, 1e-9, 1e19, 1e308, float("inf"), float("-inf"), float("nan")]
-TEXTS = ["", "x", "true", "1:2:3:4:5:6", "0:0:0:0:0:0", "none", "rans", "../../x", "\ud800", "9" * 5000]
-LEAVES = [None, True, False, *NUMBERS, *FLOATS, *TEXTS, [], [0], [[]], [[0] * 6], {}, {"a": 1}]
-
-
-def places(tree, path=()) -> list[tuple]:
-    """List the path of every value in a header."""
-    keys = tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
-    return [place for key in keys for place in ((*path, key), *places(tree[key], (*path, key)))]
-
 
 def damage_meaning(blob: bytes, dice: random.Random) -> bytes:
-    """Change, remove, double, rename and exchange values of the header; lengths and checksum are right."""
+    """Mutate values of the header; lengths and checksum are right."""
     header, streams = take_apart(blob)
-    for _ in range(dice.randint(1, 3)):
-        path = dice.choice(places(header))
-        parent = header
-        for key in path[:-1]:
-            parent = parent[key]
-        kind, key = dice.randrange(6), path[-1]
-        if kind == 0:
-            del parent[key]
-        elif kind == 1 and isinstance(parent, list):
-            parent.insert(dice.randint(0, len(parent)), copy.deepcopy(parent[key]))
-        elif kind == 1:
-            parent[dice.choice(TEXTS[:5])] = parent.pop(key)
-        elif kind == 2 and isinstance(parent[key], int):
-            parent[key] += dice.choice([-1, 1, 16, 1 << 33])
-        elif kind == 3 and isinstance(parent, list):
-            parent.append(parent.pop(key))
-        else:
-            parent[key] = copy.deepcopy(dice.choice(LEAVES))
+    mutate_tree(header, dice)
     return put_together(header, streams)
 
 

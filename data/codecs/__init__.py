@@ -32,7 +32,7 @@ def load_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") 
 
 def check_stated(path: str | Path) -> None:
     """Raise where what lies beside a tokenizer states another sha256 than its file has."""
-    file = min(Path(path).glob("tokenizer.*"), default=Path(path))
+    file = tokenizer_file(path)
     for name, stated in stated_digests(file).items() if file.is_file() else ():
         found = find_digest(file)
         if found != stated:
@@ -40,6 +40,11 @@ def check_stated(path: str | Path) -> None:
                 f"{file}: expected sha256 {stated}, as {name} beside it states, found {found}: damaged or "
                 f"replaced. Copy it again; where it is meant to be another, remove {name}."
             )
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """Return the file itself, of a folder the tokenizer in it."""
+    return min(Path(path).glob("tokenizer.*"), default=Path(path))
 
 
 def stated_digests(file: Path) -> dict[str, str]:
@@ -66,7 +71,7 @@ def read_codec(path: str | Path, vocab_size: int | None = None, kind: str = "") 
 
     A program that always names the same kind needs no other codec.
     """
-    path = min(Path(path).glob("tokenizer.*"), default=Path(path))  # of a folder, the file in it
+    path = tokenizer_file(path)
     if not path.is_file():
         raise UserError(
             f"{path}: no such tokenizer file. `make run` makes the built-in corpus and trains on it; "

@@ -87,10 +87,15 @@ class ByteLevelCodec(PieceCodec):
 
 def pair_digest(path: Path) -> str:
     """Hash vocab.json together with the merges.txt beside it."""
+    return hashlib.sha256(path.read_bytes() + find_merges(path).read_bytes()).hexdigest()
+
+
+def find_merges(path: Path) -> Path:
+    """Return the merges.txt beside vocab.json; raise where there is none."""
     merges = path.with_name("merges.txt")
     if not merges.is_file():
         raise UserError(f"{path}: expected merges.txt beside it, found none. Copy it there.")
-    return hashlib.sha256(path.read_bytes() + merges.read_bytes()).hexdigest()
+    return merges
 
 
 def read_tokenizer(path: Path):
@@ -99,9 +104,7 @@ def read_tokenizer(path: Path):
         from tokenizers import Tokenizer, models, pre_tokenizers
     except ImportError as error:
         raise UserError(f"{path}: reading this tokenizer needs `pip install tokenizers`.") from error
-    merges = path.with_name("merges.txt")
-    if path.name == "vocab.json" and not merges.is_file():
-        raise UserError(f"{path}: expected merges.txt beside it, found none. Copy it there.")
+    merges = find_merges(path) if path.name == "vocab.json" else None
     try:
         with panics_named(path):
             if path.name != "vocab.json":
