@@ -79,8 +79,7 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
     """Read all validation shards, or the chosen ones, with the byte count of every target.
 
     Refuses shards whose bytes are not the stated ones, a byte total, or without a choice a list of shards,
-    that are not the manifest's. tokenizer_sha256 is that
-    of the tokenizer which the model was trained with, where one is known.
+    that are not the manifest's. tokenizer_sha256: of the model's own tokenizer, where one is known.
     """
     pattern = chosen or str(Path(settings.data_path) / VAL_GLOB)
     files = find_shards(pattern)
@@ -130,16 +129,12 @@ def read_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: 
             f"{pattern}: counts {expected_bytes:,} bytes of a text of {raw_bytes:,}: scores would be below "
             "the truth. Make the data again with another tokenizer."
         )
-    made_by = (codec.bos_id, pattern, codec.kind, codec.digest)
-    label = find_label(codec, manifest.get("tokenizer", {}))
-    return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, label)
-
-
-def find_label(codec: TokenCodec, proven: dict) -> str:
-    """Say that scores compare with no others, "" where they do; proven: by more than the codec's own probes."""
+    proven = manifest.get("tokenizer", {})  # by more than the codec's own probes
     is_exact = codec.lossless and proven.get("lossless", True)
     by_contest_rule = codec.by_contest_rule and proven.get("by_contest_rule", True)
-    return "" if is_exact or by_contest_rule else "the tokenizer changes text"
+    made_by = (codec.bos_id, pattern, codec.kind, codec.digest)
+    label = "" if is_exact or by_contest_rule else "the tokenizer changes text"
+    return ValidationText(tokens, token_bytes[1:], *made_by, raw_bytes, label)
 
 
 def account_validation(settings, codec: TokenCodec, chosen: str, tokenizer_sha256: str) -> ValidationText:
