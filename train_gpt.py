@@ -158,6 +158,7 @@ from kernels.machine import (
     copy_to_device,
     hidden_gpus,
     keep_freed_memory,
+    machine_facts,
     peak_memory,
     resolve_compile,
     resolve_device,
@@ -2487,6 +2488,13 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def origin(training: "Training") -> dict:
+    """Say what a result depends on besides its recipe: data, tokenizer, code, machine, number of ranks."""
+    ranks = training.ranks
+    facts = {"code": training.code, "ranks": ranks.world_size, "machine": machine_facts(ranks.device)}
+    return training.identity | facts
+
+
 class Training:
     """Everything that a step changes, with one state_dict."""
 
@@ -3431,6 +3439,7 @@ def train_and_score(cfg: Config, environment: Environment, start: Start, held: E
         if PACKED_RECIPE is None:
             result["resumed_at"] = training.resumed_at
             result["byte_account"] = text.account.facts()
+            result["origin"] = origin(training)
         result["tokenizer_report"] = read_report(Path(text.pattern).parent, text.tokenizer_sha256)
         finish(log.folder, cfg, result, log)
         if PACKED_RECIPE is None and cfg.run.save_every == 0:

@@ -1,6 +1,9 @@
 """What this machine can do: devices and their memory, dtypes, and whether torch.compile pays."""
 
 import ctypes
+import os
+import platform
+import re
 import sys
 from pathlib import Path
 
@@ -119,6 +122,23 @@ def nvidia_capability(device: torch.device) -> tuple[int, int]:
     """Return an NVIDIA GPU's compute capability; (0, 0) for others: AMD's count in numbers of their own."""
     is_nvidia = device.type == "cuda" and not torch.version.hip
     return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
+
+
+def machine_facts(device: torch.device) -> dict[str, str | int]:
+    """Say what a run computes on, as far as its speed and its rounding depend on it; names no host."""
+    cpu_info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpu_info.read_text() if cpu_info.is_file() else "")
+    cpu = found[1] if found else platform.processor() or platform.machine()
+    on_gpu = device.type in ACCELERATORS and device.type != "mps"
+    return {
+        "device": torch.get_device_module(device).get_device_name(device) if on_gpu else device.type,
+        "cpu": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:
