@@ -146,20 +146,16 @@ def over_limits(run: RunFacts) -> list[str]:
 def compare_origins(runs: list[RunFacts]) -> list[str]:
     """Say in what else than their recipes the runs differ, and who does not tell."""
     scored = [run for run in runs if run.result]
-    silent = [run.name for run in scored if not run.origin]
-    said = (
-        [f"what differs between machines and data is unknown: {', '.join(silent)} do not tell."]
-        if silent
-        else []
-    )
+    silent = ", ".join(run.name for run in scored if not run.origin)
+    said = [f"Not told: data, code and machine of {silent}. They may differ."] if silent else []
     for key, meaning in ORIGINS.items():
         values = {repr(run.origin[key]) for run in scored if key in run.origin}
         if len(values) > 1:
-            said.append(f"the runs {meaning}.")
+            said.append(f"The runs {meaning}.")
     texts = {run.score["num_bytes"] for run in scored if "num_bytes" in run.score}
     if len(texts) > 1:
         sizes = ", ".join(f"{size:,}" for size in sorted(texts))
-        said.append(f"the runs scored different texts, of {sizes} bytes.")
+        said.append(f"The runs scored different texts, of {sizes} bytes.")
     if len({run.kind == "weights" for run in scored}) > 1:
-        said.append("some scores are of float weights, others of artifacts: quantization is in these alone.")
+        said.append("Some scores are of float weights, others of artifacts: quantization is in these alone.")
     return said
