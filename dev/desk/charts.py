@@ -82,6 +82,12 @@ def chart(title: str, label: str = "", about: str = "", height: float = SIZE[1])
         drawn.svg = follow_page(text.getvalue(), drawn)
 
 
+def short_number(value: float, _=None) -> str:
+    """Spell a number for a tick."""
+    size, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s), (1, ""))
+    return f"{value / size:g}{unit}"
+
+
 def follow_page(svg: str, drawn: Chart) -> str:
     """Make an SVG by matplotlib part of a page: variables for colours, its width, title and description."""
     svg = svg[svg.index("<svg") :]

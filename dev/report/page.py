@@ -65,15 +65,19 @@ class Facts(NamedTuple):
 
 
 def render(facts: Facts) -> str:
-    """Return the page as HTML."""
-    jinja2 = require("jinja2")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    sections = [build(facts) for build in SECTIONS]
+    """Return the report as HTML."""
     names = [group.name for group in facts.groups]
     title = names[0] if len(names) == 1 else f"{len(facts.rows)} runs of {len(names)} recipes"
+    subtitle = "val_bpb is in bits a byte and was measured from the artifact; lower is better."
+    return render_page(title, subtitle, [build(facts) for build in SECTIONS])
+
+
+def render_page(title: str, subtitle: str, sections: list[Section]) -> str:
+    """Return a page of sections as HTML; those without blocks are left out."""
+    environment = require("jinja2").Environment(autoescape=True, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
-        subtitle="val_bpb is in bits a byte and was measured from the artifact; lower is better.",
+        subtitle=subtitle,
         sections=[section for section in sections if section.blocks],
         light=charts.variables(False),
         dark=charts.variables(True),
@@ -394,7 +398,13 @@ def verdicts(facts: Facts) -> Section:
         checks = read_audit(folder)
         if checks:
             rows = [
-                [c.get("id"), c["verdict"], "; ".join(map(str, c.get("evidence", [])[:2]))] for c in checks
+                [
+                    c.get("id"),
+                    titles.get(c.get("id"), ""),
+                    c["verdict"],
+                    "; ".join(map(str, c.get("evidence", [])[:2])),
+                ]
+                for c in checks
             ]
             blocks += [Block("title", f"Audit of {folder.name}")]
             blocks.append(Block("table", Table(["check", "of", "verdict", "evidence"], rows, words=True)))

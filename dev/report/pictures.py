@@ -65,7 +65,7 @@ def draw_losses(rows: list[Drawn], axis: str, column: str) -> str:
         low, high = drawn.ax.get_ylim()
         drawn.ax.set_ylim(low, min(high, max(tops) + 0.05 * (max(tops) - low)))
         drawn.ax.set_xlabel(axis)
-        drawn.ax.xaxis.set_major_formatter(short_number)
+        drawn.ax.xaxis.set_major_formatter(charts.short_number)
     return drawn.svg
 
 
@@ -138,15 +138,9 @@ def draw_stacks(title: str, label: str, names: list[str], drawing: tuple[dict, f
             drawn.ax.axvline(limit, color=charts.MARKS["ink"], linewidth=1, linestyle=":", label="limit")
         drawn.ax.invert_yaxis()
         drawn.ax.set_xlabel(label)
-        drawn.ax.xaxis.set_major_formatter(short_number)
+        drawn.ax.xaxis.set_major_formatter(charts.short_number)
         drawn.ax.grid(visible=False, axis="y")
     return drawn.svg
-
-
-def short_number(value: float, _=None) -> str:
-    """Spell a number for a tick."""
-    size, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s), (1, ""))
-    return f"{value / size:g}{unit}"
 
 
 def draw_tensors(name: str, sizes: list[TensorSize]) -> str:
@@ -168,7 +162,7 @@ def draw_tensors(name: str, sizes: list[TensorSize]) -> str:
         drawn.ax.margins(x=0.16)
         drawn.ax.invert_yaxis()
         drawn.ax.set_xlabel("bytes")
-        drawn.ax.xaxis.set_major_formatter(short_number)
+        drawn.ax.xaxis.set_major_formatter(charts.short_number)
         drawn.ax.grid(visible=False, axis="y")
     return drawn.svg
 
