@@ -8,6 +8,7 @@ was not run here is listed without a score.
 """
 
 import json
+import math
 import os
 import re
 from datetime import date
@@ -44,14 +45,23 @@ class Entry(NamedTuple):
 
 
 def read_entries(root: Path) -> list[Entry]:
-    """Read all records of a folder by track, the best first, those without scores last."""
+    """Read all records of a folder by track, the best first, what has no scores last."""
     folders = [folder for folder in find_folders(root) if is_record(folder)] if root.is_dir() else []
     if not folders:
         raise UserError(f"{root}: expected records (recipe.toml and README.md in a folder each), found none.")
     entries = [read_entry(folder, read_record(folder)) for folder in folders]
-    return sorted(
-        entries, key=lambda one: (one.track, one.sample.mean if one.sample else 99, one.day, one.name)
-    )
+    ranked = {one.track for one in entries if one.sample}
+
+    def place(one: Entry) -> tuple:
+        return (
+            one.track not in ranked,
+            one.track,
+            one.sample.mean if one.sample else math.inf,
+            one.day,
+            one.name,
+        )
+
+    return sorted(entries, key=place)
 
 
 def read_entry(folder: Path, seeds: list[RunFacts]) -> Entry:
