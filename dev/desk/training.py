@@ -5,7 +5,6 @@ logged; seed; training data, validation text and tokenizer by their hashes; the 
 machine, its number of threads included, because time decides how far a run gets.
 """
 
-import json
 import os
 import re
 import signal
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 from filelock import FileLock
 
-from common import UserError, atomic_file
+from common import UserError, atomic_file, parse_json
 from data.shards import VAL_GLOB, digest_of_data
 from dev.desk import child
 from dev.desk.weights import WEIGHTS_NAME
@@ -307,8 +306,8 @@ class Running:
         """Return the events of metrics.jsonl since the last call."""
         found = []
         for line in self.new_lines(self.folder / METRICS_NAME):
-            with suppress(ValueError):
-                found.append(json.loads(line))
+            with suppress(UserError):  # half a line
+                found.append(parse_json(line, self.folder, strict=False))
         return found
 
     def is_alive(self) -> bool:
