@@ -19,6 +19,7 @@ from dev.desk.training import (
     TrainingFailed,
     find_finished,
     run_id,
+    snapshot,
     split_machine,
     start_training,
     train,
@@ -27,7 +28,7 @@ from dev.desk.training import (
 )
 from durable.seals import read_sealed, write_sealed
 from formats.recipe import with_values
-from train_gpt import Environment
+from train_gpt import Environment, code_digest
 
 
 @pytest.fixture
@@ -108,6 +109,18 @@ def test_the_machine_is_divided(monkeypatch):
     monkeypatch.setattr(training.torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(training.os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [share.gpus for share in split_machine(2)] == [("4", "5"), ("6", "7")]
+
+
+def test_runs_train_from_a_copy_of_the_code(tmp_path, monkeypatch):
+    """Made once for one state of the source; without git the checkout itself, and an edit is noticed."""
+    copy = snapshot(tmp_path / "code")
+    assert copy.parent == tmp_path / "code" and snapshot(tmp_path / "code") == copy
+    assert code_digest(copy) == code_digest(ROOT) and (copy / "pack" / "__main__.py").is_file()
+    assert not (copy / "tests").exists() and [path.name for path in copy.parent.iterdir()] == [copy.name]
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError):
+        subprocess.run(["git"], check=False)
+    assert snapshot(tmp_path / "code") == ROOT
 
 
 def test_a_child_ends_with_its_command(tmp_path):

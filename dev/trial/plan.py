@@ -19,6 +19,7 @@ from dev.desk.training import (
     hash_of_code,
     hashes_of_data,
     settings,
+    snapshot,
     split_machine,
 )
 from dev.trial.sequential import MOST_PAIRS, Design
@@ -127,11 +128,12 @@ def make_plan(args: Namespace) -> Plan:
     environment, seeds = read_environment().overrides, read_seeds(args.seeds)
     new = load_config(args.recipe, environment, [*args.both, *limits, *args.set])
     old = load_config(args.against or args.recipe, environment, [*args.both, *limits])
-    root = checkout(args.against_code, args.out / "code") if args.against_code else REPOSITORY
+    here = snapshot(args.out / "code")
+    root = checkout(args.against_code, args.out / "code") if args.against_code else here
     recipe = str(args.recipe or "the naive baseline")
     code = [f"code of {args.against_code}"] if args.against_code else []
     sides = [
-        Side(NEW, " ".join([recipe, *args.set]), new, REPOSITORY),
+        Side(NEW, " ".join([recipe, *args.set]), new, here),
         Side(OLD, " ".join([str(args.against or recipe), *code]), old, root),
     ]
     design = Design(len(seeds), args.alpha, args.sigma, args.worth)
