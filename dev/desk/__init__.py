@@ -1,1 +1,1 @@
-"""The experiment desk's shared leaf modules: what runs left, optional packages, charts."""
+"""The desk: what trial, sweep, report and watch share. Leaf modules; nothing outside dev/ imports them."""
