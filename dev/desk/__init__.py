@@ -1,0 +1,1 @@
+"""The experiment desk's shared leaf modules: what runs left, optional packages, charts."""
