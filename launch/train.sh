@@ -24,7 +24,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 [ "$NODES" = 1 ] || [ "$HEAD" != localhost ] ||
     { echo "launch: expected HEAD=... with NODES=$NODES: the first machine's name or address." >&2; exit 1; }
 
-exec "$PYTHON" -m torch.distributed.run \
-    --nnodes="$NODES" --nproc-per-node="$GPUS" --rdzv-id="$JOB" --rdzv-backend=c10d \
-    --rdzv-endpoint="$HEAD:$PORT" --rdzv-conf="is_host=$([ "$NODE" = 0 ] && echo 1 || echo 0)" \
+# The first machine has rank 0, which writes the run folder; a rendezvous by c10d would deal ranks otherwise.
+exec "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --node-rank="$NODE" --nproc-per-node="$GPUS" \
+    --master-addr="$HEAD" --master-port="$PORT" \
     train_gpt.py "run.run_id=$JOB" "run.out_dir=$OUT_DIR" run.resume=auto "run.save_every=$SAVE_EVERY" "$@"
