@@ -107,7 +107,7 @@ def plot(*folders):
     from dev.desk.runs import read_runs
 
     runs = read_runs(folders)
-    figure, axes = plt.subplots(figsize=(7, 4))
+    axes = plt.figure(figsize=(7, 4)).add_subplot()
     for run in runs:
         points = [(event["step"], event["train_loss"]) for event in run.events if event["kind"] == "train"]
         axes.plot(*zip(*points), label=run.name)

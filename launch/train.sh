@@ -4,8 +4,8 @@
 #   bash launch/train.sh --recipe records/track_10min_16mb/2026-03-17_NaiveBaseline/recipe.toml run.seed=7
 #   NODES=2 NODE=0 HEAD=10.0.0.5 bash launch/train.sh data.micro_batches=16     # and NODE=1 on the other
 #
-# Started again with the same JOB it goes on from the newest checkpoint; once the run is finished it says so.
-# What is typed after the line wins over what stands here.
+# Started again it goes on with an unfinished run of the same recipe, seed and data. With a JOB, which names the
+# run, it says so where that run is finished. What is typed after the line wins over what stands here.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -14,7 +14,7 @@ NODE=${NODE:-0}                   # this one's number; the first is where the ra
 HEAD=${HEAD:-localhost}           # a name or address of the first one that all of them reach
 PORT=${PORT:-29500}               # a free one there
 GPUS=${GPUS:-auto}                # processes on this machine; auto: one a GPU, without any one a CPU core
-JOB=${JOB:-launched}              # names the run: OUT_DIR/JOB
+JOB=${JOB:-}                      # names the run, OUT_DIR/JOB; without it date and seed do
 OUT_DIR=${OUT_DIR:-runs}          # a folder that outlives the machine, and that all of them share
 SAVE_EVERY=${SAVE_EVERY:-200}     # steps between checkpoints: at most so many are lost
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -27,4 +27,5 @@ PYTHON=${PYTHON:-.venv/bin/python}
 # The first machine has rank 0, which writes the run folder; a rendezvous by c10d would deal ranks otherwise.
 exec "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --node-rank="$NODE" --nproc-per-node="$GPUS" \
     --master-addr="$HEAD" --master-port="$PORT" \
-    train_gpt.py "run.run_id=$JOB" "run.out_dir=$OUT_DIR" run.resume=auto "run.save_every=$SAVE_EVERY" "$@"
+    train_gpt.py ${JOB:+"run.run_id=$JOB"} "run.out_dir=$OUT_DIR" \
+    run.resume=auto "run.save_every=$SAVE_EVERY" "$@"
