@@ -6,7 +6,8 @@
     python -m dev.track runs/A --to wandb --follow          until the run ends
 
 The recipe becomes the config, events become train/... and val/..., the result final/.... Run again, it sends
-what is new: what was sent stands in .tracked.json in the run folder. Remove that file to send all again.
+what is new: what was sent stands in .tracked.json in the run folder. To send all again, remove that file and
+the run at the tracker.
 """
 
 import hashlib
@@ -40,6 +41,7 @@ class Options(NamedTuple):
 
     project: str
     offline: bool
+    is_new: bool  # nothing of the run was sent there yet
 
 
 class Sink(Protocol):
@@ -127,6 +129,8 @@ class TensorBoardSink:
         if run.recipe.get("watch.tensorboard"):
             raise UserError(f"{run.folder}: the run writes TensorBoard events itself (watch.tensorboard=1).")
         self.path = run.folder / EVENTS_NAME
+        if options.is_new:
+            self.path.unlink(missing_ok=True)
         self.place = f"{self.path} (tensorboard --logdir {run.folder})"
         recipe = run.folder / "recipe.toml"
         self.began = recipe.stat().st_mtime if recipe.is_file() else time.time()
@@ -212,19 +216,21 @@ class Tracked:
                 f"{self.path}: expected what was sent, found something else. Remove it to send all."
             )
         self.stored, known = stored, stored.get(key, {})
-        self.name = known.get("name", "")  # by which the place knows the run
+        self.name = str(known.get("name", ""))  # by which the place knows the run
         self.steps = {kind: step for kind, step in known.items() if isinstance(step, int)}
 
     def news(self, run: RunFacts, with_artifact: bool) -> list[Row]:
-        """List what was not sent yet.
+        """List what was not sent yet; all, where another run has taken the folder or this one became longer.
 
         A run that went on has done steps again, to the same numbers: they were sent.
         """
+        name = name_of(run) if run.events else self.name
+        if name != self.name:
+            self.name, self.steps = name, {}
         rows = [Row(event["kind"], event["step"], numbers_of(event, event["kind"])) for event in run.events]
         if run.result is not None and rows:
             rows.append(Row("final", rows[-1].step, summary_of(run)))
-        if with_artifact and run.artifact and rows:
-            rows.append(Row("artifact", rows[-1].step, {}))
+            rows += [Row("artifact", rows[-1].step, {})] if with_artifact and run.artifact else []
         return [row for row in rows if row.step > self.steps.get(row.kind, -1)]
 
     def save(self, rows: list[Row]) -> None:
@@ -250,7 +256,7 @@ class Feed:
         try:
             held.enter_context(lock.acquire(timeout=0))
         except Timeout as error:
-            raise UserError(f"{run.folder}: another dev.track is sending it. Wait until it ends.") from error
+            raise UserError(f"{run.folder}: another sender is at work here. Wait until that ends.") from error
         self.run, self.args, self.sent = run, args, 0
         mode = "/offline" if args.offline else ""
         self.tracked = Tracked(run.folder, f"{args.to}/{args.project}{mode}")
@@ -260,10 +266,12 @@ class Feed:
     def send(self) -> None:
         """Send what is new; what was sent by the call before counts as stored."""
         self.tracked.save(self.unsaved)
+        name = self.tracked.name
         self.unsaved = self.tracked.news(self.run, self.args.artifact)
+        if self.sink and name != self.tracked.name:
+            self.close()
         if self.unsaved and self.sink is None:
-            self.tracked.name = self.tracked.name or name_of(self.run)
-            options = Options(self.args.project, self.args.offline)
+            options = Options(self.args.project, self.args.offline, not self.tracked.steps)
             self.sink = SINKS[self.args.to](self.run, self.tracked.name, options)
         for row in self.unsaved:
             if row.kind == "artifact":
@@ -273,11 +281,16 @@ class Feed:
         self.sent += len(self.unsaved)
 
     def close(self) -> None:
-        """Let the sink store all, and note it."""
+        """Let the sink store all."""
         if self.sink is not None:
             self.sink.close()
-            self.tracked.save(self.unsaved)
             self.sink = None
+
+    def end(self) -> None:
+        """Let the sink store all, and note it."""
+        if self.sink is not None:
+            self.close()
+            self.tracked.save(self.unsaved)
 
     def facts(self, place: str) -> dict:
         """Word what was done, for programs."""
@@ -296,7 +309,7 @@ def track(run: RunFacts, args, held: ExitStack) -> dict:
             time.sleep(args.every)
             (feed.run,) = read_runs([run.folder])
     finally:
-        feed.close()
+        feed.end()
     return feed.facts(place)
 
 
