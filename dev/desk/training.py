@@ -40,7 +40,6 @@ from train_gpt import (
     DataConfig,
     code_digest,
     identity,
-    whole_recipe,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -53,7 +52,7 @@ DATA_PLACES = ("data.data_path", "data.tokenizer_path")
 # A job keeps no checkpoints, and is measured even if it is over a limit: the outcome says so.
 OF_A_JOB = {"run.save_every": -1, "run.enforce_limits": False, "run.overwrite": True, "run.resume": "off"}
 PROGRESS = re.compile(r"(?P<what>[\w ]+): (?P<percent>\d+)% seconds_left:(?P<left>\d+)$")
-LOOK_EVERY_S = 0.3
+LOOK_EVERY_S, TELL_EVERY_S = 0.3, 5.0
 END_S = 15.0  # a run may take to end by itself
 TAIL_LINES = 12  # of a failed run that the error shows
 
@@ -74,6 +73,8 @@ class Job(NamedTuple):
     out: Path = Path("runs/trials")  # folder of the run's folder
     root: Path = REPOSITORY  # the checkout whose code trains
     share: Share | None = None  # None: the whole machine
+    any_machine: bool = False  # also take a finished run from another machine
+    label: str = ""  # what progress calls it
 
 
 class Outcome(NamedTuple):
@@ -94,12 +95,15 @@ class Outcome(NamedTuple):
 
 
 class TrainingFailed(UserError):
-    """A run that ended with an error; `output` are its last lines."""
+    """A job whose process ended with an error; `output` are its last lines."""
 
-    def __init__(self, folder: Path, status: int, output: list[str]):
+    def __init__(self, job: Job, folder: Path, status: int, output: list[str]):
         said = "".join(f"\n  {line}" for line in output) or " nothing"
-        super().__init__(f"{folder}: expected a finished run, found exit status {status}. It said:{said}")
-        self.output = output
+        super().__init__(
+            f"{folder}: expected a finished run, found exit status {status}. Mend this and start again: "
+            f"finished runs are not trained twice. It said:{said}"
+        )
+        self.job, self.output = job, output
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -224,6 +228,8 @@ def is_same(folder: Path, job: Job, origin: dict) -> bool:
 def find_finished(job: Job) -> Outcome | None:
     """Find the same run among those that are finished, in the job's folder or below run.out_dir."""
     origin = origin_of(job)
+    if job.any_machine:
+        origin.pop("machine")
     for folder in places_to_look(job):
         with suppress(UserError, OSError, LookupError, TypeError, ValueError):  # damaged, or an older one
             if is_same(folder, job, origin):
@@ -242,6 +248,7 @@ class Running:
     def __init__(self, job: Job):
         self.job, self.folder = job, job.out / run_id(job)
         self.output = job.out / f"{self.folder.name}.output"
+        self.name, self.told_at = job.label or self.folder.name, time.monotonic()
         self.read_bytes = {self.output: 0, self.folder / METRICS_NAME: 0}
         job.out.mkdir(parents=True, exist_ok=True)
         with open(self.output, "wb") as file:
@@ -258,9 +265,12 @@ class Running:
     def command(self) -> list[str]:
         """Spell out the training, and write its recipe."""
         job, ranks = self.job, ranks_of(self.job)
-        recipe = whole_recipe(job.cfg)
-        for section, key in (name.split(".") for name in (*PLACE_FIELDS, *ONCE_FIELDS)):
-            recipe[section].pop(key, None)
+        recipe: dict[str, dict] = {}
+        for name, field in config_fields(Config).items():  # what is not said, other code may not know
+            value = config_value(job.cfg, name)
+            if name not in PLACE_FIELDS + ONCE_FIELDS and (value != field.default or name == "run.seed"):
+                section, key = name.split(".")
+                recipe.setdefault(section, {})[key] = value
         path = job.out / f"{self.folder.name}.toml"
         with atomic_file(path) as file:
             file.write(seal_recipe(recipe).encode())
@@ -319,7 +329,7 @@ class Running:
         status = self.process.wait()
         if status != 0 or not (self.folder / MEASURES[self.job.measure]).is_file():
             tail = self.output.read_text("utf-8", "replace").splitlines()[-TAIL_LINES:]
-            raise TrainingFailed(self.folder, status, tail)
+            raise TrainingFailed(self.job, self.folder, status, tail)
         for path in (self.output, self.output.with_suffix(".toml")):
             path.unlink(missing_ok=True)
         return read_outcome(self.folder, self.job.measure)
@@ -359,6 +369,8 @@ def train_all(jobs: list[Job], tell: Callable[[str], None] = print) -> list[Outc
     for job in jobs:
         await_folder(job, tell)
         found.append(find_finished(job))
+        place = found[-1].folder if found[-1] else job.out / run_id(job)
+        tell(f"  {job.label or run_id(job)}: {'finished before,' if found[-1] else 'trains in'} {place}")
     running = {at: start_training(job) for at, job in enumerate(jobs) if found[at] is None}
     try:
         while any(run.is_alive() for run in running.values()):
@@ -376,5 +388,7 @@ def train_all(jobs: list[Job], tell: Callable[[str], None] = print) -> list[Outc
 def tell_progress(run: Running, tell: Callable[[str], None]) -> None:
     """Pass on what a run says of its progress."""
     for line in run.new_lines(run.output):
-        if said := PROGRESS.match(line):
-            tell(f"  {run.folder.name}: {said['what']} {said['percent']} %, {said['left']} s left of it")
+        said, now = PROGRESS.match(line), time.monotonic()
+        if said and now - run.told_at > TELL_EVERY_S:
+            run.told_at = now
+            tell(f"  {run.name}: {said['what']} {said['percent']} %, {said['left']} s left of it")
