@@ -17,8 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from common import UserError, atomic_file
-from dev.desk.extras import require
-from dev.sweep.spec import Spec, combinations, make_pruner, make_sampler, why_refused
+from dev.sweep.spec import Spec, combinations, load_optuna, make_pruner, make_sampler, why_refused
 from durable.lock import acquire
 
 JOURNAL_NAME, CLAIM_NAME, WORKERS_NAME = "journal.log", ".claim", "workers"
@@ -44,9 +43,7 @@ class Board:
 
     def __init__(self, spec: Spec, folder: Path, storage: str = ""):
         self.spec, self.folder, self.url = spec, folder, storage
-        self.optuna = require("optuna")
-        self.optuna.logging.set_verbosity(self.optuna.logging.ERROR)
-        warnings.filterwarnings("ignore", module="optuna")
+        self.optuna = load_optuna()
         self.states = self.optuna.trial.TrialState
         self.place = mask(storage) if storage else str(folder / JOURNAL_NAME)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(3).hex()}"
@@ -145,6 +142,10 @@ class Board:
     def is_full(self) -> bool:
         """Whether all trials of the spec are there, trained or in work."""
         return len(self.trials()) >= self.spec.trials
+
+    def is_over(self) -> bool:
+        """Whether as many trials as wanted have ended."""
+        return sum(t.state.is_finished() for t in self.trials()) >= self.spec.trials
 
     def in_work_here(self) -> bool:
         """Whether another worker of this machine has a trial."""
@@ -261,7 +262,7 @@ class Board:
     # Ends of trials
 
     def report(self, trial, rung: int, loss: float) -> bool:
-        """Note the loss of a trial on a rung; returns whether to prune it, never while the storage is away."""
+        """Note a trial's loss on a rung; returns whether to prune it, never while the storage is away."""
         with suppress(StorageGone), self.reached(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a trial that is tried again has told its first rungs already
             trial.report(loss, rung)
@@ -280,10 +281,11 @@ class Board:
         """End a trial that is worse than others were."""
         self.study.tell(trial, state=self.states.PRUNED)
 
-    def fail(self, trial, reason: str) -> None:
-        """End a trial that cannot be trained."""
+    def fail(self, trial, reason: str, is_bad: bool = False) -> None:
+        """End a trial that failed; `is_bad`: by its setting, from which the sampler is to learn."""
         trial.set_user_attr(REASON, reason)
-        self.study.tell(trial, state=self.states.FAIL)
+        learns = is_bad and len(self.spec.objectives) == 1
+        self.study.tell(trial, state=self.states.PRUNED if learns else self.states.FAIL)
 
     def write(self, trial, end: Callable[[], None], tell: Callable[[str], None]) -> None:
         """Write the end of a trial; a storage that is away is waited for."""

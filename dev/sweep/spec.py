@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -219,7 +220,13 @@ def read_spec(path: Path, trials: int = 0) -> Spec:
     check_fields(fixed, "[set]", problems)
     stop_if(problems, path)
     plan = {key: content[key] for key in KEYS if key not in ("set", "space", "recipe")}
-    spec = Spec(path=path, recipe=path.parent / content["recipe"], fixed=fixed, space=space, **plan)
+    spec = Spec(
+        path=path,
+        recipe=Path(os.path.relpath(path.parent / content["recipe"])),
+        fixed=fixed,
+        space=space,
+        **plan,
+    )
     if spec.sampler["kind"] == "grid":
         spec = spec._replace(trials=count_grid(spec, problems))
         stop_if(problems, path)
@@ -292,11 +299,21 @@ def check_plan(plan: dict, problems: list[str]) -> None:
         ("prune.kind", [plan["prune"]["kind"]], PRUNERS),
         ("prune.on", [plan["prune"]["on"]], ("train_loss", "val_loss")),
     ):
-        problems += [f"{key}: {item!r:.60}: {near(str(item), known)}" for item in found if item not in list(known)]
+        problems += [
+            f"{key}: {item!r:.60}: {near(str(item), known)}" for item in found if item not in list(known)
+        ]
     if str(plan["sampler"]["kind"]) in SAMPLERS and str(plan["prune"]["kind"]) in PRUNERS:
         problems += [
             problem for make in (make_sampler, make_pruner) for problem in refusals(partial(make, plan))
         ]
+
+
+def load_optuna():
+    """Import Optuna and let it speak of errors alone."""
+    optuna = require("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
 
 
 def make_sampler(plan: dict, shift: int = 0):
@@ -304,13 +321,13 @@ def make_sampler(plan: dict, shift: int = 0):
     options = {key: value for key, value in plan["sampler"].items() if key != "kind"}
     if "seed" in options:
         options["seed"] += shift
-    return getattr(require("optuna").samplers, SAMPLERS[plan["sampler"]["kind"]])(**options)
+    return getattr(load_optuna().samplers, SAMPLERS[plan["sampler"]["kind"]])(**options)
 
 
 def make_pruner(plan: dict):
     """Make Optuna's pruner of a spec."""
     options = {key: value for key, value in plan["prune"].items() if key not in PRUNE_KEYS}
-    return getattr(require("optuna").pruners, PRUNERS[plan["prune"]["kind"]])(**options)
+    return getattr(load_optuna().pruners, PRUNERS[plan["prune"]["kind"]])(**options)
 
 
 def refusals(make) -> list[str]:
@@ -405,8 +422,7 @@ def find_faults(field: str, kind: str, options: dict) -> list[str]:
         return [f"{place}: expected {what} low and high, and step if any, found {options}"]
     make = {"int": "IntDistribution", "float": "FloatDistribution"}[kind]
     return [
-        f"{place}: {said}"
-        for said in refusals(lambda: getattr(require("optuna").distributions, make)(**options))
+        f"{place}: {said}" for said in refusals(lambda: getattr(load_optuna().distributions, make)(**options))
     ]
 
 
@@ -449,7 +465,7 @@ def count_grid(spec: Spec, problems: list[str]) -> int:
 
 def draw_settings(spec: Spec, count: int, fixed: dict | None = None) -> Iterator[dict]:
     """Yield random settings, which keep the values of some fields; always the same ones."""
-    optuna = require("optuna")
+    optuna = load_optuna()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(count):
         if fixed:

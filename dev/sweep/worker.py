@@ -1,4 +1,4 @@
-"""A worker of a sweep: claims a trial, trains it for every seed, prunes it on its way, writes what came of it."""
+"""A worker of a sweep: claims a trial, trains it for every seed, prunes it on its way, writes its end."""
 
 import math
 import time
@@ -25,6 +25,7 @@ LOOK_EVERY_S = 0.5  # at a training's events
 WAIT_S = 5.0  # between looks for a trial whose worker was killed
 MOST_FAILURES = 5  # in a row: then it is not the settings
 RUNS_NAME = "runs"
+DIVERGED = ("expected a finite train_loss", "expected finite costs")  # of a run's error
 
 Tell = Callable[[str], None]
 Watch = Callable[[list[dict]], None]
@@ -45,7 +46,7 @@ class Crew(NamedTuple):
 
 
 def train_watched(job: Job, watch: Watch, tell: Tell) -> Outcome:
-    """Train a job, or find it finished; `watch` sees the new events now and then, and may end it by raising."""
+    """Train a job, or find it finished; `watch` sees new events now and then, and may end it by raising."""
     await_folder(job, tell)
     if found := find_finished(job):
         return found
@@ -115,7 +116,7 @@ def describe_run(outcome: Outcome, seed: int) -> dict:
 
 
 def train_trial(crew: Crew, trial) -> str:
-    """Train a trial for every seed and write the mean; returns what is told of it. Only the first is pruned."""
+    """Train a trial for every seed, of which the first may be pruned; returns what is told of it."""
     board, spec = crew.board, crew.board.spec
     runs: list[dict] = []
     excess: dict[str, float] = {}
@@ -130,7 +131,8 @@ def train_trial(crew: Crew, trial) -> str:
     bpb = sum(run["val_bpb"] for run in runs) / len(runs)
     num_bytes = max(run["num_bytes"] for run in runs)
     if not math.isfinite(bpb):
-        raise UserError(f"expected a finite val_bpb, found {bpb}")
+        board.write(trial, partial(board.fail, trial, f"expected a finite val_bpb, found {bpb}"), crew.tell)
+        return f"failed: val_bpb {bpb}"
     values = [{"val_bpb": bpb, "bytes": num_bytes}[name] for name in spec.objectives]
     board.write(trial, partial(board.finish, trial, values, runs, excess), crew.tell)
     over = ", ".join(name for name, share in excess.items() if share > 0)
@@ -148,10 +150,11 @@ def end_trial(crew: Crew, trial) -> bool:
         board.write(trial, partial(board.prune, trial), tell)
         tell(f"trial {trial.number}: pruned")
     except TrainingFailed as error:
-        reason = error.output[-1] if error.output else str(error)
-        board.write(trial, partial(board.fail, trial, str(error)), tell)
-        tell(f"trial {trial.number}: failed: {reason}")
-        return True
+        diverged = any(words in "\n".join(error.output) for words in DIVERGED)
+        board.write(trial, partial(board.fail, trial, str(error), diverged), tell)
+        said = error.output[-1] if error.output else str(error)
+        tell(f"trial {trial.number}: {'diverged' if diverged else 'failed'}: {said}")
+        return not diverged
     except BaseException:
         board.release(trial)
         raise
@@ -180,8 +183,8 @@ def work(crew: Crew) -> None:
             failures = failures + 1 if end_trial(crew, trial) else 0
             if failures == MOST_FAILURES:
                 raise UserError(
-                    f"{board.folder}: the last {failures} trials of this worker have failed, as told above. Mend "
-                    "what they say and run this again with --retry-failed."
+                    f"{board.folder}: the last {failures} trials of this worker have failed, as told above. "
+                    "Mend what they say and run this again with --retry-failed."
                 )
         if not board.is_full():
             tell("no further setting was found that can be trained and was not: the space is used up")
