@@ -5,12 +5,13 @@ logged; seed; training data, validation text and tokenizer by their hashes; the 
 machine, its number of threads included, because time decides how far a run gets.
 """
 
-import json
+import hashlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from filelock import FileLock
 
-from common import UserError, atomic_file
+from common import UserError, atomic_file, parse_json
 from data.shards import VAL_GLOB, digest_of_data
 from dev.desk import child
 from dev.desk.weights import WEIGHTS_NAME
@@ -155,6 +156,35 @@ def hashes_of_data(data: DataConfig) -> dict[str, str]:
 def hash_of_code(root: Path) -> str:
     """Hash a checkout's code, once."""
     return code_digest(root)
+
+
+def snapshot(folder: Path) -> Path:
+    """Copy this checkout's code into folder/<hash>, once, so that it may be edited while runs train.
+
+    Returns the copy, or the checkout itself where there is no git to name its files.
+    """
+    command = ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command += ["*.py", ":!tests", ":!records"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:  # no git
+        said = ""
+    files = {name for name in said.split("\0") if name and (REPOSITORY / name).is_file()}
+    if "train_gpt.py" not in files:
+        return REPOSITORY
+    found = {name: (REPOSITORY / name).read_bytes() for name in sorted(files)}
+    key = digest_of({name: hashlib.sha256(text).hexdigest() for name, text in found.items()})
+    place = folder.resolve() / key[:12]
+    if not place.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as part:
+            for name, text in found.items():
+                path = Path(part, "code", name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(text)
+            with suppress(OSError):  # another command was faster
+                Path(part, "code").rename(place)
+    return place
 
 
 def ranks_of(job: Job) -> int:
@@ -307,8 +337,8 @@ class Running:
         """Return the events of metrics.jsonl since the last call."""
         found = []
         for line in self.new_lines(self.folder / METRICS_NAME):
-            with suppress(ValueError):
-                found.append(json.loads(line))
+            with suppress(UserError):  # half a line
+                found.append(parse_json(line, self.folder, strict=False))
         return found
 
     def is_alive(self) -> bool:
@@ -325,14 +355,24 @@ class Running:
         self.process.wait()
 
     def outcome(self) -> Outcome:
-        """Wait for the end and read the result; raises TrainingFailed with the last lines."""
+        """Wait for the end and read the result; raises TrainingFailed with the last lines.
+
+        Also raises where another code trained than the job's: it was edited in the meantime.
+        """
         status = self.process.wait()
         if status != 0 or not (self.folder / MEASURES[self.job.measure]).is_file():
             tail = self.output.read_text("utf-8", "replace").splitlines()[-TAIL_LINES:]
             raise TrainingFailed(self.job, self.folder, status, tail)
         for path in (self.output, self.output.with_suffix(".toml")):
             path.unlink(missing_ok=True)
-        return read_outcome(self.folder, self.job.measure)
+        found = read_outcome(self.folder, self.job.measure)
+        expected, code = hash_of_code(self.job.root), found.origin.get("code")
+        if code != expected:
+            raise UserError(
+                f"{self.folder}: expected a run of the code {expected}, found {code}: {self.job.root} was "
+                "edited while it trained. Start again."
+            )
+        return found
 
 
 def start_training(job: Job) -> Running:

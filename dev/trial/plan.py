@@ -19,6 +19,7 @@ from dev.desk.training import (
     hash_of_code,
     hashes_of_data,
     settings,
+    snapshot,
     split_machine,
 )
 from dev.trial.sequential import MOST_PAIRS, Design
@@ -127,11 +128,12 @@ def make_plan(args: Namespace) -> Plan:
     environment, seeds = read_environment().overrides, read_seeds(args.seeds)
     new = load_config(args.recipe, environment, [*args.both, *limits, *args.set])
     old = load_config(args.against or args.recipe, environment, [*args.both, *limits])
-    root = checkout(args.against_code, args.out / "code") if args.against_code else REPOSITORY
+    here = snapshot(args.out / "code")
+    root = checkout(args.against_code, args.out / "code") if args.against_code else here
     recipe = str(args.recipe or "the naive baseline")
     code = [f"code of {args.against_code}"] if args.against_code else []
     sides = [
-        Side(NEW, " ".join([recipe, *args.set]), new, REPOSITORY),
+        Side(NEW, " ".join([recipe, *args.set]), new, here),
         Side(OLD, " ".join([str(args.against or recipe), *code]), old, root),
     ]
     design = Design(len(seeds), args.alpha, args.sigma, args.worth)
@@ -158,15 +160,15 @@ def differences(plan: Plan) -> dict[str, list]:
 
 def check_plan(plan: Plan) -> None:
     """Raise for a trial that could not tell anything, or would compare what it was not asked to."""
-    design = plan.design
-    if not 0 < design.alpha < 0.5 or not 0 <= design.worth < math.inf or not (design.sigma or 1) > 0:
+    design, sigma = plan.design, 1.0 if plan.design.sigma is None else plan.design.sigma
+    if not (0 < design.alpha < 0.5 and 0 <= design.worth < math.inf and 0 < sigma < math.inf):
         raise UserError(
             "--alpha, --worth, --sigma: expected a chance below 0.5, a difference from 0 on and a deviation "
             f"above 0, found {design.alpha}, {design.worth} and {design.sigma}."
         )
     for name, holds, advice in name_rules(replace(plan.new.cfg.run, run_id=plan.name)):
         if not holds:
-            raise UserError(f"--name {plan.name:.60!r}: {name} {advice}.")
+            raise UserError(f"--name {plan.name!r:.62}: {name} {advice}.")
     if not differences(plan):
         raise UserError(
             "both sides are the same: expected a setting that differs. Change one with --set "

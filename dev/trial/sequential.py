@@ -17,6 +17,7 @@ The critical values that do so are found by simulation.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -29,9 +30,10 @@ ALPHA = 0.05  # two-sided: a wrong keep and a wrong drop have half of it each
 KEEP_FROM = 3  # pairs
 WORTH = 0.0005  # bits a byte: boards show four decimals, and equal seeds tell far smaller differences apart
 SPENDING = 1.5
-PATHS = 200_000  # simulated trials for the critical values
+PATHS, DRAWS = 200_000, 1_600_000  # most simulated trials for the critical values, most pairs of all of them
 FEW_PATHS = 20_000  # for forecasts
 MOST_PAIRS = 64
+PAIRS = (*range(KEEP_FROM, 13), 16, 20, 24, 32, 48, MOST_PAIRS)  # that forecasts consider
 POWER = 0.8
 KEEP, DROP, SAME, UNDECIDED = "keep", "drop", "no difference", "undecided"
 
@@ -77,10 +79,11 @@ def draw_statistics(max_pairs: int, is_known: bool, paths: int, seed: int = 0) -
 @cache
 def critical_values(max_pairs: int, is_known: bool, alpha: float) -> tuple[float, ...]:
     """Return the critical value of each look, infinite before the first one."""
-    statistics = np.abs(draw_statistics(max_pairs, is_known, PATHS))
+    paths = min(PATHS, DRAWS // max_pairs)
+    statistics = np.abs(draw_statistics(max_pairs, is_known, paths))
     found, crossed = [], 0
     for look in range(max_pairs):
-        due = round(alpha * ((look + 1) / max_pairs) ** SPENDING * PATHS) - crossed
+        due = round(alpha * ((look + 1) / max_pairs) ** SPENDING * paths) - crossed
         if np.isnan(statistics[0, look]) or not due:
             found.append(math.inf)
             continue
@@ -137,10 +140,12 @@ def chance_to_decide(design: Design, effect: float) -> float:
 
 def pairs_needed(design: Design, effect: float, power: float = POWER) -> int | None:
     """Return how many pairs show an effect of so many deviations with this chance; None: over MOST_PAIRS."""
-    for n in (*range(KEEP_FROM, 13), 16, 20, 24, 32, 48, MOST_PAIRS):
-        if chance_to_decide(design._replace(max_pairs=n), effect) >= power:
-            return n
-    return None
+
+    def chance(n: int) -> float:
+        return chance_to_decide(design._replace(max_pairs=n), effect)
+
+    index = bisect_left(PAIRS, power, key=chance)
+    return PAIRS[index] if index < len(PAIRS) else None
 
 
 def smallest_effect(design: Design, power: float = POWER) -> float:
