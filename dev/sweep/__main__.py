@@ -24,7 +24,7 @@ from pathlib import Path
 
 from common import CommandParser, UserError, at_least_one, existing, run_command
 from dev.desk.child import end_with
-from dev.desk.training import split_machine
+from dev.desk.training import snapshot, split_machine
 from dev.sweep.board import JOURNAL_NAME, MOST_SKIPS, Board
 from dev.sweep.results import collect, format_results, try_to_write
 from dev.sweep.spec import (
@@ -42,6 +42,7 @@ from dev.sweep.worker import Crew, train_watched, work
 from durable.stops import Stopped
 
 FOLDER = Path("runs/sweeps")
+CODE_NAME = "code"  # in it: a copy of the code, so that this checkout may be edited meanwhile
 DRY_TRIALS = 3
 END_S = 90.0  # a worker may take to stop its training
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -148,7 +149,8 @@ def run_worker(spec: Spec, board: Board, place: str) -> None:
     part, count, parent = map(int, place.split("/"))
     end_with(parent)
     label = f"[{part + 1}] "
-    work(Crew(board, split_machine(count)[part], train_watched, partial(tell, label=label)))
+    crew = Crew(board, snapshot(board.folder / CODE_NAME), split_machine(count)[part], train_watched, tell)
+    work(crew._replace(tell=partial(tell, label=label)))
 
 
 def sweep(options, spec: Spec, board: Board) -> None:
@@ -163,7 +165,7 @@ def sweep(options, spec: Spec, board: Board) -> None:
             split_machine(options.workers)
             run_workers(options, board.folder)
         else:
-            work(Crew(board, None, train_watched, tell))
+            work(Crew(board, snapshot(board.folder / CODE_NAME), None, train_watched, tell))
     except (KeyboardInterrupt, Stopped):
         tell(f"stopped. {board.folder} keeps what is finished: the same command goes on")
         raise

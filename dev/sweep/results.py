@@ -234,20 +234,21 @@ def scored(found: dict) -> list[dict]:
     return sorted(rows, key=lambda row: row["trial"])
 
 
-def split_valid(rows: list[dict]) -> dict[str, list[dict]]:
-    """Group scored trials by whether they keep to the limits; empty groups are left out."""
-    groups = {"within limits": [], "over a limit": []}
-    for row in rows:
-        groups["over a limit" if row["over"] else "within limits"].append(row)
-    return {name: group for name, group in groups.items() if group}
-
-
 def draw_dots(ax, rows: list[dict], x_of: Callable[[dict], float]) -> None:
     """Draw trials as dots by their val_bpb: full ones within limits, hollow ones over."""
-    for name, group in split_valid(rows).items():
-        fill = charts.colour(0) if name == "within limits" else "none"
+    for is_over, label in ((False, None), (True, "over a limit")):
+        group = [row for row in rows if bool(row["over"]) == is_over]
+        fill = "none" if is_over else charts.colour(0)
         xs, ys = [x_of(row) for row in group], [row["val_bpb"] for row in group]
-        ax.plot(xs, ys, "o", color=charts.colour(0), markerfacecolor=fill, markersize=5, label=name)
+        ax.plot(
+            xs,
+            ys,
+            "o",
+            color=charts.colour(0),
+            markerfacecolor=fill,
+            markersize=5,
+            label=label if xs else None,
+        )
 
 
 def draw_history(found: dict) -> str:
@@ -264,6 +265,7 @@ def draw_history(found: dict) -> str:
                 ys.append(best)
         drawn.ax.plot(xs, ys, drawstyle="steps-post", color=charts.colour(1), label="best so far")
         drawn.ax.set_xlabel("trial")
+        drawn.ax.locator_params(axis="x", integer=True)
     return drawn.svg
 
 
@@ -301,7 +303,11 @@ def draw_slice(found: dict, spec: Spec, field: str) -> str:
         named = dimension.kind == "categorical"
         draw_dots(drawn.ax, rows, lambda row: str(row["params"][field]) if named else row["params"][field])
         if dimension.options.get("log"):
+            ticker = require("matplotlib.ticker")
             drawn.ax.set_xscale("log")
+            drawn.ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            drawn.ax.xaxis.set_major_formatter("{x:g}")
+            drawn.ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     return drawn.svg
 
 

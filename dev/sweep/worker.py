@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from common import UserError
@@ -40,6 +41,7 @@ class Crew(NamedTuple):
     """What a worker works with."""
 
     board: Board
+    root: Path  # the copy of the code that trains
     share: Share | None  # of the machine; None: all of it
     train: Train
     tell: Tell
@@ -122,7 +124,7 @@ def train_trial(crew: Crew, trial) -> str:
     excess: dict[str, float] = {}
     for seed in spec.seeds:
         cfg = spec.config(trial.params, seed)
-        job = Job(cfg, spec.measure, board.folder / RUNS_NAME, share=crew.share)
+        job = Job(cfg, spec.measure, board.folder / RUNS_NAME, crew.root, crew.share)
         rungs = Rungs(spec) if spec.prune["kind"] != "none" and not runs else None
         outcome = crew.train(job, partial(watch_trial, crew, trial, rungs), crew.tell)
         runs.append(describe_run(outcome, seed))
