@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from fixtures_model import as_overrides
 
@@ -9,6 +10,8 @@ from common import UserError
 from dev.desk.training import Job, Outcome, TrainingFailed, origin_of, split_machine
 from dev.trial.__main__ import build_parser, main
 from dev.trial.plan import read_seeds
+from dev.trial.report import loss_slope
+from durable.seals import write_events
 
 
 class StandIn:
@@ -148,6 +151,20 @@ def test_what_a_step_is_worth_is_measured_by_shorter_runs(trial):
     assert found["exchange"]["bpb_per_step"] == pytest.approx(0.001)
     assert found["exchange"]["effect_in_steps"] == pytest.approx(-500, rel=0.1)
     assert found["exchange"]["n"] == 3
+
+
+def test_without_shorter_runs_a_step_is_worth_the_slope_of_the_loss(tmp_path):
+    """A line of -0.003 nats a step with noise, at 0.5 bits a byte a nat; too few events say nothing."""
+    noise = np.random.default_rng(0).normal(size=300)
+    events = [
+        {"kind": "train", "step": i, "train_loss": 5 - 0.003 * i + 0.01 * noise[i], "train_ms": 1.0}
+        for i in range(300)
+    ]
+    write_events(tmp_path / "metrics.jsonl", events)
+    slope, error = loss_slope(tmp_path, 0.5)
+    assert slope == pytest.approx(0.0015, abs=3 * error) and 0 < error < 0.0001
+    write_events(tmp_path / "metrics.jsonl", events[:20])
+    assert loss_slope(tmp_path, 0.5) is None
 
 
 def test_two_recipes_are_compared_in_all_they_say(trial, tmp_path):

@@ -156,7 +156,11 @@ def main(argv: list[str] | None = None, train: Train = train_all) -> int:
     plan = make_plan(args)
     for name, (old, new) in differences(plan).items():
         tell(f"differs: {name}: {old} (old), {new} (new)")
-    report, lines, entry = decide_trial(plan, args, partial(train, tell=tell), tell)
+    try:
+        report, lines, entry = decide_trial(plan, args, partial(train, tell=tell), tell)
+    except KeyboardInterrupt:
+        tell("finished runs are kept: the same command goes on with them")
+        raise
     place = args.out / plan.name
     write_json(place.with_name(f"{place.name}.json"), report)
     with atomic_file(place.with_name(f"{place.name}.md")) as file:
