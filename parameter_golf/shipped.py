@@ -1,0 +1,63 @@
+"""Recipes and tokenizers that come with the package: by name, where no checkout is at hand."""
+
+import difflib
+from pathlib import Path
+
+from common import CommandParser, UserError, format_table, run_command
+from parameter_golf import TREE
+
+FOLDERS = ("records", "tokenizers")
+RECIPE = "recipe.toml"
+
+
+def recipe_files() -> dict[str, Path]:
+    """Return the recipe of each record by the name of its folder."""
+    return {path.parent.name: path for path in sorted(TREE.glob(f"records/*/*/{RECIPE}"))}
+
+
+def resolve_words(words: list[str]) -> list[str]:
+    """Replace, in a command line, what names a shipped recipe or tokenizer by its place.
+
+    The value of --recipe may be a record's name; any word, or what follows its "=", a path that begins with
+    records/ or tokenizers/. What is there below the current folder stays.
+    """
+    resolved = []
+    for before, word in zip(["", *words], words):
+        name, equals, value = word.rpartition("=")
+        is_recipe = before == "--recipe" or name == "--recipe"
+        resolved.append(name + equals + (resolve_recipe(value) if is_recipe else resolve_path(value)))
+    return resolved
+
+
+def resolve_path(text: str) -> str:
+    """Return the place of a shipped file or folder, or the text itself."""
+    is_shipped = text.startswith(tuple(f"{folder}/" for folder in FOLDERS)) and ".." not in Path(text).parts
+    return str(TREE / text) if is_shipped and not Path(text).exists() and (TREE / text).exists() else text
+
+
+def resolve_recipe(text: str) -> str:
+    """Return the place of a recipe that is named; raises for a bare name that no recipe has."""
+    path, recipes = Path(resolve_path(text)), recipe_files()
+    if path.is_dir() and (path / RECIPE).is_file():
+        return str(path / RECIPE)
+    if path.exists() or path.name != text or path.suffix:
+        return str(path) if text else text
+    if text in recipes:
+        return str(recipes[text])
+    near = difflib.get_close_matches(text, recipes, n=1)
+    hint = f"Did you mean {near[0]}?" if near else "`golf recipes` lists them."
+    raise UserError(f"--recipe {text:.80}: expected a file, or the name of a recipe. {hint}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """List what comes with the package."""
+    parser = CommandParser(prog="golf recipes", description=__doc__)
+    parser.parse_args(argv)
+    rows = [(name, path.parent.parent.name) for name, path in recipe_files().items()]
+    print(format_table({"recipe": "<54", "track": "<20"}, rows))
+    tokenizers = sorted(path.name for path in TREE.glob("tokenizers/*") if path.is_dir())
+    print(f"\ntokenizers, as data.tokenizer_path=tokenizers/NAME: {', '.join(tokenizers)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
