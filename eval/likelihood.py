@@ -29,7 +29,7 @@ class Likelihood(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A window of a document: it reads tokens[start:end] and scores the targets after tokens first to end - 1."""
+    """A window of a document: it reads tokens[start:end] and scores what follows tokens first to end - 1."""
 
     document: int
     start: int
@@ -114,7 +114,9 @@ class Scorer:
                 greedy[piece.document] &= bool((found.argmax(-1).cpu() == targets).all())
         return [Likelihood(float(total), bool(every)) for total, every in zip(sums, greedy)]
 
-    def continue_prompts(self, prompts: Sequence[str], sampling: Sampling, stops: Sequence[str] = ()) -> list[str]:
+    def continue_prompts(
+        self, prompts: Sequence[str], sampling: Sampling, stops: Sequence[str] = ()
+    ) -> list[str]:
         """Continue prompts together, each until a stop, the document's end or sampling.max_tokens.
 
         What a prompt gives does not depend on the others: each draws from a generator of its own.

@@ -1,7 +1,7 @@
 """Run tasks of EleutherAI's lm-evaluation-harness on a trained model.
 
     python -m eval.lm_eval runs/ID --tasks lambada_openai,hellaswag --limit 200
-    python -m eval.lm_eval runs/ID --tasks my_task --include-path my_tasks/     no network where its data are here
+    python -m eval.lm_eval runs/ID --tasks my_task --include-path DIR      no network where its data are here
 
 RUN is a run folder, a record folder with its artifact, an artifact, a checkpoint, a saved folder or a hub id.
 The weights stand still: test-time training and hints of the recipe's scorer are no part of this.
@@ -10,6 +10,7 @@ The weights stand still: test-time training and hints of the recipe's scorer are
 import contextlib
 import difflib
 import json
+import math
 import random
 import sys
 from argparse import Namespace
@@ -66,7 +67,8 @@ def read_settings(settings: dict[str, Any]) -> tuple[Sampling, list[str]]:
         temperature = 0.0
     most = next((int(settings[name]) for name in LENGTHS if settings.get(name) is not None), MAX_NEW_TOKENS)
     rest = {"top_k": int(settings.get("top_k") or 0), "top_p": float(settings.get("top_p") or 1.0)}
-    return Sampling(most, temperature, **rest, seed=int(settings.get("seed") or 0)), [text for text in until if text]
+    sampling = Sampling(most, temperature, **rest, seed=int(settings.get("seed") or 0))
+    return sampling, [text for text in until if text]
 
 
 def build_adapter(scorer: Scorer):
@@ -122,18 +124,19 @@ def load_tasks(names: list[str], folder: Path | None, shots: int | None) -> dict
         loaded = manager.load(names)
     except Exception as error:  # of the libraries that fetch data sets, each in its own words
         raise UserError(
-            f"--tasks {','.join(names)}: cannot be loaded ({type(error).__name__}: {first_line(error)}). Most "
-            "tasks fetch their data from a hub: check the network, or name a task whose data are here."
+            f"--tasks {','.join(names)}: cannot be loaded ({type(error).__name__}: {first_line(error)}). "
+            "Most tasks fetch their data from a hub: check the network, or name a task whose data are here."
         ) from error
     for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None or (shots is not None and task.get_config("num_fewshot") != 0):
+        stated = task.get_config("num_fewshot")
+        if stated is None or (shots is not None and stated != 0):  # a task that says 0 takes no others
             task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=SEED)
     return loaded
 
 
 def run_tasks(scorer: Scorer, tasks: dict, limit: int | None) -> dict:
-    """Evaluate loaded tasks; returns results, versions and shots by task. Draws the same examples every time."""
+    """Evaluate loaded tasks; returns results, versions and shots by task. Equal calls draw equal examples."""
     random.seed(0)
     np.random.seed(SEED)  # noqa: NPY002 - what lm-evaluation-harness draws from
     with contextlib.redirect_stdout(sys.stderr):  # it prints as it goes; --json leaves one object here
@@ -163,22 +166,32 @@ def describe(args: Namespace, scorer: Scorer, found: dict) -> dict:
     """Return what `--json` prints."""
     facts = {"source": str(args.source), "tokenizer_sha256": scorer.codec.digest}
     facts |= {"context_len": scorer.context_len, "limit": args.limit, "lm_eval": library().__version__}
-    return facts | found
+    return plain(facts | found)
+
+
+def plain(value):
+    """Turn results into what JSON has: what is not finite, as the perplexity of a long word, is null."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser = CommandParser(prog="python -m eval.lm_eval", description=__doc__)
-    parser.add_argument("source", metavar="RUN", help="what to load the model from")
-    parser.add_argument("--tasks", required=True, metavar="NAME,...", help="tasks, groups or tags")
-    parser.add_argument("--include-path", type=existing, metavar="DIR", help="folder with the YAML of your own")
-    parser.add_argument("--limit", type=at_least_one, metavar="N", help="examples of each task; default: all")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each; default: the task's")
-    parser.add_argument("--tokenizer", default="", help="tokenizer file or folder; default: that of the run")
-    parser.add_argument("--dtype", default="", help="of activations; default: the recipe's")
-    parser.add_argument("--batch-tokens", type=at_least_one, default=BATCH_TOKENS, metavar="N",
-                        help="tokens that are computed at once (%(default)s)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add = parser.add_argument
+    add("source", metavar="RUN", help="what to load the model from")
+    add("--tasks", required=True, metavar="NAME,...", help="tasks, groups or tags")
+    add("--include-path", type=existing, metavar="DIR", help="folder with the YAML of your own")
+    add("--limit", type=at_least_one, metavar="N", help="examples of each task; default: all")
+    add("--num-fewshot", type=int, metavar="N", help="examples before each; default: the task's")
+    add("--tokenizer", default="", help="tokenizer file or folder; default: that of the run")
+    add("--dtype", default="", help="of activations; default: the recipe's")
+    add("--batch-tokens", type=at_least_one, default=BATCH_TOKENS, metavar="N",
+        help="tokens that are computed at once (%(default)s)")  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     names = [name for name in args.tasks.split(",") if name]
     if not names or (args.num_fewshot or 0) < 0:

@@ -30,8 +30,9 @@ except PackageNotFoundError:  # a checkout that was not installed
 
 def enter_tree() -> None:
     """Put the project's modules first on the path; raises ImportError where others have their names."""
-    names = {path.stem for path in TREE.glob("*.py")} | {path.parent.name for path in TREE.glob("*/__init__.py")}
-    for name in sorted(names - {"parameter_golf", "__init__"}):
+    files, rooms = TREE.glob("*.py"), TREE.glob("*/__init__.py")
+    names = {path.stem for path in files} | {path.parent.name for path in rooms} - {HERE.name}
+    for name in sorted(names):
         found = getattr(sys.modules.get(name), "__file__", None)
         if found and not Path(found).resolve().is_relative_to(TREE):
             raise ImportError(

@@ -65,8 +65,8 @@ Train the best small language model whose code plus compressed weights fit in a 
   torchrun --standalone --nproc_per_node=8 -m parameter_golf train        on eight GPUs
 """
 CLOSING = """
-Runs go to runs/, data to data/datasets/, both below the folder that you are in. Where a message or a page says
-`python -m MODULE` or `python train_gpt.py`, `golf MODULE` and `golf train` do the same.
+Runs go to runs/, data to data/datasets/, both below the folder that you are in. Where a message or
+a page says `python -m MODULE` or `python train_gpt.py`, `golf MODULE` and `golf train` do the same.
 """
 
 

@@ -28,17 +28,16 @@ class Model:
         return sum(param.numel() for param in self.loaded.model.parameters())
 
     def generate(
-        self, prompt: str = "", max_tokens: int = 64, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+        self, prompt: str = "", max_tokens: int = 64, temperature: float = 1.0, seed: int = 0
     ) -> str:
         """Continue a prompt until the model ends the document; temperature 0 takes the likeliest tokens."""
         from eval.hub import generate
         from scoring.generate import Sampling
 
-        sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed)
-        return generate(self.loaded, prompt, sampling)
+        return generate(self.loaded, prompt, Sampling(max_tokens, temperature, seed=seed))
 
     def log_likelihood(self, text: str, context: str = "") -> float:
-        """Return the natural logarithm of the probability of a text at a document's start, or after a context."""
+        """Return the nats, at most 0, of a text's probability at a document's start, or after a context."""
         from eval.likelihood import Scorer
 
         return Scorer.of(self.loaded).score_pairs([(context, text)])[0].log_prob

@@ -1,4 +1,4 @@
-"""The whole path as `make run` walks it: collect text, train a tokenizer, train a model, pack, reload, score."""
+"""The whole path as `make run` walks it: collect text, train tokenizer and model, pack, reload, score."""
 
 import subprocess
 import sys
@@ -18,7 +18,8 @@ def list_steps(recipe: str, overrides: list[str]) -> list[list[str]]:
     if place != f"{BUILTIN}{entries}":
         raise UserError(
             f"{recipe}: expected a recipe of the built-in corpus (data.data_path={BUILTIN}N), found "
-            f"{place or 'none'}. `golf download` or `golf prepare` makes its data, then `golf train` and `golf eval`."
+            f"{place or 'none'}. Make its data by `golf download` or `golf prepare`, then `golf train` and "
+            "`golf eval`."
         )
     return [
         ["data.builtin", "--vocab-size", str(entries), "--out", place],
