@@ -31,7 +31,7 @@ COMMANDS = {
         Command("download", "data.download", "fetch the contest's shards"),
         Command("tokenizer", "data.tokenizer", "train, verify and compare tokenizers"),
         Command("check-data", "data.doctor", "look for damage in a dataset"),
-        Command("recipes", "parameter_golf.shipped", "list the recipes and tokenizers that come with this"),
+        Command("recipes", "parameter_golf.recipes", "list the recipes and tokenizers that come with this"),
         Command("train", "train_gpt", "train, quantize, pack and score as one recipe says"),
         Command("eval", "eval", "reload an artifact in a fresh process and score it"),
         Command("sample", "eval.sample", "continue a prompt"),

@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from common import CommandParser, UserError, format_table, run_command
+from common import UserError
 from parameter_golf import TREE
 
 FOLDERS = ("records", "tokenizers")
@@ -47,17 +47,3 @@ def resolve_recipe(text: str) -> str:
     near = difflib.get_close_matches(text, recipes, n=1)
     hint = f"Did you mean {near[0]}?" if near else "`golf recipes` lists them."
     raise UserError(f"--recipe {text:.80}: expected a file, or the name of a recipe. {hint}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """List what comes with the package."""
-    parser = CommandParser(prog="golf recipes", description=__doc__)
-    parser.parse_args(argv)
-    rows = [(name, path.parent.parent.name) for name, path in recipe_files().items()]
-    print(format_table({"recipe": "<54", "track": "<20"}, rows))
-    tokenizers = sorted(path.name for path in TREE.glob("tokenizers/*") if path.is_dir())
-    print(f"\ntokenizers, as data.tokenizer_path=tokenizers/NAME: {', '.join(tokenizers)}")
-
-
-if __name__ == "__main__":
-    run_command(main)
