@@ -9,7 +9,8 @@
     python -m eval.hub summary|structure|save|push SOURCE [TARGET]
 
 A saved folder has config.json (the recipe), model.safetensors (weights by name), stats.json and loss.svg
-(loss curves), the tokenizer's files and, where asked for, optimizer.safetensors. Nothing in it runs code.
+(loss curves), README.md (the model card), the tokenizer's files and, where asked for, optimizer.safetensors.
+Nothing in it runs code.
 """
 
 import re
@@ -35,6 +36,7 @@ from common import (
 )
 from data.download import first_line
 from durable.seals import check_digest, write_sealed
+from eval.card import CARD_NAME, read_facts, write_card
 from eval.decode import decoding
 from formats.checkpoints import newest_checkpoint, read_metrics, read_result
 from formats.curves import draw_curves
@@ -69,7 +71,9 @@ class Loaded(NamedTuple):
 
     model: GPT
     cfg: Config
-    stats: dict  # name, num_params, total_tokens, total_seconds, loss and val_loss: [[step, nats], ...]
+    stats: (
+        dict  # name, num_params, total_tokens, total_seconds, loss and val_loss: [[step, nats], ...], facts
+    )
     tokenizer_sha256: str = ""  # "" where its source does not say
     optimizer: dict | None = None  # the optimizers' state, where a checkpoint or a saved folder has it
 
@@ -103,7 +107,7 @@ def load(source: str | Path, dtype: str = "", tokenizer: str = "", device: str =
     model.load_state_dict(opened.weights)
     model = model.to(Ranks(Environment({}), device).device).eval()
     saved_stats = file.with_name(STATS_NAME)
-    stats = read_json(saved_stats) if saved_stats.is_file() else run_stats(file.parent, cfg, model)
+    stats = read_json(saved_stats) if saved_stats.is_file() else run_stats(file, cfg, model)
     return Loaded(model, cfg, stats, opened.tokenizer_sha256, opened.optimizer)
 
 
@@ -227,8 +231,9 @@ def open_codec(loaded: Loaded):
 # ---- Reading ----------------------------------------------------------------------------------------
 
 
-def run_stats(folder: Path, cfg: Config, model: nn.Module) -> dict:
-    """Sum up a run folder's metrics.jsonl; without one the curves are empty."""
+def run_stats(file: Path, cfg: Config, model: nn.Module) -> dict:
+    """Sum up what a run folder says of the file in it that holds the model; without metrics no curves."""
+    folder = file.parent
     events = read_metrics(folder)
     trained = {event["step"]: event for event in events if event["kind"] == "train"}  # a resumed run repeats
     total_tokens, elapsed_ms = 0, 0.0
@@ -242,6 +247,7 @@ def run_stats(folder: Path, cfg: Config, model: nn.Module) -> dict:
         "total_seconds": elapsed_ms / 1000,
         "loss": [[step, event["train_loss"]] for step, event in sorted(trained.items())],
         "val_loss": [[event["step"], event["val_loss"]] for event in events if event["kind"] == "val"],
+        "facts": read_facts(file),
     }
 
 
@@ -291,8 +297,11 @@ def generate(
 # ---- Saving and the hub -----------------------------------------------------------------------------
 
 
-def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False) -> Path:
-    """Write config, weights, stats, curves and tokenizer into a folder; the optimizers' state if asked."""
+def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False, hub_id: str = "") -> Path:
+    """Write config, weights, stats, curves, card and tokenizer into a folder; the optimizers' state if asked.
+
+    hub_id is where the card says that the model is.
+    """
     folder, library = Path(folder), safetensors_library()
     if with_optimizer and loaded.optimizer is None:
         raise UserError(
@@ -319,6 +328,9 @@ def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False) -> Pa
     write_json(folder / STATS_NAME, stats)
     curves = {"training": stats["loss"], "validation": stats["val_loss"]}
     (folder / CURVES_NAME).write_text(draw_curves(f"{stats['name']}: nats a token", curves), encoding="utf-8")
+    card = write_card(loaded.cfg, stats, codec.digest, hub_id or "FOLDER")
+    with atomic_file(folder / CARD_NAME) as file:
+        file.write(card.encode())
     config = {"format": FORMAT, "recipe": get_recipe(loaded.cfg), "tokenizer_sha256": codec.digest}
     config["tokenizer_files"] = [file.name for file in files]
     names = (WEIGHTS_NAME, STATS_NAME, *config["tokenizer_files"])
@@ -373,7 +385,7 @@ def push(loaded: Loaded, hub_id: str, with_optimizer: bool = False, private: boo
         raise UserError(f"{hub_id}: expected a hub id OWNER/NAME.")
     hub = hub_library()
     with tempfile.TemporaryDirectory() as folder:
-        save(loaded, folder, with_optimizer)
+        save(loaded, folder, with_optimizer, hub_id)
         upload = {"folder_path": folder, "commit_message": "Publish a trained model"}
         try:
             api = hub.HfApi()

@@ -29,7 +29,7 @@ time.sleep = lambda seconds: None
 runpy.run_module("eval.sample", run_name="__main__", alter_sys=True)
 """
 CHECKPOINT = NUMBERED.format(6)  # the last step
-SAVED = {"config.json", "model.safetensors", "stats.json", "loss.svg", "tokenizer.model"}
+SAVED = {"config.json", "model.safetensors", "stats.json", "loss.svg", "README.md", "tokenizer.model"}
 
 
 @pytest.fixture(scope="module")
