@@ -109,9 +109,19 @@ def build_adapter(scorer: Scorer):
     return Adapter()
 
 
+def open_manager(names: list[str], folder: Path | None):
+    """Index the tasks of a folder, and those of the harness, which takes seconds, only if asked for."""
+    manager = library().tasks.TaskManager
+    if folder:
+        own = manager(include_path=str(folder), include_defaults=False)
+        if set(names) <= set(own.all_tasks):
+            return own
+    return manager(include_path=str(folder) if folder else None)
+
+
 def load_tasks(names: list[str], folder: Path | None, shots: int | None) -> dict:
     """Load tasks by name; raises a UserError for an unknown one and for one whose data cannot be had."""
-    manager = library().tasks.TaskManager(include_path=str(folder) if folder else None)
+    manager = open_manager(names, folder)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
