@@ -60,13 +60,15 @@ def write_front_matter(stats: dict, facts: dict) -> str:
         raise UserError("a model card needs a package: pip install huggingface_hub") from error
     scored = []
     if "score" in facts:
-        kind = {
-            "task_type": "text-generation",
-            "dataset_type": "text",
-            "dataset_name": "validation text of the run",
-        }
-        value = round(facts["score"]["val_bpb"], 8)
-        scored = [EvalResult(metric_type="bits_per_byte", metric_name="val_bpb", metric_value=value, **kind)]
+        result = EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name="validation text of the run",
+            metric_type="bits_per_byte",
+            metric_name="val_bpb",
+            metric_value=round(facts["score"]["val_bpb"], 8),
+        )
+        scored = [result]
     about = {"model_name": stats["name"], "eval_results": scored} if scored else {}
     data = ModelCardData(
         library_name="parameter-golf", pipeline_tag="text-generation", tags=["parameter-golf"], **about

@@ -310,8 +310,8 @@ def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False, hub_i
     codec = open_codec(loaded)
     merges = codec.path.with_name("merges.txt")
     files = [codec.path, *([merges] if codec.path.name == "vocab.json" else [])]
-    config = folder / CONFIG_NAME
-    if folder.is_dir() and any(folder.iterdir()) and not (config.is_file() and read_config(config)):
+    place = folder / CONFIG_NAME
+    if folder.is_dir() and any(folder.iterdir()) and not (place.is_file() and read_config(place)):
         raise UserError(
             f"{folder}: expected a new or empty folder, or a saved model's, found files of others."
         )
@@ -319,23 +319,23 @@ def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False, hub_i
     for file in files:
         shutil.copyfile(file, folder / file.name)
     arrays = {name: tensor.cpu().contiguous().numpy() for name, tensor in loaded.model.state_dict().items()}
-    with atomic_file(folder / WEIGHTS_NAME) as file:
-        file.write(library.numpy.save(arrays, metadata={"format": "pt"}))
+    with atomic_file(folder / WEIGHTS_NAME) as out:
+        out.write(library.numpy.save(arrays, metadata={"format": "pt"}))
     (folder / OPTIMIZER_NAME).unlink(missing_ok=True)
-    if with_optimizer:
+    if with_optimizer and loaded.optimizer is not None:
         write_state(folder / OPTIMIZER_NAME, loaded.optimizer, {"config_hash": config_hash(loaded.cfg)})
     stats = loaded.stats
     write_json(folder / STATS_NAME, stats)
     curves = {"training": stats["loss"], "validation": stats["val_loss"]}
     (folder / CURVES_NAME).write_text(draw_curves(f"{stats['name']}: nats a token", curves), encoding="utf-8")
     card = write_card(loaded.cfg, stats, codec.digest, hub_id or "FOLDER")
-    with atomic_file(folder / CARD_NAME) as file:
-        file.write(card.encode())
-    config = {"format": FORMAT, "recipe": get_recipe(loaded.cfg), "tokenizer_sha256": codec.digest}
+    with atomic_file(folder / CARD_NAME) as out:
+        out.write(card.encode())
+    config: dict = {"format": FORMAT, "recipe": get_recipe(loaded.cfg), "tokenizer_sha256": codec.digest}
     config["tokenizer_files"] = [file.name for file in files]
     names = (WEIGHTS_NAME, STATS_NAME, *config["tokenizer_files"])
     config["sha256"] = {name: sha256_file(folder / name) for name in names}
-    write_sealed(folder / CONFIG_NAME, config)  # last: a folder with it is whole
+    write_sealed(place, config)  # last: a folder with it is whole
     return folder
 
 
@@ -411,9 +411,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.action}: expected a target after {args.source}. `--help` says which.")
     loaded = load(args.source, tokenizer=args.tokenizer)
     if args.action in ("save", "push"):
-        print({"save": save, "push": push}[args.action](loaded, args.target, args.with_optimizer))
+        write = save if args.action == "save" else push
+        print(write(loaded, args.target, args.with_optimizer))
     else:
-        print({"summary": summary, "structure": structure}[args.action](loaded))
+        print(summary(loaded) if args.action == "summary" else structure(loaded))
 
 
 if __name__ == "__main__":

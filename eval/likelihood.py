@@ -86,7 +86,7 @@ class Scorer:
         return cls(loaded.model, open_codec(loaded), context_len, batch_tokens)
 
     @torch.no_grad()
-    def logits(self, rows: Sequence[Sequence[int]], first: int) -> Tensor:
+    def logits(self, rows: Sequence[Sequence[int] | np.ndarray], first: int) -> Tensor:
         """Return the (B, T - first, V) float32 logits of rows of tokens, of the positions from `first` on."""
         tokens = torch.full((len(rows), max(map(len, rows))), self.codec.bos_id)
         for i, row in enumerate(rows):

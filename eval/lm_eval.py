@@ -66,15 +66,17 @@ def read_settings(settings: dict[str, Any]) -> tuple[Sampling, list[str]]:
     if settings.get("do_sample") is False:
         temperature = 0.0
     most = next((int(settings[name]) for name in LENGTHS if settings.get(name) is not None), MAX_NEW_TOKENS)
-    rest = {"top_k": int(settings.get("top_k") or 0), "top_p": float(settings.get("top_p") or 1.0)}
-    sampling = Sampling(most, temperature, **rest, seed=int(settings.get("seed") or 0))
+    top_k, top_p = int(settings.get("top_k") or 0), float(settings.get("top_p") or 1.0)
+    sampling = Sampling(most, temperature, top_k, top_p, int(settings.get("seed") or 0))
     return sampling, [text for text in until if text]
 
 
 def build_adapter(scorer: Scorer):
     """Return the model as lm-evaluation-harness asks for one; its base class is imported here."""
 
-    class Adapter(library().api.model.LM):
+    base: Any = library().api.model.LM
+
+    class Adapter(base):
         """Answers the three kinds of requests; each is a list and is answered in its order."""
 
         tokenizer_name = scorer.codec.digest
@@ -174,7 +176,7 @@ def result_rows(found: dict) -> list[tuple]:
 
 def describe(args: Namespace, scorer: Scorer, found: dict) -> dict:
     """Return what `--json` prints."""
-    facts = {"source": str(args.source), "tokenizer_sha256": scorer.codec.digest}
+    facts: dict[str, Any] = {"source": str(args.source), "tokenizer_sha256": scorer.codec.digest}
     facts |= {"context_len": scorer.context_len, "limit": args.limit, "lm_eval": library().__version__}
     return plain(facts | found)
 
