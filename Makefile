@@ -25,8 +25,9 @@ STAMP := $(VENV)/.ready
 KERNELS := $(VENV)/kernels
 KERNEL_TESTS = PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_fused_kernels.py
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+REPORT ?= runs/report.html
 
-.PHONY: help run test test-slow test-hosts test-pythons setup data tokenizers doctor train eval record audit lint size single plot bench profile gpu-check gpu-battery null-gpu soak
+.PHONY: help run test test-slow test-hosts test-pythons test-desk setup desk data tokenizers doctor train eval record audit lint size single plot bench profile trial sweep report leaderboard watch gpu-check gpu-battery null-gpu soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { n = split($$2, words, " "); line = sprintf("  make %-12s", $$1); \
@@ -38,16 +39,19 @@ run: data ## the main job: train on the built-in corpus, pack, reload in a fresh
 	$(PY) -m eval --budget
 
 test: setup ## all fast tests (under 5 minutes on 2 cores)
-	$(TESTS) -m "not slow and not gpu"
+	$(TESTS) -m "not slow and not gpu and not desk"
 	EMULATED_GPU=1 $(TESTS) tests/test_emulator.py -m "not slow"
 
 test-slow: setup $(KERNELS)/.ready ## the tests that take over 5 s each
-	$(TESTS) -m "slow and not gpu"
+	$(TESTS) -m "slow and not gpu and not desk"
 	EMULATED_GPU=1 $(TESTS) tests/test_emulator.py -m slow
 	$(KERNEL_TESTS)
 
 test-hosts: setup ## the tests of numbers as other processors compute them, with one and two threads (up to 15 minutes)
 	$(PY) -m tests.run_hosts
+
+test-desk: desk ## the tests of sweeps, reports, views, sinks, launch files, downstream tasks and the wheel
+	$(TESTS) -m "desk and not gpu"
 
 test-pythons: setup ## pack under Python 3.11 to 3.14, fetching what is missing: same bytes, and it starts
 	$(PY) -m pip install --quiet "uv>=0.8,<1" && $(PY) -m tests.run_pythons --fetch
@@ -59,6 +63,11 @@ $(STAMP): requirements.txt requirements/dev.txt constraints/cpu.txt constraints/
 	VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) GPU=$(GPU) \
 		ROCM_INDEX=$(ROCM_INDEX) KFD=$(KFD) sh dev/setup.sh
 	@touch $@
+
+desk: $(VENV)/.desk ## install what sweeps, reports, live views, sinks and downstream tasks need
+
+$(VENV)/.desk: requirements/desk.txt requirements/lm-eval.txt | setup
+	$(PY) -m pip install --quiet -r requirements/desk.txt -r requirements/lm-eval.txt && touch $@
 
 $(KERNELS)/.ready: requirements/kernels.txt | setup
 	$(PY) -m pip install --quiet --upgrade --target $(KERNELS) -r $< && touch $@ || \
@@ -87,6 +96,22 @@ eval: setup ## reproduce the val_bpb of the newest run, or of RECORD=... (ARTIFA
 record: $(if $(DATA),setup,data) ## train RECIPE=... with SEEDS=..., score, audit, write a record; AGAINST=, DATA=, NAME=, TRACK=
 	$(PY) -m dev.record --recipe $(RECIPE) --seeds $(SEEDS) --out records/$(TRACK) \
 		$(addprefix --against ,$(AGAINST)) $(addprefix --data ,$(DATA)) $(addprefix --name ,$(NAME))
+
+trial: $(if $(DATA),setup,data) ## is a change better? SET="optim.matrix_lr=0.03" with SECONDS= or STEPS=, SEEDS=, AGAINST=, RECIPE=
+	$(PY) -m dev.trial --recipe $(RECIPE) --seeds $(SEEDS) $(addprefix --against ,$(AGAINST)) \
+		$(addprefix --seconds ,$(SECONDS)) $(addprefix --steps ,$(STEPS)) $(if $(SET),--set $(SET)) $(TRIAL)
+
+sweep: desk $(if $(DATA),,data) ## search settings: SPEC=sweep.toml, WORKERS=2; again to go on or to join
+	$(PY) -m dev.sweep $(SPEC) $(addprefix --workers ,$(WORKERS))
+
+report: desk ## RUNS="runs/A records/track_cpu/B" as one HTML file, into REPORT=...; default: the newest run
+	$(PY) -m dev.report $(RUNS) --out $(REPORT)
+
+leaderboard: desk ## the records as one page: table, progress, bytes against bpb
+	$(PY) -m dev.leaderboard
+
+watch: desk ## runs as they go, in the terminal: RUNS="runs/*"; default: the newest
+	$(PY) -m dev.watch $(RUNS)
 
 audit: setup ## check the record folder RECORD=... before it is submitted
 	$(PY) -m audit $(RECORD) $(addprefix --against ,$(AGAINST)) $(addprefix --run ,$(wildcard $(RECORD)/train_gpt.py))

@@ -62,7 +62,7 @@ from common import (
 from data.codecs import TokenCodec, check_stated, read_codec
 from data.intact import ShardVerifier, val_summary
 from data.loader import LOADERS, LoaderSettings, TokenLoader, make_loader
-from data.shards import TRAIN_GLOB, digest_of_data, read_report, stated_tokenizer
+from data.shards import TRAIN_GLOB, VAL_GLOB, digest_of_data, read_report, stated_tokenizer
 from data.validation import ValidationText, account_validation, read_validation, scored_tokens
 from durable.lock import lock_folder
 from durable.peers import (
@@ -2480,19 +2480,19 @@ def identity(cfg: Config) -> dict[str, str]:
     }
 
 
-def code_digest() -> str:
-    """Hash the source files that training may run."""
-    root, digest = Path(__file__).resolve().parent, hashlib.sha256()
+def code_digest(root: Path) -> str:
+    """Hash the source files of a checkout that training may run."""
+    digest = hashlib.sha256()
     for path in sorted(path for name in SOURCES for path in root.glob(name)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def origin(training: "Training") -> dict:
-    """Say what a result depends on besides its recipe: data, tokenizer, code, machine, number of ranks."""
-    ranks = training.ranks
-    facts = {"code": training.code, "ranks": ranks.world_size, "machine": machine_facts(ranks.device)}
-    return training.identity | facts
+    """Say what a result depends on besides its recipe: data, tokenizer, code, number of ranks, machine."""
+    ranks, folder = training.ranks, Path(training.cfg.data.data_path)
+    facts = {"validation": digest_of_data(folder, VAL_GLOB), "code": training.code}
+    return training.identity | facts | {"ranks": ranks.world_size, "machine": machine_facts(ranks.device)}
 
 
 class Training:
@@ -2509,7 +2509,7 @@ class Training:
         if PACKED_RECIPE is None:
             self.resumed_at: list[int] = []  # steps
             self.saved_at = 0  # step of the newest checkpoint
-            self.identity, self.code = identity(cfg), code_digest()
+            self.identity, self.code = identity(cfg), code_digest(Path(__file__).resolve().parent)
             self.verifier: ShardVerifier | None = None  # until all shards are verified
         self.model = build_model(cfg, ranks.device)
         self.optimizers = Optimizers(self.model, cfg, ranks)

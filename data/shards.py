@@ -177,14 +177,14 @@ def hash_fault(path: Path, stated: str, found: str) -> str:
     return "" if found == stated else f"{path}: expected sha256 {stated}, found {found}. Make the data again."
 
 
-def digest_of_data(folder: Path) -> str:
-    """Hash what the training shards are by name, size and stated sha256, and the stated tokenizer.
+def digest_of_data(folder: Path, pattern: str = TRAIN_GLOB) -> str:
+    """Hash what the shards of a pattern are by name, size and stated sha256, and the stated tokenizer.
 
     Reads no shard; where nothing is stated, names and sizes alone must do.
     """
     hashes = stated_hashes(folder)
     shards = [
-        [path.name, path.stat().st_size, hashes.get(path.name)] for path in find_shards(folder / TRAIN_GLOB)
+        [path.name, path.stat().st_size, hashes.get(path.name)] for path in find_shards(folder / pattern)
     ]
     tokenizer = (read_manifest(folder) or {}).get("tokenizer")
     return digest_of({"shards": shards, "tokenizer": tokenizer})

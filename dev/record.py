@@ -208,9 +208,10 @@ def make_program(plan: RecordPlan) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def num_ranks(cfg: Config) -> int:
-    """Return the most GPUs of this machine that can share every step's micro-batches; 1 without any."""
+def num_ranks(cfg: Config, most: int | None = None) -> int:
+    """Return the most GPUs, of this machine or so many, that can share every step's micro-batches, or 1."""
     count = torch.accelerator.device_count() if cfg.run.device != "cpu" else 0
+    count = count if most is None else min(most, count)
     fits = (n for n in range(count, 0, -1) if all(row.micro_batches % n == 0 for row in get_stages(cfg)))
     return next(fits, 1)
 
