@@ -25,14 +25,17 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import CommandParser, UserError, check_output, existing, run_command, sha256_file
+from common import CommandParser, UserError, atomic_file, check_output, existing, run_command, sha256_file
 from data.accounts import OTHER_TOKENIZER, ByteAccount
 from data.validation import ValidationText, check_tokenizer
+from durable.seals import split_events
 from eval.breakdown import Windows, as_facts, break_down, format_tables, get_costs
 from eval.compare import check_same_documents, compare_documents, document_costs, format_comparison
 from eval.domains import Domain, format_domains, parse_domains, read_domain, score_domains
 from eval.logs import classify_bytes
 from eval.runs import RECIPE_NAME, Target, find_target, newest_run
+from formats.checkpoints import METRICS_NAME
+from formats.curves import CURVES_NAME, draw_curves, event_curves
 from formats.help import describe_section
 from formats.recipe import config_fields, parse_overrides, with_values
 from scoring.adaptive import Callbacks, plan_documents
@@ -246,6 +249,20 @@ def get_facts(scored: Scored, target: Target) -> dict:
     return scored.score._asdict() | facts | {"byte_account": scored.text.account.facts()}
 
 
+def draw_losses(folder: Path) -> None:
+    """Draw a run's losses into its folder; where that cannot be, a note says so: the score is what counts."""
+    if not (folder / METRICS_NAME).is_file():
+        return
+    picture = folder / CURVES_NAME
+    try:
+        curves = event_curves(split_events(folder / METRICS_NAME)[0])
+        title = f"{folder.resolve().name}: loss, nats a token"
+        with atomic_file(picture) as file:
+            file.write(draw_curves(title, curves).encode("ascii", "xmlcharrefreplace"))
+    except (OSError, UserError, ValueError, LookupError, TypeError) as error:
+        say(f"note: {picture}: no picture of the losses ({error})")
+
+
 def score_one(args: Namespace, open_ranks) -> int:
     """Score one artifact; returns 1 when its recorded score is not reproduced."""
     target = find_target(args.target or newest_run(), args.artifact)
@@ -275,6 +292,8 @@ def score_one(args: Namespace, open_ranks) -> int:
             print(row.format())
         if tables:
             print(format_tables(tables))
+    if target.result:
+        draw_losses(target.artifact.parent)
     tolerance = target.tolerance(score.mode)
     if difference is not None and not abs(difference) <= tolerance:
         say(f"error: not reproduced: val_bpb differs from the recorded one by {difference:+.3e}, more than "

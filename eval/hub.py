@@ -39,7 +39,7 @@ from durable.seals import check_digest, write_sealed
 from eval.card import CARD_NAME, read_facts, write_card
 from eval.decode import decoding
 from formats.checkpoints import newest_checkpoint, read_metrics, read_result
-from formats.curves import draw_curves
+from formats.curves import CURVES_NAME, draw_curves
 from formats.recipe import config_hash, flatten_recipe, get_recipe, read_recipe, with_values
 from formats.state import map_leaves, read_state, safetensors_library, write_state
 from scoring.generate import Sampling, draw_tokens, stream_text
@@ -60,7 +60,7 @@ from train_gpt import (
 )
 
 CONFIG_NAME, WEIGHTS_NAME, STATS_NAME = "config.json", "model.safetensors", "stats.json"
-OPTIMIZER_NAME, CURVES_NAME = "optimizer.safetensors", "loss.svg"
+OPTIMIZER_NAME = "optimizer.safetensors"
 FORMAT = "parameter golf model 2"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILE_NAME = re.compile(r"\w[\w.-]*")

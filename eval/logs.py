@@ -47,6 +47,10 @@ KNOWN_BYTES = (
     (32_760_000, "10,000 documents instead of 50,000 (#1854, #2039)"),
 )
 KNOWN_TOLERANCE = 0.004
+TRAIN_LINE = re.compile(rf"step:(\d+)/\d+ (?:train_loss|loss):{NUMBER} train_time:{NUMBER}ms")
+VAL_LINE = re.compile(rf"step:(\d+)/\d+ val_loss:{NUMBER} val_bpb:{NUMBER} train_time:{NUMBER}ms")
+TABLE_ROW = re.compile(r"  (\S.*?)  +([\d,]+(?:\.\d+)?) (?:bytes|s)")
+TABLE_SUMS = ("total", "limit", "left")
 # What a log says against its own score.
 RESERVATION = re.compile(r"(invalid|not_comparable):(.+)")
 ACCOUNT = "byte_account:"
@@ -120,6 +124,34 @@ def reservations(log: RunLog, kind: str) -> list[str]:
 def byte_accounts(log: RunLog) -> list[str]:
     """Return what a log says of the bytes of its text, as data/accounts.py words it."""
     return [line.removeprefix(ACCOUNT) for line in plain_lines(log) if line.startswith(ACCOUNT)]
+
+
+def logged_events(log: RunLog) -> list[dict]:
+    """Return the events that metrics.jsonl holds as far as a log's lines tell them: to four digits, fewer."""
+    events = []
+    for line in plain_lines(log):
+        if found := TRAIN_LINE.match(line):
+            step, loss, spent = found.groups()
+            events.append(
+                {"kind": "train", "step": int(step), "train_loss": float(loss), "train_ms": float(spent)}
+            )
+        elif found := VAL_LINE.match(line):
+            step, loss, bpb, spent = found.groups()
+            facts = {"val_loss": float(loss), "val_bpb": float(bpb), "train_ms": float(spent)}
+            events.append({"kind": "val", "step": int(step)} | facts)
+    return events
+
+
+def logged_tables(log: RunLog) -> dict[str, dict[str, float]]:
+    """Return title -> {row: number} of the tables of bytes and seconds, without their sums and limits."""
+    tables, title = {}, ""
+    for line in plain_lines(log):
+        found = TABLE_ROW.fullmatch(line)
+        if not found:
+            title = line
+        elif found[1] not in TABLE_SUMS:
+            tables.setdefault(title, {})[found[1]] = float(found[2].replace(",", ""))
+    return tables
 
 
 def plain_lines(log: RunLog) -> list[str]:
