@@ -1,0 +1,1 @@
+"""Sweeps: many trainings of one recipe, chosen by Optuna, on one machine or several."""
