@@ -43,6 +43,7 @@ COMMANDS = {
         Command("stats", "eval.stats", "means, intervals and tests of finished runs"),
         Command("watch", "dev.watch", "runs as they go, in a terminal"),
         Command("track", "dev.track", "feed TensorBoard, trackio or W&B from a run folder"),
+        Command("leaderboard", "dev.leaderboard", "the records of a folder records/ as one page"),
     ),
     "Bytes, rules, publishing": (
         Command("pack", "pack", "the smallest file that runs a recipe, or the readable one"),
@@ -88,7 +89,7 @@ def find_module(name: str) -> str:
     if name in MODULES:
         return MODULES[name]
     room = TREE / name.partition(".")[0]
-    if (room / "__init__.py").is_file() and find_spec(name):
+    if name in MODULES.values() or ((room / "__init__.py").is_file() and find_spec(name)):
         return name
     near = difflib.get_close_matches(name, MODULES, n=1)
     hint = f"Did you mean {near[0]}?" if near else "`golf --help` lists the commands."
