@@ -18,14 +18,17 @@ def recipe_files() -> dict[str, Path]:
 def resolve_words(words: list[str]) -> list[str]:
     """Replace, in a command line, what names a shipped recipe or tokenizer by its place.
 
-    The value of --recipe may be a record's name; any word, or what follows its "=", a path that begins with
-    records/ or tokenizers/. What is there below the current folder stays.
+    The value of --recipe or --against may be a record's name; any word, or what follows its "=", a path that
+    begins with records/ or tokenizers/. What is there below the current folder stays.
     """
     resolved = []
     for before, word in zip(["", *words], words):
         name, equals, value = word.rpartition("=")
-        is_recipe = before == "--recipe" or name == "--recipe"
-        resolved.append(name + equals + (resolve_recipe(value) if is_recipe else resolve_path(value)))
+        option = name or before
+        if option == "--against" and value in recipe_files() and not Path(value).exists():
+            value = str(recipe_files()[value])
+        place = resolve_recipe(value) if option == "--recipe" else resolve_path(value)
+        resolved.append(name + equals + place)
     return resolved
 
 

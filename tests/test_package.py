@@ -134,7 +134,10 @@ def test_shipped_recipes_and_tokenizers_have_names(monkeypatch, tmp_path):
     assert shipped.resolve_words(["data.tokenizer_path=tokenizers/sp2048"]) == [
         f"data.tokenizer_path={ROOT / 'tokenizers/sp2048'}"
     ]
+    assert shipped.resolve_words(["--against", NAIVE]) == ["--against", recipe]
     same = [
+        "--against",
+        "runs/mine",
         "--recipe",
         "mine.toml",
         "records/none",
