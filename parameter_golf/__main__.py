@@ -102,9 +102,9 @@ def share_tree() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command that the command line names."""
-    name, *words = sys.argv[1:] or ["--help"]
+    name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(describe_commands(), end="")
         return
