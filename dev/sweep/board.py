@@ -75,7 +75,6 @@ class Board:
                 f"{self.spec.path} says now, so that its trials cannot be compared. Take another name or "
                 "--storage, or put back what was changed."
             )
-        study.sampler = make_sampler(self.spec._asdict(), shift=len(study.get_trials(deepcopy=False)))
         if not study.get_trials(deepcopy=False):
             own = self.spec.own_values()
             is_grid = self.spec.sampler["kind"] == "grid"
@@ -171,18 +170,15 @@ class Board:
         """Return a trial for this worker with its setting chosen; None where there is none left."""
         with self.alone(), self.reached():
             self.free_lost()
-            sampler = self.study.sampler
-            try:
-                for skips in range(MOST_SKIPS):
-                    if skips == SKIPS_BEFORE_RANDOM:  # a sampler may insist on what it knows to be good
-                        self.study.sampler = self.optuna.samplers.RandomSampler()
-                    if self.is_full() and not self.study.get_trials(False, (self.states.WAITING,)):
-                        return None
-                    trial = self.take()
-                    if trial is not None:
-                        return trial
-            finally:
-                self.study.sampler = sampler
+            self.study.sampler = make_sampler(self.spec._asdict(), shift=len(self.study.get_trials(False)))
+            for skips in range(MOST_SKIPS):
+                if skips == SKIPS_BEFORE_RANDOM:  # a sampler may insist on what it knows to be good
+                    self.study.sampler = self.optuna.samplers.RandomSampler()
+                if self.is_full() and not self.study.get_trials(False, (self.states.WAITING,)):
+                    return None
+                trial = self.take()
+                if trial is not None:
+                    return trial
         return None
 
     def take(self):
@@ -231,20 +227,25 @@ class Board:
         owner = trial.user_attrs.get(OWNER)
         if owner is None and not self.url:  # killed while it claimed: that lock is ours now
             return True
-        path = self.folder / WORKERS_NAME / owner["worker"] if owner else None
-        if path and owner["host"] == socket.gethostname() and path.is_file():
-            if owner["worker"] == self.worker:
-                return False
-            lock = FileLock(path, thread_local=False)
-            is_free = acquire(lock, 0.0)
-            if is_free:
-                path.unlink(missing_ok=True)
-                lock.release()
-            return is_free
+        if owner and owner["host"] == socket.gethostname():
+            path = self.folder / WORKERS_NAME / owner["worker"]
+            if path.is_file():
+                return owner["worker"] != self.worker and self.is_free(path)
+            if not self.url:  # it ended; of a database another folder may be the worker's
+                return True
         sign, now = (owner, trial.user_attrs.get(BEAT)), time.monotonic()
         before, since = self.seen.get(trial.number, (None, now))
         self.seen[trial.number] = (sign, since if sign == before else now)
         return sign == before and now - since > SILENCE_S
+
+    def is_free(self, path: Path) -> bool:
+        """Whether nobody holds a worker's lock; removes one that is free."""
+        lock = FileLock(path, thread_local=False)
+        if not acquire(lock, 0.0):
+            return False
+        path.unlink(missing_ok=True)
+        lock.release()
+        return True
 
     def queue_again(self, trial_id: int) -> None:
         """Let a trial in work wait for a worker, with the setting that it has."""

@@ -13,7 +13,7 @@ from dev.sweep.board import REASON, RUNS, Board
 from dev.sweep.spec import Spec, spell
 
 RESULTS_NAME, PAGE_NAME, TEMPLATE_NAME = "results.json", "results.html", "results.html.jinja"
-ORDER = ("complete", "over a limit", "pruned", "running", "waiting", "failed")
+ORDER = ("complete", "over a limit", "pruned", "running", "waiting", "diverged", "failed")
 LEAST_FOR_IMPORTANCE = 4  # finished trials
 LEAST_FOR_RANKS = 5
 SAME_ORIGIN = {  # of all runs, else trials are not comparable; and what to say where it is not
@@ -56,8 +56,9 @@ def describe_trial(spec: Spec, trial) -> dict:
     """Return a trial as a row of the results."""
     runs = trial.user_attrs.get(RUNS, [])
     over = [name for name, share in trial.constraints.items() if share > 0]
+    word, reason = trial.state.name.lower(), trial.user_attrs.get(REASON, "")
     state = {"complete": "over a limit" if over else "complete", "fail": "failed"}
-    word = trial.state.name.lower()
+    state |= {"pruned": "diverged"} if reason else {}
     losses = [value for _, value in sorted(trial.intermediate_values.items())]
     return {
         "trial": trial.number,
@@ -68,7 +69,7 @@ def describe_trial(spec: Spec, trial) -> dict:
         "steps": min(run["steps"] for run in runs) if runs else None,
         "params": trial.params,
         "over": over,
-        "reason": trial.user_attrs.get(REASON, ""),
+        "reason": reason,
         "last_loss": losses[-1] if losses else None,
         "rungs": len(losses),
         "runs": runs,
@@ -208,7 +209,9 @@ def format_results(found: dict, spec: Spec) -> str:
     lines.append(f"{spec.name}: {counts}; {spec.trials} wanted. Folder: {found['folder']}")
     for row in found["trials"]:
         if row["reason"]:
-            lines.append(f"trial {row['trial']} failed: {' '.join(row['reason'].split())[-MOST_REASON:]}")
+            lines.append(
+                f"trial {row['trial']} {row['state']}: {' '.join(row['reason'].split())[-MOST_REASON:]}"
+            )
     if found["importance"]:
         shares = ", ".join(f"{field} {share:.0%}" for field, share in found["importance"].items())
         lines.append(f"importance for val_bpb: {shares}")

@@ -108,7 +108,7 @@ class Dimension(NamedTuple):
         options = self.options
         if self.kind == "categorical":
             return value in options["choices"]
-        steps = (value - options["low"]) / options.get("step", 1 if self.kind == "int" else 1e-12)
+        steps = (value - options["low"]) / options["step"] if "step" in options else 0
         return options["low"] <= value <= options["high"] and abs(steps - round(steps)) < 1e-6
 
 
@@ -317,9 +317,9 @@ def load_optuna():
 
 
 def make_sampler(plan: dict, shift: int = 0):
-    """Make Optuna's sampler of a spec; a seed is shifted, so that two workers do not draw the same."""
+    """Make Optuna's sampler of a spec; a seed is shifted by the number of trials, whichever worker asks."""
     options = {key: value for key, value in plan["sampler"].items() if key != "kind"}
-    if "seed" in options:
+    if "seed" in options and plan["sampler"]["kind"] != "qmc":  # which is one sequence
         options["seed"] += shift
     return getattr(load_optuna().samplers, SAMPLERS[plan["sampler"]["kind"]])(**options)
 
