@@ -96,7 +96,8 @@ def split_events(path: Path) -> tuple[list[dict], str]:
     What a kill cut off, a last line without its end, is left out and no fault.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    events, seal = [], 0
+    events: list[dict] = []
+    seal = 0
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         found = unseal_event(line, seal)
         if found is None:
