@@ -87,7 +87,7 @@ def test_a_run_fills_every_section(trained_run, tmp_path, capsys):
     assert len(set(found.ids)) == len(found.ids)
     run = read_run(trained_run)
     assert f"{run.val_bpb:.5f}" in text and "blocks.0.mlp.up.weight" in text
-    assert "In training, step:3" in text and "Cost of quantization" in text
+    assert "in training, step:3" in text and "Cost of quantization" in text
     assert len(text.encode()) < 3_000_000 and "made in" in capsys.readouterr().out
 
 

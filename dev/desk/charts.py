@@ -65,7 +65,7 @@ def style(i: int, member: int = 0) -> dict:
 def chart(title: str, label: str = "", about: str = "", height: float = SIZE[1]) -> Iterator[Chart]:
     """Yield a chart with axes, whose vertical one has a label; lines with labels get a legend."""
     matplotlib = require("matplotlib")
-    require("matplotlib.backends.backend_svg")
+    svg = require("matplotlib.backends.backend_svg")
     figures = require("matplotlib.figure")
     with matplotlib.rc_context(SETTINGS):
         figure = figures.Figure(figsize=(SIZE[0], height), layout="constrained")
@@ -77,8 +77,10 @@ def chart(title: str, label: str = "", about: str = "", height: float = SIZE[1])
         if handles:
             drawn.legend = {"loc": "outside lower center", "ncols": 1 if max(map(len, labels)) > 24 else 3}
             figure.legend(handles, labels, **drawn.legend)
+        figure.get_layout_engine().execute(figure)  # once: savefig lays out and draws twice
+        figure.set_layout_engine("none")
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        svg.FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
         drawn.svg = follow_page(text.getvalue(), drawn)
 
 

@@ -35,7 +35,7 @@ from train_gpt import (
 SHOWN_TOKENS = 700  # of the heat map
 BATCH_TOKENS = 4096
 PROMPT_TOKENS = 32
-SAMPLE = Sampling(max_tokens=80, temperature=0.8, top_p=0.95, seed=1)
+SAMPLE = Sampling(max_tokens=48, temperature=0.8, top_p=0.95, seed=1)
 MOST_TEXT = 1 << 20  # bytes of a text that is read for a heat map
 LEVELS, MOST_BITS = 9, 12.0  # of the heat map: the last is for all that costs more
 

@@ -1,7 +1,7 @@
 """The sections of a report: each where there are facts for it, else what is missing and how to get it."""
 
-import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -450,11 +450,11 @@ def sample_blocks(row: Drawn, costs: Costs | str | None) -> list[Block]:
     found = [line.removeprefix("sample: ") for line in lines if line.startswith("sample: ")][-SAMPLE_LINES:]
     for line in found:
         step, _, text = line.partition(" text:")
-        try:
-            text = json.loads(text)
-        except ValueError:
-            continue
-        blocks += [Block("pale", f"In training, {step}"), Block("text", text)]
+        with suppress(UserError):  # a line that was cut off
+            blocks += [
+                Block("text", parse_json(text, "sample")),
+                Block("pale", f"Above: in training, {step}."),
+            ]
     return blocks
 
 
