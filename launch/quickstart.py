@@ -14,8 +14,8 @@
 # # Train a tiny language model under a byte and a time limit
 #
 # From text to a score that you can check: collect text, train a tokenizer, train a model, quantize it,
-# weigh it, score the weighed bytes; then change one thing. Needs two CPU cores, no GPU, and about six
-# minutes. Works in Colab, Kaggle and Jupyter; `python launch/quickstart.py` runs the same without a
+# weigh it, score the weighed bytes; then change one thing. Needs two CPU cores and no GPU; trains twice for
+# a minute. Works in Colab, Kaggle and Jupyter; `python launch/quickstart.py` runs the same without a
 # notebook.
 
 # %%
