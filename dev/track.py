@@ -83,7 +83,7 @@ class TrackioSink:
             sqlite3.Error,
         ) as error:  # a name or an address it does not take, a full disk
             raise UserError(
-                f"--to trackio: not opened ({str(error):.300}). Change --project or TRACKIO_DIR."
+                f"--to trackio: not opened ({error!s:.300}). Change --project or TRACKIO_DIR."
             ) from error
         away = [os.environ[variable] for variable in TRACKIO_ELSEWHERE if variable in os.environ]
         self.place = (
