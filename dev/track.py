@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import sqlite3
 import sys
 import time
 from contextlib import ExitStack, redirect_stdout
@@ -72,7 +73,18 @@ class TrackioSink:
             "auto_log_gpu": False,
             "auto_log_cpu": False,
         }  # of this machine, not the run's
-        self.run = self.trackio.init(options.project, name, config=config_of(run), resume="allow", **quiet)
+        try:
+            self.run = self.trackio.init(
+                options.project, name, config=config_of(run), resume="allow", **quiet
+            )
+        except (
+            ValueError,
+            OSError,
+            sqlite3.Error,
+        ) as error:  # a name or an address it does not take, a full disk
+            raise UserError(
+                f"--to trackio: not opened ({error!s:.300}). Change --project or TRACKIO_DIR."
+            ) from error
         away = [os.environ[variable] for variable in TRACKIO_ELSEWHERE if variable in os.environ]
         self.place = (
             away[0] if away else f"{self.trackio.TRACKIO_DIR} (trackio show --project {options.project})"
@@ -268,18 +280,19 @@ class Feed:
         """Send what is new; what was sent by the call before counts as stored."""
         self.tracked.save(self.unsaved)
         name = self.tracked.name
-        self.unsaved = self.tracked.news(self.run, self.args.artifact)
+        rows, self.unsaved = self.tracked.news(self.run, self.args.artifact), []
         if self.sink and name != self.tracked.name:
             self.close()
-        if self.unsaved and self.sink is None:
+        if rows and self.sink is None:
             options = Options(self.args.project, self.args.offline, not self.tracked.steps)
             self.sink = SINKS[self.args.to](self.run, self.tracked.name, options)
-        for row in self.unsaved:
+        for row in rows:
             if row.kind == "artifact":
                 self.sink.attach(self.run.artifact)
             else:
                 self.sink.log(row.step, row.numbers)
-        self.sent += len(self.unsaved)
+            self.unsaved.append(row)
+        self.sent += len(rows)
 
     def close(self) -> None:
         """Let the sink store all."""

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 NODES=${NODES:-1}                 # machines, all with this checkout and the data at the same paths
 NODE=${NODE:-0}                   # this one's number; the first is where the ranks meet
 HEAD=${HEAD:-localhost}           # a name or address of the first one that all of them reach
-PORT=${PORT:-29500}               # a free one there
+PORT=${PORT:-29500}               # a free one there, with several machines
 GPUS=${GPUS:-auto}                # processes on this machine; auto: one a GPU, without any one a CPU core
 JOB=${JOB:-}                      # names the run, OUT_DIR/JOB; without it date and seed do
 OUT_DIR=${OUT_DIR:-runs}          # a folder that outlives the machine, and that all of them share
@@ -24,8 +24,11 @@ PYTHON=${PYTHON:-.venv/bin/python}
 [ "$NODES" = 1 ] || [ "$HEAD" != localhost ] ||
     { echo "launch: expected HEAD=... with NODES=$NODES: the first machine's name or address." >&2; exit 1; }
 
-# The first machine has rank 0, which writes the run folder; a rendezvous by c10d would deal ranks otherwise.
-exec "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --node-rank="$NODE" --nproc-per-node="$GPUS" \
-    --master-addr="$HEAD" --master-port="$PORT" \
+meeting=(--standalone)            # on a free port
+# With numbers of machines the first has rank 0, which writes the run folder; a rendezvous by c10d deals ranks anew.
+[ "$NODES" = 1 ] ||
+    meeting=(--nnodes="$NODES" --node-rank="$NODE" --master-addr="$HEAD" --master-port="$PORT")
+
+exec "$PYTHON" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$GPUS" \
     train_gpt.py ${JOB:+"run.run_id=$JOB"} "run.out_dir=$OUT_DIR" \
     run.resume=auto "run.save_every=$SAVE_EVERY" "$@"

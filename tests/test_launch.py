@@ -85,7 +85,7 @@ def test_one_machine_trains_alone(stand_ins):
     done = run_script("train.sh", stand_ins | {"JOB": "mine", "SAVE_EVERY": "50"}, "run.save_every=9")
     assert done.returncode == 0, done.stderr
     words = words_of(stand_ins)
-    assert {"torch.distributed.run", "--nnodes=1", "--nproc-per-node=auto", "--node-rank=0"} <= {*words}
+    assert {"torch.distributed.run", "--standalone", "--nproc-per-node=auto"} <= {*words}
     assert words[words.index("train_gpt.py") :] == [
         "train_gpt.py", "run.run_id=mine", "run.out_dir=runs", "run.resume=auto", "run.save_every=50",
         "run.save_every=9",

@@ -17,7 +17,7 @@ from test_events import read_events
 
 from common import UserError
 from dev.desk.runs import read_run
-from dev.track import STATE_NAME, Tracked, config_of, main, name_of, summary_of
+from dev.track import STATE_NAME, TensorBoardSink, Tracked, config_of, main, name_of, summary_of
 from durable.seals import write_events
 from formats.events import EVENTS_NAME
 
@@ -118,6 +118,27 @@ def test_a_kill_loses_no_event(run_folder):
     assert Tracked(run_folder, "another").news(read_run(run_folder), False) == rows, (
         "another tracker has none"
     )
+
+
+def test_what_a_tracker_did_not_take_is_sent_again(run_folder, monkeypatch):
+    """A disk that fills up, a connection that breaks, Ctrl-C: in the middle of the events."""
+    with monkeypatch.context() as broken:
+        broken.setattr("dev.track.TensorBoardSink.log", fail_at(2, TensorBoardSink.log))
+        with pytest.raises(OSError, match="no space"):
+            main([str(run_folder), "--to", "tensorboard"])
+    main([str(run_folder), "--to", "tensorboard"])
+    assert [step for step, _ in scalars(run_folder, "train/train_loss")] == [1, 2, 3]
+
+
+def fail_at(step: int, log):
+    """Break a sink's log at a step."""
+
+    def broken(self, at, numbers):
+        if at == step:
+            raise OSError("no space")
+        log(self, at, numbers)
+
+    return broken
 
 
 def test_a_run_keeps_its_name_and_no_two_share_one(run_folder, tmp_path):
@@ -258,6 +279,13 @@ def test_wandb_gets_every_event_once_in_offline_files(run_folder):
     assert ids == {name_of(read_run(run_folder))}
     assert any(json.loads(config.get("run.iterations", "0")) == 100 for config in configs)
     assert files == ["artifact.bin"], "once, and not before there is a result"
+
+
+@pytest.mark.desk
+def test_a_name_that_trackio_does_not_take_is_an_error_in_a_sentence(run_folder):
+    pytest.importorskip("trackio")
+    with pytest.raises(UserError, match="--to trackio: not opened"):
+        main([str(run_folder), "--to", "trackio", "--offline", "--project", "registry-x"])
 
 
 @pytest.mark.desk
