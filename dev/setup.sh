@@ -19,22 +19,22 @@ pip="$VENV/bin/python -m pip install --quiet --disable-pip-version-check"
 if [ "$system" = Darwin ]; then
     echo "setup: Mac found; installing torch $TORCH, which has Apple's GPU (mps)"
     $pip "torch==$TORCH" -c constraints/cpu.txt
-    $pip -r requirements/dev.txt -c constraints/cpu.txt
+    $pip -r requirements.txt -r requirements/dev.txt -c constraints/cpu.txt
 elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
     echo "setup: NVIDIA GPU found; installing torch as constraints/$GPU.txt says"
-    $pip -r requirements/dev.txt -c "constraints/$GPU.txt"
+    $pip -r requirements.txt -r requirements/dev.txt -c "constraints/$GPU.txt"
 elif [ -e "$KFD" ] || { command -v rocminfo >/dev/null 2>&1 && rocminfo >/dev/null 2>&1; }; then
     echo "setup: AMD GPU (ROCm) found; installing a torch of $ROCM_INDEX"
     $pip "torch>=2.9.1,<2.16" --index-url "$ROCM_INDEX" ||
         { echo "setup: no torch at $ROCM_INDEX. Set ROCM_INDEX=... to the index of your ROCm version" >&2; exit 1; }
-    $pip -r requirements/dev.txt
+    $pip -r requirements.txt -r requirements/dev.txt
 else
     echo "setup: no NVIDIA or AMD GPU; installing a CPU build of torch $TORCH"
     $pip "torch==$TORCH+cpu" -c constraints/cpu.txt 2>/dev/null ||
         $pip "torch==$TORCH" --index-url "$TORCH_INDEX" 2>/dev/null ||
         { echo "setup: no CPU build in the configured indexes or at $TORCH_INDEX; taking what $TORCH is here"
           $pip "torch==$TORCH" -c constraints/cpu.txt; }
-    $pip -r requirements/dev.txt -c constraints/cpu.txt
+    $pip -r requirements.txt -r requirements/dev.txt -c constraints/cpu.txt
 fi
 
 "$VENV/bin/python" -c "

@@ -27,8 +27,11 @@ from audit.program import read_program, third_party_imports
 from audit.report import STATUS, as_json
 from audit.table import CHECKS
 from common import CommandParser, UserError, parse_json, run_command, sha256_file, write_json
-from eval.logs import RunLog
+from durable.seals import split_events
+from eval.logs import RunLog, logged_events
 from eval.stats import Sample, SeedScore, compare, read_scores, summarize
+from formats.checkpoints import METRICS_NAME
+from formats.curves import CURVES_NAME, draw_curves, event_curves
 from formats.recipe import config_fields, config_value
 from pack.program import ENTRY, collect
 from train_gpt import ARTIFACT_NAME, Config
@@ -308,7 +311,15 @@ def result_section(record: Record) -> str:
     )
     if keeps_artifact(record.runs):
         text += f" `{ARTIFACT_NAME}` is that of seed {kept.seed}, whose score is the nearest to the mean."
+    if any(train_points(run) for run in record.runs):
+        text += f"\n\n![Training loss by step, a curve a seed]({CURVES_NAME})"
     return text
+
+
+def train_points(run: Run) -> list[tuple[float, float]]:
+    """Return (step, nats a token) of a run: of all its steps, or of those in its log."""
+    events = split_events(run.folder / METRICS_NAME)[0] or logged_events(run.log)
+    return event_curves(events)["training"]
 
 
 def comparison_section(comparison: dict) -> str:
@@ -428,6 +439,10 @@ def write_files(folder: Path, record: Record) -> None:
         copies |= {kept.folder / name: name for name in (ARTIFACT_NAME, "result.json")}
     for file, name in copies.items():
         shutil.copyfile(file, folder / name)
+    curves = {f"seed {run.seed}": points for run in record.runs if (points := train_points(run))}
+    if curves:
+        picture = draw_curves(f"{record.name}: training loss", curves)
+        (folder / CURVES_NAME).write_text(picture, encoding="utf-8")
     (folder / "requirements.txt").write_text(list_requirements(folder), encoding="utf-8")
     if record.old:
         write_json(folder / BASELINE, {"scores": [row._asdict() for row in record.old]})

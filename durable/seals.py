@@ -85,7 +85,9 @@ def unseal_event(line: str, before: int) -> tuple[dict, int] | None:
     found = EVENT.fullmatch(line)
     if not found or zlib.crc32(f"{found[1]}}}".encode(), before) != int(found[2]):
         return None
-    return parse_json(f"{found[1]}}}", "event"), int(found[2])
+    event = parse_json(f"{found[1]}}}", "event", strict=False)  # a loss may be NaN
+    is_event = isinstance(event.get("kind"), str) and isinstance(event.get("step"), int)
+    return (event, int(found[2])) if is_event else None
 
 
 def split_events(path: Path) -> tuple[list[dict], str]:
@@ -94,7 +96,8 @@ def split_events(path: Path) -> tuple[list[dict], str]:
     What a kill cut off, a last line without its end, is left out and no fault.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    events, seal = [], 0
+    events: list[dict] = []
+    seal = 0
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         found = unseal_event(line, seal)
         if found is None:

@@ -114,4 +114,4 @@ def score_domains(
 
 def format_domains(scores: list[DomainScore]) -> str:
     """Draw the table, one row a domain."""
-    return format_table(COLUMNS, scores)
+    return format_table(COLUMNS, list(scores))

@@ -9,7 +9,8 @@
     python -m eval.hub summary|structure|save|push SOURCE [TARGET]
 
 A saved folder has config.json (the recipe), model.safetensors (weights by name), stats.json and loss.svg
-(loss curves), the tokenizer's files and, where asked for, optimizer.safetensors. Nothing in it runs code.
+(loss curves), README.md (the model card), the tokenizer's files and, where asked for, optimizer.safetensors.
+Nothing in it runs code.
 """
 
 import re
@@ -35,6 +36,7 @@ from common import (
 )
 from data.download import first_line
 from durable.seals import check_digest, write_sealed
+from eval.card import CARD_NAME, read_facts, write_card
 from eval.decode import decoding
 from formats.checkpoints import newest_checkpoint, read_metrics, read_result
 from formats.curves import CURVES_NAME, draw_curves
@@ -69,7 +71,9 @@ class Loaded(NamedTuple):
 
     model: GPT
     cfg: Config
-    stats: dict  # name, num_params, total_tokens, total_seconds, loss and val_loss: [[step, nats], ...]
+    stats: (
+        dict  # name, num_params, total_tokens, total_seconds, loss and val_loss: [[step, nats], ...], facts
+    )
     tokenizer_sha256: str = ""  # "" where its source does not say
     optimizer: dict | None = None  # the optimizers' state, where a checkpoint or a saved folder has it
 
@@ -103,7 +107,7 @@ def load(source: str | Path, dtype: str = "", tokenizer: str = "", device: str =
     model.load_state_dict(opened.weights)
     model = model.to(Ranks(Environment({}), device).device).eval()
     saved_stats = file.with_name(STATS_NAME)
-    stats = read_json(saved_stats) if saved_stats.is_file() else run_stats(file.parent, cfg, model)
+    stats = read_json(saved_stats) if saved_stats.is_file() else run_stats(file, cfg, model)
     return Loaded(model, cfg, stats, opened.tokenizer_sha256, opened.optimizer)
 
 
@@ -227,8 +231,9 @@ def open_codec(loaded: Loaded):
 # ---- Reading ----------------------------------------------------------------------------------------
 
 
-def run_stats(folder: Path, cfg: Config, model: nn.Module) -> dict:
-    """Sum up a run folder's metrics.jsonl; without one the curves are empty."""
+def run_stats(file: Path, cfg: Config, model: nn.Module) -> dict:
+    """Sum up what a run folder says of the file in it that holds the model; without metrics no curves."""
+    folder = file.parent
     events = read_metrics(folder)
     trained = {event["step"]: event for event in events if event["kind"] == "train"}  # a resumed run repeats
     total_tokens, elapsed_ms = 0, 0.0
@@ -242,6 +247,7 @@ def run_stats(folder: Path, cfg: Config, model: nn.Module) -> dict:
         "total_seconds": elapsed_ms / 1000,
         "loss": [[step, event["train_loss"]] for step, event in sorted(trained.items())],
         "val_loss": [[event["step"], event["val_loss"]] for event in events if event["kind"] == "val"],
+        "facts": read_facts(file),
     }
 
 
@@ -291,8 +297,11 @@ def generate(
 # ---- Saving and the hub -----------------------------------------------------------------------------
 
 
-def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False) -> Path:
-    """Write config, weights, stats, curves and tokenizer into a folder; the optimizers' state if asked."""
+def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False, hub_id: str = "") -> Path:
+    """Write config, weights, stats, curves, card and tokenizer into a folder; the optimizers' state if asked.
+
+    hub_id is where the card says that the model is.
+    """
     folder, library = Path(folder), safetensors_library()
     if with_optimizer and loaded.optimizer is None:
         raise UserError(
@@ -301,8 +310,8 @@ def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False) -> Pa
     codec = open_codec(loaded)
     merges = codec.path.with_name("merges.txt")
     files = [codec.path, *([merges] if codec.path.name == "vocab.json" else [])]
-    config = folder / CONFIG_NAME
-    if folder.is_dir() and any(folder.iterdir()) and not (config.is_file() and read_config(config)):
+    place = folder / CONFIG_NAME
+    if folder.is_dir() and any(folder.iterdir()) and not (place.is_file() and read_config(place)):
         raise UserError(
             f"{folder}: expected a new or empty folder, or a saved model's, found files of others."
         )
@@ -310,20 +319,23 @@ def save(loaded: Loaded, folder: str | Path, with_optimizer: bool = False) -> Pa
     for file in files:
         shutil.copyfile(file, folder / file.name)
     arrays = {name: tensor.cpu().contiguous().numpy() for name, tensor in loaded.model.state_dict().items()}
-    with atomic_file(folder / WEIGHTS_NAME) as file:
-        file.write(library.numpy.save(arrays, metadata={"format": "pt"}))
+    with atomic_file(folder / WEIGHTS_NAME) as out:
+        out.write(library.numpy.save(arrays, metadata={"format": "pt"}))
     (folder / OPTIMIZER_NAME).unlink(missing_ok=True)
-    if with_optimizer:
+    if with_optimizer and loaded.optimizer is not None:
         write_state(folder / OPTIMIZER_NAME, loaded.optimizer, {"config_hash": config_hash(loaded.cfg)})
     stats = loaded.stats
     write_json(folder / STATS_NAME, stats)
     curves = {"training": stats["loss"], "validation": stats["val_loss"]}
     (folder / CURVES_NAME).write_text(draw_curves(f"{stats['name']}: nats a token", curves), encoding="utf-8")
-    config = {"format": FORMAT, "recipe": get_recipe(loaded.cfg), "tokenizer_sha256": codec.digest}
+    card = write_card(loaded.cfg, stats, codec.digest, hub_id or "FOLDER")
+    with atomic_file(folder / CARD_NAME) as out:
+        out.write(card.encode())
+    config: dict = {"format": FORMAT, "recipe": get_recipe(loaded.cfg), "tokenizer_sha256": codec.digest}
     config["tokenizer_files"] = [file.name for file in files]
     names = (WEIGHTS_NAME, STATS_NAME, *config["tokenizer_files"])
     config["sha256"] = {name: sha256_file(folder / name) for name in names}
-    write_sealed(folder / CONFIG_NAME, config)  # last: a folder with it is whole
+    write_sealed(place, config)  # last: a folder with it is whole
     return folder
 
 
@@ -373,7 +385,7 @@ def push(loaded: Loaded, hub_id: str, with_optimizer: bool = False, private: boo
         raise UserError(f"{hub_id}: expected a hub id OWNER/NAME.")
     hub = hub_library()
     with tempfile.TemporaryDirectory() as folder:
-        save(loaded, folder, with_optimizer)
+        save(loaded, folder, with_optimizer, hub_id)
         upload = {"folder_path": folder, "commit_message": "Publish a trained model"}
         try:
             api = hub.HfApi()
@@ -399,9 +411,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.action}: expected a target after {args.source}. `--help` says which.")
     loaded = load(args.source, tokenizer=args.tokenizer)
     if args.action in ("save", "push"):
-        print({"save": save, "push": push}[args.action](loaded, args.target, args.with_optimizer))
+        write = save if args.action == "save" else push
+        print(write(loaded, args.target, args.with_optimizer))
     else:
-        print({"summary": summary, "structure": structure}[args.action](loaded))
+        print(summary(loaded) if args.action == "summary" else structure(loaded))
 
 
 if __name__ == "__main__":

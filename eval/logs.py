@@ -100,7 +100,9 @@ def read_seed(value: object) -> int | None:
 
 def parse_log(name: str, text: str) -> RunLog:
     """Read a log; unknown lines are passed over."""
-    scores, facts, config = [], {}, {}
+    scores: list = []
+    facts: dict = {}
+    config: dict = {}
     has_started = False
     for raw in text.splitlines():
         line = PREFIX.sub("", raw[:MAX_LINE], count=1).rstrip()

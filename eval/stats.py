@@ -16,18 +16,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import CommandParser, UserError, read_json, run_command
+from common import CommandParser, UserError, parse_json, read_json, run_command
 from eval.logs import headlines, parse_log, read_seed, settings_hash
+from formats.checkpoints import RESULT_NAME
 
 MARGIN_NATS = 0.005  # a token; the contest's README asks records to beat the last one by it
 ALPHA = 0.01  # the README's; the late leaderboard used 0.25 between neighbouring rows
 FRONTIER_ALPHA = 0.25
 POWER = 0.8  # chance of showing a gain that is there
-SAME_BPB = 5e-5  # half a unit of the fourth decimal, to which claims are rounded
+SAME_BPB = 5e-5  # half a unit of the fourth decimal, to which claims and some logs are rounded
 SOURCES_ALPHA = 0.05  # two-sided: below, sources of one configuration do not agree
 FRACTION_TERMS = 300  # exact to 1e-13 for df up to some thousands
 POWER_STEPS = 400  # of Simpson's rule, over 10 deviations to each side
 MAX_SEEDS = 1000  # where minimum_seeds gives up
+UNEVEN = 1.1  # most steps over least, of one recipe: beyond, by a clock, the machine was not as fast
+LOG_NAME, BROKEN = "train.log", "NOT A VALID RUN"
+# What a result says of where it comes from, and what it means that two differ in it.
+ORIGINS = {
+    "data": "were trained on different data",
+    "tokenizer": "have different tokenizers: nats a token do not compare, bits a byte do",
+    "code": "were trained by different code",
+    "ranks": "had different numbers of ranks",
+    "machine": "ran on different machines or library versions: by the clock, they had different budgets",
+}
 
 
 class Sample(NamedTuple):
@@ -257,7 +268,9 @@ def _json_scores(file: Path, source: str) -> list[SeedScore]:
         rows = [(read_seed(seed), row) for seed, row in results.items() if read_seed(seed) is not None]
     else:
         rows = [(facts.get("seed"), facts.get("score", facts))]
+    recipe = facts.get("config_hash", "")
     known = {"file": str(file), "val_loss": None, "config": "", "source": source}
+    known |= {"config": recipe} if isinstance(recipe, str) else {}
     return [
         SeedScore(**known | {name: row[name] for name in SeedScore._fields if name in row} | {"seed": seed})
         for seed, row in rows
@@ -304,10 +317,72 @@ def warnings(scores: list[SeedScore]) -> list[str]:
             found.append(f"{source}: one seed occurs twice: the scores are not independent")
         found += selection(Path(source), rows)
     found += disagreement(groups)
-    hashes = sorted({row.config for row in scores if row.config})
-    if len(hashes) > 1:
-        found.append(f"the logs state {len(hashes)} different configurations: {', '.join(hashes)}")
+    for kind, files in (("logs", False), ("results", True)):
+        hashes = sorted({row.config for row in scores if row.config and row.file.endswith(".json") == files})
+        if len(hashes) > 1:
+            found.append(f"the {kind} state {len(hashes)} different configurations: {', '.join(hashes)}")
+    found += [text for row in scores for text in doubts(row)]
+    results = [result for row in scores if (result := result_beside(Path(row.file)))]
+    return found + unequal(results) + uneven(results)
+
+
+def result_beside(file: Path) -> dict | None:
+    """Return what the run of a log, or a result itself, says of itself; None where there is none to read."""
+    path = file.with_name(RESULT_NAME)
+    if file.name not in (LOG_NAME, RESULT_NAME) or not path.is_file():
+        return None
+    try:
+        facts = parse_json(path.read_bytes(), path, strict=False)
+    except (UserError, OSError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def doubts(row: SeedScore) -> list[str]:
+    """Say what speaks against one score in the files that it is from."""
+    file, found = Path(row.file), []
+    if not file.is_file():
+        return []
+    if file.suffix != ".json" and BROKEN in file.read_text(encoding="utf-8", errors="replace"):
+        found.append(f"{file}: says {BROKEN}: it is over a limit")
+    result = result_beside(file)
+    if file.name == LOG_NAME and result is None:
+        found.append(f"{file}: no {RESULT_NAME} beside it that can be read: the run is not finished")
+    if result is None:
+        return found
+    if limits := result.get("over_limits"):
+        found.append(f"{file}: over its limit of {', '.join(map(str, limits))}: not a valid run")
+    score = result.get("score") if isinstance(result.get("score"), dict) else {}
+    stated, seed = score.get("val_bpb"), result.get("seed")
+    if isinstance(stated, float) and abs(stated - row.val_bpb) > SAME_BPB:
+        found.append(f"{file}: states val_bpb {row.val_bpb:.8f}, {RESULT_NAME} beside it {stated:.8f}")
+    if row.seed is not None and seed not in (None, row.seed):
+        found.append(f"{file}: states seed {row.seed}, {RESULT_NAME} beside it {seed}: another run's log")
+    reasons = (score.get(key) for key in ("invalid", "not_comparable"))
+    return found + [f"{file}: {reason}" for reason in reasons if reason]
+
+
+def unequal(results: list[dict]) -> list[str]:
+    """Say in what else than their recipes runs differ, as far as their results tell."""
+    origins = [result["origin"] for result in results if isinstance(result.get("origin"), dict)]
+    found = [
+        f"the runs {meaning}"
+        for key, meaning in ORIGINS.items()
+        if len({repr(origin[key]) for origin in origins if key in origin}) > 1
+    ]
+    scores = [result["score"] for result in results if isinstance(result.get("score"), dict)]
+    sizes = sorted({score["num_bytes"] for score in scores if isinstance(score.get("num_bytes"), int)})
+    if len(sizes) > 1:
+        found.append(f"the runs scored different texts, of {', '.join(f'{size:,}' for size in sizes)} bytes")
     return found
+
+
+def uneven(results: list[dict]) -> list[str]:
+    """Say whether runs of one configuration took clearly different numbers of steps."""
+    steps = [result["steps"] for result in results if isinstance(result.get("steps"), int)]
+    if not steps or max(steps) <= UNEVEN * min(steps):
+        return []
+    return [f"the runs took from {min(steps):,} to {max(steps):,} steps: they are not equally long"]
 
 
 def disagreement(groups: dict[str, list[SeedScore]]) -> list[str]:
@@ -362,6 +437,7 @@ def compare(new: list[SeedScore], old: list[SeedScore] | float, alpha=ALPHA, pow
     else:
         report |= {"old": describe(old)}
         report["warnings"] += [f"against: {text}" for text in warnings(old)]
+        report["warnings"] += [f"new and old: {text}" for text in across(new, old)]
         others, pairs = [row.val_bpb for row in old], len(by_seed(new).keys() & by_seed(old).keys())
     if len(values) > 1 and len(others) > 1:
         tests["Welch"] = lambda margin: welch(values, others, margin)
@@ -381,6 +457,24 @@ def compare(new: list[SeedScore], old: list[SeedScore] | float, alpha=ALPHA, pow
         for label, margin in margins.items()
     }
     return report
+
+
+def across(new: list[SeedScore], old: list[SeedScore]) -> list[str]:
+    """Say what differs between two sides and not within them."""
+    sides = [[result for row in side if (result := result_beside(Path(row.file)))] for side in (new, old)]
+    within = {text for side in sides for text in unequal(side)}
+    return [text for text in unequal([*sides[0], *sides[1]]) if text not in within]
+
+
+def passed_over(paths: list[Path]) -> list[str]:
+    """Name the files and folders among several that hold no score."""
+    found = []
+    for path in paths if len(paths) > 1 else []:
+        try:
+            read_scores([path])
+        except UserError:
+            found.append(f"{path}: no score in it, left out: a run that is not finished?")
+    return found
 
 
 def format_side(name: str, side: dict) -> list[str]:
@@ -440,6 +534,9 @@ def main(argv: list[str] | None = None) -> int:
         report = compare(new, read_against(args.against), args.alpha, args.power)
     else:
         report = {"new": describe(new), "warnings": warnings(new)}
+    report["warnings"] += passed_over(args.new)
+    if len(args.against) > 1:
+        report["warnings"] += [f"against: {text}" for text in passed_over(list(map(Path, args.against)))]
     report["scores"] = [row._asdict() for row in new]
     print(json.dumps(report) if args.json else format_report(report))
     return 0

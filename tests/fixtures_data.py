@@ -1,5 +1,6 @@
 """What the data tests share: small and shared text, small tokenizers, and a hub on this machine."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -86,6 +87,7 @@ class FakeHub:
         self.flips: Counter = Counter()  # path -> how many more times it arrives with a flipped byte
         self.stalled_path = ""  # this file stops half way until `released`
         self.stalled, self.released = threading.Event(), threading.Event()
+        self.posted: list[str] = []  # what was asked to be written
         self.bodies: Counter = Counter()  # path -> how many times its body was asked for
         hub = self
 
@@ -102,7 +104,7 @@ class FakeHub:
 
 
 class FakeHubHandler(http.server.BaseHTTPRequestHandler):
-    """Answers the two requests that huggingface_hub makes for a file: HEAD, then GET."""
+    """Answers what huggingface_hub asks for a file, HEAD then GET, and takes commits."""
 
     owner: FakeHub
     protocol_version = "HTTP/1.1"
@@ -134,6 +136,32 @@ class FakeHubHandler(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.start()
+
+    def answer(self, value: dict) -> None:
+        """Send JSON."""
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        """Take a commit of files, which arrive as lines of JSON, without a store for large ones."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.owner.posted.append(self.path)
+        if self.path.endswith("/preupload/main"):
+            names = [row["path"] for row in json.loads(body)["files"]]
+            kinds = {"uploadMode": "regular", "shouldIgnore": False}
+            self.answer({"files": [{"path": name} | kinds for name in names]})
+        elif "/commit/" in self.path:
+            for row in map(json.loads, body.splitlines()):
+                if row["key"] == "file":
+                    self.owner.files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
+            where = f"{self.owner.endpoint}/someone/tiny/commit/{'c' * 40}"
+            self.answer({"success": True, "commitOid": "c" * 40, "commitUrl": where, "hookOutput": ""})
+        else:  # a new repository
+            self.answer({"url": f"{self.owner.endpoint}/someone/tiny", "id": "1", "name": "someone/tiny"})
 
     def do_GET(self):
         path, body = self.start()

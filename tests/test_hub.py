@@ -15,11 +15,11 @@ from fixtures_model import TINY, run_python
 from fixtures_packing import leave_stand_in
 
 import train_gpt
-from common import UserError
+from common import UserError, sha256_file
 from durable.seals import write_sealed
 from eval.hub import generate, load, main, parameters, push, save, structure, summary
-from formats.checkpoints import NUMBERED
-from formats.recipe import with_values
+from formats.checkpoints import NUMBERED, read_result
+from formats.recipe import config_hash, read_recipe, with_values
 from scoring.generate import Sampling
 from train_gpt import ARTIFACT_NAME, Config, Environment
 
@@ -29,7 +29,7 @@ time.sleep = lambda seconds: None
 runpy.run_module("eval.sample", run_name="__main__", alter_sys=True)
 """
 CHECKPOINT = NUMBERED.format(6)  # the last step
-SAVED = {"config.json", "model.safetensors", "stats.json", "loss.svg", "tokenizer.model"}
+SAVED = {"config.json", "model.safetensors", "stats.json", "loss.svg", "README.md", "tokenizer.model"}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,59 @@ def test_a_hub_id_downloads_loads_and_generates(saved, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout == "ab" + generate(load(saved), "ab", Sampling(5)) + "\n"
     assert hub.bodies["model.safetensors"] == 1 and not hub.bodies["optimizer.safetensors"]
+
+
+def test_a_published_model_comes_back_with_its_card(run_folder, saved, tmp_path):
+    """Both ways over a hub of this machine: the client uploads, another process fetches and generates."""
+    with serve_fake_hub() as hub:
+        env = hub_environment(hub, tmp_path) | {"HF_TOKEN": "hf_none"}
+        pushed = run_python("-m", "eval.hub", "push", run_folder, "someone/tiny", env=env)
+        assert pushed.returncode == 0, pushed.stderr
+        assert set(hub.files) == SAVED
+        arguments = ("someone/tiny", "--prompt", "ab", "--max-tokens", "5")
+        result = run_python("-m", "eval.sample", *arguments, env=env)
+    assert result.stdout == "ab" + generate(load(run_folder), "ab", Sampling(5)) + "\n", result.stderr
+    assert "eval.sample someone/tiny " in hub.files["README.md"].decode()
+
+
+def test_the_card_says_what_the_run_says(run_folder, tmp_path):
+    """Its front matter is the hub's own format; score, bytes and digests are those of result.json."""
+    result = read_result(run_folder)
+    path = save(load(run_folder), tmp_path / "model") / "README.md"
+    card = huggingface_hub.ModelCard.load(path)
+    (scored,) = card.data.eval_results
+    assert scored.metric_value == pytest.approx(result["score"]["val_bpb"], abs=1e-8)
+    assert (scored.metric_type, card.data.library_name) == ("bits_per_byte", "parameter-golf")
+    total = sum(size for _, size in result["ledger"])
+    for text in (f"{total:,}", result["artifact_sha256"], result["config_hash"], result["origin"]["data"]):
+        assert text in card.text
+    assert "| audit | not audited |" in card.text
+    recipe = card.text.partition("```toml\n")[2].partition("```")[0]
+    (tmp_path / "recipe.toml").write_text(recipe)
+    again = with_values(Config(), read_recipe(tmp_path / "recipe.toml"), "card")
+    assert config_hash(again) == result["config_hash"]
+
+
+def test_a_card_claims_no_score_of_weights_that_nobody_scored(run_folder, tmp_path):
+    """The checkpoint's are not those of the artifact; a copied artifact beside another result neither."""
+    other = shutil.copytree(run_folder, tmp_path / "other")
+    result = read_result(other)
+    write_sealed(other / "result.json", result | {"artifact_sha256": "0" * 64})
+    for source in (run_folder / CHECKPOINT, other / ARTIFACT_NAME):
+        text = (save(load(source), tmp_path / "saved" / source.parent.name) / "README.md").read_text()
+        assert "val_bpb | unknown" in text and "model-index" not in text
+
+
+def test_the_card_of_a_record_sums_up_its_audit(run_folder, tmp_path):
+    """With the sha256 of the whole, so that nobody has to take the sum on trust."""
+    record = shutil.copytree(run_folder, tmp_path / "record")
+    verdicts = ["PASS", "PASS", "NOT RUN"]
+    (record / "audit.json").write_text(json.dumps({"checks": [{"verdict": verdict} for verdict in verdicts]}))
+    text = (save(load(record), tmp_path / "model") / "README.md").read_text()
+    assert f"2 PASS, 1 NOT RUN; audit.json has sha256 {sha256_file(record / 'audit.json')}" in text
+    (record / "audit.json").write_text('{"checks": [3]}')
+    with pytest.raises(UserError, match=r"audit\.json: expected an audit"):
+        load(record)
 
 
 @pytest.mark.parametrize("state", ["unknown", "offline", "unreachable"])

@@ -24,6 +24,7 @@ ROOMS = {
     "pack": ("formats",),
     "audit": ("eval", "pack"),
     "dev": ("audit",),
+    "parameter_golf": ("eval",),
     "tests": ("dev",),
 }
 # The folder audit, statistics and packing run where no torch is installed; data tools need none.

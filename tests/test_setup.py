@@ -9,7 +9,7 @@ import pytest
 from fixtures_model import ROOT
 
 VARIABLES = {"TORCH": "2.13.0", "TORCH_INDEX": "CPU_INDEX", "ROCM_INDEX": "AMD_INDEX", "GPU": "cu130"}
-CONSTRAINED = "-r requirements/dev.txt -c constraints/"
+CONSTRAINED = "-r requirements.txt -r requirements/dev.txt -c constraints/"
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def write_command(path: Path, shell: str, body: str) -> None:
     ("machine", "said", "asked"),
     [({"gpu": "nvidia-smi"}, "NVIDIA GPU found", [f"{CONSTRAINED}cu130.txt"]),
      ({"gpu": "rocminfo"}, "AMD GPU (ROCm) found",
-      ["torch>=2.9.1,<2.16 --index-url AMD_INDEX", "-r requirements/dev.txt"]),
+      ["torch>=2.9.1,<2.16 --index-url AMD_INDEX", "-r requirements.txt -r requirements/dev.txt"]),
      ({"kfd": True}, "AMD GPU (ROCm) found",
-      ["torch>=2.9.1,<2.16 --index-url AMD_INDEX", "-r requirements/dev.txt"]),
+      ["torch>=2.9.1,<2.16 --index-url AMD_INDEX", "-r requirements.txt -r requirements/dev.txt"]),
      ({"gpu": "nvidia-smi rocminfo"}, "NVIDIA GPU found", [f"{CONSTRAINED}cu130.txt"]),
      ({"system": "Darwin arm64"}, "Mac found",
       ["torch==2.13.0 -c constraints/cpu.txt", f"{CONSTRAINED}cpu.txt"]),

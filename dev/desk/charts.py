@@ -8,6 +8,7 @@ file = charts.standalone(drawn.svg)  # a file of its own
 
 import io
 import re
+import textwrap
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from formats.curves import COLOURS, GRID, PAPER
 
 SIZE = (5.4, 3.3)  # inches of 72 points: as wide as a phone, so that letters keep their size there
 LETTERS = 9  # points
+TITLE_LETTERS = 44  # of a line
 # Colours that stand for a variable of the page, and what it is in the light and in the dark.
 VARIABLES = {"paper": PAPER["paper"], "ink": PAPER["ink"], "pale": PAPER["pale"], "grid": GRID}
 VARIABLES |= {f"series-{i}": pair for i, pair in enumerate(COLOURS)}
@@ -68,7 +70,7 @@ def chart(title: str, label: str = "", about: str = "", height: float = SIZE[1])
     with matplotlib.rc_context(SETTINGS):
         figure = figures.Figure(figsize=(SIZE[0], height), layout="constrained")
         drawn = Chart(title, about or title, figure, figure.add_subplot())
-        drawn.ax.set_title(title)
+        drawn.ax.set_title(textwrap.fill(title, TITLE_LETTERS))
         drawn.ax.set_ylabel(label)
         yield drawn
         handles, labels = drawn.ax.get_legend_handles_labels()
@@ -78,6 +80,12 @@ def chart(title: str, label: str = "", about: str = "", height: float = SIZE[1])
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         drawn.svg = follow_page(text.getvalue(), drawn)
+
+
+def short_number(value: float, _=None) -> str:
+    """Spell a number for a tick."""
+    size, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s), (1, ""))
+    return f"{value / size:g}{unit}"
 
 
 def follow_page(svg: str, drawn: Chart) -> str:

@@ -46,6 +46,13 @@ def at_best(make: Callable, *args):
         return f"{type(error).__name__}: {error}"
 
 
+def newest_run() -> Path:
+    """Name the run that was finished last."""
+    from eval import runs
+
+    return runs.newest_run()
+
+
 def collect(runs: list[RunFacts], text: Path | None, num_tokens: int, seconds: float):
     """Read and measure all that a page is made from; scoring takes about so many seconds."""
     from dev.report.compare import group_runs
@@ -94,7 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     """Write the report."""
     parser = CommandParser(prog="python -m dev.report", description=__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", type=existing, help="run folders, records, folders of them")
+    add(
+        "runs",
+        nargs="*",
+        type=existing,
+        help="run folders, records, folders of them; default: the newest run",
+    )
     add("--out", type=Path, default=Path("report.html"), help="file to write (%(default)s)")
     add("--text", type=existing, help="UTF-8 text for the heat map; default: the validation text's start")
     add("--tokens", type=count, default=TOKENS, help="validation tokens to score (%(default)s); 0: none")
@@ -104,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     for package in ("jinja2", "matplotlib"):
         require(package)
-    runs = read_runs(args.runs)
+    runs = read_runs(args.runs or [newest_run()])
     if len(runs) > MOST_RUNS:
         raise UserError(f"expected at most {MOST_RUNS} runs, found {len(runs)}. Name fewer of them.")
     check_output(args.out, [path for path in args.runs if path.is_file()])

@@ -6,22 +6,13 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from dev.desk.runs import RunFacts
-from eval.stats import SeedScore, compare, critical_t, summarize
+from eval.stats import SeedScore, compare, critical_t, summarize, unequal, uneven
 from formats.recipe import config_fields, config_hash, config_value
 from train_gpt import Config
 
 BUDGET = ("run.iterations", "run.max_wallclock_seconds")  # live fields that make another experiment
 PRIVATE = ("run.seed", "run.run_id", "run.out_dir", "run.resume", "run.overwrite")  # that make none
 LEVEL = 0.95  # of intervals
-UNEVEN = 1.1  # most steps over least, of one recipe by one clock: beyond, the machine was not as fast
-# What a result says of where it comes from, and what it means where two differ.
-ORIGINS = {
-    "data": "were trained on different data",
-    "tokenizer": "have different tokenizers: nats a token do not compare, bits a byte do",
-    "code": "were trained by different code",
-    "ranks": "had different numbers of ranks",
-    "machine": "ran on different machines or library versions: by the clock, they had different budgets",
-}
 
 
 class Group(NamedTuple):
@@ -125,15 +116,17 @@ def weaknesses(groups: list[Group]) -> list[str]:
         said += [
             f"{run.name}: {run.score[key]}." for key in ("invalid", "not_comparable") if run.score.get(key)
         ]
-    if len(runs) > 1:
-        said += compare_origins(runs)
+    results = [run.result for run in runs if run.result]
+    silent = ", ".join(run.name for run in runs if run.result and not run.origin)
+    if silent and len(runs) > 1:
+        said.append(f"Not told: data, code and machine of {silent}. They may differ.")
+    said += [f"{text[0].upper()}{text[1:]}." for text in unequal(results)]
     for group in groups:
-        steps = [run.result["steps"] for run in group.runs if run.result and run.result.get("steps")]
-        if steps and max(steps) > UNEVEN * min(steps):
-            said.append(
-                f"{group.name}: between {min(steps):,} and {max(steps):,} steps in the same time: the "
-                "machine was not always as fast."
-            )
+        said += [
+            f"{group.name}: {text}." for text in uneven([run.result for run in group.runs if run.result])
+        ]
+    if len({run.kind == "weights" for run in runs if run.result}) > 1:
+        said.append("Some scores are of float weights, others of artifacts: quantization is in these alone.")
     return said
 
 
@@ -141,25 +134,3 @@ def over_limits(run: RunFacts) -> list[str]:
     """List the limits that a run is over."""
     found = (run.result or {}).get("over_limits", [])
     return [str(row) for row in found] if isinstance(found, list) else []
-
-
-def compare_origins(runs: list[RunFacts]) -> list[str]:
-    """Say in what else than their recipes the runs differ, and who does not tell."""
-    scored = [run for run in runs if run.result]
-    silent = [run.name for run in scored if not run.origin]
-    said = (
-        [f"what differs between machines and data is unknown: {', '.join(silent)} do not tell."]
-        if silent
-        else []
-    )
-    for key, meaning in ORIGINS.items():
-        values = {repr(run.origin[key]) for run in scored if key in run.origin}
-        if len(values) > 1:
-            said.append(f"the runs {meaning}.")
-    texts = {run.score["num_bytes"] for run in scored if "num_bytes" in run.score}
-    if len(texts) > 1:
-        sizes = ", ".join(f"{size:,}" for size in sorted(texts))
-        said.append(f"the runs scored different texts, of {sizes} bytes.")
-    if len({run.kind == "weights" for run in scored}) > 1:
-        said.append("some scores are of float weights, others of artifacts: quantization is in these alone.")
-    return said

@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
     text: str
     bits: float
-    level: int  # 0 cheap .. LEVELS dear
+    level: int  # 0: cheap .. LEVELS: dearer than MOST_BITS
 
 
 class Costs(NamedTuple):
@@ -152,7 +152,7 @@ def read_text(path: Path, codec) -> np.ndarray:
 def cut_pieces(codec, ids: np.ndarray, nats: np.ndarray) -> list[Piece]:
     """Pair each token's text with its cost; a character of several tokens goes to the last of them."""
     bits = nats / np.log(2.0)
-    levels = np.clip(np.ceil(bits / MOST_BITS * LEVELS), 0, LEVELS).astype(int)
+    levels = np.clip(bits / MOST_BITS * LEVELS, 0, LEVELS).astype(int)
     pieces = zip(token_texts(codec, ids.tolist()), bits.tolist(), levels.tolist())
     return [Piece(*piece) for piece in pieces]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from audit.table import CHECKS
 from common import UserError, parse_json
 from dev.desk import charts
 from dev.desk.extras import require
@@ -64,15 +65,19 @@ class Facts(NamedTuple):
 
 
 def render(facts: Facts) -> str:
-    """Return the page as HTML."""
-    jinja2 = require("jinja2")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    sections = [build(facts) for build in SECTIONS]
+    """Return the report as HTML."""
     names = [group.name for group in facts.groups]
     title = names[0] if len(names) == 1 else f"{len(facts.rows)} runs of {len(names)} recipes"
+    subtitle = "val_bpb is in bits a byte and was measured from the artifact; lower is better."
+    return render_page(title, subtitle, [build(facts) for build in SECTIONS])
+
+
+def render_page(title: str, subtitle: str, sections: list[Section]) -> str:
+    """Return a page of sections as HTML; those without blocks are left out."""
+    environment = require("jinja2").Environment(autoescape=True, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
-        subtitle="val_bpb is in bits a byte and was measured from the artifact; lower is better.",
+        subtitle=subtitle,
         sections=[section for section in sections if section.blocks],
         light=charts.variables(False),
         dark=charts.variables(True),
@@ -134,13 +139,11 @@ def comparison(facts: Facts) -> Section:
     letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(facts.groups))]
     legend = [[letter, group.name] for letter, group in zip(letters, facts.groups)]
     rows = [[name, *values] for name, values in differences(facts.groups)]
-    alike = Block("pale", "The recipes are the same.")
-    blocks = [
-        Block("table", Table(["", "runs of"], legend, words=True)),
-        Block("title", "Fields that differ"),
-    ]
+    blocks = [Block("table", Table(["", "runs of"], legend, words=True)), *statistics(facts, letters)]
+    blocks.append(Block("title", "Fields that differ"))
+    alike = Block("pale", "None: the recipes are the same.")
     blocks.append(Block("table", Table(["field", *letters], rows, words=True)) if rows else alike)
-    return Section("comparison", "Comparison", [*blocks, *statistics(facts, letters)])
+    return Section("comparison", "Comparison", blocks)
 
 
 def statistics(facts: Facts, letters: list[str]) -> list[Block]:
@@ -327,23 +330,15 @@ def heat(costs: Costs | str | None) -> list[Block]:
 def clocks(facts: Facts) -> Section:
     """Show what was spent of the clocks."""
     ledgers = {run.name: read_ledgers(run, group) for group in facts.groups for run in group.runs}
+    head = ["run", "clock", "seconds", "limit", "left", "parts"]
     rows = [
-        [
-            name,
-            row.title,
-            part,
-            f"{amount:,.1f}",
-            number(row.limit or None, ",.1f") if part == "total" else "",
-        ]
+        [name, row.title, f"{row.total:,.1f}", number(row.limit or None, ",.1f"),
+         number(row.limit - row.total if row.limit else None, ",.1f"),
+         " + ".join(f"{part} {amount:,.1f}" for part, amount in row.parts)]
         for name, found in ledgers.items()
         for row in found
-        for part, amount in [*row.parts, ("total", row.total)]
-    ]
-    blocks = (
-        [Block("table", Table(["run", "clock", "part", "seconds", "limit"], rows, words=True))]
-        if rows
-        else []
-    )
+    ]  # fmt: skip
+    blocks = [Block("table", Table(head, rows, words=True))] if rows else []
     timed = [run for run in facts.runs if run.result and run.result.get("seconds")]
     if timed:
         blocks.insert(0, Block("figures", [pictures.draw_seconds(timed)]))
@@ -397,15 +392,22 @@ def describe_origin(run: RunFacts) -> dict[str, str]:
 def verdicts(facts: Facts) -> Section:
     """Show a record's audit; of a run, what its own folder shows."""
     blocks: list[Block] = []
+    titles = {check.id: check.title for check in CHECKS}
     folders = dict.fromkeys(run.folder for run in facts.runs if run.kind == "record")
     for folder in folders:
         checks = read_audit(folder)
         if checks:
             rows = [
-                [c.get("id"), c["verdict"], "; ".join(map(str, c.get("evidence", [])[:2]))] for c in checks
+                [
+                    c.get("id"),
+                    titles.get(c.get("id"), ""),
+                    c["verdict"],
+                    "; ".join(map(str, c.get("evidence", [])[:2])),
+                ]
+                for c in checks
             ]
             blocks += [Block("title", f"Audit of {folder.name}")]
-            blocks.append(Block("table", Table(["check", "verdict", "evidence"], rows, words=True)))
+            blocks.append(Block("table", Table(["check", "of", "verdict", "evidence"], rows, words=True)))
         else:
             said = f"{folder}: no audit.json. python -m audit {folder} audits it."
             blocks.append(Block("missing", said))

@@ -65,6 +65,7 @@ def draw_losses(rows: list[Drawn], axis: str, column: str) -> str:
         low, high = drawn.ax.get_ylim()
         drawn.ax.set_ylim(low, min(high, max(tops) + 0.05 * (max(tops) - low)))
         drawn.ax.set_xlabel(axis)
+        drawn.ax.xaxis.set_major_formatter(charts.short_number)
     return drawn.svg
 
 
@@ -78,7 +79,8 @@ def draw_validations(rows: list[Drawn]) -> str:
     with charts.chart("Validation; stars: the score", "bits a byte", about) as drawn:
         for row in shown:
             points, label = row.series.validations, row.name if len(shown) > 1 else None
-            steps = row.series.steps[-1] if len(row.series.steps) else (row.run.result or {}).get("steps", 0)
+            last = row.series.steps[-1] if len(row.series.steps) else 0
+            steps = (row.run.result or {}).get("steps", last)
             if points:
                 drawn.ax.plot(*zip(*points), marker="o", markersize=3, label=label, **row.look)
             if row.run.val_bpb is not None:
@@ -89,8 +91,10 @@ def draw_validations(rows: list[Drawn]) -> str:
 
 
 def draw_schedule(rows: list[Drawn], title: str, label: str, pick: Callable[[Series], list[float]]) -> str:
-    """Draw what a schedule says, a value for each of its steps."""
-    found = ((row.name, row.series.schedule.steps, pick(row.series), row.look) for row in rows)
+    """Draw what a schedule says, a value for each of its steps; empty where it says the same all the time."""
+    found = [(row.name, row.series.schedule.steps, pick(row.series), row.look) for row in rows]
+    if len({value for _, _, values, _ in found for value in values}) < 2:
+        return ""
     curves = [(name, list(zip(steps, values)), look) for name, steps, values, look in found]
     return draw_lines(title, ("step", label), curves)
 
@@ -134,15 +138,9 @@ def draw_stacks(title: str, label: str, names: list[str], drawing: tuple[dict, f
             drawn.ax.axvline(limit, color=charts.MARKS["ink"], linewidth=1, linestyle=":", label="limit")
         drawn.ax.invert_yaxis()
         drawn.ax.set_xlabel(label)
-        drawn.ax.xaxis.set_major_formatter(short_number)
+        drawn.ax.xaxis.set_major_formatter(charts.short_number)
         drawn.ax.grid(visible=False, axis="y")
     return drawn.svg
-
-
-def short_number(value: float, _=None) -> str:
-    """Spell a number for a tick."""
-    size, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s), (1, ""))
-    return f"{value / size:g}{unit}"
 
 
 def draw_tensors(name: str, sizes: list[TensorSize]) -> str:
@@ -164,7 +162,7 @@ def draw_tensors(name: str, sizes: list[TensorSize]) -> str:
         drawn.ax.margins(x=0.16)
         drawn.ax.invert_yaxis()
         drawn.ax.set_xlabel("bytes")
-        drawn.ax.xaxis.set_major_formatter(short_number)
+        drawn.ax.xaxis.set_major_formatter(charts.short_number)
         drawn.ax.grid(visible=False, axis="y")
     return drawn.svg
 
@@ -173,22 +171,31 @@ def draw_breakdown(title: str, scored: list[tuple[Drawn, Costs]]) -> str:
     """Draw bits a byte by class of one of eval.breakdown's tables, a bar a run."""
     tables = [costs.tables[title] for _, costs in scored]
     names = list(dict.fromkeys(row.name for rows in tables for row in rows if row.num_bytes))
+    names.sort(key=first_number)
     if not names:
         return ""
     about = f"Bits a byte by {title}. " + "; ".join(
         f"{row.name}: {row.bpb:.2f}" for row in tables[0] if row.num_bytes
     )
     with charts.chart(f"By {title}", "bits a byte", f"{about}.") as drawn:
-        width = 0.8 / len(scored)
+        width, colours = 0.8 / len(scored), [row.look["color"] for row, _ in scored]
+        if len(set(colours)) < len(colours):
+            colours = [charts.colour(i) for i in range(len(scored))]
         for i, ((row, _), rows) in enumerate(zip(scored, tables)):
             values = {found.name: found for found in rows}
             heights = [bpb_of(values.get(name)) for name in names]
             places = np.arange(len(names)) + (i - (len(scored) - 1) / 2) * width
             label = row.name if len(scored) > 1 else None
-            drawn.ax.bar(places, heights, width, color=charts.colour(i), label=label)
+            drawn.ax.bar(places, heights, width, color=colours[i], label=label)
         drawn.ax.set_xticks(range(len(names)), names, rotation=35, ha="right")
         drawn.ax.grid(visible=False, axis="x")
     return drawn.svg
+
+
+def first_number(name: str) -> int:
+    """Order classes like "256-511" by where they begin; others stay in their order."""
+    digits = name.partition("-")[0].rstrip("+").replace(",", "")
+    return int(digits) if digits.isdecimal() else 0
 
 
 def bpb_of(row: BreakdownRow | None) -> float:

@@ -40,10 +40,12 @@ class Series(NamedTuple):
 def read_config(run: RunFacts) -> tuple[Config | None, str]:
     """Resolve a run's recipe as this version reads it; None and a sentence where it cannot."""
     known = config_fields(Config)
-    strange = sorted(set(run.recipe) - set(known))
+    places = (run.result or {}).get("places", {})
+    stated = run.recipe | {key: value for key, value in places.items() if key.startswith("data.")}
+    strange = sorted(set(stated) - set(known))
     note = f"{run.name}: fields that this version does not know: {', '.join(strange)}." if strange else ""
     try:
-        cfg = with_values(Config(), {key: run.recipe[key] for key in run.recipe if key in known}, run.name)
+        cfg = with_values(Config(), {key: stated[key] for key in stated if key in known}, run.name)
         return (cfg if run.recipe else None), note
     except UserError as error:
         return None, str(error)
