@@ -32,6 +32,7 @@ from dev.sweep.board import OWNER, SKIPPED, Board, StorageGone, mask  # noqa: E4
 from dev.sweep.results import collect, format_results, pareto_front, spearman, write_results  # noqa: E402
 from dev.sweep.spec import combinations, read_spec, why_refused  # noqa: E402
 from dev.sweep.worker import Crew, Rungs, work  # noqa: E402
+from dev.trial.__main__ import build_parser as trial_parser  # noqa: E402
 
 pytestmark = pytest.mark.desk
 
@@ -529,7 +530,8 @@ def test_results_are_a_table_an_object_and_a_page_of_its_own(write_spec, tmp_pat
     assert re.search(
         r"^verify: python -m dev.trial --recipe \S+ --set optim.matrix_lr=\S+ ", text, re.MULTILINE
     )
-    assert "--seeds 3 --steps 100 --measure artifact" in text
+    verify = trial_parser().parse_args(shlex.split(found["verify"])[3:])
+    assert (verify.seeds, verify.steps, verify.measure, len(verify.set)) == ("3", 100, "artifact", 3)
     page = write_results(found, board.spec, board.folder).read_text()
     assert json.loads((board.folder / "results.json").read_text()) == json.loads(json.dumps(found))
     assert page.count("<svg") == 3 + 3 and not re.search(r"<script|<link|(src|href)=.https?:", page)
