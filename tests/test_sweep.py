@@ -32,6 +32,7 @@ from dev.sweep.board import OWNER, SKIPPED, Board, StorageGone, mask  # noqa: E4
 from dev.sweep.results import collect, format_results, pareto_front, spearman, write_results  # noqa: E402
 from dev.sweep.spec import combinations, read_spec, why_refused  # noqa: E402
 from dev.sweep.worker import Crew, Rungs, work  # noqa: E402
+from dev.trial.__main__ import build_parser as trial_parser  # noqa: E402
 
 pytestmark = pytest.mark.desk
 
@@ -529,7 +530,8 @@ def test_results_are_a_table_an_object_and_a_page_of_its_own(write_spec, tmp_pat
     assert re.search(
         r"^verify: python -m dev.trial --recipe \S+ --set optim.matrix_lr=\S+ ", text, re.MULTILINE
     )
-    assert "--seeds 3 --steps 100 --measure artifact" in text
+    verify = trial_parser().parse_args(shlex.split(found["verify"])[3:])
+    assert (verify.seeds, verify.steps, verify.measure, len(verify.set)) == ("3", 100, "artifact", 3)
     page = write_results(found, board.spec, board.folder).read_text()
     assert json.loads((board.folder / "results.json").read_text()) == json.loads(json.dumps(found))
     assert page.count("<svg") == 3 + 3 and not re.search(r"<script|<link|(src|href)=.https?:", page)
@@ -545,7 +547,7 @@ def test_ranks_of_a_rung_say_whether_pruning_can_be_trusted():
 @pytest.mark.slow
 def test_two_workers_of_which_one_is_killed_finish_every_trial(write_spec, tmp_path):
     """Real trainings: kill -9 of a worker, the same command once more, and no trial is lost or double."""
-    path = write_spec(top='steps = 3\ntrials = 5\nmeasure = "weights"')
+    path = write_spec(top='steps = 3\ntrials = 3\nmeasure = "weights"')
     folder = tmp_path / "sweep"
     words = [sys.executable, "-m", "dev.sweep", str(path), "--storage", str(folder), "--json"]
     if len(os.sched_getaffinity(0)) < 2:
@@ -559,8 +561,8 @@ def test_two_workers_of_which_one_is_killed_finish_every_trial(write_spec, tmp_p
     once_more = subprocess.run(words, cwd=ROOT, capture_output=True, timeout=280)
     assert json.loads(both.communicate()[0])["sweep"] == "tiny" and both.returncode == 0
     found = json.loads(once_more.stdout)
-    assert once_more.returncode == 0 and found["states"] == {"complete": 5}, once_more.stderr
-    assert len({json.dumps(row["params"]) for row in found["trials"]}) == 5
-    assert len(list((folder / "runs").glob("*/weights.json"))) == 5 and not list(
+    assert once_more.returncode == 0 and found["states"] == {"complete": 3}, once_more.stderr
+    assert len({json.dumps(row["params"]) for row in found["trials"]}) == 3
+    assert len(list((folder / "runs").glob("*/weights.json"))) == 3 and not list(
         (folder / "workers").iterdir()
     )

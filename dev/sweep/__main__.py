@@ -93,15 +93,24 @@ def plan_commands(spec: Spec, count: int) -> list[str]:
 
 def describe_plan(spec: Spec) -> dict:
     """Say what a sweep will do."""
-    refused, why = count_refused(spec)
     return {
         "sweep": spec.name,
         "trials": spec.trials,
         "trainings": spec.trials * len(spec.seeds),
-        "refused": f"{refused} of {DRAWS} random settings" if refused else "",
-        "because": why,
+        "notes": find_limits(spec),
         "first": plan_commands(spec, min(DRY_TRIALS, spec.trials)),
     }
+
+
+def find_limits(spec: Spec) -> list[str]:
+    """Say what a sweep of this space will pass over or miss."""
+    refused, why = count_refused(spec)
+    notes = []
+    if refused:
+        notes.append(f"{refused} of {DRAWS} random settings cannot be trained and are passed over: {why}")
+    if spec.own_values() is None:
+        notes.append("the recipe's own setting is outside of the space, so it is no trial")
+    return notes
 
 
 def show_plan(spec: Spec, as_json: bool) -> None:
@@ -110,13 +119,11 @@ def show_plan(spec: Spec, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan))
         return
-    total = (
-        f", {plan['trainings'] * spec.seconds / 3600:.1f} hours of training clocks" if spec.seconds else ""
-    )
+    minutes = plan["trainings"] * spec.seconds / 60
+    total = f", {minutes:,.1f} minutes of training clocks" if minutes else ""
     print(f"{spec.name}: {spec.trials} trials, {plan['trainings']} trainings{total}. The first:")
     print("\n".join(plan["first"]))
-    if plan["refused"]:
-        print(f"note: {plan['refused']} cannot be trained and are passed over: {plan['because']}")
+    print("".join(f"note: {note}\n" for note in plan["notes"]), end="")
 
 
 def run_workers(options, folder: Path) -> None:
@@ -155,9 +162,8 @@ def run_worker(spec: Spec, board: Board, place: str) -> None:
 
 def sweep(options, spec: Spec, board: Board) -> None:
     """Train, in this process or in workers; says what is left where it is stopped."""
-    refused, why = count_refused(spec)
-    if refused:
-        tell(f"note: {refused} of {DRAWS} random settings cannot be trained and are passed over: {why}")
+    for note in find_limits(spec):
+        tell(f"note: {note}")
     if options.retry_failed:
         tell(f"{board.retry_failed()} failed trials are tried again")
     try:

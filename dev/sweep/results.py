@@ -30,7 +30,12 @@ def collect(board: Board) -> dict:
     spec, trials = board.spec, board.trials()
     rows = sorted((describe_trial(spec, trial) for trial in trials), key=sort_key)
     front = pareto_front([row for row in rows if row["state"] == "complete"], spec.objectives)
-    best = front[0] if front else None
+    best, notes = front[0] if front else None, find_notes(spec, rows)
+    try:
+        importance = find_importance(board)
+    except UserError as error:  # a package is missing; the trials are what matters
+        importance = {}
+        notes.append(f"no importance: {error}")
     return {
         "sweep": spec.name,
         "recipe": str(spec.recipe),
@@ -44,9 +49,9 @@ def collect(board: Board) -> dict:
         "states": dict(Counter(row["state"] for row in rows)),
         "best": best,
         "front": [row["trial"] for row in front],
-        "importance": find_importance(board),
+        "importance": importance,
         "rank_correlation": find_rank_correlation(trials),
-        "notes": find_notes(spec, rows),
+        "notes": notes,
         "verify": verify_command(spec, best["params"]) if best else "",
         "trials": rows,
     }

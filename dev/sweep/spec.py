@@ -209,6 +209,7 @@ def as_choice(value):
 
 def read_spec(path: Path, trials: int = 0) -> Spec:
     """Read and check SPEC.toml; `trials` replaces its number of them. Raises for all that is wrong."""
+    load_optuna()
     content = read_toml(path, "spec of a sweep", "docs/sweeps.md has an example.")
     problems: list[str] = []
     content = with_defaults(content, problems)
