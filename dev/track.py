@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
-from common import CommandParser, UserError, read_json, run_command, write_json
+from common import CommandParser, UserError, read_json, require_utf8_name, run_command, write_json
 from dev.desk.extras import require
 from dev.desk.runs import RunFacts, read_runs
 from dev.watch import ENDED, seconds, status_of
@@ -252,6 +252,7 @@ class Feed:
     def __init__(self, run: RunFacts, args, held: ExitStack):
         if run.kind == "record":
             raise UserError(f"{run.folder}: expected a run folder, found a record. Name runs.")
+        require_utf8_name(run.folder)
         lock = FileLock(run.folder / f"{STATE_NAME}.lock")
         try:
             held.enter_context(lock.acquire(timeout=0))

@@ -9,15 +9,16 @@ Reads the run folders and changes nothing in them. The live view needs the packa
 and --json need none.
 """
 
+import argparse
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,8 +146,16 @@ def is_alive(process: int) -> bool:
 
 def last_write(folder: Path) -> float:
     """Return when a run last wrote its log or an event, or began."""
-    paths = [folder / name for name in (LOG_NAME, METRICS_NAME) if (folder / name).is_file()]
-    return max(path.stat().st_mtime for path in [*paths] or [folder])
+    written = max(modified(folder / name) for name in (LOG_NAME, METRICS_NAME))
+    return written or modified(folder)
+
+
+def modified(path: Path) -> float:
+    """Return a file's time; 0 where it is not there, or no more: a run may take a folder anew at any time."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def time_left(lines: list[str], state: str, silent_s: float) -> float | None:
@@ -247,7 +256,7 @@ def spell_seconds(seconds: float | None) -> str:
 
 def spark(losses: list[float], width: int, levels: str) -> str:
     """Draw losses as a line of characters: means of equal shares of the steps, low to high."""
-    losses = [loss for loss in losses if loss == loss and abs(loss) < float("inf")]
+    losses = [loss for loss in losses if math.isfinite(loss)]
     count = min(width, len(losses))
     cuts = [len(losses) * i // count for i in range(count + 1)] if count else [0]
     means = [sum(losses[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
@@ -340,7 +349,7 @@ def rich_table(statuses: list[Status], width: int, levels: str):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def watch_live(watcher: Watcher, args: Namespace, levels: str) -> list[Status]:
+def watch_live(watcher: Watcher, args: argparse.Namespace, levels: str) -> list[Status]:
     """Show the table until it is interrupted or, with --until-end, all runs have ended; returns the last."""
     live, console = require("rich.live").Live, require("rich.console").Console()
     statuses = watcher.statuses()
@@ -353,7 +362,7 @@ def watch_live(watcher: Watcher, args: Namespace, levels: str) -> list[Status]:
             statuses = watcher.statuses()
 
 
-def wait_silently(watcher: Watcher, args: Namespace) -> list[Status]:
+def wait_silently(watcher: Watcher, args: argparse.Namespace) -> list[Status]:
     """Wait until all runs have ended, where nobody looks."""
     while not has_ended(statuses := watcher.statuses()):
         time.sleep(args.every)
@@ -362,8 +371,12 @@ def wait_silently(watcher: Watcher, args: Namespace) -> list[Status]:
 
 def facts_of(statuses: list[Status]) -> dict:
     """Word the statuses for programs; all losses are in metrics.jsonl."""
+
+    def word(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
     rows = [status._asdict() for status in statuses]
-    return {"runs": [{name: value for name, value in row.items() if name != "losses"} for row in rows]}
+    return {"runs": [{name: word(row[name]) for name in row if name != "losses"} for row in rows]}
 
 
 def has_ended(statuses: list[Status]) -> bool:
@@ -372,9 +385,12 @@ def has_ended(statuses: list[Status]) -> bool:
 
 def seconds(text: str) -> float:
     """Read the value of --every; argparse adds its name to the error."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0.1 <= number <= 3600:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected seconds from 0.1 to 3600, found {text[:40]!r}")
     return number
 
 
@@ -393,7 +409,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object once")
     args = parser.parse_args(argv)
     watcher = Watcher(args.paths, args.most)
-    levels = SPARKS[not (sys.stdout.encoding or "").lower().startswith("utf")]
+    encoding = sys.stdout.encoding or "ascii"
+    levels = SPARKS[not encoding.lower().startswith("utf")]
     if sys.stdout.isatty() and not (args.once or args.json):
         try:
             statuses = watch_live(watcher, args, levels)
@@ -402,7 +419,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         statuses = wait_silently(watcher, args) if args.until_end else watcher.statuses()
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
-        print(json.dumps(facts_of(statuses)) if args.json else plain_table(statuses, width, levels))
+        said = json.dumps(facts_of(statuses)) if args.json else plain_table(statuses, width, levels)
+        print(said.encode(encoding, "backslashreplace").decode(encoding))
     return int(args.until_end and any(status.state in FAILED for status in statuses))
 
 

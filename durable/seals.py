@@ -85,7 +85,9 @@ def unseal_event(line: str, before: int) -> tuple[dict, int] | None:
     found = EVENT.fullmatch(line)
     if not found or zlib.crc32(f"{found[1]}}}".encode(), before) != int(found[2]):
         return None
-    return parse_json(f"{found[1]}}}", "event"), int(found[2])
+    event = parse_json(f"{found[1]}}}", "event", strict=False)  # a loss may be NaN
+    is_event = isinstance(event.get("kind"), str) and isinstance(event.get("step"), int)
+    return (event, int(found[2])) if is_event else None
 
 
 def split_events(path: Path) -> tuple[list[dict], str]:

@@ -217,6 +217,7 @@ def test_hadolint_has_nothing_to_say():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_machines_train_one_run_and_know_when_it_is_finished(tiny_data, tmp_path):
     """Two launchers that only share a folder and an address: what a cluster gives them."""
     fields = {**TINY, "data.data_path": tiny_data, "data.tokenizer_path": tiny_data / "tokenizer.model"}
@@ -231,7 +232,7 @@ def test_two_machines_train_one_run_and_know_when_it_is_finished(tiny_data, tmp_
             )
             for node in "01"
         ]  # fmt: skip
-        said = [node.communicate(timeout=200)[0] for node in nodes]
+        said = [node.communicate(timeout=280)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], said
         assert expected in said[0], "the first machine has rank 0"
     assert "world_size:2" in (tmp_path / "both" / "train.log").read_text()
@@ -260,7 +261,7 @@ def test_the_notebook_runs(tiny_data, tmp_path, monkeypatch):
     parameters.source += (
         f"\nDATA = {str(tiny_data)!r}\nSECONDS, FIELDS, RUNS = 0, {fields}, {str(tmp_path)!r}"
     )
-    nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(LAUNCH)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(LAUNCH)}}).execute()
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     assert re.search(r"\d\.\d{4} bits a byte after 6 steps", said) and "limit" in said
     assert any("image/png" in output.get("data", {}) for cell in notebook.cells

@@ -14,7 +14,7 @@ from common import UserError, read_json, sha256_file
 from data.codecs import load_codec
 from data.prepare import Document, write_dataset
 from dev import record, submission
-from durable.seals import write_sealed
+from durable.seals import write_events, write_sealed
 from eval import stats
 from formats.recipe import config_hash, format_toml, get_recipe, read_recipe, with_values
 from pack.program import PackReport
@@ -170,6 +170,20 @@ def test_the_folder_states_what_was_measured(made, old):
     assert read_json(folder / "submission.json")["source"] == submission.get_source()
     pins = (folder / "requirements.txt").read_text().split()
     assert [pin.partition("==")[0] for pin in pins] == ["numpy", "torch"]
+
+
+def test_the_record_shows_the_losses_of_its_seeds(made):
+    """A curve a seed: of the events of a run, else of its log; the README shows the picture."""
+    for seed, bpb in SEEDS.items():
+        folder = write_run(made.plan, seed, bpb)
+    write_events(
+        folder / "metrics.jsonl", [{"kind": "train", "step": 1, "train_loss": 1.25, "train_ms": 9.0}]
+    )
+    record_folder = made()
+    picture = (record_folder / "loss.svg").read_text()
+    assert all(f">seed {seed}<" in picture for seed in SEEDS)
+    assert "seed 1337: 6.9 at" in picture and "seed 2025: 1.25 at" in picture
+    assert "](loss.svg)" in (record_folder / "README.md").read_text()
 
 
 def test_compliance_states_only_what_ran(made):

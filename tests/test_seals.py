@@ -121,3 +121,20 @@ def test_files_that_a_person_changed_are_sealed_again(tmp_path, log, capsys):
     result.write_text("[1]")
     with pytest.raises(UserError, match=r"expected one of result\*\.json, .* found another file"):
         main([str(result)])
+
+
+def test_events_may_hold_what_is_no_number(tmp_path):
+    """A run whose loss becomes NaN logs it and stops; its log must stay readable."""
+    path = tmp_path / "metrics.jsonl"
+    append_event(path, {"kind": "train", "step": 1, "train_loss": float("nan")})
+    append_event(path, {"kind": "train", "step": 2, "train_loss": 1.0})
+    events, fault = split_events(path)
+    assert [event["step"] for event in events] == [1, 2] and not fault
+
+
+def test_lines_that_are_no_events_are_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for event in ({"kind": "train", "step": 1}, {"kind": "train", "step": "x"}):
+        append_event(path, event)
+    events, fault = split_events(path)
+    assert len(events) == 1 and "metrics.jsonl:2:" in fault

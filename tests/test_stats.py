@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from fixtures_runs import ORIGIN, make_log, write_run
 
 from common import UserError
 from eval import stats
@@ -257,6 +258,68 @@ def test_run_folders_of_one_place_are_one_source(rows, capsys):
         write_log(folder / "train.log", seed, value)
     stats.main([*(str(rows / f"seed{seed}") for seed in (1, 2, 3)), "--json"])
     assert list(json.loads(capsys.readouterr().out)["new"]["sources"]) == [str(rows)]
+
+
+def say_of(capsys, *words) -> str:
+    """The warnings of the command, a line each."""
+    stats.main([*map(str, words), "--json"])
+    return "\n".join(json.loads(capsys.readouterr().out)["warnings"])
+
+
+def test_runs_that_do_not_count_are_named(tmp_path, capsys):
+    """Over a limit, another run's log, another seed's, no result, no score at all."""
+    for name, seed, changes in (("a", 1, {}), ("b", 2, {"over_limits": ["bytes 5 of 4"]}), ("c", 3, {})):
+        write_run(tmp_path / name, seed, 2.2 + seed / 1000, changes=changes)
+    folders = [tmp_path / name for name in "abc"]
+    assert f"{folders[1] / 'train.log'}: over its limit of bytes 5 of 4" in say_of(capsys, *folders)
+    assert say_of(capsys, folders[0], folders[2]).count("\n") == 0  # two scores: only that they are few
+    (folders[2] / "train.log").write_text(make_log(9, 2.9, 40))
+    said = say_of(capsys, *folders)
+    assert "states val_bpb 2.90000000, result.json beside it 2.20300000" in said
+    assert "states seed 9, result.json beside it 3: another run's log" in said
+    (folders[2] / "result.json").unlink()
+    assert "the run is not finished" in say_of(capsys, *folders)
+    write_run(tmp_path / "d", 4, None)
+    assert f"{tmp_path / 'd'}: no score in it, left out" in say_of(capsys, *folders, tmp_path / "d")
+
+
+def test_a_log_that_calls_itself_invalid_is_named(rows, capsys):
+    """A record's log has no result beside it."""
+    path = min((rows / "new").glob("*.log"))
+    path.write_text(path.read_text() + "NOT A VALID RUN: bytes 5 of 4\n")
+    assert f"{path}: says NOT A VALID RUN" in say_of(capsys, rows / "new")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"origin": ORIGIN | {"data": "other"}}, "were trained on different data"),
+        ({"origin": ORIGIN | {"machine": {"cpu": "other"}}}, "ran on different machines"),
+        ({"config_hash": "other"}, "the results state 2 different configurations"),
+        ({"steps": 60}, "took from 40 to 60 steps"),
+        (
+            {"score": {"val_bpb": 2.2, "val_loss": 4.0, "num_bytes": 5}},
+            "scored different texts, of 5, 10,000",
+        ),
+        ({}, ""),
+    ],
+)
+def test_unequal_runs_are_named(tmp_path, capsys, changes, expected):
+    """Their mean is that of no configuration."""
+    write_run(tmp_path / "a", 1, 2.2)
+    write_run(tmp_path / "b", 2, 2.2, changes=changes)
+    write_run(tmp_path / "c", 3, 2.2)
+    said = say_of(capsys, *(tmp_path / name / "result.json" for name in "abc"))
+    assert expected in said and (expected or said == "")
+
+
+def test_sides_on_different_machines_are_named(tmp_path, capsys):
+    """Each is in order by itself."""
+    for name, seed, origin in (("a", 1, "x"), ("b", 2, "x"), ("c", 1, "y"), ("d", 2, "y")):
+        write_run(tmp_path / name, seed, 2.2, changes={"origin": ORIGIN | {"machine": origin}})
+    said = say_of(capsys, tmp_path / "a", tmp_path / "b", "--against", tmp_path / "c", tmp_path / "d")
+    assert "new and old: the runs ran on different machines" in said
+    assert said.count("different machines") == 1
 
 
 def test_its_own_json_can_be_compared_again(rows, capsys):

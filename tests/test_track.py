@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from fixtures_runs import finish_run, grow_run, leave_run, loss_at, train_event
+from fixtures_live import finish_run, grow_run, leave_run, loss_at, train_event
 from test_events import read_events
 
 from common import UserError

@@ -11,14 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-from fixtures_runs import finish_run, grow_run, leave_run
+from fixtures_live import finish_run, grow_run, leave_run
 
 import train_gpt
-from common import UserError, write_json
+from common import UserError, parse_json, write_json
 from dev.desk.runs import read_run
 from dev.watch import (
     SPARKS,
     Watcher,
+    facts_of,
     fit,
     main,
     plain_table,
@@ -27,6 +28,7 @@ from dev.watch import (
     status_of,
 )
 from durable.lock import HOLDER_NAME, describe_process
+from durable.seals import append_event
 from train_gpt import Environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,12 +110,14 @@ def half_event(folder: Path) -> None:
         file.write('{"kind": "train", "st')
 
 
+NO_NUMBER = {"kind": "train", "step": 21, "train_loss": float("nan"), "train_ms": 2100.0}
 DAMAGES = {
     "half an event": half_event,
     "an altered event": lambda folder: (folder / "metrics.jsonl").write_text('{"kind": "train"}\n'),
     "no events": lambda folder: (folder / "metrics.jsonl").unlink(),
     "no recipe": lambda folder: (folder / "recipe.toml").unlink(),
     "no log": lambda folder: (folder / "train.log").write_bytes(b"\xff\x00"),
+    "a loss that is no number": lambda folder: append_event(folder / "metrics.jsonl", NO_NUMBER),
     "half a holder": lambda folder: (folder / HOLDER_NAME).write_text('{"process": 1'),
     "another holder": lambda folder: (folder / HOLDER_NAME).write_text('{"process": "x", "host": []}'),
     "half a result": lambda folder: (folder / "result.json").write_text('{"score": {"val'),
@@ -126,6 +130,7 @@ def test_whatever_a_folder_holds_there_is_a_row(tmp_path, damage):
     DAMAGES[damage](folder)
     (status,) = Watcher([str(folder)], 9).statuses()
     assert plain_table([status], 200, SPARKS[1]).count("\n") == 1
+    parse_json(json.dumps(facts_of([status])), "facts")  # numbers are finite
 
 
 def test_runs_are_found_as_they_come(tmp_path):
@@ -155,6 +160,15 @@ def test_json_is_one_object(tmp_path, capsys):
     main([str(tmp_path), "--json"])
     (run,) = json.loads(capsys.readouterr().out)["runs"]
     assert run["state"] == "failed" and run["step"] == 3
+
+
+def test_a_terminal_without_unicode_gets_what_it_can_show(tmp_path):
+    """Over ssh the locale is often C."""
+    leave_run(tmp_path / "u\u4e2d", 3)
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "dev.watch", str(tmp_path)]
+    said = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    assert said.isascii() and "u\\u4e2d" in said
 
 
 def test_waiting_ends_with_the_runs_and_tells_of_a_failure(tmp_path, capsys):

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError
+from common import UserError, parse_json
 from dev.desk.extras import require
 from dev.desk.training import DATA_PLACES, MEASURES, OF_A_JOB, WITHOUT_EFFECT
 from formats.recipe import (
@@ -187,7 +187,7 @@ class Spec(NamedTuple):
             "set": self.fixed,
             "space": {d.field: [d.kind, d.options, d.also, d.when] for d in self.space},
         }
-        return json.loads(json.dumps(facts))  # as it is read back
+        return parse_json(json.dumps(facts), self.path)  # as it is read back
 
 
 def spell(values: dict) -> list[str]:
