@@ -139,7 +139,8 @@ def write_card(cfg: Config, stats: dict, tokenizer: str, place: str) -> str:
 # {stats["name"]}
 
 A small language model of [parameter golf](https://github.com/openai/parameter-golf), where code and
-compressed weights fit in a byte limit. {note}
+compressed weights fit in a byte limit.
+{note}
 
 {table(result_lines(stats, facts))}
 

@@ -144,7 +144,8 @@ def logged_events(log: RunLog) -> list[dict]:
 
 def logged_tables(log: RunLog) -> dict[str, dict[str, float]]:
     """Return title -> {row: number} of the tables of bytes and seconds, without their sums and limits."""
-    tables, title = {}, ""
+    tables: dict[str, dict[str, float]] = {}
+    title = ""
     for line in plain_lines(log):
         found = TABLE_ROW.fullmatch(line)
         if not found:

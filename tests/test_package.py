@@ -8,7 +8,6 @@ import sys
 import sysconfig
 import tomllib
 import venv
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -188,8 +187,7 @@ def call(command: list, folder: Path, **environment: str) -> subprocess.Complete
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """The folder of a fresh environment with the wheel alone; what it needs is this environment's."""
-    if int(version("setuptools").partition(".")[0]) < 77:
-        pytest.skip("building the wheel here needs setuptools 77 or newer")
+    pytest.importorskip("setuptools", "77", reason="the wheel is built by setuptools 77 or newer")
     place = tmp_path_factory.mktemp("wheel")
     unwanted = shutil.ignore_patterns(".*", "runs", "datasets", "tests", "__pycache__", "*.egg-info")
     source = shutil.copytree(ROOT, place / "source", ignore=unwanted)
