@@ -68,23 +68,13 @@ class TrackioSink:
             for variable in TRACKIO_ELSEWHERE:
                 os.environ.pop(variable, None)
         self.trackio = require("trackio")
-        quiet = {
-            "embed": False,
-            "auto_log_gpu": False,
-            "auto_log_cpu": False,
-        }  # of this machine, not the run's
+        settings = {"resume": "allow", "embed": False}
+        settings |= {"auto_log_gpu": False, "auto_log_cpu": False}  # of this machine, not the run's
         try:
-            self.run = self.trackio.init(
-                options.project, name, config=config_of(run), resume="allow", **quiet
-            )
-        except (
-            ValueError,
-            OSError,
-            sqlite3.Error,
-        ) as error:  # a name or an address it does not take, a full disk
-            raise UserError(
-                f"--to trackio: not opened ({error!s:.300}). Change --project or TRACKIO_DIR."
-            ) from error
+            self.run = self.trackio.init(options.project, name, config=config_of(run), **settings)
+        except (ValueError, OSError, sqlite3.Error) as error:  # a name that it does not take, a full disk
+            advice = "Change --project or TRACKIO_DIR."
+            raise UserError(f"--to trackio: not opened ({error!s:.300}). {advice}") from error
         away = [os.environ[variable] for variable in TRACKIO_ELSEWHERE if variable in os.environ]
         self.place = (
             away[0] if away else f"{self.trackio.TRACKIO_DIR} (trackio show --project {options.project})"
