@@ -116,8 +116,8 @@ watch: desk ## runs as they go, in the terminal: RUNS="runs/*"; default: the new
 audit: setup ## check the record folder RECORD=... before it is submitted
 	$(PY) -m audit $(RECORD) $(addprefix --against ,$(AGAINST)) $(addprefix --run ,$(wildcard $(RECORD)/train_gpt.py))
 
-lint: setup ## ruff: style, imports, formatting
-	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+lint: setup ## ruff: style, imports, formatting; mypy: types of the public modules
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 size: setup ## lines, source bytes and packed bytes of every section
 	$(PY) -m pack.size --recipe $(RECIPE)

@@ -191,7 +191,7 @@ def test_the_map_of_the_readme_is_the_tree():
     block = re.search(r"## Map\n\n```\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
     named = {line.split()[0].rstrip("/") for line in block.splitlines()}
     there = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    there |= {"train_gpt.py", "common.py", "tests", "records", "tokenizers"}
+    there |= {"train_gpt.py", "common.py", "tests", "records", "tokenizers", "launch"}
     assert not named - there
     assert not there - named
 

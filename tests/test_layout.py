@@ -25,6 +25,7 @@ ROOMS = {
     "audit": ("eval", "pack"),
     "dev": ("audit",),
     "parameter_golf": ("eval",),
+    "launch": (),  # a notebook: it runs commands
     "tests": ("dev", "parameter_golf"),
 }
 # The folder audit, statistics and packing run where no torch is installed; data tools need none.

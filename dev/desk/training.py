@@ -55,6 +55,7 @@ OF_A_JOB = {"run.save_every": -1, "run.enforce_limits": False, "run.overwrite": 
 PROGRESS = re.compile(r"(?P<what>[\w ]+): (?P<percent>\d+)% seconds_left:(?P<left>\d+)$")
 LOOK_EVERY_S, TELL_EVERY_S = 0.3, 5.0
 END_S = 15.0  # a run may take to end by itself
+DIVERGED = ("expected a finite train_loss", "expected finite costs")  # of a run's error
 TAIL_LINES = 12  # of a failed run that the error shows
 
 
@@ -105,6 +106,11 @@ class TrainingFailed(UserError):
             f"finished runs are not trained twice. It said:{said}"
         )
         self.job, self.output = job, output
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether training came to no finite loss: a finding, and no fault."""
+        return any(words in line for line in self.output for words in DIVERGED)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ LOOK_EVERY_S = 0.5  # at a training's events
 WAIT_S = 5.0  # between looks for a trial whose worker was killed
 MOST_FAILURES = 5  # in a row: then it is not the settings
 RUNS_NAME = "runs"
-DIVERGED = ("expected a finite train_loss", "expected finite costs")  # of a run's error
 
 Tell = Callable[[str], None]
 Watch = Callable[[list[dict]], None]
@@ -152,11 +151,10 @@ def end_trial(crew: Crew, trial) -> bool:
         board.write(trial, partial(board.prune, trial), tell)
         tell(f"trial {trial.number}: pruned")
     except TrainingFailed as error:
-        diverged = any(words in "\n".join(error.output) for words in DIVERGED)
-        board.write(trial, partial(board.fail, trial, str(error), diverged), tell)
+        board.write(trial, partial(board.fail, trial, str(error), error.has_diverged), tell)
         said = error.output[-1] if error.output else str(error)
-        tell(f"trial {trial.number}: {'diverged' if diverged else 'failed'}: {said}")
-        return not diverged
+        tell(f"trial {trial.number}: {'diverged' if error.has_diverged else 'failed'}: {said}")
+        return not error.has_diverged
     except BaseException:
         board.release(trial)
         raise

@@ -32,7 +32,6 @@ from dev.trial.sequential import ALPHA, DROP, UNDECIDED, WORTH, Decision, decide
 from formats.recipe import with_values
 
 SHORTER = 0.8  # of the budget: the runs that measure what a step is worth
-DIVERGED = ("expected a finite train_loss", "expected finite costs")  # of a run's error
 UNITS = {"seconds": "run.max_wallclock_seconds", "steps": "run.iterations"}
 
 Train = Callable[..., list[Outcome]]
@@ -52,11 +51,10 @@ def train_pair(plan: Plan, seed: int, train: Train) -> Pair:
     return pair
 
 
-def has_diverged(error: TrainingFailed, plan: Plan) -> bool:
-    """Whether the new side's training came to no finite loss: a verdict on it, no fault of the trial."""
-    said = "\n".join(error.output)
+def is_verdict(error: TrainingFailed, plan: Plan) -> bool:
+    """Whether it was the new side that diverged: a verdict on it, no fault of the trial."""
     is_new = error.job in [plan.job(plan.new, seed, error.job.share) for seed in plan.seeds]
-    return is_new and any(words in said for words in DIVERGED)
+    return is_new and error.has_diverged
 
 
 def run_pairs(plan: Plan, train: Train, tell: Callable[[str], None]) -> tuple[list[Pair], Decision]:
@@ -97,7 +95,7 @@ def decide_trial(plan: Plan, args, train: Train, tell: Callable[[str], None]) ->
     try:
         pairs, decision = run_pairs(plan, train, tell)
     except TrainingFailed as error:
-        if not has_diverged(error, plan):
+        if not is_verdict(error, plan):
             raise
         facts = {"trial": plan.name, "verdict": DROP, "because": f"the new side diverged: {error}"}
         facts |= {"budget": plan.budget, "measure": plan.measure, "differences": differences(plan)}
