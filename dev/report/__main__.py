@@ -20,7 +20,7 @@ from dev.desk import charts
 from dev.desk.extras import require
 from dev.desk.runs import RunFacts, read_runs
 
-TOKENS, SECONDS = 16_384, 8.0
+TOKENS, SECONDS = 16_384, 6.0
 MOST_RUNS = 40  # beyond, charts and tables are not readable
 
 
