@@ -104,6 +104,13 @@ def test_a_record_gives_a_run_a_seed():
     assert {check["verdict"] for check in read_audit(RECORD)} == {"PASS", "NOT RUN"}
 
 
+def test_a_run_with_a_readme_is_a_run(tmp_path):
+    """Somebody may describe a run in its folder."""
+    folder = write_run(tmp_path / "a", 7, 2.25)
+    (folder / "README.md").write_text("# my run\n")
+    assert read_run(folder).kind == "run"
+
+
 def test_a_recipe_without_scores_says_so():
     """Most records of the large track were not run here."""
     (run,) = read_record(ROOT / "records" / "track_10min_16mb" / "2026-03-17_NaiveBaseline")

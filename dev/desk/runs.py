@@ -65,7 +65,9 @@ class RunFacts(NamedTuple):
 
 
 def is_record(folder: Path) -> bool:
-    """Tell a record's folder: it has a recipe and a README, or a submission."""
+    """Tell a record's folder: it has a recipe and a README, or a submission, and is no run's."""
+    if (folder / METRICS_NAME).is_file() or (folder / LOG_NAME).is_file():
+        return False
     has_recipe = (folder / RECIPE_NAME).is_file() and (folder / "README.md").is_file()
     return has_recipe or (folder / SUBMISSION_NAME).is_file()
 

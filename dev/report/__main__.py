@@ -9,6 +9,7 @@ a folder holds the artifact and the data are there, the first --tokens validatio
 """
 
 import json
+import math
 import sys
 import time
 from argparse import ArgumentTypeError
@@ -20,7 +21,7 @@ from dev.desk import charts
 from dev.desk.extras import require
 from dev.desk.runs import RunFacts, read_runs
 
-TOKENS, SECONDS = 16_384, 8.0
+TOKENS, SECONDS = 16_384, 6.0
 MOST_RUNS = 40  # beyond, charts and tables are not readable
 
 
@@ -34,6 +35,17 @@ def count(text: str) -> int:
     if not text.isdecimal() or len(text) > 12:
         raise ArgumentTypeError(f"expected a whole number from 0 on, found {text[:40]!r}")
     return int(text)
+
+
+def duration(text: str) -> float:
+    """Read a number of seconds."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise ArgumentTypeError(f"expected a number of seconds, found {text[:40]!r}")
+    return seconds
 
 
 def at_best(make: Callable, *args):
@@ -110,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("report.html"), help="file to write (%(default)s)")
     add("--text", type=existing, help="UTF-8 text for the heat map; default: the validation text's start")
     add("--tokens", type=count, default=TOKENS, help="validation tokens to score (%(default)s); 0: none")
-    add("--seconds", type=float, default=SECONDS, help="that scoring may take, about (%(default)s)")
+    add("--seconds", type=duration, default=SECONDS, help="that scoring may take, about (%(default)s)")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
     started = time.perf_counter()
