@@ -25,8 +25,8 @@ ROOMS = {
     "audit": ("eval", "pack"),
     "dev": ("audit",),
     "parameter_golf": ("eval",),
-    "launch": (),  # a notebook: it runs commands
-    "tests": ("dev", "parameter_golf"),
+    "launch": ("dev",),  # a notebook
+    "tests": ("launch", "parameter_golf"),
 }
 # The folder audit, statistics and packing run where no torch is installed; data tools need none.
 WITHOUT_TORCH = (
@@ -54,6 +54,7 @@ OWN_JSON = {
     "dev/soak/flips.py": "damages files on purpose",
     "dev/soak/mutations.py": "mutates files on purpose",
     "formats/artifact.py": "bounds and words it itself",
+    "launch/quickstart.py": "is a notebook, which shows how a result is read",
     "formats/state.py": "bounds and words it itself",
 }
 CODE_IN_DATA = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
