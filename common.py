@@ -131,6 +131,10 @@ def check_output(out: str | Path, files: Iterable[str | Path], option: str = "--
     require_utf8_name(out)
     if not str(out):
         raise UserError(f"{option}: expected a name, found an empty one. Name a file or folder.")
+    if os.path.exists(out) and not (os.path.isfile(out) or os.path.isdir(out)):
+        raise UserError(
+            f"{option} {out}: expected a file or a new name, found a device. Choose another name."
+        )
     for path in files if os.path.exists(out) else ():
         beside = os.path.isdir(path) and os.path.isfile(out) and os.path.samefile(Path(out).parent, path)
         if beside or (os.path.exists(path) and os.path.samefile(out, path)):

@@ -49,6 +49,7 @@ from train_gpt import (
     KeepingRanks,
     Score,
     check_config,
+    code_digest,
     draw_ledgers,
     load_artifact,
     load_validation,
@@ -263,6 +264,13 @@ def draw_losses(folder: Path) -> None:
         say(f"note: {picture}: no picture of the losses ({error})")
 
 
+def said_of_code(target: Target) -> str:
+    """Say whether a run was made by other code than this."""
+    was = ((target.result or {}).get("origin") or {}).get("code")
+    now = code_digest(Path(__file__).resolve().parents[1])
+    return f" The run is by other code: {was}, here {now}" if was not in (None, now) else ""
+
+
 def score_one(args: Namespace, open_ranks) -> int:
     """Score one artifact; returns 1 when its recorded score is not reproduced."""
     target = find_target(args.target or newest_run(), args.artifact)
@@ -297,7 +305,7 @@ def score_one(args: Namespace, open_ranks) -> int:
     tolerance = target.tolerance(score.mode)
     if difference is not None and not abs(difference) <= tolerance:
         say(f"error: not reproduced: val_bpb differs from the recorded one by {difference:+.3e}, more than "
-            f"the tolerance of {tolerance:g}")  # fmt: skip
+            f"the tolerance of {tolerance:g}.{said_of_code(target)}")  # fmt: skip
         return 1
     if broken:
         say(not_valid(broken))

@@ -61,7 +61,7 @@ def new_run_rules(cfg) -> list[tuple]:
     ]
 
 
-def check_recipe_path(path: str) -> None:
+def check_recipe_path(path: str, option: str = "--recipe") -> None:
     """Raise for a recipe that is not there, naming the nearest in records/, or no file."""
     place = Path(path)
     if place.is_file() or place.is_fifo() or (place / "recipe.toml").is_file():
@@ -79,7 +79,7 @@ def check_recipe_path(path: str) -> None:
         if meant
         else "Recipes are records/*/*/recipe.toml."
     )
-    raise UserError(f"--recipe {path:.200}: {found}. {hint}")
+    raise UserError(f"{option} {path:.200}: {found}. {hint}")
 
 
 def check_recipe(path: str, recipe: dict) -> None:

@@ -107,3 +107,5 @@ def test_forecasts_agree_with_simulated_trials():
     assert words(design._replace(max_pairs=needed), -1.5)[KEEP] > 0.76
     assert words(design._replace(max_pairs=needed - 2), -1.5)[KEEP] < 0.8
     assert pairs_needed(design, 0.1) is None
+    two = Design(2)  # which cannot keep: the forecast is of a drop
+    assert smallest_effect(two) > 5 and smallest_effect(Design(2, sigma=1.0)) < 4

@@ -172,7 +172,7 @@ def snapshot(folder: Path) -> Path:
     command = ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     command += ["*.py", ":!tests", ":!records"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        said = os.fsdecode(subprocess.run(command, capture_output=True, check=False).stdout)
     except FileNotFoundError:  # no git
         said = ""
     files = {name for name in said.split("\0") if name and (REPOSITORY / name).is_file()}
@@ -261,11 +261,13 @@ def is_same(folder: Path, job: Job, origin: dict) -> bool:
     )
 
 
-def find_finished(job: Job) -> Outcome | None:
-    """Find the same run among those that are finished, in the job's folder or below run.out_dir."""
-    origin = origin_of(job)
-    if job.any_machine:
-        origin.pop("machine")
+def find_finished(job: Job, ignored: tuple[str, ...] = ()) -> Outcome | None:
+    """Find the same run among those that are finished, in the job's folder or below run.out_dir.
+
+    `ignored`: keys of its origin in which it may be another one.
+    """
+    ignored += ("machine",) * job.any_machine
+    origin = {name: value for name, value in origin_of(job).items() if name not in ignored}
     for folder in places_to_look(job):
         with suppress(UserError, OSError, LookupError, TypeError, ValueError):  # damaged, or an older one
             if is_same(folder, job, origin):
@@ -415,8 +417,7 @@ def train_all(jobs: list[Job], tell: Callable[[str], None] = print) -> list[Outc
     for job in jobs:
         await_folder(job, tell)
         found.append(find_finished(job))
-        place = found[-1].folder if found[-1] else job.out / run_id(job)
-        tell(f"  {job.label or run_id(job)}: {'finished before,' if found[-1] else 'trains in'} {place}")
+        tell(f"  {job.label or run_id(job)}: {said_of_start(job, found[-1])}")
     running = {at: start_training(job) for at, job in enumerate(jobs) if found[at] is None}
     try:
         while any(run.is_alive() for run in running.values()):
@@ -429,6 +430,15 @@ def train_all(jobs: list[Job], tell: Callable[[str], None] = print) -> list[Outc
         for run in running.values():
             run.stop()
     return found
+
+
+def said_of_start(job: Job, found: Outcome | None) -> str:
+    """Say whether a job trains, and which run of it other code has left."""
+    if found:
+        return f"finished before, {found.folder}"
+    older = find_finished(job, ("code",))
+    other = f" (a run of it by other code, {older.origin['code']}, does not count)" if older else ""
+    return f"trains in {job.out / run_id(job)}{other}"
 
 
 def tell_progress(run: Running, tell: Callable[[str], None]) -> None:

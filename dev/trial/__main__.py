@@ -26,7 +26,7 @@ from pathlib import Path
 
 from common import CommandParser, UserError, atomic_file, run_command, write_json
 from dev.desk.training import MEASURES, Outcome, TrainingFailed, train_all
-from dev.trial.plan import COMPARED, Plan, differences, make_plan
+from dev.trial.plan import COMPARED, Plan, changed_files, differences, make_plan
 from dev.trial.report import Pair, check_pair, format_report, journal_entry, make_report
 from dev.trial.sequential import ALPHA, DROP, UNDECIDED, WORTH, Decision, decide
 from formats.recipe import with_values
@@ -81,12 +81,13 @@ def run_pairs(plan: Plan, train: Train, tell: Callable[[str], None]) -> tuple[li
     return pairs, decision
 
 
-def measure_exchange(plan: Plan, pairs: list[Pair], train: Train) -> dict[int, Outcome]:
+def measure_exchange(plan: Plan, pairs: list[Pair], train: Train, tell) -> dict[int, Outcome]:
     """Train the old side once more with each seed, on a smaller budget: what is a step worth?"""
     unit, amount = next(iter(plan.budget.items()))
     amount = round(SHORTER * amount) if unit == "steps" else SHORTER * amount
     cfg = with_values(plan.old.cfg, {UNITS[unit]: amount}, "--exchange")
     side = plan.old._replace(cfg=cfg)
+    tell(f"what a step is worth: {len(pairs)} runs of the old side with {amount:g} {unit}")
     return {pair.seed: train([plan.job(side, pair.seed, plan.shares[0])])[0] for pair in pairs}
 
 
@@ -101,7 +102,7 @@ def decide_trial(plan: Plan, args, train: Train, tell: Callable[[str], None]) ->
         facts |= {"budget": plan.budget, "measure": plan.measure, "differences": differences(plan)}
         said = f"verdict: DROP: {facts['because']}"
         return facts, said, f"## {plan.name}\n\nChange: {plan.new.said}. Verdict: **drop**: it diverged.\n"
-    shorter = measure_exchange(plan, pairs, train) if args.exchange else {}
+    shorter = measure_exchange(plan, pairs, train, tell) if args.exchange else {}
     report = make_report(plan, pairs, decision, shorter)
     return report, format_report(report, pairs), journal_entry(report, args.hypothesis)
 
@@ -154,6 +155,8 @@ def main(argv: list[str] | None = None, train: Train = train_all) -> int:
     plan = make_plan(args)
     for name, (old, new) in differences(plan).items():
         tell(f"differs: {name}: {old} (old), {new} (new)")
+    for name in changed_files(plan):
+        tell(f"differs: {name}")
     try:
         report, lines, entry = decide_trial(plan, args, partial(train, tell=tell), tell)
     except KeyboardInterrupt:

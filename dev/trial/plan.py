@@ -23,8 +23,9 @@ from dev.desk.training import (
     split_machine,
 )
 from dev.trial.sequential import MOST_PAIRS, Design
+from formats.preflight import check_recipe_path
 from formats.recipe import with_values
-from train_gpt import Config, load_config, name_rules, read_environment
+from train_gpt import SOURCES, Config, load_config, name_rules, read_environment
 
 SEEDS = (1337, 42, 2025, *range(1, MOST_PAIRS - 2))
 NEW, OLD = "new", "old"
@@ -91,6 +92,8 @@ def budget_values(args: Namespace) -> tuple[dict[str, float], list[str]]:
             raise UserError(f"--seconds {args.seconds}: expected a training time above 0, as 90.")
         return {"seconds": args.seconds}, [f"run.max_wallclock_seconds={args.seconds}"]
     if args.steps is not None:
+        if not 1 <= args.steps < 10**9:
+            raise UserError(f"--steps {args.steps}: expected a number of steps from 1 on, as 400.")
         return {"steps": args.steps}, [f"run.iterations={args.steps}", "run.max_wallclock_seconds=0"]
     return {}, []
 
@@ -125,6 +128,10 @@ def shares_of(is_parallel: bool) -> tuple[Share | None, ...]:
 def make_plan(args: Namespace) -> Plan:
     """Resolve the command line; everything that can be refused is refused here, before any training."""
     budget, limits = budget_values(args)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: expected a folder, found a file. Name another.")
+    if args.against:
+        check_recipe_path(args.against, "--against")
     environment, seeds = read_environment().overrides, read_seeds(args.seeds)
     new = load_config(args.recipe, environment, [*args.both, *limits, *args.set])
     old = load_config(args.against or args.recipe, environment, [*args.both, *limits])
@@ -133,8 +140,8 @@ def make_plan(args: Namespace) -> Plan:
     recipe = str(args.recipe or "the naive baseline")
     code = [f"code of {args.against_code}"] if args.against_code else []
     sides = [
-        Side(NEW, " ".join([recipe, *args.set]), new, here),
-        Side(OLD, " ".join([str(args.against or recipe), *code]), old, root),
+        Side(NEW, " ".join([recipe, *args.both, *args.set]), new, here),
+        Side(OLD, " ".join([str(args.against or recipe), *args.both, *code]), old, root),
     ]
     design = Design(len(seeds), args.alpha, args.sigma, args.worth)
     name = args.name or default_name(args.set or [Path(recipe).stem])
@@ -158,14 +165,27 @@ def differences(plan: Plan) -> dict[str, list]:
     return found | ({"code": codes} if codes[0] != codes[1] else {})
 
 
+def changed_files(plan: Plan) -> list[str]:
+    """Name the files of training's code that differ between the sides' checkouts, and those of one alone."""
+    roots = [side.root for side in (plan.old, plan.new)]
+    texts = [
+        {path.relative_to(root).as_posix(): path.read_bytes() for name in SOURCES for path in root.glob(name)}
+        for root in roots
+    ]
+    names = sorted(texts[0].keys() | texts[1].keys())
+    return [name for name in names if texts[0].get(name) != texts[1].get(name)]
+
+
 def check_plan(plan: Plan) -> None:
     """Raise for a trial that could not tell anything, or would compare what it was not asked to."""
-    design, sigma = plan.design, 1.0 if plan.design.sigma is None else plan.design.sigma
-    if not (0 < design.alpha < 0.5 and 0 <= design.worth < math.inf and 0 < sigma < math.inf):
-        raise UserError(
-            "--alpha, --worth, --sigma: expected a chance below 0.5, a difference from 0 on and a deviation "
-            f"above 0, found {design.alpha}, {design.worth} and {design.sigma}."
-        )
+    design = plan.design
+    for option, value, holds, expected in (
+        ("--alpha", design.alpha, 0 < design.alpha < 0.5, "a chance above 0 and below 0.5, as 0.05"),
+        ("--worth", design.worth, 0 <= design.worth < math.inf, "a difference from 0 on, as 0.0005"),
+        ("--sigma", design.sigma, 0 < (design.sigma or 0) < math.inf, "a deviation above 0, as 0.004"),
+    ):
+        if value is not None and not holds:
+            raise UserError(f"{option} {value}: expected {expected}.")
     for name, holds, advice in name_rules(replace(plan.new.cfg.run, run_id=plan.name)):
         if not holds:
             raise UserError(f"--name {plan.name!r:.62}: {name} {advice}.")

@@ -1,6 +1,8 @@
 """What a trial found: one object for programs, a table for people, an entry for the journal."""
 
 import math
+import shlex
+import sys
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +11,7 @@ import numpy as np
 
 from common import UserError, format_table
 from dev.desk.training import Outcome
-from dev.trial.plan import NEW, OLD, Plan, differences
+from dev.trial.plan import NEW, OLD, Plan, changed_files, differences
 from dev.trial.sequential import (
     DROP,
     KEEP,
@@ -24,8 +26,11 @@ from dev.trial.sequential import (
 from durable.seals import split_events
 from eval.stats import summarize
 from formats.checkpoints import METRICS_NAME
+from train_gpt import learning_rate_mul
 
+SURPRISE = 3.0  # deviations of the normal distribution
 DRIFT = 0.15  # of a side's time a step, above which the machine was not steady
+LEAST_STEPS = 24  # of a run whose slope is taken
 SLOPE_SHARE = 1 / 3  # of a run's end over which the slope of its loss is taken
 CELLS = {
     "seed": ">6",
@@ -81,7 +86,7 @@ def describe_side(runs: list[Outcome]) -> dict:
     return (
         scores._asdict()
         | {name: summarize(values).mean for name, values in means.items()}
-        | {"bytes": max(run.num_bytes for run in runs), "over_limits": over}
+        | {"bytes": max(run.num_bytes for run in runs) or None, "over_limits": over}
     )
 
 
@@ -93,7 +98,7 @@ def loss_slope(folder: Path, bpb_per_nat: float) -> tuple[float, float] | None:
     """
     events = [event for event in split_events(folder / METRICS_NAME)[0] if event["kind"] == "train"]
     last = events[-int(len(events) * SLOPE_SHARE) :]
-    if len(last) < 8:
+    if len(events) < LEAST_STEPS:
         return None
     steps = np.array([event["step"] for event in last], dtype=np.float64)
     losses = np.array([event["train_loss"] for event in last])
@@ -104,32 +109,31 @@ def loss_slope(folder: Path, bpb_per_nat: float) -> tuple[float, float] | None:
     return -slope * bpb_per_nat, error * bpb_per_nat
 
 
-def exchange_rate(pairs: list[Pair], shorter: dict[int, Outcome]) -> dict | None:
-    """Return what a step of the old side is worth in bits a byte, and how that is known.
+def exchange_rate(pairs: list[Pair], shorter: dict[int, Outcome], effect: float) -> dict:
+    """Return what a step of the old side is worth in bits a byte, how that is known, and the effect in steps.
 
-    `shorter`: the old side's runs of a smaller budget, by seed; they measure it. Else the training losses.
+    `shorter`: the old side's runs of a smaller budget, by seed; they measure it. Else the training losses do,
+    and their error does not shrink with the seeds: all of them see the same batches. What is not known is
+    None.
     """
     rates = [
         (run.val_bpb - pair.old.val_bpb) / (pair.old.steps - run.steps)
         for pair in pairs
         if (run := shorter.get(pair.seed)) and run.steps < pair.old.steps
     ]
-    if rates:
-        rate = summarize(rates)
-        return {
-            "bpb_per_step": rate.mean,
-            "std": rate.std,
-            "n": rate.n,
-            "from": "shorter runs of the old side",
-        }
     slopes = [loss_slope(pair.old.folder, pair.old.val_bpb / pair.old.val_loss) for pair in pairs]
     known = [slope for slope in slopes if slope]
-    if not known:
-        return None
-    mean = summarize([slope for slope, _ in known]).mean
-    error = math.sqrt(sum(error**2 for _, error in known)) / len(known)
-    said = f"slope of the training loss over the last {SLOPE_SHARE:.0%} of the old side's runs"
-    return {"bpb_per_step": mean, "std": error, "n": len(known), "from": said}
+    if rates:
+        n, rate, error = summarize(rates)
+        said = f"{n} shorter runs of the old side"
+    elif known:
+        rate, error = (summarize(list(column)).mean for column in zip(*known))
+        said = f"slope of the training loss over the last {SLOPE_SHARE:.0%} of {len(known)} old runs"
+    else:
+        rate, error, said = None, None, f"not known: fewer than {LEAST_STEPS} steps; --exchange measures it"
+    is_clear = rate is not None and rate > 2 * (error or 0)
+    steps = effect / rate if is_clear else None
+    return {"bpb_per_step": rate, "error": error, "from": said, "effect_in_steps": steps}
 
 
 def warnings(plan: Plan, pairs: list[Pair]) -> list[str]:
@@ -138,7 +142,7 @@ def warnings(plan: Plan, pairs: list[Pair]) -> list[str]:
     for label in (OLD, NEW):
         runs = [getattr(pair, label) for pair in pairs]
         paces = [ms_per_step(run) for run in runs]
-        if max(paces) > (1 + DRIFT) * min(paces) and plan.budget.get("steps") is None:
+        if max(paces) > (1 + DRIFT) * min(paces):
             found.append(
                 f"{label}: a step took {min(paces):.1f} to {max(paces):.1f} ms: the machine was not steady, "
                 "or not idle"
@@ -151,6 +155,33 @@ def warnings(plan: Plan, pairs: list[Pair]) -> list[str]:
         found.append("float weights were compared: quantization, bytes and the recipe's scorer were not")
     if len(plan.seeds) < KEEP_FROM:
         found.append(f"{len(plan.seeds)} seeds can drop a change, {KEEP_FROM} are needed to keep one")
+    return found + odd_spread(plan, pairs) + late_start(plan)
+
+
+def odd_spread(plan: Plan, pairs: list[Pair]) -> list[str]:
+    """Say whether the differences spread more than the stated deviation explains (chi-squared,
+    Wilson-Hilferty)."""
+    n, _, std = summarize([pair.difference for pair in pairs])
+    if not plan.design.sigma or n < 2:
+        return []
+    df = n - 1
+    ratio = (std / plan.design.sigma) ** 2
+    z = (ratio ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
+    said = f"the differences have deviation {std:.5f}, --sigma says {plan.design.sigma:g}: too sure"
+    return [said] if z > SURPRISE else []
+
+
+def late_start(plan: Plan) -> list[str]:
+    """Say whether fixed steps are fewer than the schedule's decay: the rates never reach the recipe's."""
+    found = []
+    for side in (plan.old, plan.new) if "steps" in plan.budget else ():
+        steps = range(0, side.cfg.run.iterations, max(1, side.cfg.run.iterations // 1000))
+        most = max(learning_rate_mul(side.cfg, step, 0.0) for step in steps)
+        if most < 1:
+            found.append(
+                f"{side.label}: so few steps are all decay: its learning rates begin at {most:.2f} of "
+                "the recipe's"
+            )
     return found
 
 
@@ -172,9 +203,9 @@ def verdict(decision: Decision, pairs: list[Pair]) -> tuple[str, str]:
 
 def next_step(plan: Plan, decision: Decision) -> str:
     """Say what would decide an undecided trial."""
-    if decision.word != UNDECIDED or not decision.std:
-        return ""
     sigma = plan.design.sigma or decision.std
+    if decision.word != UNDECIDED or not sigma:
+        return ""
     needed = pairs_needed(plan.design, decision.effect / sigma)
     seen = smallest_effect(plan.design) * sigma
     more = f"about {needed} seeds" if needed else f"more than {MOST_PAIRS} seeds"
@@ -187,8 +218,7 @@ def next_step(plan: Plan, decision: Decision) -> str:
 def make_report(plan: Plan, pairs: list[Pair], decision: Decision, shorter: dict[int, Outcome]) -> dict:
     """Return everything as one JSON object."""
     word, because = verdict(decision, pairs)
-    design, rate = plan.design, exchange_rate(pairs, shorter)
-    steps = decision.effect / rate["bpb_per_step"] if rate and rate["bpb_per_step"] > 0 else None
+    design = plan.design
     has_interval = math.isfinite(decision.low)
     sides = {
         label: {"side": getattr(plan, label).said}
@@ -212,10 +242,12 @@ def make_report(plan: Plan, pairs: list[Pair], decision: Decision, shorter: dict
             value if math.isfinite(value) else None
             for value in critical_values(design.max_pairs, design.sigma is not None, design.alpha)
         ],
-        "exchange": rate and rate | {"effect_in_steps": steps},
+        "exchange": exchange_rate(pairs, shorter, decision.effect),
         "budget": plan.budget,
         "measure": plan.measure,
         "differences": differences(plan),
+        "changed_files": changed_files(plan),
+        "command": shlex.join(sys.orig_argv[1:]),
         "sides": sides,
         "pairs": [
             {
@@ -243,17 +275,25 @@ def said_of(report: dict) -> str:
 
 
 def exchange_line(report: dict) -> str:
-    """Say what the effect is worth in steps."""
+    """Say what a step is worth, and the effect in steps."""
     rate = report["exchange"]
-    if not rate:
-        return ""
-    spread = f" +- {rate['std']:.2g}" if rate["std"] is not None else ""
-    line = f"A step is worth {rate['bpb_per_step']:.3g}{spread} bits a byte ({rate['from']}, n {rate['n']})"
+    if rate["bpb_per_step"] is None:
+        return f"What a step is worth is {rate['from']}"
+    spread = f" +- {rate['error']:.2g}" if rate["error"] is not None else ""
+    line = f"A step is worth {rate['bpb_per_step']:.3g}{spread} bits a byte ({rate['from']})"
     steps = rate["effect_in_steps"]
+    if steps is None:
+        return f"{line}: too uncertain to count the effect in steps"
+    return f"{line}: the effect is {abs(steps):,.0f} steps {'lost' if steps > 0 else 'saved'}"
+
+
+def said_of_side(side: dict) -> str:
+    """Say a side's mean score, steps and most bytes."""
+    spread = f" +- {side['std']:.5f}" if side["std"] is not None else ""
+    size = f", at most {side['bytes']:,} bytes" if side["bytes"] else ""
     return (
-        line
-        if steps is None
-        else f"{line}: the effect is {abs(steps):,.0f} steps {'lost' if steps > 0 else 'saved'}"
+        f"{side['mean']:.5f}{spread} bits a byte, {side['steps']:,.0f} steps, "
+        f"{side['ms_per_step']:.1f} ms a step{size}"
     )
 
 
@@ -267,13 +307,7 @@ def format_report(report: dict, pairs: list[Pair]) -> str:
     ]  # fmt: skip
     lines = [f"{label}: {report['sides'][label]['side']}" for label in (NEW, OLD)]
     lines += [format_table(CELLS, rows)]
-    for label in (NEW, OLD):
-        side = report["sides"][label]
-        spread = f" +- {side['std']:.5f}" if side["std"] is not None else ""
-        lines.append(
-            f"{label}: {side['mean']:.5f}{spread} bits a byte, {side['steps']:,.0f} steps, "
-            f"{side['ms_per_step']:.1f} ms a step, {side['bytes']:,} bytes"
-        )
+    lines += [f"{label}: {said_of_side(report['sides'][label])}" for label in (NEW, OLD)]
     lines += [exchange_line(report), *(f"warning: {text}" for text in report["warnings"])]
     lines += [f"verdict: {report['verdict'].upper()}: {said_of(report)}", f"  {report['because']}"]
     lines += [f"  {report['next']}"] if report["next"] else []
@@ -291,16 +325,14 @@ def journal_entry(report: dict, hypothesis: str) -> str:
         f"| {' | '.join(format(value, form) for value, form in zip(row, cells.values()))} |" for row in rows
     ]
     changed = "; ".join(f"`{name}` {old} -> {new}" for name, (old, new) in report["differences"].items())
-    means = ", ".join(
-        f"{label} {side['mean']:.5f} (std {side['std'] or 0:.5f}), {side['steps']:,.0f} "
-        f"steps at {side['ms_per_step']:.1f} ms, {side['bytes']:,} bytes"
-        for label, side in ((label, sides[label]) for label in (OLD, NEW))
-    )
+    means = "; ".join(f"{label} {said_of_side(sides[label])}" for label in (OLD, NEW))
+    files = f" Files: {', '.join(report['changed_files'])}." if report["changed_files"] else ""
     lines = [
         f"## {date.today()}: {report['trial']}",
         "",
         f"Hypothesis: {hypothesis}." if hypothesis else "",
-        f"Change: {changed}. Old: {sides[OLD]['side']}. Budget {budget}, {report['measure']}.",
+        f"Change: {changed}.{files} Old: {sides[OLD]['side']}. Budget {budget}, {report['measure']}.",
+        f"Command: `python {report['command']}`.",
         f"Machine: {machine.get('cpu')}, {machine.get('device')}, {machine.get('threads')} threads, "
         f"Python {machine.get('python')}, torch {machine.get('torch')}. Data {origin.get('data', '')[:12]}, "
         f"validation {origin.get('validation', '')[:12]}, tokenizer {origin.get('tokenizer', '')[:12]}, "

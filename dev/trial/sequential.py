@@ -34,7 +34,7 @@ PATHS, DRAWS = 200_000, 1_600_000  # most simulated trials for the critical valu
 FEW_PATHS = 20_000  # for forecasts
 MOST_PAIRS = 64
 PAIRS = (*range(KEEP_FROM, 13), 16, 20, 24, 32, 48, MOST_PAIRS)  # that forecasts consider
-POWER = 0.8
+POWER, MOST_EFFECT = 0.8, 1e6
 KEEP, DROP, SAME, UNDECIDED = "keep", "drop", "no difference", "undecided"
 
 
@@ -122,8 +122,8 @@ def run_to_verdict(differences: Sequence[float], design: Design) -> Decision:
 
 
 def chance_to_decide(design: Design, effect: float) -> float:
-    """Return the chance of a keep, or a drop, of an effect of so many deviations, |effect| > 0."""
-    first = design.first_look
+    """Return the chance of a keep of an effect of so many deviations; of a drop below KEEP_FROM pairs."""
+    start = max(design.first_look, KEEP_FROM if design.max_pairs >= KEEP_FROM else 1)
     statistics = np.random.default_rng(1).standard_normal((FEW_PATHS, design.max_pairs)) + abs(effect)
     n = np.arange(1, design.max_pairs + 1)
     means = statistics.cumsum(axis=1) / n
@@ -135,7 +135,7 @@ def chance_to_decide(design: Design, effect: float) -> float:
             spread = np.sqrt(np.maximum(squares, 0.0) / (n - 1))
     with np.errstate(invalid="ignore"):
         crossed = means * np.sqrt(n) > critical * spread
-    return float(crossed[:, max(first, KEEP_FROM) - 1 :].any(axis=1).mean())
+    return float(crossed[:, start - 1 :].any(axis=1).mean())
 
 
 def pairs_needed(design: Design, effect: float, power: float = POWER) -> int | None:
@@ -151,7 +151,7 @@ def pairs_needed(design: Design, effect: float, power: float = POWER) -> int | N
 def smallest_effect(design: Design, power: float = POWER) -> float:
     """Return the effect, in deviations, that these pairs show with this chance; by bisection."""
     low, high = 0.0, 1.0
-    while chance_to_decide(design, high) < power:
+    while chance_to_decide(design, high) < power and high < MOST_EFFECT:
         high *= 2
     for _ in range(12):
         middle = (low + high) / 2
