@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fixtures_runs import ORIGIN, make_log, write_run
 
-from common import UserError
+from common import UserError, parse_json
 from eval import stats
 
 OLD = [1.11922988, 1.12002032, 1.11888882]  # the contest's rows #549 and #1019

@@ -15,6 +15,7 @@ from fixtures_live import finish_run, grow_run, leave_run
 
 import train_gpt
 from common import UserError, parse_json, write_json
+from dev import watch
 from dev.desk.runs import read_run
 from dev.watch import (
     SPARKS,
