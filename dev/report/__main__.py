@@ -147,9 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         print(json_text(describe(runs, args.out, len(page), seconds)))
     else:
-        print(
-            f"{args.out}: {len(runs)} run{'s' * (len(runs) > 1)}, {len(page):,} bytes, made in {seconds:.1f} s"
-        )
+        num_runs = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+        print(f"{args.out}: {num_runs}, {len(page):,} bytes, made in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

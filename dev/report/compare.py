@@ -68,7 +68,7 @@ def differences(groups: list[Group]) -> list[tuple[str, list[str]]]:
 
 
 def identities(name: str, values: list[str], groups: list[Group]) -> list[str]:
-    """Return what tells the values of a field apart: of a place the digest of what is there, else its path."""
+    """Return what tells a field's values apart: of a place the digest of what is there, else its path."""
     if name not in DIGESTS:
         return values
     digests = [group.runs[0].origin.get(DIGESTS[name]) for group in groups]

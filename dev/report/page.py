@@ -67,8 +67,9 @@ def render(facts: Facts) -> str:
     names = [group.name for group in facts.groups]
     title = names[0] if len(names) == 1 else f"{len(facts.rows)} runs of {len(names)} recipes"
     kinds = {run.kind == "weights" for run in facts.runs if run.result}
-    source = {(True,): "float weights", (False, True): "artifacts, or of weights where a run says so"}.get(
-        tuple(sorted(kinds)), "the artifact"
+    source = "float weights" if kinds == {True} else "the artifact"
+    source = (
+        "artifacts, or from float weights where a run is said to be of weights" if len(kinds) > 1 else source
     )
     subtitle = f"val_bpb is in bits a byte and was measured from {source}; lower is better."
     return render_page(title, subtitle, [build(facts) for build in SECTIONS])
@@ -305,7 +306,8 @@ def bits(facts: Facts) -> Section:
     if scored:
         lines = [
             f"{row.name}: {costs.bpb:.4f} bits a byte over the first {costs.num_tokens:,} tokens of its "
-            f"validation text, {costs.num_bytes:,} bytes{', as far as the time went' if costs.is_cut else ''}."
+            f"validation text, {costs.num_bytes:,} bytes"
+            f"{', as far as the time went' if costs.is_cut else ''}."
             for row, costs in scored
         ]
         said = "Scored plainly, windows side by side, no adaptation, no hints: above the score of a run."
@@ -320,7 +322,9 @@ def breakdowns(scored: list[tuple[Drawn, Costs]]) -> list[Block]:
     texts = dict.fromkeys(costs.text for _, costs in scored)
     blocks: list[Block] = []
     if len(texts) > 1:
-        said = "Not all scored the same tokens: tokenizers, texts or the time differed. Charts are of those alike."
+        said = (
+            "Not all scored the same tokens, for tokenizers, texts or the time differ: these do not compare."
+        )
         blocks.append(Block("warning", said))
     for text in texts:
         alike = [one for one in scored if one[1].text == text]
@@ -339,8 +343,8 @@ def heat(costs: Costs | str | None) -> list[Block]:
     total = sum(piece.bits for piece in costs.pieces)
     said = (
         f"{costs.source}: {len(costs.pieces):,} tokens, {costs.shown_bytes:,} bytes, {total:,.0f} bits, "
-        f"{number(total / costs.shown_bytes if costs.shown_bytes else None, '.4f')} bits a byte. Other tokenizers "
-        "show another stretch of it. Point at a token to read its cost."
+        f"{number(total / costs.shown_bytes if costs.shown_bytes else None, '.4f')} bits a byte. With another "
+        "tokenizer as many tokens are another stretch of it. Point at a token to read its cost."
     )
     head = ["", "targets", "bytes", "bits", "bits a byte"]
     tables = []
@@ -372,7 +376,7 @@ def clocks(facts: Facts) -> Section:
     ]  # fmt: skip
     blocks = [Block("table", Table(head, rows, words=True))] if rows else []
     if any(row.limit and row.total > row.limit for found in ledgers.values() for row in found):
-        said = "Left is below 0 where a clock was overrun: a step that has begun when the time is up is finished."
+        said = "Left is below 0 where a clock was overrun: a step that has begun is finished."
         blocks.append(Block("pale", said))
     timed = [run for run in facts.runs if run.result and run.result.get("seconds")]
     if timed:

@@ -169,7 +169,7 @@ def draw_tensors(name: str, sizes: list[TensorSize]) -> str:
 
 
 def draw_breakdown(title: str, scored: list[tuple[Drawn, Costs]]) -> str:
-    """Draw bits a byte by class of one of eval.breakdown's tables, a bar a run; all scored the same tokens."""
+    """Draw bits a byte by class of one of eval.breakdown's tables, a bar a run; all of the same tokens."""
     tables = [costs.tables[title] for _, costs in scored]
     names = list(dict.fromkeys(row.name for rows in tables for row in rows if row.num_bytes))
     names.sort(key=first_number)
