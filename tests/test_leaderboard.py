@@ -77,6 +77,6 @@ def test_bytes_that_nobody_weighed_are_not_zero(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["records"][0]["num_bytes"] is None
     kept = tmp_path / "track" / "2026-01-02_A" / "submission.json"
     before = kept.read_bytes()
-    with pytest.raises(UserError, match="ends in .html"):
+    with pytest.raises(UserError, match=r"ends in \.html"):
         leaderboard.main(["--records", str(tmp_path), "--out", str(kept)])
     assert kept.read_bytes() == before

@@ -294,7 +294,7 @@ def test_bad_input_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="expected a run"):
         report.main([str(tmp_path / "empty")])
     kept = (run / "result.json").read_bytes()
-    with pytest.raises(UserError, match="ends in .html"):
+    with pytest.raises(UserError, match=r"ends in \.html"):
         report.main([str(run), "--out", str(run / "result.json")])
     assert (run / "result.json").read_bytes() == kept
     (tmp_path / "text.html").write_text("a text")

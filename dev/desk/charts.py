@@ -32,8 +32,7 @@ DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 SETTINGS = {
     "svg.fonttype": "none", "svg.hashsalt": "desk", "font.size": LETTERS, "font.family": "sans-serif",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "axes.titlesize": LETTERS + 1, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "axes.edgecolor": MARKS["grid"], "axes.labelcolor": MARKS["ink"], "axes.titlecolor": MARKS["ink"],
+    "axes.edgecolor": MARKS["grid"], "axes.labelcolor": MARKS["ink"],
     "grid.color": MARKS["grid"], "grid.linewidth": 0.6, "text.color": MARKS["ink"],
     "xtick.color": MARKS["pale"], "ytick.color": MARKS["pale"], "legend.frameon": False,
     "legend.fontsize": LETTERS - 1, "legend.labelcolor": MARKS["ink"], "lines.linewidth": 1.4,
@@ -91,7 +90,8 @@ def chart(title: str, unit: str = "", about: str = "", height: float = SIZE[1]) 
     with matplotlib.rc_context(SETTINGS):
         figure = figures.Figure(figsize=(SIZE[0], height), layout="constrained")
         drawn = Chart(title, about or title, figure, figure.add_subplot())
-        drawn.ax.set_title(textwrap.fill(title, TITLE_LETTERS))
+        words = textwrap.fill(title, TITLE_LETTERS)
+        figure.suptitle(words, x=0.01, ha="left", fontsize=LETTERS + 1, fontweight="bold")
         drawn.ax.set_ylabel(unit)
         yield drawn
         handles, labels = drawn.ax.get_legend_handles_labels()

@@ -341,10 +341,10 @@ def heat(costs: Costs | str | None) -> list[Block]:
     if not isinstance(costs, Costs):
         return []
     total = sum(piece.bits for piece in costs.pieces)
+    bpb = number(total / costs.shown_bytes if costs.shown_bytes else None, ".4f")
     said = (
         f"{costs.source}: {len(costs.pieces):,} tokens, {costs.shown_bytes:,} bytes, {total:,.0f} bits, "
-        f"{number(total / costs.shown_bytes if costs.shown_bytes else None, '.4f')} bits a byte. With another "
-        "tokenizer as many tokens are another stretch of it. Point at a token to read its cost."
+        f"{bpb} bits a byte. With another tokenizer as many tokens are another stretch of it. Point at a token to read its cost."
     )
     head = ["", "targets", "bytes", "bits", "bits a byte"]
     tables = []
