@@ -210,6 +210,8 @@ def test_a_records_log_tells_of_its_limits(tmp_path):
     rows = {seed: {"val_bpb": 1.5, "val_loss": "x"} for seed in "123"}
     (tmp_path / "submission.json").write_text(json.dumps({"seed_results": rows}))
     ledger = "bytes of the submission\n  code           900 bytes\n  total       900 bytes\n"
+    (tmp_path / "train_seed3.log").write_text(ledger)  # of a version that drew up no clock
+    ledger += "training clock\n  training          9.0 s\n  total       9.0 s\n"
     (tmp_path / "train_seed1.log").write_text(ledger)
     (tmp_path / "train_seed2.log").write_text(ledger + "NOT A VALID RUN: bytes 9 of 5; training 7 s of 6\n")
     found = [run.result.get("over_limits") for run in read_record(tmp_path)]

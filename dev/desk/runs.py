@@ -23,6 +23,7 @@ RUN_MARKS = (RESULT_NAME, WEIGHTS_NAME, METRICS_NAME, LOG_NAME)
 TEMPLATE = Path(__file__).parents[1] / "report" / "page.html"  # of every page
 MOST_LEVELS = 4  # of folders between a named folder and a run
 BYTES_TITLE, SECONDS_TITLE = "bytes of the submission", "seconds by phase"  # of tables in logs
+CLOCK_TITLE = "training clock"
 RESULT_ADVICE = "What it says is shown, and was altered since the run wrote it."
 INVALID = re.compile(r"^NOT A VALID RUN: (.+)$", re.MULTILINE)  # of a log: the limits that it is over
 
@@ -325,7 +326,8 @@ def read_record(folder: Path) -> list[RunFacts]:
         is_kept = kept.get("artifact_sha256") is not None and (
             kept["artifact_sha256"] == row.get("artifact_sha256")
         )
-        result = kept if is_kept else keep_known(_seed_result(row, log), folder / SUBMISSION_NAME, found)
+        result = keep_known(_seed_result(row, log), folder / SUBMISSION_NAME, found)
+        result |= kept if is_kept else {}
         events = logged_events(log) if log else []
         facts = (name + f" seed {seed}", folder, "record", "finished", seed, recipe, result, events, log)
         runs.append(RunFacts(*facts, tuple(found)))
@@ -364,7 +366,7 @@ def _seed_result(row: dict, log: RunLog | None) -> dict:
         result["train_ms"] = 1000 * row["train_time_s"]
     if broken := INVALID.search(log.text) if log else None:
         result["over_limits"] = broken[1].split("; ")
-    elif BYTES_TITLE in tables:  # drawn up at the end, where a run that is over a limit says so
+    elif BYTES_TITLE in tables and CLOCK_TITLE in tables:  # both were held against their limits
         result["over_limits"] = []
     ledger = [(name, round(number)) for name, number in tables.get(BYTES_TITLE, {}).items()]
     return result | {"ledger": ledger, "seconds": tables.get(SECONDS_TITLE, {})}

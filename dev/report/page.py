@@ -179,18 +179,18 @@ def curves(facts: Facts) -> Section:
     found = [pictures.draw_losses(rows, axis, column) for column, axis in axes.items()]
     found = [svg for svg in (*found, pictures.draw_validations(rows)) if svg]
     silent = [row.name for row in rows if not len(row.series.steps)]
-    blocks = [*legend(rows), Block("figures", found)] if found else []
+    blocks = [*legend(rows, has_marks=True), Block("figures", found)] if found else []
     if silent:
         said = f"No losses of {', '.join(silent)}: they are in metrics.jsonl, which a training writes."
         blocks.append(Block("missing", said))
     return Section("loss", "Loss", blocks)
 
 
-def legend(rows: list[Drawn], looks: list[dict] | None = None) -> list[Block]:
+def legend(rows: list[Drawn], looks: list[dict] | None = None, has_marks: bool = False) -> list[Block]:
     """Name the lines of all charts of a section once, where they are too many for each chart to do it."""
     if len(rows) <= charts.MOST_LABELS:
         return []
-    marks = [charts.MARKERS[charts.marker(i)] if looks is None else "" for i in range(len(rows))]
+    marks = [charts.MARKERS[charts.marker(i)] if has_marks else "" for i in range(len(rows))]
     looks = looks or [row.look for row in rows]
     lines = [(charts.swatch(look), mark, row.name) for row, look, mark in zip(rows, looks, marks)]
     return [Block("legend", lines)]
@@ -344,7 +344,8 @@ def heat(costs: Costs | str | None) -> list[Block]:
     bpb = number(total / costs.shown_bytes if costs.shown_bytes else None, ".4f")
     said = (
         f"{costs.source}: {len(costs.pieces):,} tokens, {costs.shown_bytes:,} bytes, {total:,.0f} bits, "
-        f"{bpb} bits a byte. With another tokenizer as many tokens are another stretch of it. Point at a token to read its cost."
+        f"{bpb} bits a byte. With another tokenizer as many tokens are "
+        "another stretch of it. Point at a token to read its cost."
     )
     head = ["", "targets", "bytes", "bits", "bits a byte"]
     tables = []
