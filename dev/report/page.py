@@ -371,7 +371,7 @@ def clocks(facts: Facts) -> Section:
     rows = [
         [name, row.title, f"{row.total:,.2f}", number(row.limit or None, ",.2f"),
          spell_left(row.limit - row.total) if row.limit else NO_VALUE,
-         " + ".join(f"{part} {amount:,.1f}" for part, amount in row.parts)]
+         " + ".join(f"{part} {amount:,.2f}" for part, amount in row.parts)]
         for name, found in ledgers.items()
         for row in found
     ]  # fmt: skip
