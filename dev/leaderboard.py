@@ -7,7 +7,6 @@ Every number is a record's own: scores of its seeds from the artifacts, bytes of
 was not run here is listed without a score.
 """
 
-import json
 import math
 import os
 import re
@@ -18,8 +17,8 @@ from typing import NamedTuple
 from common import CommandParser, UserError, atomic_file, run_command
 from dev.desk import charts
 from dev.desk.extras import require
-from dev.desk.runs import RunFacts, find_folders, is_record, read_record
-from eval.stats import Sample, summarize
+from dev.desk.runs import RunFacts, check_page, find_folders, is_record, read_record
+from eval.stats import Sample, json_text, summarize
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECORDS, PAGE = REPOSITORY / "records", REPOSITORY / "docs" / "leaderboard.html"
@@ -35,7 +34,7 @@ class Entry(NamedTuple):
     name: str
     folder: Path
     sample: Sample | None  # of val_bpb over its seeds
-    num_bytes: int  # code + artifact, the largest of the seeds; 0 where that is not known
+    num_bytes: int | None  # code + artifact, the largest of the seeds; None where that is not known
     notes: tuple[str, ...]
 
     def facts(self) -> dict:
@@ -71,7 +70,7 @@ def read_entry(folder: Path, seeds: list[RunFacts]) -> Entry:
     day, name = named.groups() if named else ("", folder.name)
     sample = summarize(scores) if scores else None
     notes = tuple(dict.fromkeys(note for run in seeds for note in run.notes if run.result))
-    size = max((sum(run.ledger.values()) for run in seeds), default=0)
+    size = max((sum(run.ledger.values()) for run in seeds), default=0) or None
     return Entry(folder.parent.name, day, name, folder, sample, size, notes)
 
 
@@ -138,8 +137,8 @@ def render(entries: list[Entry], beside: Path) -> str:
             )
             mean, std, n = (one.sample.mean, one.sample.std, one.sample.n) if one.sample else (None, None, 0)
             score = f"{mean:.4f}" if one.sample else NOT_RUN
-            rows.append([link, one.day, score, number(std, ".4f"), n, number(one.num_bytes or None)])
-        head = ["record", "date", "val_bpb", "std", "n", "bytes"]
+            rows.append([link, one.day, score, number(std, ".4f"), n, number(one.num_bytes)])
+        head = ["record", "date", "val_bpb", "std", "n", "most bytes"]
         figures = [svg for svg in (draw_progress(track, scored), draw_sizes(track, scored)) if svg]
         blocks = [Block("table", Table(head, rows)), *([Block("figures", figures)] if figures else [])]
         blocks += [Block("warning", note) for one in found for note in one.notes]
@@ -157,9 +156,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=PAGE, help="file to write (docs/leaderboard.html)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and write no file")
     args = parser.parse_args(argv)
+    check_page(args.out)
     entries = read_entries(args.records)
     if args.json:
-        print(json.dumps({"records": [one.facts() for one in entries]}))
+        print(json_text({"records": [one.facts() for one in entries]}))
         return
     page = render(entries, args.out.resolve().parent)
     with atomic_file(args.out) as file:

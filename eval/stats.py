@@ -267,7 +267,7 @@ def _json_scores(file: Path, source: str) -> list[SeedScore]:
     elif isinstance(results, dict):
         rows = [(read_seed(seed), row) for seed, row in results.items() if read_seed(seed) is not None]
     else:
-        rows = [(facts.get("seed"), facts.get("score", facts))]
+        rows = [(read_seed(facts.get("seed")), facts.get("score", facts))]
     recipe = facts.get("config_hash", "")
     known = {"file": str(file), "val_loss": None, "config": "", "source": source}
     known |= {"config": recipe} if isinstance(recipe, str) else {}
@@ -351,7 +351,8 @@ def doubts(row: SeedScore) -> list[str]:
     if result is None:
         return found
     if limits := result.get("over_limits"):
-        found.append(f"{file}: over its limit of {', '.join(map(str, limits))}: not a valid run")
+        said = ", ".join(map(str, limits)) if isinstance(limits, list) else str(limits)
+        found.append(f"{file}: over its limit of {said}: not a valid run")
     score = result.get("score") if isinstance(result.get("score"), dict) else {}
     stated, seed = score.get("val_bpb"), result.get("seed")
     if isinstance(stated, float) and abs(stated - row.val_bpb) > SAME_BPB:
@@ -508,6 +509,19 @@ def format_report(report: dict) -> str:
     return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])
 
 
+def json_text(facts: object) -> str:
+    """Spell facts as JSON, which has no word for what is no finite number: null."""
+
+    def word(value):
+        if isinstance(value, dict):
+            return {name: word(inner) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [word(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(word(facts), allow_nan=False)
+
+
 def read_against(names: list[str]) -> list[SeedScore] | float:
     """Read the old side: one number, else files and folders."""
     if len(names) == 1 and names[0].replace(".", "", 1).isdigit():
@@ -538,7 +552,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(args.against) > 1:
         report["warnings"] += [f"against: {text}" for text in passed_over(list(map(Path, args.against)))]
     report["scores"] = [row._asdict() for row in new]
-    print(json.dumps(report) if args.json else format_report(report))
+    print(json_text(report) if args.json else format_report(report))
     return 0
 
 

@@ -1,6 +1,7 @@
 """One reader of what runs and records left: finished, half-written, altered, of other versions."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from fixtures_runs import LEDGER, write_run
 
 from common import UserError, read_json
 from dev.desk import extras
-from dev.desk.runs import read_audit, read_record, read_run, read_runs
+from dev.desk.runs import check_page, read_audit, read_record, read_run, read_runs
 
 RECORD = ROOT / "records" / "track_cpu" / "2026-11-21_NaiveBaseline"
 
@@ -180,3 +181,51 @@ def test_unreadable_places_are_notes(tmp_path):
     run = read_run(folder)
     assert run.log is None and run.recipe == {} and len(run.notes) == 2
     assert Path(run.folder).is_dir() and run.state == "finished"
+
+
+ODD = {
+    "score": {"val_bpb": 1.5, "val_loss": "y", "seconds": "x", "num_bytes": -1, "invalid": 4},
+    "ledger": {"a": "b"}, "seconds": 3, "train_ms": "q", "steps": "many", "origin": 5, "over_limits": 7,
+    "places": [1], "tokens_per_second": "z", "seed": [1], "resumed_at": 2, "calibration_ms": math.nan,
+}  # fmt: skip
+
+
+def test_fields_of_another_kind_are_left_out_and_noted(tmp_path):
+    """What remains can be counted with; null is not told."""
+    folder = write_run(tmp_path / "a", 7, 2.25)
+    (folder / "result.json").write_text(json.dumps(ODD | {"config_hash": None}))
+    recipe = "[run]\nmax_wallclock_seconds = 'NaN'\niterations = nan\n[schedule]\nstages = [[1]]\n"
+    (folder / "recipe.toml").write_text(recipe + "warp = 1\n")
+    run = read_run(folder)
+    assert run.score == {"val_bpb": 1.5} and run.ledger == {} and run.recipe == {"schedule.warp": 1}
+    assert run.result["seconds"] == {} and "steps" not in run.result and "origin" not in run.result
+    said = [note for note in run.notes if "something else" in note]
+    assert len(said) == 3 and "over_limits" in said[0] and "config_hash" not in said[0]
+    (folder / "result.json").write_text(json.dumps({"score": {"val_bpb": 1.5}, "origin": {"machine": 3}}))
+    assert read_run(folder).origin == {}
+
+
+def test_a_records_log_tells_of_its_limits(tmp_path):
+    """Over, kept, or not told."""
+    rows = {seed: {"val_bpb": 1.5, "val_loss": "x"} for seed in "123"}
+    (tmp_path / "submission.json").write_text(json.dumps({"seed_results": rows}))
+    ledger = "bytes of the submission\n  code           900 bytes\n  total       900 bytes\n"
+    (tmp_path / "train_seed3.log").write_text(ledger)  # of a version that drew up no clock
+    ledger += "training clock\n  training          9.0 s\n  total       9.0 s\n"
+    (tmp_path / "train_seed1.log").write_text(ledger)
+    (tmp_path / "train_seed2.log").write_text(ledger + "NOT A VALID RUN: bytes 9 of 5; training 7 s of 6\n")
+    found = [run.result.get("over_limits") for run in read_record(tmp_path)]
+    assert found == [[], ["bytes 9 of 5", "training 7 s of 6"], None]
+
+
+@pytest.mark.parametrize("name", ["", ".", "metrics.jsonl", "/dev/stdout", "page.html", "a.html", "x.HTM"])
+def test_a_page_replaces_nothing_but_a_page(tmp_path, monkeypatch, name):
+    """Neither what runs are made of, nor a text that is read, a folder or a device."""
+    monkeypatch.chdir(tmp_path)
+    Path("page.html").mkdir()
+    Path("a.html").write_text("text to read")
+    with pytest.raises(UserError, match="--out"):
+        check_page(Path(name), [Path("a.html")])
+    with pytest.raises(UserError, match="a file that is read"):
+        check_page(ROOT / "dev" / "report" / "page.html")
+    check_page(Path("b.html"), [Path("a.html")])

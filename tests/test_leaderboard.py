@@ -67,3 +67,16 @@ def test_a_folder_without_records_is_named(tmp_path):
     """A typo in --records."""
     with pytest.raises(UserError, match="expected records"):
         leaderboard.main(["--records", str(tmp_path / "nothing")])
+
+
+def test_bytes_that_nobody_weighed_are_not_zero(tmp_path, capsys):
+    """None in JSON, and a page goes where it replaces nothing."""
+    write_record(tmp_path / "track" / "2026-01-02_A", {"1": 1.5})
+    (tmp_path / "track" / "2026-01-02_A" / "train_seed1.log").unlink()
+    leaderboard.main(["--records", str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["records"][0]["num_bytes"] is None
+    kept = tmp_path / "track" / "2026-01-02_A" / "submission.json"
+    before = kept.read_bytes()
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        leaderboard.main(["--records", str(tmp_path), "--out", str(kept)])
+    assert kept.read_bytes() == before

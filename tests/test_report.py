@@ -16,8 +16,9 @@ from fixtures_packing import leave_stand_in
 from fixtures_runs import ORIGIN, write_run
 
 import train_gpt
-from common import UserError
+from common import UserError, parse_json
 from dev.desk.runs import read_run, read_runs
+from eval.breakdown import BreakdownRow
 from formats.codes_encode import encode_codes
 from formats.recipe import with_values
 from scoring.sliding import ScoreOptions, plan_windows, score_windows
@@ -292,8 +293,13 @@ def test_bad_input_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="expected a run"):
         report.main([str(tmp_path / "empty")])
+    kept = (run / "result.json").read_bytes()
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        report.main([str(run), "--out", str(run / "result.json")])
+    assert (run / "result.json").read_bytes() == kept
+    (tmp_path / "text.html").write_text("a text")
     with pytest.raises(UserError, match="a file that is read"):
-        report.main([str(run / "result.json"), "--out", str(run / "result.json")])
+        report.main([str(run), "--text", str(tmp_path / "text.html"), "--out", str(tmp_path / "text.html")])
     for option, value in (("--tokens", "-3"), ("--seconds", "nan"), ("--seconds", "soon")):
         with pytest.raises(SystemExit):
             report.main([str(run), option, value])
@@ -301,6 +307,90 @@ def test_bad_input_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install"):
         report.main([str(run), "--out", str(tmp_path / "r.html")])
     assert not (tmp_path / "r.html").exists()
+
+
+def test_an_odd_folder_does_not_end_the_page(tmp_path):
+    """Fields of other kinds are noted; JSON has null where a score is no number."""
+    odd = write_run(
+        tmp_path / "runs" / "odd", 1, 2.2, changes={"over_limits": 7, "steps": "many", "places": [1]}
+    )
+    (odd / "recipe.toml").write_text("[run]\nmax_wallclock_seconds = 'NaN'\n")
+    write_run(tmp_path / "runs" / "nan", 2, math.nan)
+    text = make(tmp_path, tmp_path / "runs", "--tokens", "0")
+    assert "something else than expected: steps, places, over_limits" in text
+
+
+def test_json_has_no_word_for_nan(tmp_path, capsys):
+    write_run(tmp_path / "a", 1, math.nan)
+    report.main([str(tmp_path / "a"), "--out", str(tmp_path / "r.html"), "--json", "--tokens", "0"])
+    assert parse_json(capsys.readouterr().out, "stdout")["runs"][0]["val_bpb"] is None
+
+
+def test_scores_of_weights_are_said_to_be(tmp_path):
+    """In the subtitle, and they keep no limit of bytes."""
+    folder = write_run(tmp_path / "a", 1, 2.2)
+    (folder / "result.json").rename(folder / "weights.json")
+    text = make(tmp_path, folder, "--tokens", "0")
+    assert "measured from float weights" in text and ">kept<" not in text
+    write_run(tmp_path / "b", 1, 2.3)
+    assert "where a run is said to be of weights" in make(tmp_path, folder, tmp_path / "b", "--tokens", "0")
+
+
+def test_many_runs_have_one_legend_a_section(tmp_path):
+    """Each chart of lines is without its own; every run is named in it once."""
+    for i in range(5):
+        write_run(tmp_path / "runs" / f"run{i}", i, 2.2 + i / 100)
+    text = make(tmp_path, tmp_path / "runs", "--tokens", "0")
+    loss = text[text.index('id="loss"') : text.index('id="schedule"')]
+    assert loss.count('class="legend"') == 1 and loss.count("<li>") == 5
+    assert "run3</li>" in loss and ">run3<" not in loss
+
+
+def stub_costs(text: str, num_bytes: int) -> costs.Costs:
+    rows = [BreakdownRow("letters", 10, 30.0, num_bytes)]
+    pieces = [costs.Piece("a", 3.0, 1)]
+    return costs.Costs(9, num_bytes, (text,), 3.0, {"kind": rows}, "a text", pieces, 2, ("a", "b"), False)
+
+
+def test_only_what_scored_the_same_text_shares_a_chart(tmp_path):
+    """Two of one text are in one chart, the third has its own; bytes are told."""
+    for name in "abc":
+        write_run(tmp_path / name, 1, 2.2)
+    facts = report.collect(read_runs([tmp_path / name for name in "abc"]), None, 0, 0.0)
+    facts = facts._replace(
+        costs={"a": stub_costs("x", 10), "b": stub_costs("x", 10), "c": stub_costs("y", 12)}
+    )
+    blocks = page.bits(facts).blocks
+    assert [len(block.value) for block in blocks if block.kind == "figures"] == [1, 1]
+    said = " ".join(str(block.value) for block in blocks)
+    assert "do not compare" in said and "12 bytes" in said and "letters (n 12)" in said
+    assert "1 tokens, 2 bytes, 3 bits, 1.5000 bits a byte" in said
+
+
+def test_clocks_are_spelled_without_a_negative_nothing():
+    assert [page.spell_left(one) for one in (0.0, -0.0004, -0.061, 1234.5)] == [
+        "0.00",
+        "-0.0004",
+        "-0.06",
+        "1,234.50",
+    ]
+
+
+def test_the_same_data_at_two_places_are_no_difference(tmp_path):
+    """By digest, else by where the path leads; a version keeps its colons."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    groups = [compare.Group(name, [read_run(write_run(tmp_path / name, 1, 2.2))], None) for name in "ab"]
+    places = [str(tmp_path / "data"), str(tmp_path / "link")]
+    assert len(set(compare.identities("data.data_path", ["x", "y"], groups))) == 1
+    silent = [group._replace(runs=[group.runs[0]._replace(result=None)]) for group in groups]
+    assert len(set(compare.identities("data.data_path", places, silent))) == 1
+    assert len(set(compare.identities("data.data_path", ["x", "y"], silent))) == 2
+    log = (
+        groups[0].runs[0].log._replace(text="Running Python 3.11.7 (May  9 2026, 07:35:25)\ndevice:cpu x:1\n")
+    )
+    said = page.describe_origin(silent[0].runs[0]._replace(log=log))
+    assert said["python"] == "3.11.7 (May  9 2026, 07:35:25)" and said["device"] == "cpu x:1"
 
 
 @pytest.mark.slow

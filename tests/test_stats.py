@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fixtures_runs import ORIGIN, make_log, write_run
 
-from common import UserError
+from common import UserError, parse_json
 from eval import stats
 
 OLD = [1.11922988, 1.12002032, 1.11888882]  # the contest's rows #549 and #1019
@@ -392,3 +392,17 @@ def test_a_bootstrap_interval_covers_the_truth_as_often_as_it_says():
         interval = stats.bootstrap_difference(*sides, resamples=200, seed=sample)
         held += interval.low <= -0.02 <= interval.high
     assert 0.88 <= held / 120 <= 0.99
+
+
+def test_odd_fields_of_a_result_are_no_crash_and_json_is_json(tmp_path, capsys):
+    """over_limits that is no list is said; a t without spread is infinite, for which JSON has no word."""
+    for seed in (1, 2):
+        write_run(tmp_path / f"a{seed}", seed, 2.2, changes={"over_limits": 5})
+        write_run(tmp_path / f"b{seed}", seed, 2.3)
+    (tmp_path / "odd.json").write_text('{"score": {"val_bpb": 1.5}, "seed": [3]}')
+    sides = [[str(tmp_path / f"{side}{seed}") for seed in (1, 2)] for side in "ab"]
+    stats.main([*sides[0], "--against", *sides[1], "--json"])
+    facts = parse_json(capsys.readouterr().out, "stdout")
+    assert any("over its limit of 5" in text for text in facts["warnings"])
+    assert facts["tests"][0]["t"] is None
+    assert stats.read_scores([tmp_path / "odd.json"])[0].seed is None

@@ -15,6 +15,7 @@ from fixtures_live import finish_run, grow_run, leave_run
 
 import train_gpt
 from common import UserError, parse_json, write_json
+from dev import watch
 from dev.desk.runs import read_run
 from dev.watch import (
     SPARKS,
@@ -267,3 +268,13 @@ def test_a_dashboard_of_the_contest_reads_our_log(tiny_config, stand_in_program)
     assert float(found["done"][-1][1]) == pytest.approx(result.val_bpb, abs=1e-8)
     assert int(found["artifact_bytes"][-1][0]) == (folder / "artifact.bin").stat().st_size
     assert found["seed"][-1] == (str(tiny_config.run.seed),)
+
+
+def test_an_odd_folder_does_not_end_the_table(tmp_path, capsys):
+    """Its row shows what can be read."""
+    folder = finish_run(leave_run(tmp_path / "odd", 20))
+    odd = {"score": {"val_bpb": 1.5}, "tokens_per_second": "z", "over_limits": 7, "steps": "many"}
+    (folder / "result.json").write_text(json.dumps(odd))
+    (folder / "recipe.toml").write_text("[run]\nmax_wallclock_seconds = 'NaN'\niterations = 'x'\n")
+    watch.main([str(tmp_path), "--once"])
+    assert "1.5000" in capsys.readouterr().out

@@ -19,19 +19,20 @@ from xml.sax.saxutils import escape
 from dev.desk.extras import require
 from formats.curves import COLOURS, GRID, PAPER
 
-SIZE = (5.4, 3.3)  # inches of 72 points: as wide as a phone, so that letters keep their size there
+SIZE = (4.6, 3.0)  # inches of 72 points: less wide than a phone, so that letters can be read there
 LETTERS = 9  # points
-TITLE_LETTERS = 44  # of a line
+TITLE_LETTERS = 38  # of a line
 # Colours that stand for a variable of the page, and what it is in the light and in the dark.
 VARIABLES = {"paper": PAPER["paper"], "ink": PAPER["ink"], "pale": PAPER["pale"], "grid": GRID}
 VARIABLES |= {f"series-{i}": pair for i, pair in enumerate(COLOURS)}
 MARKS = {name: f"#fe{i:02x}dc" for i, name in enumerate(VARIABLES)}
+MOST_LABELS = 3  # runs that a chart's own legend names; of more, a page has one for several charts
+MARKERS = dict(zip("os^DvPX", "\u25cf\u25a0\u25b2\u25c6\u25bc\u271a\u2716"))  # a letter for each
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 SETTINGS = {
     "svg.fonttype": "none", "svg.hashsalt": "desk", "font.size": LETTERS, "font.family": "sans-serif",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "axes.titlesize": LETTERS + 1, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "axes.edgecolor": MARKS["grid"], "axes.labelcolor": MARKS["ink"], "axes.titlecolor": MARKS["ink"],
+    "axes.edgecolor": MARKS["grid"], "axes.labelcolor": MARKS["ink"],
     "grid.color": MARKS["grid"], "grid.linewidth": 0.6, "text.color": MARKS["ink"],
     "xtick.color": MARKS["pale"], "ytick.color": MARKS["pale"], "legend.frameon": False,
     "legend.fontsize": LETTERS - 1, "legend.labelcolor": MARKS["ink"], "lines.linewidth": 1.4,
@@ -61,8 +62,27 @@ def style(i: int, member: int = 0) -> dict:
     return {"color": colour(i), "linestyle": DASHES[member % len(DASHES)]}
 
 
+def marker(i: int) -> str:
+    """Return the mark of the i-th run's points."""
+    return list(MARKERS)[i % len(MARKERS)]
+
+
+def label(name: str, count: int) -> str | None:
+    """Return what a legend calls a run among so many; None where the chart needs no legend, or has none."""
+    return name if 1 < count <= MOST_LABELS else None
+
+
+def swatch(look: dict) -> str:
+    """Draw the line of a run for a legend, as style made its look."""
+    _, dashes = look["linestyle"] if isinstance(look["linestyle"], tuple) else (0, ())
+    stroke = next(f"var(--{name})" for name, mark in MARKS.items() if mark == look["color"])
+    dashed = f' stroke-dasharray="{" ".join(str(2 * part) for part in dashes)}"' if dashes else ""
+    line = f'<line x1="0" y1="4" x2="30" y2="4" style="stroke: {stroke}; stroke-width: 3"{dashed}/>'
+    return f'<svg viewBox="0 0 30 8" role="img"><title>line</title><desc>of the run</desc>{line}</svg>'
+
+
 @contextmanager
-def chart(title: str, label: str = "", about: str = "", height: float = SIZE[1]) -> Iterator[Chart]:
+def chart(title: str, unit: str = "", about: str = "", height: float = SIZE[1]) -> Iterator[Chart]:
     """Yield a chart with axes, whose vertical one has a label; lines with labels get a legend."""
     matplotlib = require("matplotlib")
     svg = require("matplotlib.backends.backend_svg")
@@ -70,12 +90,13 @@ def chart(title: str, label: str = "", about: str = "", height: float = SIZE[1])
     with matplotlib.rc_context(SETTINGS):
         figure = figures.Figure(figsize=(SIZE[0], height), layout="constrained")
         drawn = Chart(title, about or title, figure, figure.add_subplot())
-        drawn.ax.set_title(textwrap.fill(title, TITLE_LETTERS))
-        drawn.ax.set_ylabel(label)
+        words = textwrap.fill(title, TITLE_LETTERS)
+        figure.suptitle(words, x=0.01, ha="left", fontsize=LETTERS + 1, fontweight="bold")
+        drawn.ax.set_ylabel(unit)
         yield drawn
         handles, labels = drawn.ax.get_legend_handles_labels()
         if handles:
-            drawn.legend = {"loc": "outside lower center", "ncols": 1 if max(map(len, labels)) > 24 else 3}
+            drawn.legend = {"loc": "outside lower center", "ncols": 1 if max(map(len, labels)) > 20 else 2}
             figure.legend(handles, labels, **drawn.legend)
         figure.get_layout_engine().execute(figure)  # once: savefig lays out and draws twice
         figure.set_layout_engine("none")

@@ -4,12 +4,14 @@ Nothing here raises for a half-written or older file: what could not be read is 
 names that hold no run at all are an error.
 """
 
+import math
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, parse_json, read_json, sha256_file
+from common import UserError, check_output, parse_json, read_json, sha256_file
 from durable.seals import check_digest, last_seal, split_events
 from eval.logs import RunLog, logged_events, logged_tables, parse_log, read_seed
 from formats.checkpoints import METRICS_NAME, RESULT_NAME
@@ -18,9 +20,57 @@ from formats.recipe import read_recipe
 ARTIFACT_NAME, LOG_NAME, RECIPE_NAME = "artifact.bin", "train.log", "recipe.toml"
 SUBMISSION_NAME, WEIGHTS_NAME, AUDIT_NAME = "submission.json", "weights.json", "audit.json"
 RUN_MARKS = (RESULT_NAME, WEIGHTS_NAME, METRICS_NAME, LOG_NAME)
+TEMPLATE = Path(__file__).parents[1] / "report" / "page.html"  # of every page
 MOST_LEVELS = 4  # of folders between a named folder and a run
 BYTES_TITLE, SECONDS_TITLE = "bytes of the submission", "seconds by phase"  # of tables in logs
+CLOCK_TITLE = "training clock"
 RESULT_ADVICE = "What it says is shown, and was altered since the run wrote it."
+INVALID = re.compile(r"^NOT A VALID RUN: (.+)$", re.MULTILINE)  # of a log: the limits that it is over
+
+
+def is_number(value: object) -> bool:
+    """Tell a finite number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: object) -> bool:
+    """Tell a whole number from 0 on."""
+    return is_number(value) and isinstance(value, int) and value >= 0
+
+
+def is_stages(value: object) -> bool:
+    """Tell stages of a schedule, whose third entry is the tokens of a step."""
+    return isinstance(value, list) and all(
+        isinstance(row, list) and len(row) > 2 and is_count(row[2]) for row in value
+    )
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+# Fields that readers count on, and what they must be; other fields may be anything.
+RESULT_KINDS = {
+    "steps": is_count, "train_ms": is_number, "calibration_ms": is_number, "tokens_per_second": is_number,
+    "origin": is_object, "places": is_object, "byte_account": is_object, "over_limits": is_list,
+    "resumed_at": is_list, "artifact_sha256": is_text, "config_hash": is_text,
+}  # fmt: skip
+SCORE_KINDS = {
+    "val_loss": is_number, "seconds": is_number, "num_bytes": is_count, "num_tokens": is_count,
+    "invalid": is_text, "not_comparable": is_text,
+}  # fmt: skip
+RECIPE_KINDS = {
+    "run.iterations": is_count, "run.max_wallclock_seconds": is_number, "data.batch_tokens": is_count,
+    "schedule.stages": is_stages,
+}  # fmt: skip
 
 
 class RunFacts(NamedTuple):
@@ -98,6 +148,17 @@ def read_runs(paths: Iterable[str | Path]) -> list[RunFacts]:
             )
         runs += found
     return with_names(list({_identity(run): run for run in reversed(runs)}.values())[::-1])
+
+
+def check_page(out: Path, files: Iterable[Path] = ()) -> None:
+    """Raise unless a page may be written there: a name in .html that is neither a folder nor a file in use.
+
+    What runs, records, texts and sources are made of has other endings, and so have devices.
+    """
+    if out.suffix != ".html" or out.is_dir():
+        found = "a folder" if out.is_dir() else repr(str(out))
+        raise UserError(f"--out {out}: expected a name that ends in .html, found {found}. Name a file.")
+    check_output(out, [TEMPLATE, *files])
 
 
 def find_folders(path: Path, levels: int = MOST_LEVELS) -> Iterator[Path]:
@@ -200,19 +261,40 @@ def read_facts(path: Path, notes: list[str]) -> dict | None:
         check_digest(path, facts, RESULT_ADVICE)
     except UserError as error:
         notes.append(str(error))
-    return facts | {"ledger": _pairs(facts.get("ledger")), "seconds": dict(_pairs(facts.get("seconds")))}
+    return keep_known(facts, path, notes)
+
+
+def keep_known(facts: dict, place: str | Path, notes: list[str]) -> dict:
+    """Leave out the fields of a result that are of another kind than readers take, and note them."""
+    kept = keep_kinds(facts, RESULT_KINDS, place, notes)
+    kept["score"] = keep_kinds(facts["score"], SCORE_KINDS, place, notes)
+    if not is_object(kept.get("origin", {}).get("machine", {})):
+        kept["origin"] = keep_kinds(kept["origin"], {"machine": is_object}, place, notes)
+    return kept | {"ledger": _pairs(facts.get("ledger")), "seconds": dict(_pairs(facts.get("seconds")))}
+
+
+def keep_kinds(
+    facts: dict, kinds: dict[str, Callable[[object], bool]], place: str | Path, notes: list[str]
+) -> dict:
+    """Return an object without the fields that are of another kind than these; null is a field not told."""
+    told = {name: value for name, value in facts.items() if value is not None or name not in kinds}
+    strange = [name for name, is_kind in kinds.items() if name in told and not is_kind(told[name])]
+    if strange:
+        notes.append(f"{place}: left out, for they hold something else than expected: {', '.join(strange)}.")
+    return {name: value for name, value in told.items() if name not in strange}
 
 
 def _pairs(rows) -> list[tuple[str, float]]:
     """Take (name, number) rows, or an object of them, and leave out what is neither."""
     rows = rows.items() if isinstance(rows, dict) else rows if isinstance(rows, list) else []
     pairs = (row for row in rows if isinstance(row, (list, tuple)) and len(row) == 2)
-    return [(str(name), number) for name, number in pairs if isinstance(number, (int, float))]
+    return [(str(name), number) for name, number in pairs if is_number(number)]
 
 
 def _read_recipe(folder: Path, notes: list[str]) -> dict:
     try:
-        return read_recipe(folder / RECIPE_NAME)
+        path = folder / RECIPE_NAME
+        return keep_kinds(read_recipe(path), RECIPE_KINDS, path, notes)
     except (UserError, OSError) as error:
         notes.append(str(error))
         return {}
@@ -244,7 +326,8 @@ def read_record(folder: Path) -> list[RunFacts]:
         is_kept = kept.get("artifact_sha256") is not None and (
             kept["artifact_sha256"] == row.get("artifact_sha256")
         )
-        result = kept if is_kept else _seed_result(row, log)
+        result = keep_known(_seed_result(row, log), folder / SUBMISSION_NAME, found)
+        result |= kept if is_kept else {}
         events = logged_events(log) if log else []
         facts = (name + f" seed {seed}", folder, "record", "finished", seed, recipe, result, events, log)
         runs.append(RunFacts(*facts, tuple(found)))
@@ -279,8 +362,12 @@ def _seed_result(row: dict, log: RunLog | None) -> dict:
     score = {"val_loss": row.get("val_loss"), "val_bpb": row["val_bpb"], "seconds": row.get("eval_time_s")}
     result = {name: row[name] for name in ("steps", "artifact_sha256") if name in row} | {"score": score}
     result["calibration_ms"] = log.facts.get("calibration_ms", 0.0) if log else 0.0
-    if isinstance(row.get("train_time_s"), float):
+    if is_number(row.get("train_time_s")):
         result["train_ms"] = 1000 * row["train_time_s"]
+    if broken := INVALID.search(log.text) if log else None:
+        result["over_limits"] = broken[1].split("; ")
+    elif BYTES_TITLE in tables and CLOCK_TITLE in tables:  # both were held against their limits
+        result["over_limits"] = []
     ledger = [(name, round(number)) for name, number in tables.get(BYTES_TITLE, {}).items()]
     return result | {"ledger": ledger, "seconds": tables.get(SECONDS_TITLE, {})}
 

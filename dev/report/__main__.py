@@ -1,6 +1,6 @@
 """Write a report on runs and records: one HTML file that needs no network, light or dark, also on a phone.
 
-    python -m dev.report runs/A runs/B records/track_cpu/NAME --out report.html
+    python -m dev.report runs/A runs/B records/track_cpu/NAME --out runs/compared.html
     python -m dev.report runs --text essay.txt      every run in runs/; the heat map is of your text
     python -m dev.report runs/A --tokens 0          without scoring anything: seconds
 
@@ -8,7 +8,6 @@ Read are finished, unfinished and half-written runs; each section says what it l
 a folder holds the artifact and the data are there, the first --tokens validation tokens are scored.
 """
 
-import json
 import math
 import sys
 import time
@@ -16,12 +15,14 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
-from common import CommandParser, UserError, atomic_file, check_output, existing, run_command
+from common import CommandParser, UserError, atomic_file, existing, run_command
 from dev.desk import charts
 from dev.desk.extras import require
-from dev.desk.runs import RunFacts, read_runs
+from dev.desk.runs import RunFacts, check_page, read_runs
+from eval.stats import json_text
 
 TOKENS, SECONDS = 16_384, 6.0
+PAGE = Path("runs", "report.html")
 MOST_RUNS = 40  # beyond, charts and tables are not readable
 
 
@@ -84,10 +85,12 @@ def collect(runs: list[RunFacts], text: Path | None, num_tokens: int, seconds: f
         rows.append(Drawn(run, read_series(run, cfg), look))
     sizes, costs = {}, {}
     stored = [run for run in runs if run.artifact]
-    for run in stored:
+    for i, run in enumerate(stored):
+        place, left = f"{run.name} ({i + 1} of {len(stored)})", seconds * (1 - i / len(stored))
+        say(f"{place}: weighing its tensors")
         sizes[run.name] = at_best(tensor_sizes, run.artifact)
         if num_tokens:
-            say(f"{run.name}: scoring {num_tokens:,} tokens, for about {seconds / len(stored):.0f} s at most")
+            say(f"{place}: scoring at most {num_tokens:,} tokens; about {left:.0f} s left for all scoring")
             deadline = time.perf_counter() + seconds / len(stored)
             costs[run.name] = at_best(measure_costs, run, text, num_tokens, deadline)
     for run in runs:
@@ -119,29 +122,33 @@ def main(argv: list[str] | None = None) -> None:
         type=existing,
         help="run folders, records, folders of them; default: the newest run",
     )
-    add("--out", type=Path, default=Path("report.html"), help="file to write (%(default)s)")
+    add("--out", type=Path, default=PAGE, help="file to write (%(default)s)")
     add("--text", type=existing, help="UTF-8 text for the heat map; default: the validation text's start")
     add("--tokens", type=count, default=TOKENS, help="validation tokens to score (%(default)s); 0: none")
     add("--seconds", type=duration, default=SECONDS, help="that scoring may take, about (%(default)s)")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
     started = time.perf_counter()
+    check_page(args.out, [path for path in [*args.runs, args.text] if path and path.is_file()])
     for package in ("jinja2", "matplotlib"):
         require(package)
     runs = read_runs(args.runs or [newest_run()])
     if len(runs) > MOST_RUNS:
         raise UserError(f"expected at most {MOST_RUNS} runs, found {len(runs)}. Name fewer of them.")
-    check_output(args.out, [path for path in args.runs if path.is_file()])
     from dev.report.page import render
 
-    page = render(collect(runs, args.text, args.tokens, args.seconds)).encode()
+    facts = collect(runs, args.text, args.tokens, args.seconds)
+    say(f"drawing the charts of {len(runs)} run{'s' * (len(runs) > 1)}")
+    page = render(facts).encode()
+    say(f"drawn after {time.perf_counter() - started:.1f} s")
     with atomic_file(args.out) as file:
         file.write(page)
     seconds = time.perf_counter() - started
     if args.json:
-        print(json.dumps(describe(runs, args.out, len(page), seconds)))
+        print(json_text(describe(runs, args.out, len(page), seconds)))
     else:
-        print(f"{args.out}: {len(runs)} runs, {len(page):,} bytes, made in {seconds:.1f} s")
+        num_runs = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+        print(f"{args.out}: {num_runs}, {len(page):,} bytes, made in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

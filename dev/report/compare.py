@@ -3,6 +3,7 @@
 import math
 import re
 from itertools import takewhile
+from pathlib import Path
 from typing import NamedTuple
 
 from dev.desk.runs import RunFacts
@@ -12,6 +13,7 @@ from train_gpt import Config
 
 BUDGET = ("run.iterations", "run.max_wallclock_seconds")  # live fields that make another experiment
 PRIVATE = ("run.seed", "run.run_id", "run.out_dir", "run.resume", "run.overwrite")  # that make none
+DIGESTS = {"data.data_path": "data", "data.tokenizer_path": "tokenizer"}  # of what lies at a place: origin's
 LEVEL = 0.95  # of intervals
 
 
@@ -60,9 +62,17 @@ def differences(groups: list[Group]) -> list[tuple[str, list[str]]]:
             str(config_value(group.cfg, name) if group.cfg else group.runs[0].recipe.get(name, "?"))
             for group in groups
         ]
-        if name not in PRIVATE and len(set(values)) > 1:
+        if name not in PRIVATE and len(set(identities(name, values, groups))) > 1:
             rows.append((name, values))
     return rows
+
+
+def identities(name: str, values: list[str], groups: list[Group]) -> list[str]:
+    """Return what tells a field's values apart: of a place the digest of what is there, else its path."""
+    if name not in DIGESTS:
+        return values
+    digests = [group.runs[0].origin.get(DIGESTS[name]) for group in groups]
+    return [str(one) for one in digests] if all(digests) else [str(Path(one).resolve()) for one in values]
 
 
 class Verdict(NamedTuple):
@@ -128,6 +138,13 @@ def weaknesses(groups: list[Group]) -> list[str]:
     if len({run.kind == "weights" for run in runs if run.result}) > 1:
         said.append("Some scores are of float weights, others of artifacts: quantization is in these alone.")
     return said
+
+
+def say_limits(run: RunFacts) -> str | None:
+    """Say whether a run kept its limits; None where nobody knows, as of weights, which have no bytes."""
+    if broken := over_limits(run):
+        return f"over: {'; '.join(broken)}"
+    return "kept" if run.kind != "weights" and "over_limits" in (run.result or {}) else None
 
 
 def over_limits(run: RunFacts) -> list[str]:

@@ -7,6 +7,7 @@ the time goes: the score of a run is `python -m eval`'s business.
 import codecs
 import itertools
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -52,10 +53,13 @@ class Costs(NamedTuple):
     """What a run's artifact charges."""
 
     num_tokens: int  # scored of the validation text
+    num_bytes: int  # that they stand for
+    text: tuple  # equal of those that scored the same tokens of the same tokenizer
     bpb: float  # of these
     tables: dict[str, list[BreakdownRow]]
     source: str  # of the heat map
     pieces: list[Piece]
+    shown_bytes: int  # that the pieces stand for
     sample: tuple[str, str]  # the start of that text, and how the model goes on
     is_cut: bool  # whether the time was up before all tokens were scored
 
@@ -92,14 +96,20 @@ def measure_costs(run: RunFacts, text: Path | None, num_tokens: int, deadline: f
     if text is None:
         shown, shown_nats = scored[: SHOWN_TOKENS + 1], nats[:SHOWN_TOKENS]
     else:
-        source, shown = str(text), read_text(text, model.codec)
+        source, shown = read_text(text, model.codec)
         shown_nats = score_tokens(model, shown, deadline)
-    total = float(costs.bits.sum() / max(costs.num_bytes.sum(), 1))
-    pieces = cut_pieces(model.codec, shown[1 : len(shown_nats) + 1], shown_nats)
+        source += ", cut off where the time was up" if len(shown_nats) < len(shown) - 1 else ""
+    num_bytes = int(costs.num_bytes.sum())
+    ids = shown[1 : len(shown_nats) + 1]
+    pieces, shown_bytes = cut_pieces(model.codec, ids, shown_nats), len(model.codec.decode(ids.tolist()))
+    identity = model.header["tokenizer_sha256"], zlib.crc32(scored[: len(costs.bits) + 1].tobytes())
     is_cut = len(nats) < len(tokens) - 1
     prompt = "".join(piece.text for piece in pieces[:PROMPT_TOKENS])
     sample = draw_sample(model, prompt, deadline)
-    return Costs(len(costs.bits), total, tables, source, pieces, (prompt, sample), is_cut)
+    return Costs(
+        len(costs.bits), num_bytes, identity, float(costs.bits.sum() / max(num_bytes, 1)), tables,
+        source, pieces, shown_bytes, (prompt, sample), is_cut,
+    )  # fmt: skip
 
 
 def open_model(run: RunFacts) -> Model:
@@ -133,8 +143,8 @@ def whole_documents(nats: np.ndarray, tokens: np.ndarray, bos_id: int) -> np.nda
     return nats[: documents[-1, 0]] if len(documents) > 1 else nats
 
 
-def read_text(path: Path, codec) -> np.ndarray:
-    """Read the start of a UTF-8 text as tokens after a document's start."""
+def read_text(path: Path, codec) -> tuple[str, np.ndarray]:
+    """Read the start of a UTF-8 text: what it is, and its tokens after a document's start."""
     with open(path, "rb") as file:
         raw = file.read(MOST_TEXT)
     try:
@@ -143,10 +153,12 @@ def read_text(path: Path, codec) -> np.ndarray:
         if error.end < len(raw) or len(raw) < MOST_TEXT:
             raise UserError(f"{path}: expected text in UTF-8, found other bytes ({error}).") from error
         text = raw.decode(errors="ignore")
-    ids = [codec.bos_id, *codec.encode(text).tolist()[:SHOWN_TOKENS]]
+    tokens = codec.encode(text).tolist()
+    ids = [codec.bos_id, *tokens[:SHOWN_TOKENS]]
     if len(ids) < 2:
         raise UserError(f"{path}: expected a text, found an empty one. Name another by --text.")
-    return np.array(ids, np.int64)
+    is_cut = len(tokens) > SHOWN_TOKENS or len(raw) == MOST_TEXT
+    return f"{path}{f', cut off after {SHOWN_TOKENS} tokens' if is_cut else ''}", np.array(ids, np.int64)
 
 
 def cut_pieces(codec, ids: np.ndarray, nats: np.ndarray) -> list[Piece]:

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from audit.table import CHECKS
 from common import UserError, parse_json
 from dev.desk import charts
 from dev.desk.extras import require
-from dev.desk.runs import RunFacts, read_audit
+from dev.desk.runs import TEMPLATE, RunFacts, read_audit
 from dev.report import pictures
-from dev.report.compare import LEVEL, Group, differences, judge, over_limits, weaknesses
+from dev.report.compare import LEVEL, Group, differences, judge, say_limits, weaknesses
 from dev.report.costs import LEVELS, MOST_BITS, Costs
 from dev.report.pictures import Drawn
 from dev.report.series import PHASE_TITLES, decile_speeds
@@ -21,7 +20,6 @@ from formats.recipe import format_toml
 from scoring.budget import Ledger
 from train_gpt import draw_ledgers
 
-TEMPLATE = Path(__file__).with_name("page.html")
 QUANT_REPORT = "quant_report.json"  # that dev.quant_report --json wrote into a run folder
 NO_VALUE = "-"
 SAMPLE_LINES = 6  # of a log's samples
@@ -38,7 +36,7 @@ class Table(NamedTuple):
 class Block(NamedTuple):
     """A part of a section; kind says how the template shows the value."""
 
-    kind: str  # figures | table | heat | text | title | folded | missing | warning | pale | plain
+    kind: str  # figures | legend | table | heat | text | title | folded | missing | warning | pale | plain
     value: Any
 
 
@@ -68,7 +66,12 @@ def render(facts: Facts) -> str:
     """Return the report as HTML."""
     names = [group.name for group in facts.groups]
     title = names[0] if len(names) == 1 else f"{len(facts.rows)} runs of {len(names)} recipes"
-    subtitle = "val_bpb is in bits a byte and was measured from the artifact; lower is better."
+    kinds = {run.kind == "weights" for run in facts.runs if run.result}
+    source = "float weights" if kinds == {True} else "the artifact"
+    source = (
+        "artifacts, or from float weights where a run is said to be of weights" if len(kinds) > 1 else source
+    )
+    subtitle = f"val_bpb is in bits a byte and was measured from {source}; lower is better."
     return render_page(title, subtitle, [build(facts) for build in SECTIONS])
 
 
@@ -115,8 +118,6 @@ def summary(facts: Facts) -> Section:
     rows = []
     for run in facts.runs:
         result = run.result or {}
-        broken = "; ".join(over_limits(run))
-        limits = "over: " + broken if broken else "kept" if "over_limits" in result else NO_VALUE
         seconds = (
             (result["train_ms"] + result.get("calibration_ms", 0)) / 1000 if "train_ms" in result else None
         )
@@ -125,7 +126,7 @@ def summary(facts: Facts) -> Section:
             [run.name, state, NO_VALUE if run.seed is None else run.seed, number(run.val_bpb, ".5f"),
              number(run.score.get("val_loss"), ".5f"), number(sum(run.ledger.values()) or None),
              number(result.get("steps")), number(seconds, ",.1f"),
-             number(result.get("tokens_per_second")), limits]
+             number(result.get("tokens_per_second")), say_limits(run) or NO_VALUE]
         )  # fmt: skip
     said = [*weaknesses(facts.groups), *facts.notes, *(note for run in facts.runs for note in run.notes)]
     warnings = [Block("warning", text) for text in dict.fromkeys(said)]
@@ -178,11 +179,21 @@ def curves(facts: Facts) -> Section:
     found = [pictures.draw_losses(rows, axis, column) for column, axis in axes.items()]
     found = [svg for svg in (*found, pictures.draw_validations(rows)) if svg]
     silent = [row.name for row in rows if not len(row.series.steps)]
-    blocks = [Block("figures", found)] if found else []
+    blocks = [*legend(rows, has_marks=True), Block("figures", found)] if found else []
     if silent:
         said = f"No losses of {', '.join(silent)}: they are in metrics.jsonl, which a training writes."
         blocks.append(Block("missing", said))
     return Section("loss", "Loss", blocks)
+
+
+def legend(rows: list[Drawn], looks: list[dict] | None = None, has_marks: bool = False) -> list[Block]:
+    """Name the lines of all charts of a section once, where they are too many for each chart to do it."""
+    if len(rows) <= charts.MOST_LABELS:
+        return []
+    marks = [charts.MARKERS[charts.marker(i)] if has_marks else "" for i in range(len(rows))]
+    looks = looks or [row.look for row in rows]
+    lines = [(charts.swatch(look), mark, row.name) for row, look, mark in zip(rows, looks, marks)]
+    return [Block("legend", lines)]
 
 
 def schedules(facts: Facts) -> Section:
@@ -209,7 +220,11 @@ def schedules(facts: Facts) -> Section:
             table.append(
                 [row.name, f"{first:,.0f}", f"{last:,.0f}", number(last / first if first else None, ".2f")]
             )
-    blocks = [Block("figures", [svg for svg in figures if svg]), Block("table", Table(head, table))]
+    blocks = [
+        *legend(rows),
+        Block("figures", [svg for svg in figures if svg]),
+        Block("table", Table(head, table)),
+    ]
     return Section("schedule", "Rates, phases, speed", [*blocks, *by_run(facts, phases)])
 
 
@@ -290,16 +305,35 @@ def bits(facts: Facts) -> Section:
     blocks: list[Block] = []
     if scored:
         lines = [
-            f"{row.name}: {costs.bpb:.4f} bits a byte over the first {costs.num_tokens:,} tokens of the "
-            f"validation text{', as far as the time went' if costs.is_cut else ''}."
+            f"{row.name}: {costs.bpb:.4f} bits a byte over the first {costs.num_tokens:,} tokens of its "
+            f"validation text, {costs.num_bytes:,} bytes"
+            f"{', as far as the time went' if costs.is_cut else ''}."
             for row, costs in scored
         ]
         said = "Scored plainly, windows side by side, no adaptation, no hints: above the score of a run."
         blocks += [Block("pale", said), *(Block("plain", line) for line in lines)]
-        titles = list(scored[0][1].tables)
-        blocks.append(Block("figures", [svg for t in titles if (svg := pictures.draw_breakdown(t, scored))]))
+        blocks += breakdowns(scored)
         blocks += by_run(facts, lambda row: heat(facts.costs.get(row.name)))
     return Section("bits", "Where the bits go", blocks + why_not(facts.costs, "Costs by token"))
+
+
+def breakdowns(scored: list[tuple[Drawn, Costs]]) -> list[Block]:
+    """Draw the tables of costs, those together that are of the same tokens: others do not compare."""
+    texts = dict.fromkeys(costs.text for _, costs in scored)
+    blocks: list[Block] = []
+    if len(texts) > 1:
+        said = (
+            "Not all scored the same tokens, for tokenizers, texts or the time differ: these do not compare."
+        )
+        blocks.append(Block("warning", said))
+    for text in texts:
+        alike = [one for one in scored if one[1].text == text]
+        rows = [row for row, _ in alike]
+        looks = [{"color": colour, "linestyle": "-"} for colour in pictures.bar_colours(rows)]
+        figures = [pictures.draw_breakdown(title, alike) for title in alike[0][1].tables]
+        names = [Block("title", ", ".join(row.name for row in rows))] if len(texts) > 1 else []
+        blocks += [*names, *legend(rows, looks), Block("figures", [svg for svg in figures if svg])]
+    return blocks
 
 
 def heat(costs: Costs | str | None) -> list[Block]:
@@ -307,8 +341,11 @@ def heat(costs: Costs | str | None) -> list[Block]:
     if not isinstance(costs, Costs):
         return []
     total = sum(piece.bits for piece in costs.pieces)
+    bpb = number(total / costs.shown_bytes if costs.shown_bytes else None, ".4f")
     said = (
-        f"{costs.source}: {len(costs.pieces):,} tokens, {total:,.0f} bits. Point at a token to read its cost."
+        f"{costs.source}: {len(costs.pieces):,} tokens, {costs.shown_bytes:,} bytes, {total:,.0f} bits, "
+        f"{bpb} bits a byte. With another tokenizer as many tokens are "
+        "another stretch of it. Point at a token to read its cost."
     )
     head = ["", "targets", "bytes", "bits", "bits a byte"]
     tables = []
@@ -332,19 +369,27 @@ def clocks(facts: Facts) -> Section:
     ledgers = {run.name: read_ledgers(run, group) for group in facts.groups for run in group.runs}
     head = ["run", "clock", "seconds", "limit", "left", "parts"]
     rows = [
-        [name, row.title, f"{row.total:,.1f}", number(row.limit or None, ",.1f"),
-         number(row.limit - row.total if row.limit else None, ",.1f"),
-         " + ".join(f"{part} {amount:,.1f}" for part, amount in row.parts)]
+        [name, row.title, f"{row.total:,.2f}", number(row.limit or None, ",.2f"),
+         spell_left(row.limit - row.total) if row.limit else NO_VALUE,
+         " + ".join(f"{part} {amount:,.2f}" for part, amount in row.parts)]
         for name, found in ledgers.items()
         for row in found
     ]  # fmt: skip
     blocks = [Block("table", Table(head, rows, words=True))] if rows else []
+    if any(row.limit and row.total > row.limit for found in ledgers.values() for row in found):
+        said = "Left is below 0 where a clock was overrun: a step that has begun is finished."
+        blocks.append(Block("pale", said))
     timed = [run for run in facts.runs if run.result and run.result.get("seconds")]
     if timed:
         blocks.insert(0, Block("figures", [pictures.draw_seconds(timed)]))
     return Section(
         "clocks", "Clocks", blocks or [Block("missing", "No finished run: no clock was drawn up.")]
     )
+
+
+def spell_left(seconds: float) -> str:
+    """Spell what is left of a clock; what rounds to nothing keeps its first digit, and its sign."""
+    return f"{seconds:,.2f}" if abs(seconds) >= 0.005 or not seconds else f"{seconds:.1g}"
 
 
 def read_ledgers(run: RunFacts, group: Group) -> list[Ledger]:
@@ -383,7 +428,8 @@ def describe_origin(run: RunFacts) -> dict[str, str]:
     found |= {"recipe": str(result["config_hash"])} if "config_hash" in result else {}
     for line in run.log.text.splitlines() if run.log and not machine else ():
         if line.startswith(("Running ", "device:", "world_size:", "attention_mode:")):
-            key, _, value = line.replace("Running ", "").replace(":", " ", 1).partition(" ")
+            is_version = line.startswith("Running ")
+            key, _, value = line.removeprefix("Running ").partition(" " if is_version else ":")
             found[key.lower()] = value
     resumed = result.get("resumed_at")
     return found | ({"resumed at steps": ", ".join(map(str, resumed))} if resumed else {})
@@ -426,10 +472,9 @@ def check_run(run: RunFacts) -> list[str]:
     """Say what a run's folder shows of its own score."""
     account = run.result.get("byte_account")
     altered = "; ".join(note for note in run.notes if "altered" in note or "not the events" in note)
-    broken = "; ".join(over_limits(run))
     text = account.get("said", NO_VALUE) if isinstance(account, dict) else NO_VALUE
     is_own = "yes" if run.artifact else "no: another, or it is not there"
-    return [is_own, text, f"over: {broken}" if broken else "kept", altered or "none"]
+    return [is_own, text, say_limits(run) or NO_VALUE, altered or "none"]
 
 
 def samples(facts: Facts) -> Section:

@@ -39,7 +39,7 @@ def draw_lines(title: str, axes: tuple[str, str], curves: list[tuple[str, list[P
     ends = "; ".join(f"{label}: {points[-1][1]:.4g} at {points[-1][0]:.4g}" for label, points, _ in curves)
     with charts.chart(title, axes[1], f"{title}, {axes[1]} over {axes[0]}. At the end: {ends}.") as drawn:
         for label, points, look in curves:
-            drawn.ax.plot(*zip(*thin(points)), label=label if len(curves) > 1 else None, **look)
+            drawn.ax.plot(*zip(*thin(points)), label=charts.label(label, len(curves)), **look)
         drawn.ax.set_xlabel(axes[0])
     return drawn.svg
 
@@ -60,7 +60,7 @@ def draw_losses(rows: list[Drawn], axis: str, column: str) -> str:
             smoothed = smooth(points)
             if len(curves) == 1:
                 drawn.ax.plot(*zip(*thin(points)), **look | {"alpha": 0.3, "linewidth": 0.8})
-            drawn.ax.plot(*zip(*thin(smoothed)), label=name if len(curves) > 1 else None, **look)
+            drawn.ax.plot(*zip(*thin(smoothed)), label=charts.label(name, len(curves)), **look)
             tops.append(max(y for _, y in smoothed[int(SKIPPED * len(smoothed)) :]))
         low, high = drawn.ax.get_ylim()
         drawn.ax.set_ylim(low, min(high, max(tops) + 0.05 * (max(tops) - low)))
@@ -70,22 +70,23 @@ def draw_losses(rows: list[Drawn], axis: str, column: str) -> str:
 
 
 def draw_validations(rows: list[Drawn]) -> str:
-    """Draw the bits a byte of the weights in training, and of what was scored in the end as a star."""
+    """Draw the bits a byte of the weights in training, and of what was scored in the end as a large mark."""
     shown = [row for row in rows if row.series.validations or row.run.val_bpb is not None]
     if not shown:
         return ""
     said = "; ".join(f"{row.name}: {row.run.val_bpb:.4f}" for row in shown if row.run.val_bpb is not None)
     about = f"Validation over steps. Scores in the end: {said or 'none yet'}."
-    with charts.chart("Validation; stars: the score", "bits a byte", about) as drawn:
-        for row in shown:
-            points, label = row.series.validations, row.name if len(shown) > 1 else None
+    with charts.chart("Validation; large marks: the score", "bits a byte", about) as drawn:
+        for i, row in enumerate(rows):
+            points, label = row.series.validations, charts.label(row.name, len(rows))
             last = row.series.steps[-1] if len(row.series.steps) else 0
             steps = (row.run.result or {}).get("steps", last)
             if points:
-                drawn.ax.plot(*zip(*points), marker="o", markersize=3, label=label, **row.look)
+                drawn.ax.plot(*zip(*points), marker=charts.marker(i), markersize=4, label=label, **row.look)
             if row.run.val_bpb is not None:
-                star = {"color": row.look["color"], "marker": "*", "linestyle": "none", "markersize": 8}
-                drawn.ax.plot([steps], [row.run.val_bpb], label=None if points else label, **star)
+                mark = {"color": row.look["color"], "marker": charts.marker(i), "linestyle": "none"}
+                mark |= {"markersize": 8, "markeredgecolor": charts.MARKS["ink"]}
+                drawn.ax.plot([steps], [row.run.val_bpb], label=None if points else label, **mark)
         drawn.ax.set_xlabel("step")
     return drawn.svg
 
@@ -168,7 +169,7 @@ def draw_tensors(name: str, sizes: list[TensorSize]) -> str:
 
 
 def draw_breakdown(title: str, scored: list[tuple[Drawn, Costs]]) -> str:
-    """Draw bits a byte by class of one of eval.breakdown's tables, a bar a run."""
+    """Draw bits a byte by class of one of eval.breakdown's tables, a bar a run; all of the same tokens."""
     tables = [costs.tables[title] for _, costs in scored]
     names = list(dict.fromkeys(row.name for rows in tables for row in rows if row.num_bytes))
     names.sort(key=first_number)
@@ -178,18 +179,30 @@ def draw_breakdown(title: str, scored: list[tuple[Drawn, Costs]]) -> str:
         f"{row.name}: {row.bpb:.2f}" for row in tables[0] if row.num_bytes
     )
     with charts.chart(f"By {title}", "bits a byte", f"{about}.") as drawn:
-        width, colours = 0.8 / len(scored), [row.look["color"] for row, _ in scored]
-        if len(set(colours)) < len(colours):
-            colours = [charts.colour(i) for i in range(len(scored))]
+        width, colours = 0.8 / len(scored), bar_colours([row for row, _ in scored])
         for i, ((row, _), rows) in enumerate(zip(scored, tables)):
             values = {found.name: found for found in rows}
             heights = [bpb_of(values.get(name)) for name in names]
             places = np.arange(len(names)) + (i - (len(scored) - 1) / 2) * width
-            label = row.name if len(scored) > 1 else None
+            label = charts.label(row.name, len(scored))
             drawn.ax.bar(places, heights, width, color=colours[i], label=label)
-        drawn.ax.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        sizes = {row.name: row.num_bytes for row in tables[0]}
+        titles = [f"{name} (n {count_short(sizes.get(name, 0))})" for name in names]
+        drawn.ax.set_xticks(range(len(names)), titles, rotation=35, ha="right")
+        drawn.ax.set_xlabel("n: bytes")
         drawn.ax.grid(visible=False, axis="x")
     return drawn.svg
+
+
+def bar_colours(rows: list[Drawn]) -> list[str]:
+    """Return the colours of runs as bars, which have no dashes to tell seeds of one recipe apart."""
+    colours = [row.look["color"] for row in rows]
+    return colours if len(set(colours)) == len(colours) else [charts.colour(i) for i in range(len(rows))]
+
+
+def count_short(amount: float) -> str:
+    """Spell a number of bytes in few letters."""
+    return charts.short_number(round(amount) if amount < 1000 else float(f"{amount:.3g}"))
 
 
 def first_number(name: str) -> int:
