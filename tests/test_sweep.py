@@ -160,6 +160,109 @@ seeds = [1, 1]
         assert words in said, words
 
 
+@pytest.mark.parametrize(
+    "dimension, words",
+    [
+        ("{low = 0.1, high = 1, also = 5}", "also: expected a list of other fields"),
+        ("{low = 0.1, high = 1, also = [5]}", "also: expected a list of other fields"),
+        ('{low = 0.1, high = 1, also = ["optim.scalar_lr"]}', "also: expected a list of other fields"),
+        ('{low = 0.1, high = 1, also = ["optim.matrix_lr"]}', "optim.matrix_lr is in [space], too"),
+        ('{low = 0.1, high = 1, when = "x"}', "when: expected a table of fields with lists"),
+        (
+            "{low = 0.1, high = 1, when = {model.model_dim = 3}}",
+            "when: expected a table of fields with lists",
+        ),
+        ("{low = 0.1, high = 1, when = {model.model_dim = [17]}}", "when: model.model_dim is never 17"),
+        ('{low = 0.1, high = 1, when = {model.model_dim = ["x"]}}', "when: model.model_dim is never 'x'"),
+        ("{choices = [2020-01-01]}", "choices: expected a list of text"),
+        ("{choices = [{a = 1}]}", "choices: expected a list of text"),
+        ("{choices = 5}", "choices: expected a list of text"),
+        ('{low = 0.1, high = 1, log = "yes"}', "log: expected true or false"),
+        ("{low = nan, high = 1}", "low: expected a number below 2^53"),
+        ("{low = 0.1, high = inf}", "high: expected a number below 2^53"),
+        ("{low = 0.1, high = 2020-01-01}", "high: expected a number below 2^53"),
+        ('{low = 0.1, high = 1, step = "x"}', "step: expected a number below 2^53"),
+        ("5", "expected a table of some of low, high"),
+    ],
+)
+def test_every_key_of_a_dimension_has_a_type(dimension, words, write_spec):
+    """What TOML can say and a dimension cannot have is a problem in the list, never a traceback."""
+    path = write_spec(SPACE + f"optim.scalar_lr = {dimension}\n", "steps = 9\ntrials = 4\nx = 1")
+    with pytest.raises(UserError) as found:
+        read_spec(path)
+    assert f"[space] optim.scalar_lr: {words}" in str(found.value) and "unknown key 'x'" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "tables, words",
+    [
+        ('[sampler]\nn_startup_trials = "q"', "[sampler] n_startup_trials: expected int, found 'q'"),
+        ("[sampler]\nn_startup_trial = 3", "did you mean n_startup_trials?"),
+        ("[sampler]\ngamma = 3", "[sampler] gamma: expected nothing: a file cannot say it"),
+        ("[sampler]\nseed = true", "[sampler] seed: expected int, found True"),
+        ("[sampler]\nseed = -1", "Optuna: "),
+        ("[sampler]\nseed = 4294967295", "Optuna: "),
+        ('[sampler]\nkind = "qmc"\nqmc_type = "sobel"', "Optuna: "),
+        ("[sampler]\nkind = [1]", "sampler.kind: [1]"),
+        ('[prune]\nkind = "hyperband"\nmin_resource = -4', "Optuna: "),
+        ('[prune]\nkind = "hyperband"\nreduction_factor = "x"', "reduction_factor: expected int, found 'x'"),
+        (
+            '[prune]\nkind = "percentile"\npercentile = 2020-01-01',
+            "percentile: expected float, found datetime",
+        ),
+        ('[prune]\nkind = "percentile"', "Optuna: "),
+        ("[prune]\nn_warmup_steps = 3", "[prune] n_warmup_steps: no option of NopPruner"),
+        ("[prune]\nrungs = [1]", "prune.rungs: expected a whole number"),
+    ],
+)
+def test_options_of_optuna_are_checked_by_type_and_by_use(tables, words, write_spec):
+    """Optuna checks some at their first use alone, which were in the middle of a night."""
+    with pytest.raises(UserError) as found:
+        read_spec(write_spec(tables=tables))
+    assert words in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "top, words",
+    [
+        ("steps = 9\ntrials = 1000001", "trials: expected a number from 1 to 1,000,000"),
+        ('steps = 9\ntrials = 4\nobjectives = ["val_bpb", "val_bpb"]', "objectives: expected each once"),
+        ('steps = 9\ntrials = 4\nconstraints = ["bytes", "bytes"]', "constraints: expected each once"),
+        ("steps = 9\ntrials = 4\nobjectives = [{a = 1}]", "objectives: {'a': 1}"),
+        ("steps = -3\nseconds = 5\ntrials = 4", "steps: expected a number below"),
+        ("steps = 3\nseconds = nan\ntrials = 4", "seconds: expected a number below"),
+        ("seconds = inf\ntrials = 4", "seconds: expected a number below"),
+        ("steps = 9\ntrials = 4\nseeds = [2020-01-01]", "seeds: expected whole numbers"),
+    ],
+)
+def test_a_plan_that_cannot_be_meant_is_refused(top, words, write_spec):
+    """Too much of everything, the same twice, numbers that are none."""
+    with pytest.raises(UserError) as found:
+        read_spec(write_spec(top=top))
+    assert words in str(found.value)
+
+
+def test_dates_are_no_settings_and_endless_grids_are_counted_no_further(write_spec):
+    """A date in [set] would be found when the study is written; a grid of 10^9 would fill the memory."""
+    path = write_spec()
+    path.write_text(path.read_text().replace("[set]", "[set]\nrun.run_id = 2020-01-01"))
+    with pytest.raises(UserError, match=r"\[set\] run.run_id: expected text, a number"):
+        read_spec(path)
+    space = "optim.warmdown_iters = {low = 0, high = 1000000000}\n"
+    space = space.replace("optim.warmdown_iters", "schedule.warmdown_iters")
+    with pytest.raises(UserError, match="a grid of more than 10,000 settings"):
+        read_spec(write_spec(space, "steps = 9", '[sampler]\nkind = "grid"'))
+
+
+def test_more_workers_than_cores_are_refused_before_anything_begins(write_spec, tmp_path, monkeypatch):
+    """In a dry run, too."""
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match="expected a core for each of 9999 runs at a time"):
+            command.main([str(write_spec()), "--workers", "9999", *more])
+    assert not Path("runs").exists()
+
+
 def test_values_that_no_setting_can_have_are_refused(write_spec):
     """A value that fits beside some of the others is none of them."""
     with pytest.raises(UserError, match=r"num_kv_heads=3 fits no setting: .*must divide num_heads"):

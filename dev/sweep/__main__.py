@@ -168,7 +168,6 @@ def sweep(options, spec: Spec, board: Board) -> None:
         tell(f"{board.retry_failed()} failed trials are tried again")
     try:
         if options.workers > 1:
-            split_machine(options.workers)
             run_workers(options, board.folder)
         else:
             work(Crew(board, snapshot(board.folder / CODE_NAME), None, train_watched, tell))
@@ -206,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 1 while trials are missing that were wanted."""
     options = build_parser().parse_args(argv)
     spec = read_spec(options.spec, options.trials)
+    split_machine(options.workers)  # raises where there are too few cores
     if options.dry_run:
         show_plan(spec, options.json)
         return 0
