@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from fixtures_model import ROOT, TINY
 
 from common import UserError
-from dev.desk.training import Job, Outcome, TrainingFailed
+from dev.desk.training import Job, Outcome, Share, TrainingFailed
 from durable.seals import write_sealed
 from formats.recipe import config_value
 from train_gpt import load_config
@@ -641,6 +642,19 @@ def test_a_damaged_journal_is_told_by_its_line(line, write_spec):
     journal.write_bytes(b"".join(lines[line:]))
     with pytest.raises(StorageGone, match="is damaged at line 1 of"):
         open_board(path)
+    journal.write_bytes(b"".join([*lines, b'{"op_code": 77}\n']))  # which Optuna alone refuses
+    with pytest.raises(StorageGone, match=r"is damaged \(\w+Error: .*start another name"):
+        open_board(path)
+
+
+def test_workers_are_announced_before_they_start(monkeypatch, capsys):
+    """How many, and on what each trains."""
+
+    shares = [Share(3), Share(1, (), ("1",))]
+    monkeypatch.setattr(command, "split_machine", lambda parts: shares[:parts])
+    monkeypatch.setattr(command.sys, "executable", "true")  # a worker that ends at once
+    command.run_workers(Namespace(spec="s.toml", storage="", trials=0, workers=2), Path("sweep"))
+    assert capsys.readouterr().err == "2 workers start, each with its trials: 3 cores; 1 core, GPU 1\n"
 
 
 def test_results_of_an_emptied_journal_are_none(write_spec):

@@ -26,6 +26,7 @@ SILENCE_S = 600.0  # without a sign of life after which a worker on another mach
 CREATE_STUDY, CREATE_TRIAL = 0, 4  # op codes of Optuna's journal
 BEAT_S = 60.0  # between signs of life
 STORAGE_PACKAGES = ("optuna", "sqlalchemy", "json")  # whose errors are the storage's
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError)  # of a damaged journal
 MOST_TRIES = 3  # of a trial whose worker was killed: it may be the trial that kills
 SKIPS_BEFORE_RANDOM, MOST_SKIPS = 10, 100  # settings in a row that are refused or known
 PATIENCE_S = (1, 2, 4, 8, 16, 32)  # between attempts to write a result
@@ -110,7 +111,7 @@ class Board:
 
     def gone(self, error: Exception) -> StorageGone:
         """Say that the storage cannot be used."""
-        if not self.url and not isinstance(error, OSError | ImportError):
+        if not self.url and isinstance(error, UNREADABLE):
             return StorageGone(damaged(self.place, f"{type(error).__name__}: {error}"))
         why = mask(" ".join(str(error.__cause__ or error).split()), self.url)[:300]
         return StorageGone(
