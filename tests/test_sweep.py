@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from fixtures_model import ROOT, TINY
 
 from common import UserError
-from dev.desk.training import Job, Outcome, TrainingFailed
+from dev.desk.training import Job, Outcome, Share, TrainingFailed
 from durable.seals import write_sealed
 from formats.recipe import config_value
 from train_gpt import load_config
@@ -28,9 +29,19 @@ pytest.importorskip("sklearn")
 
 from dev.sweep import __main__ as command  # noqa: E402 - needs the extra
 from dev.sweep import board as boards  # noqa: E402
+from dev.sweep import worker as workers  # noqa: E402
 from dev.sweep.board import OWNER, SKIPPED, Board, StorageGone, mask  # noqa: E402
-from dev.sweep.results import collect, format_results, pareto_front, spearman, write_results  # noqa: E402
-from dev.sweep.spec import combinations, read_spec, why_refused  # noqa: E402
+from dev.sweep.results import (  # noqa: E402
+    collect,
+    draw_history,
+    end_of,
+    format_results,
+    new_seeds,
+    pareto_front,
+    spearman,
+    write_results,
+)
+from dev.sweep.spec import Dimension, combinations, read_spec, why_refused  # noqa: E402
 from dev.sweep.worker import Crew, Rungs, work  # noqa: E402
 from dev.trial.__main__ import build_parser as trial_parser  # noqa: E402
 
@@ -160,6 +171,109 @@ seeds = [1, 1]
         assert words in said, words
 
 
+@pytest.mark.parametrize(
+    "dimension, words",
+    [
+        ("{low = 0.1, high = 1, also = 5}", "also: expected a list of other fields"),
+        ("{low = 0.1, high = 1, also = [5]}", "also: expected a list of other fields"),
+        ('{low = 0.1, high = 1, also = ["optim.scalar_lr"]}', "also: expected a list of other fields"),
+        ('{low = 0.1, high = 1, also = ["optim.matrix_lr"]}', "optim.matrix_lr is in [space], too"),
+        ('{low = 0.1, high = 1, when = "x"}', "when: expected a table of fields with lists"),
+        (
+            "{low = 0.1, high = 1, when = {model.model_dim = 3}}",
+            "when: expected a table of fields with lists",
+        ),
+        ("{low = 0.1, high = 1, when = {model.model_dim = [17]}}", "when: model.model_dim is never 17"),
+        ('{low = 0.1, high = 1, when = {model.model_dim = ["x"]}}', "when: model.model_dim is never 'x'"),
+        ("{choices = [2020-01-01]}", "choices: expected a list of text"),
+        ("{choices = [{a = 1}]}", "choices: expected a list of text"),
+        ("{choices = 5}", "choices: expected a list of text"),
+        ('{low = 0.1, high = 1, log = "yes"}', "log: expected true or false"),
+        ("{low = nan, high = 1}", "low: expected a number below 2^53"),
+        ("{low = 0.1, high = inf}", "high: expected a number below 2^53"),
+        ("{low = 0.1, high = 2020-01-01}", "high: expected a number below 2^53"),
+        ('{low = 0.1, high = 1, step = "x"}', "step: expected a number below 2^53"),
+        ("5", "expected a table of some of low, high"),
+    ],
+)
+def test_every_key_of_a_dimension_has_a_type(dimension, words, write_spec):
+    """What TOML can say and a dimension cannot have is a problem in the list, never a traceback."""
+    path = write_spec(SPACE + f"optim.scalar_lr = {dimension}\n", "steps = 9\ntrials = 4\nx = 1")
+    with pytest.raises(UserError) as found:
+        read_spec(path)
+    assert f"[space] optim.scalar_lr: {words}" in str(found.value) and "unknown key 'x'" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "tables, words",
+    [
+        ('[sampler]\nn_startup_trials = "q"', "[sampler] n_startup_trials: expected int, found 'q'"),
+        ("[sampler]\nn_startup_trial = 3", "did you mean n_startup_trials?"),
+        ("[sampler]\ngamma = 3", "[sampler] gamma: expected nothing: a file cannot say it"),
+        ("[sampler]\nseed = true", "[sampler] seed: expected int, found True"),
+        ("[sampler]\nseed = -1", "Optuna: "),
+        ("[sampler]\nseed = 4294967295", "Optuna: "),
+        ('[sampler]\nkind = "qmc"\nqmc_type = "sobel"', "Optuna: "),
+        ("[sampler]\nkind = [1]", "sampler.kind: [1]"),
+        ('[prune]\nkind = "hyperband"\nmin_resource = -4', "Optuna: "),
+        ('[prune]\nkind = "hyperband"\nreduction_factor = "x"', "reduction_factor: expected int, found 'x'"),
+        (
+            '[prune]\nkind = "percentile"\npercentile = 2020-01-01',
+            "percentile: expected float, found datetime",
+        ),
+        ('[prune]\nkind = "percentile"', "Optuna: "),
+        ("[prune]\nn_warmup_steps = 3", "[prune] n_warmup_steps: no option of NopPruner"),
+        ("[prune]\nrungs = [1]", "prune.rungs: expected a whole number"),
+    ],
+)
+def test_options_of_optuna_are_checked_by_type_and_by_use(tables, words, write_spec):
+    """Optuna checks some at their first use alone, which were in the middle of a night."""
+    with pytest.raises(UserError) as found:
+        read_spec(write_spec(tables=tables))
+    assert words in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "top, words",
+    [
+        ("steps = 9\ntrials = 1000001", "trials: expected a number from 1 to 1,000,000"),
+        ('steps = 9\ntrials = 4\nobjectives = ["val_bpb", "val_bpb"]', "objectives: expected each once"),
+        ('steps = 9\ntrials = 4\nconstraints = ["bytes", "bytes"]', "constraints: expected each once"),
+        ("steps = 9\ntrials = 4\nobjectives = [{a = 1}]", "objectives: {'a': 1}"),
+        ("steps = -3\nseconds = 5\ntrials = 4", "steps: expected a number below"),
+        ("steps = 3\nseconds = nan\ntrials = 4", "seconds: expected a number below"),
+        ("seconds = inf\ntrials = 4", "seconds: expected a number below"),
+        ("steps = 9\ntrials = 4\nseeds = [2020-01-01]", "seeds: expected whole numbers"),
+    ],
+)
+def test_a_plan_that_cannot_be_meant_is_refused(top, words, write_spec):
+    """Too much of everything, the same twice, numbers that are none."""
+    with pytest.raises(UserError) as found:
+        read_spec(write_spec(top=top))
+    assert words in str(found.value)
+
+
+def test_dates_are_no_settings_and_endless_grids_are_counted_no_further(write_spec):
+    """A date in [set] would be found when the study is written; a grid of 10^9 would fill the memory."""
+    path = write_spec()
+    path.write_text(path.read_text().replace("[set]", "[set]\nrun.run_id = 2020-01-01"))
+    with pytest.raises(UserError, match=r"\[set\] run.run_id: expected text, a number"):
+        read_spec(path)
+    space = "optim.warmdown_iters = {low = 0, high = 1000000000}\n"
+    space = space.replace("optim.warmdown_iters", "schedule.warmdown_iters")
+    with pytest.raises(UserError, match="a grid of more than 10,000 settings"):
+        read_spec(write_spec(space, "steps = 9", '[sampler]\nkind = "grid"'))
+
+
+def test_more_workers_than_cores_are_refused_before_anything_begins(write_spec, tmp_path, monkeypatch):
+    """In a dry run, too."""
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match="expected a core for each of 9999 runs at a time"):
+            command.main([str(write_spec()), "--workers", "9999", *more])
+    assert not Path("runs").exists()
+
+
 def test_values_that_no_setting_can_have_are_refused(write_spec):
     """A value that fits beside some of the others is none of them."""
     with pytest.raises(UserError, match=r"num_kv_heads=3 fits no setting: .*must divide num_heads"):
@@ -206,6 +320,17 @@ optim.matrix_lr = {low = 0.1, high = 0.3, step = 0.1}
     assert trained == [(gate, lr) for gate in ("none", "out") for lr in (0.1, 0.2, 0.3)]
     with pytest.raises(UserError, match=r"a grid needs choices, or low, high and step: optim.matrix_lr"):
         read_spec(write_spec(space.replace(", step = 0.1", ""), "steps = 9", '[sampler]\nkind = "grid"'))
+
+
+def test_the_example_of_the_page_can_be_run(tmp_path):
+    """As it stands, beside a recipe."""
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    example = re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1]
+    recipe = next(ROOT.glob("records/track_cpu/*_NaiveBaseline/recipe.toml"))
+    (tmp_path / "recipe.toml").write_text(recipe.read_text())
+    (tmp_path / "sweep.toml").write_text(example)
+    spec = read_spec(tmp_path / "sweep.toml")
+    assert spec.name == "rates" and spec.prune["kind"] == "median" and len(spec.space) == 7
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.parent.name)
@@ -369,7 +494,12 @@ def test_bad_trials_are_pruned_on_their_way(write_spec):
     assert len(train.jobs) == 12 and train.pruned == found["states"]["pruned"] > 2
     best = min(abs(math.log10(job.cfg.optim.matrix_lr / BEST_LR)) for job in train.jobs)
     assert found["best"]["val_bpb"] == pytest.approx(2 + best)
-    assert all(0 < row["rungs"] < 4 for row in found["trials"] if row["state"] == "pruned")
+    pruned = [row for row in found["trials"] if row["state"] == "pruned"]
+    text = format_results(found, board.spec)
+    for row in pruned:
+        assert 0 < row["rungs"] < 4 and 25 < row["steps"] < 100 and row["last_loss"] > 2
+        assert re.search(rf"^ +{row['trial']} +pruned +{row['steps']} +{row['last_loss']:.4f} ", text, re.M)
+    assert f"crosses for {len(pruned)} pruned ones" in draw_history(found)
     assert train.jobs[0].cfg.run.train_log_every == 3  # losses enough for a mean: 100 steps / 4 / 8
 
 
@@ -397,7 +527,7 @@ def test_a_trial_is_the_mean_of_its_seeds(write_spec):
     seeds = [job.cfg.run.seed for job in train.jobs]
     assert train.pruned > 0 and seeds.count(3) == 8 and seeds.count(4) == 8 - train.pruned
     assert [run["seed"] for run in found["best"]["runs"]] == [3, 4]
-    assert "the mean of 2 seeds" in found["notes"][-1]
+    assert any("the mean of 2 seeds" in note for note in found["notes"])
 
 
 def test_what_is_over_a_limit_is_no_best_but_teaches(write_spec):
@@ -482,16 +612,61 @@ def test_a_journal_that_goes_away_is_a_sentence_and_loses_nothing(write_spec, mo
 
 
 def test_half_a_line_at_the_end_of_a_journal_is_cut_off(write_spec):
-    """A power cut leaves one; more damage is told."""
+    """A power cut leaves one; more damage is told, and where."""
     path = write_spec(top="steps = 3\ntrials = 4")
     run_worker(open_board(path, trials=2))
     journal = path.parent / "sweep" / "journal.log"
     with open(journal, "ab") as file:
         file.write(b'{"op_code": 4, "study')
-    assert len(run_worker(open_board(path))[0].jobs) == 2 and open_board(path).is_over()
+    board = open_board(path)
+    assert "half a line at its end, 21 bytes, was cut off" in board.mended
+    assert len(run_worker(board)[0].jobs) == 2 and open_board(path).is_over() and not open_board(path).mended
     journal.write_bytes(b"nonsense\n" + journal.read_bytes())
-    with pytest.raises(StorageGone, match=r"cannot be read or written \(Expecting value"):
+    with pytest.raises(StorageGone, match=r"damaged at line 1 of .* Copy it back .* start another name"):
         open_board(path)
+
+
+@pytest.mark.parametrize("line", [1, 6])
+def test_a_damaged_journal_is_told_by_its_line(line, write_spec):
+    """Zeros of a bad disk, JSON that is no entry, an entry of a trial that was never begun; a lost head."""
+    path = write_spec(top="steps = 3\ntrials = 2")
+    run_worker(open_board(path))
+    journal = path.parent / "sweep" / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for damage in (b"\0\0\0\n", b"[]\n", b'{"op_code": 8, "trial_id": 99}\n', b'{"op_code": "x"}\n'):
+        changed = b"".join([*lines[: line - 1], damage, *lines[line:]])
+        journal.write_bytes(changed)
+        with pytest.raises(StorageGone, match=rf"is damaged at line {line} of {len(lines)} "):
+            open_board(path)
+        assert journal.read_bytes() == changed
+    journal.write_bytes(b"".join(lines[line:]))
+    with pytest.raises(StorageGone, match="is damaged at line 1 of"):
+        open_board(path)
+    journal.write_bytes(b"".join([*lines, b'{"op_code": 77}\n']))  # which Optuna alone refuses
+    with pytest.raises(StorageGone, match=r"is damaged \(\w+Error: .*start another name"):
+        open_board(path)
+
+
+def test_workers_are_announced_before_they_start(monkeypatch, capsys):
+    """How many, and on what each trains."""
+
+    shares = [Share(3), Share(1, (), ("1",))]
+    monkeypatch.setattr(command, "split_machine", lambda parts: shares[:parts])
+    monkeypatch.setattr(command.sys, "executable", "true")  # a worker that ends at once
+    command.run_workers(Namespace(spec="s.toml", storage="", trials=0, workers=2), Path("sweep"))
+    assert capsys.readouterr().err == "2 workers start, each with its trials: 3 cores; 1 core, GPU 1\n"
+
+
+def test_results_of_an_emptied_journal_are_none(write_spec):
+    """They would begin a new study, as if nothing had been."""
+    path = write_spec(top="steps = 3\ntrials = 2")
+    run_worker(open_board(path))
+    journal = path.parent / "sweep" / "journal.log"
+    for content in (b"", b'{"op_code": 0, "wor'):
+        journal.write_bytes(content)
+        with pytest.raises(UserError, match="no sweep has begun there"):
+            command.main([str(path), "--storage", str(journal.parent), "--results"])
+        assert journal.read_bytes() == content
 
 
 def test_storages_that_cannot_be_are_sentences_without_passwords(write_spec):
@@ -519,23 +694,97 @@ def test_storages_that_cannot_be_are_sentences_without_passwords(write_spec):
 
 def test_results_are_a_table_an_object_and_a_page_of_its_own(write_spec, tmp_path):
     """Names of the spec are text on the page; nothing is fetched; what to do next is spelled out."""
-    path = write_spec(SPACE + 'run.attention = {choices = ["auto", "<b>"]}\n'.replace("<b>", "math"))
+    space = SPACE + 'run.attention = {choices = ["auto", "<b>"]}\n'.replace("<b>", "math")
+    path = write_spec(space, "steps = 100\ntrials = 13")  # as many as importance needs
     board = open_board(path)
-    assert "tiny: 1 waiting; 12 wanted" in format_results(collect(board), board.spec)
+    assert "tiny: 1 waiting; 13 wanted" in format_results(collect(board), board.spec)
     write_results(collect(board), board.spec, board.folder)
     run_worker(board)
     found = collect(board)
     text = format_results(found, board.spec)
-    assert re.search(r"^ +\d+ \* +complete +2\.", text, re.MULTILINE) and "12 complete; 12 wanted" in text
+    assert re.search(r"^ +\d+ \* +complete +2\.", text, re.MULTILINE) and "13 complete; 13 wanted" in text
     assert re.search(
-        r"^verify: python -m dev.trial --recipe \S+ --set optim.matrix_lr=\S+ ", text, re.MULTILINE
+        r"^verify on new seeds: python -m dev.trial --recipe \S+ --set optim.matrix_lr=\S+ ",
+        text,
+        re.MULTILINE,
     )
     verify = trial_parser().parse_args(shlex.split(found["verify"])[3:])
-    assert (verify.seeds, verify.steps, verify.measure, len(verify.set)) == ("3", 100, "artifact", 3)
+    assert (verify.seeds, verify.steps, verify.measure, len(verify.set)) == ("42,2025,1", 100, "artifact", 3)
     page = write_results(found, board.spec, board.folder).read_text()
     assert json.loads((board.folder / "results.json").read_text()) == json.loads(json.dumps(found))
     assert page.count("<svg") == 3 + 3 and not re.search(r"<script|<link|(src|href)=.https?:", page)
     assert {p.name for p in board.folder.glob("*.svg")} >= {"history.svg", "importance.svg", "pareto.svg"}
+
+
+def test_what_few_trials_cannot_say_is_left_out_with_the_reason(write_spec):
+    """Importance from 3 trials a field and 4 more on, ranks from 5 trials with both losses."""
+    path = write_spec(top="steps = 40\ntrials = 9", tables='[prune]\nkind = "median"\nn_startup_trials = 99')
+    board = open_board(path, trials=4)
+    run_worker(board)
+    found = collect(board)
+    assert not found["importance"] and found["rank_correlation"] is None
+    text = format_results(found, board.spec)
+    assert "note: no importance: 4 trials are finished, 2 fields need 10" in text
+    assert "note: no rank correlation" in text and "have both, found 4" in text
+    board = open_board(path, trials=10)
+    run_worker(board)
+    found = collect(board)
+    assert found["importance_trials"] == 10 and found["rank_correlation"]["trials"] == 10
+    assert "importance for val_bpb, from 10 trials: " in format_results(found, board.spec)
+    assert not any("no importance" in note or "no rank" in note for note in found["notes"])
+
+
+def test_a_best_value_at_an_end_of_its_range_is_told(write_spec):
+    """Better ones may lie behind it; of a logarithmic range, ends are measured in powers."""
+    log = Dimension(LR, "float", {"low": 0.001, "high": 1.0, "log": True}, (), {})
+    assert [end_of(log, value) for value in (0.00141, 0.00142, 0.7, 0.71)] == ["lower", "", "", "upper"]
+    assert end_of(Dimension(LR, "float", {"low": 0.0, "high": 1.0}, (), {}), 0.96) == "upper"
+    assert end_of(Dimension(LR, "float", {"low": 1.0, "high": 1.0}, (), {}), 1.0) == ""
+    assert end_of(Dimension(GATE, "categorical", {"choices": ["none"]}, (), {}), "none") == ""
+    board = open_board(write_spec(SPACE.replace("high = 1.0", "high = 0.04")))
+    run_worker(board)
+    notes = " ".join(collect(board)["notes"])
+    assert (
+        "the best optim.matrix_lr, 0.04, is at the upper end of its range, 0.001 to 0.04: widen it?" in notes
+    )
+
+
+def test_the_best_is_verified_by_seeds_that_did_not_choose_it():
+    """The trial's first ones that the sweep did not use, however many it used."""
+    assert new_seeds([1337]) == [42, 2025, 1] and new_seeds([7]) == [1337, 42, 2025]
+    used = [1337, 42, 2025, *range(200)]
+    assert not set(new_seeds(used)) & set(used) and len(set(new_seeds(used))) == 3
+
+
+def test_progress_is_told_now_and_then(monkeypatch, tmp_path):
+    """With the time left, the first at once; then not again for a while."""
+    lines = iter([["training: 10% seconds_left:90"], ["training: 20% seconds_left:80"], [], []])
+
+    class Stage:  # a training in work
+        name, output, told_at = "trial 3", tmp_path, -math.inf
+        events, outcome, stop = list, lambda self: "done", lambda self: None
+        alive = iter([True, True, True, False])
+
+        def is_alive(self):
+            return next(self.alive)
+
+        def new_lines(self, path):
+            self.told_at = -math.inf  # as if time had passed for it
+            return next(lines)
+
+    for name, stand_in in (
+        ("start_training", lambda job: Stage()),
+        ("await_folder", lambda job, tell: None),
+        ("find_finished", lambda job: None),
+    ):
+        monkeypatch.setattr(workers, name, stand_in)
+    monkeypatch.setattr(workers, "LOOK_EVERY_S", 0.0)
+    told = []
+    assert workers.train_watched(None, lambda events: None, told.append) == "done"
+    assert told == ["  trial 3: training 10 %, 90 s left of it"]
+    tell = workers.now_and_then(told.append, 0.0)
+    tell("a"), tell("b")
+    assert told[1:] == ["a", "b"]
 
 
 def test_ranks_of_a_rung_say_whether_pruning_can_be_trusted():

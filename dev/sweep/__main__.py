@@ -24,8 +24,8 @@ from pathlib import Path
 
 from common import CommandParser, UserError, at_least_one, existing, run_command
 from dev.desk.child import end_with
-from dev.desk.training import snapshot, split_machine
-from dev.sweep.board import JOURNAL_NAME, MOST_SKIPS, Board
+from dev.desk.training import Share, snapshot, split_machine
+from dev.sweep.board import JOURNAL_NAME, MOST_SKIPS, Board, has_begun
 from dev.sweep.results import collect, format_results, try_to_write
 from dev.sweep.spec import (
     DRAWS,
@@ -126,9 +126,17 @@ def show_plan(spec: Spec, as_json: bool) -> None:
     print("".join(f"note: {note}\n" for note in plan["notes"]), end="")
 
 
+def describe_share(share: Share) -> str:
+    """Say on what a worker's trainings compute."""
+    gpus = f", GPU {' '.join(share.gpus)}" if share.gpus else ""
+    return f"{share.threads} {'core' if share.threads == 1 else 'cores'}{gpus}"
+
+
 def run_workers(options, folder: Path) -> None:
     """Run workers as processes of their own until they end; ends them with this process."""
     storage = options.storage or str(folder)
+    each = "; ".join(describe_share(share) for share in split_machine(options.workers))
+    tell(f"{options.workers} workers start, each with its trials: {each}")
     words = [sys.executable, "-m", "dev.sweep", str(options.spec), "--storage", storage]
     words += ["--trials", str(options.trials)] if options.trials else []
     workers = [
@@ -168,7 +176,6 @@ def sweep(options, spec: Spec, board: Board) -> None:
         tell(f"{board.retry_failed()} failed trials are tried again")
     try:
         if options.workers > 1:
-            split_machine(options.workers)
             run_workers(options, board.folder)
         else:
             work(Crew(board, snapshot(board.folder / CODE_NAME), None, train_watched, tell))
@@ -206,16 +213,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 1 while trials are missing that were wanted."""
     options = build_parser().parse_args(argv)
     spec = read_spec(options.spec, options.trials)
+    split_machine(options.workers)  # raises where there are too few cores
     if options.dry_run:
         show_plan(spec, options.json)
         return 0
     folder, url = find_places(spec, options.storage)
-    if options.results and not url and not (folder / JOURNAL_NAME).is_file():
+    if options.results and not url and not has_begun(folder / JOURNAL_NAME):
         raise UserError(f"{folder}: no sweep has begun there. Leave out --results to begin it.")
     for signum in STOPS:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup wants it
             signal.signal(signum, stop)
     board = Board(spec, folder, url)
+    if board.mended:
+        tell(f"note: {board.mended}")
     if options.worker:
         run_worker(spec, board, options.worker)
         return 0

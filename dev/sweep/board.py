@@ -16,21 +16,23 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from common import UserError, atomic_file
+from common import UserError, atomic_file, parse_json
 from dev.sweep.spec import Spec, combinations, load_optuna, make_pruner, make_sampler, why_refused
 from durable.lock import acquire
 
 JOURNAL_NAME, CLAIM_NAME, WORKERS_NAME = "journal.log", ".claim", "workers"
 CLAIM_WAIT_S = 300.0  # for the lock under which trials are claimed, a moment each
 SILENCE_S = 600.0  # without a sign of life after which a worker on another machine is gone
+CREATE_STUDY, CREATE_TRIAL = 0, 4  # op codes of Optuna's journal
 BEAT_S = 60.0  # between signs of life
 STORAGE_PACKAGES = ("optuna", "sqlalchemy", "json")  # whose errors are the storage's
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError)  # of a damaged journal
 MOST_TRIES = 3  # of a trial whose worker was killed: it may be the trial that kills
 SKIPS_BEFORE_RANDOM, MOST_SKIPS = 10, 100  # settings in a row that are refused or known
 PATIENCE_S = (1, 2, 4, 8, 16, 32)  # between attempts to write a result
 # Attributes of a trial in the study. A skipped one was never trained and counts nowhere.
-OWNER, TRIES, BEAT, SKIPPED, REASON, RUNS, RETRY_OF = (
-    "owner", "tries", "beat", "skipped", "reason", "runs", "retry_of",
+OWNER, TRIES, BEAT, SKIPPED, REASON, RUNS, RETRY_OF, LAST = (
+    "owner", "tries", "beat", "skipped", "reason", "runs", "retry_of", "last",
 )  # fmt: skip
 
 
@@ -50,6 +52,7 @@ class Board:
         self.lock: FileLock | None = None  # held while this worker lives
         self.seen: dict[int, tuple] = {}  # trial -> its last sign of life, and when it was first seen
         self.beaten_at = 0.0
+        self.mended = ""  # what was done to the journal when it was opened
         (folder / WORKERS_NAME).mkdir(parents=True, exist_ok=True)
         with self.alone(), self.reached(is_new=True):
             self.study = self.open_study()
@@ -89,7 +92,7 @@ class Board:
             return storages.RDBStorage(self.url, engine_kwargs=engine_options(self.url))
         path = str(self.folder / JOURNAL_NAME)
         lock = storages.journal.JournalFileOpenLock(path)
-        mend_journal(Path(path), lock)
+        self.mended = mend_journal(Path(path), lock)
         return storages.JournalStorage(storages.journal.JournalFileBackend(path, lock))
 
     @contextmanager
@@ -108,6 +111,8 @@ class Board:
 
     def gone(self, error: Exception) -> StorageGone:
         """Say that the storage cannot be used."""
+        if not self.url and isinstance(error, UNREADABLE):
+            return StorageGone(damaged(self.place, f"{type(error).__name__}: {error}"))
         why = mask(" ".join(str(error.__cause__ or error).split()), self.url)[:300]
         return StorageGone(
             f"{self.place}: the sweep's storage cannot be read or written ({why}). Finished trainings are "
@@ -278,8 +283,9 @@ class Board:
                 trial.set_constraint(name, share)
         self.study.tell(trial, values)
 
-    def prune(self, trial) -> None:
-        """End a trial that is worse than others were."""
+    def prune(self, trial, last: dict) -> None:
+        """End a trial that is worse than others were; last: the step and the loss that it came to."""
+        trial.set_user_attr(LAST, last)
         self.study.tell(trial, state=self.states.PRUNED)
 
     def fail(self, trial, reason: str, is_bad: bool = False) -> None:
@@ -330,16 +336,53 @@ def engine_options(url: str) -> dict:
     return {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
 
 
-def mend_journal(path: Path, lock) -> None:
-    """Cut off half a line that a killed writer left at a journal's end: Optuna would read no further."""
+def has_begun(path: Path) -> bool:
+    """Whether a journal holds a whole line."""
+    return path.is_file() and b"\n" in path.read_bytes()
+
+
+def mend_journal(path: Path, lock) -> str:
+    """Cut off half a line that a killed writer left at a journal's end: Optuna would read no further.
+
+    Returns what was done, "" for nothing. Raises a StorageGone where a line is none of a journal.
+    """
     if not path.is_file():
-        return
+        return ""
     lock.acquire()
     try:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            with atomic_file(path) as file:
-                file.write(whole)
+        check_journal(path, whole.splitlines())
+        if whole == content:
+            return ""
+        with atomic_file(path) as file:
+            file.write(whole)
     finally:
         lock.release()
+    return f"{path}: half a line at its end, {len(content) - len(whole)} bytes, was cut off"
+
+
+def check_journal(path: Path, lines: list[bytes]) -> None:
+    """Raise for the first line of a journal that is none, or is of a study or trial that no line began."""
+    num_trials = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = parse_json(line, path, strict=False)
+            is_right = isinstance(entry["op_code"], int)
+            is_right &= number > 1 or entry["op_code"] == CREATE_STUDY
+            num_trials += entry["op_code"] == CREATE_TRIAL
+            is_right &= entry.get("trial_id", -1) < num_trials
+        except (UserError, LookupError, TypeError, AttributeError):
+            is_right = False
+        if not is_right:
+            raise StorageGone(
+                damaged(f"{path}", f"found {line[:40]!r}", f" at line {number} of {len(lines)}")
+            )
+
+
+def damaged(place: str, why: str, where: str = "") -> str:
+    """Say that a journal cannot be read any more."""
+    return (
+        f"{place}: expected a journal of Optuna, which is damaged{where} ({why[:200]}). Copy it back from a "
+        "backup, or start another name: finished trainings are kept and are found again."
+    )

@@ -4,18 +4,22 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain, count, islice
 from pathlib import Path
 
 from common import UserError, atomic_file, format_table, write_json
 from dev.desk import charts
 from dev.desk.extras import require
-from dev.sweep.board import REASON, RUNS, Board
-from dev.sweep.spec import Spec, spell
+from dev.sweep.board import LAST, REASON, RUNS, Board
+from dev.sweep.spec import Dimension, Spec, spell
+from dev.trial.plan import SEEDS
 
 RESULTS_NAME, PAGE_NAME, TEMPLATE_NAME = "results.json", "results.html", "results.html.jinja"
 ORDER = ("complete", "over a limit", "pruned", "running", "waiting", "diverged", "failed")
-LEAST_FOR_IMPORTANCE = 4  # finished trials
+TRIALS_A_FIELD, MORE_TRIALS = 3, 4  # finished trials without which importance is chance
 LEAST_FOR_RANKS = 5
+NEAR_END = 0.05  # of a range
+NUM_NEW_SEEDS = 3
 SAME_ORIGIN = {  # of all runs, else trials are not comparable; and what to say where it is not
     "code": "were trained by more than one version of the code",
     "data": "saw more than one set of training data",
@@ -31,11 +35,11 @@ def collect(board: Board) -> dict:
     rows = sorted((describe_trial(spec, trial) for trial in trials), key=sort_key)
     front = pareto_front([row for row in rows if row["state"] == "complete"], spec.objectives)
     best, notes = front[0] if front else None, find_notes(spec, rows)
-    try:
-        importance = find_importance(board)
-    except UserError as error:  # a package is missing; the trials are what matters
-        importance = {}
-        notes.append(f"no importance: {error}")
+    notes += find_ends(spec, best["params"]) if best else []
+    known = [t for t in trials if t.state == board.states.COMPLETE]
+    importance, why = find_importance(board, known)
+    ranks, why_no_ranks = find_rank_correlation(trials) if spec.prune["kind"] != "none" else (None, "")
+    notes += [reason for reason in (why, why_no_ranks) if reason]
     return {
         "sweep": spec.name,
         "recipe": str(spec.recipe),
@@ -50,7 +54,8 @@ def collect(board: Board) -> dict:
         "best": best,
         "front": [row["trial"] for row in front],
         "importance": importance,
-        "rank_correlation": find_rank_correlation(trials),
+        "importance_trials": len(known) if importance else 0,
+        "rank_correlation": ranks,
         "notes": notes,
         "verify": verify_command(spec, best["params"]) if best else "",
         "trials": rows,
@@ -65,17 +70,18 @@ def describe_trial(spec: Spec, trial) -> dict:
     state = {"complete": "over a limit" if over else "complete", "fail": "failed"}
     state |= {"pruned": "diverged"} if reason else {}
     losses = [value for _, value in sorted(trial.intermediate_values.items())]
+    last = trial.user_attrs.get(LAST, {})
     return {
         "trial": trial.number,
         "state": state.get(word, word),
         "val_bpb": mean_bpb(runs) if runs else None,
         "bytes": max(run["num_bytes"] for run in runs) if runs else None,
         "train_s": max(run["train_s"] for run in runs) if runs else None,
-        "steps": min(run["steps"] for run in runs) if runs else None,
+        "steps": min(run["steps"] for run in runs) if runs else last.get("step"),
         "params": trial.params,
         "over": over,
         "reason": reason,
-        "last_loss": losses[-1] if losses else None,
+        "last_loss": last.get("loss", losses[-1] if losses else None),
         "rungs": len(losses),
         "runs": runs,
     }
@@ -101,13 +107,21 @@ def pareto_front(rows: list[dict], objectives: list[str]) -> list[dict]:
     return front
 
 
-def find_importance(board: Board) -> dict[str, float]:
-    """Return which share of the variance of val_bpb each field explains; none where too little is known."""
+def find_importance(board: Board, known: list) -> tuple[dict[str, float], str]:
+    """Return which share of the variance of val_bpb each field explains; or none, and why."""
     optuna, spec = board.optuna, board.spec
-    known = [t for t in board.trials() if t.state == board.states.COMPLETE]
-    if len(known) < LEAST_FOR_IMPORTANCE or "val_bpb" not in spec.objectives:
-        return {}
-    require("sklearn")
+    least = TRIALS_A_FIELD * len(spec.space) + MORE_TRIALS
+    if "val_bpb" not in spec.objectives or not known:
+        return {}, ""
+    if len(known) < least:
+        return (
+            {},
+            f"no importance: {len(known)} trials are finished, {len(spec.space)} fields need {least}",
+        )
+    try:
+        require("sklearn")
+    except UserError as error:  # the trials are what matters
+        return {}, f"no importance: {error}"
     study = optuna.create_study(directions=board.study.directions)
     study.add_trials(known)
     at = spec.objectives.index("val_bpb")
@@ -116,13 +130,13 @@ def find_importance(board: Board) -> dict[str, float]:
         found = optuna.importance.get_param_importances(
             study, evaluator=evaluator, target=lambda trial: trial.values[at]
         )
-    except (ValueError, RuntimeError):  # all scores alike, or no field that all trials have
-        return {}
-    return {field: round(float(share), 4) for field, share in found.items() if math.isfinite(share)}
+    except (ValueError, RuntimeError) as error:  # all scores alike, or no field that all trials have
+        return {}, f"no importance: {error}"
+    return {field: round(float(share), 4) for field, share in found.items() if math.isfinite(share)}, ""
 
 
-def find_rank_correlation(trials: list) -> dict | None:
-    """Say how well the loss at half of the rungs ordered the trials that were trained to the end."""
+def find_rank_correlation(trials: list) -> tuple[dict | None, str]:
+    """Say how well the loss at half of the rungs ordered the trials that reached the end; or why not."""
     done = [t for t in trials if RUNS in t.user_attrs and t.intermediate_values]
     rung = max((rung for t in done for rung in t.intermediate_values), default=0) // 2
     pairs = [
@@ -131,8 +145,11 @@ def find_rank_correlation(trials: list) -> dict | None:
         if rung in t.intermediate_values
     ]
     if len(pairs) < LEAST_FOR_RANKS:
-        return None
-    return {"rung": rung, "trials": len(pairs), "spearman": spearman(*map(list, zip(*pairs)))}
+        return None, (
+            f"no rank correlation of losses half-way and final scores: it needs {LEAST_FOR_RANKS} trials "
+            f"that reached the end and have both, found {len(pairs)}"
+        )
+    return {"rung": rung, "trials": len(pairs), "spearman": spearman(*map(list, zip(*pairs)))}, ""
 
 
 def spearman(xs: list[float], ys: list[float]) -> float:
@@ -161,13 +178,41 @@ def find_notes(spec: Spec, rows: list[dict]) -> list[str]:
     return notes
 
 
+def find_ends(spec: Spec, params: dict) -> list[str]:
+    """Say which values of the best setting lie at an end of their range, behind which better ones may be."""
+    ends = [(d, params[d.field], end_of(d, params[d.field])) for d in spec.space if d.field in params]
+    return [
+        f"the best {d.field}, {spell_value(value)}, is at the {end} end of its range, "
+        f"{spell_value(d.options['low'])} to {spell_value(d.options['high'])}: widen it?"
+        for d, value, end in ends
+        if end
+    ]
+
+
+def end_of(dimension: Dimension, value) -> str:
+    """Name the end of a range near which a value is, "" for none."""
+    low, high = dimension.options.get("low"), dimension.options.get("high")
+    if dimension.kind == "categorical" or low == high:
+        return ""
+    if dimension.options.get("log"):
+        low, high, value = map(math.log, (low, high, value))
+    share = (value - low) / (high - low)
+    return "lower" if share <= NEAR_END else "upper" if share >= 1 - NEAR_END else ""
+
+
 def verify_command(spec: Spec, params: dict) -> str:
-    """Spell out the trial that compares a setting with the recipe on several seeds."""
+    """Spell out the trial that compares a setting with the recipe on seeds that the sweep did not see."""
     budget = ["--seconds", f"{spec.seconds:g}"] if spec.seconds else ["--steps", str(spec.steps)]
     twins = {name: value for name, value in spec.changes(params).items() if name not in spec.fixed}
     words = ["python", "-m", "dev.trial", "--recipe", str(spec.recipe), "--set", *spell(twins)]
     words += ["--both", *spell(spec.fixed)] if spec.fixed else []
-    return shlex.join([*words, "--seeds", "3", *budget, "--measure", spec.measure])
+    seeds = ",".join(map(str, new_seeds(spec.seeds)))
+    return shlex.join([*words, "--seeds", seeds, *budget, "--measure", spec.measure])
+
+
+def new_seeds(used: list[int]) -> list[int]:
+    """Return seeds by which no setting was chosen."""
+    return list(islice((seed for seed in chain(SEEDS, count(len(SEEDS))) if seed not in used), NUM_NEW_SEEDS))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -186,10 +231,15 @@ def spell_value(value) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def has_ended_early(row: dict) -> bool:
+    """Whether the last loss is all that a trial came to."""
+    return row["val_bpb"] is None and row["last_loss"] is not None
+
+
 def table_of(found: dict, spec: Spec) -> tuple[list[str], list[list[str]]]:
     """Return titles and rows of the table, as text."""
     names = short_names(spec)
-    titles = ["trial", "state", "val_bpb", "bytes", "seconds", "steps", *names.values()]
+    titles = ["trial", "state", "val_bpb", "bytes", "seconds", "steps", "last loss", *names.values()]
     rows = []
     for row in found["trials"]:
         number = f"{row['trial']}{' *' if row['trial'] in found['front'] else ''}"
@@ -200,8 +250,12 @@ def table_of(found: dict, spec: Spec) -> tuple[list[str], list[list[str]]]:
             f"{row['bytes']:,}" if row["bytes"] else "",
             "" if row["train_s"] is None else f"{row['train_s']:.1f}",
             "" if row["steps"] is None else f"{row['steps']:,}",
+            f"{row['last_loss']:.4f}" if has_ended_early(row) else "",
         ]
         rows.append(facts + [spell_value(row["params"].get(field)) for field in names])
+    if not any(map(has_ended_early, found["trials"])):
+        at = titles.index("last loss")
+        titles, *rows = ([*cells[:at], *cells[at + 1 :]] for cells in (titles, *rows))
     return titles, rows
 
 
@@ -219,7 +273,7 @@ def format_results(found: dict, spec: Spec) -> str:
             )
     if found["importance"]:
         shares = ", ".join(f"{field} {share:.0%}" for field, share in found["importance"].items())
-        lines.append(f"importance for val_bpb: {shares}")
+        lines.append(f"importance for val_bpb, from {found['importance_trials']} trials: {shares}")
     if ranks := found["rank_correlation"]:
         lines.append(
             f"loss at rung {ranks['rung']} of {spec.prune['rungs']} and final score: rank correlation "
@@ -227,7 +281,7 @@ def format_results(found: dict, spec: Spec) -> str:
         )
     lines += [f"note: {note}" for note in found["notes"]]
     if found["verify"]:
-        lines.append(f"verify: {found['verify']}")
+        lines.append(f"verify on new seeds: {found['verify']}")
     return "\n".join(lines)
 
 
@@ -262,7 +316,9 @@ def draw_dots(ax, rows: list[dict], x_of: Callable[[dict], float]) -> None:
 def draw_history(found: dict) -> str:
     """Draw each trial's score in the order of the trials, and the best one so far."""
     rows = scored(found)
+    pruned = [row["trial"] for row in found["trials"] if row["state"] == "pruned"]
     about = f"val_bpb of {len(rows)} finished trials by number, with the best so far as a line"
+    about += f"; crosses for {len(pruned)} pruned ones" if pruned else ""
     with charts.chart("Trials", "val_bpb", about) as drawn:
         draw_dots(drawn.ax, rows, lambda row: row["trial"])
         best, xs, ys = math.inf, [], []
@@ -272,6 +328,11 @@ def draw_history(found: dict) -> str:
                 xs.append(row["trial"])
                 ys.append(best)
         drawn.ax.plot(xs, ys, drawstyle="steps-post", color=charts.colour(1), label="best so far")
+        if pruned:  # at the upper edge: they have no score
+            edge = drawn.ax.get_xaxis_transform()
+            drawn.ax.plot(
+                pruned, [0.98] * len(pruned), "x", color=charts.colour(2), transform=edge, label="pruned"
+            )
         drawn.ax.set_xlabel("trial")
         drawn.ax.locator_params(axis="x", integer=True)
     return drawn.svg
@@ -282,7 +343,8 @@ def draw_importance(found: dict) -> str:
     shares = list(found["importance"].items())[::-1]
     about = "Importance for val_bpb: " + ", ".join(f"{field} {share:.0%}" for field, share in shares[::-1])
     height = 1.2 + 0.28 * len(shares)
-    with charts.chart("Share of the variance of val_bpb (fANOVA)", "", about, height) as drawn:
+    title = f"Share of the variance of val_bpb (fANOVA, {found['importance_trials']} trials)"
+    with charts.chart(title, "", about, height) as drawn:
         drawn.ax.barh([field for field, _ in shares], [share for _, share in shares], color=charts.colour(0))
         drawn.ax.set_xlim(0, 1)
     return drawn.svg

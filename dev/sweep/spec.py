@@ -1,11 +1,12 @@
 """SPEC.toml: what a sweep varies, with what budget, and what it is after; checked before anything starts."""
 
 import difflib
+import inspect
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -58,13 +59,24 @@ PRUNERS = {
 PRUNE_KEYS = {"kind": "none", "on": "train_loss", "rungs": 10}  # those that are not the pruner's own
 OBJECTIVES = ("val_bpb", "bytes")
 CONSTRAINTS = {"bytes": BYTES, "training": TRAINING, "scoring": SCORING}  # ledgers of a run
-DIMENSION_KEYS = ("low", "high", "step", "log", "choices", "also", "when")
+DIMENSION_KEYS = {  # of a dimension: what is expected
+    "low": "a number below 2^53",
+    "high": "a number below 2^53",
+    "step": "a number below 2^53",
+    "log": "true or false",
+    "choices": "a list of text, numbers, true or false, or lists of these",
+    "also": "a list of other fields, each once",
+    "when": 'a table of fields with lists of values, as {model.smear = ["gated"]}',
+}
+MOST_NUMBER = 2**53
 BUDGET = ("run.seed", "run.iterations", "run.max_wallclock_seconds")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 NAME_ADVICE = "a name of letters, digits and . _ + -, a letter or digit first"
 EVENTS_A_RUNG = 8  # losses that are averaged, at least, where the number of steps is known
 LOG_EVERY = 10  # steps, at most, where a clock ends the training
 MOST_COMBINATIONS = 10_000  # of a grid
+MOST_TRIALS = 10**6
+MOST_SECONDS = 10**9
 DRAWS = 64  # random settings that are tried before anything starts
 
 
@@ -99,6 +111,8 @@ class Dimension(NamedTuple):
         step, count = options.get("step", 1), 0
         values = []
         while (value := round(options["low"] + count * step, 12)) <= options["high"] + 1e-12:
+            if count > MOST_COMBINATIONS:  # more than any grid may have
+                break
             values.append(int(value) if self.kind == "int" else value)
             count += 1
         return values
@@ -108,6 +122,8 @@ class Dimension(NamedTuple):
         options = self.options
         if self.kind == "categorical":
             return value in options["choices"]
+        if not is_number(value):
+            return False
         steps = (value - options["low"]) / options["step"] if "step" in options else 0
         return options["low"] <= value <= options["high"] and abs(steps - round(steps)) < 1e-6
 
@@ -195,6 +211,30 @@ def spell(values: dict) -> list[str]:
     return [f"{field}={as_choice(value)}" for field, value in values.items()]
 
 
+def is_number(value) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST_NUMBER
+
+
+def is_plain(value) -> bool:
+    """Whether a TOML value is one that a recipe can have: no date, no table."""
+    return isinstance(value, str | bool) or is_number(value) or is_list(value, is_plain)
+
+
+def is_list(value, holds: Callable) -> bool:
+    """Whether a value is a list of which every item is right."""
+    return isinstance(value, list) and all(map(holds, value))
+
+
+# What an option of Optuna's classes may be: the words of its annotation.
+TYPES = {
+    "int": lambda value: is_number(value) and isinstance(value, int),
+    "float": is_number,
+    "bool": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+}
+
+
 def as_choice(value):
     """Write a list as JSON, which Optuna can choose and a recipe can read; booleans as 0 and 1."""
     if isinstance(value, bool):
@@ -273,19 +313,23 @@ def with_defaults(content: dict, problems: list[str]) -> dict:
 def check_plan(plan: dict, problems: list[str]) -> None:
     """Collect what is wrong with everything but the fields."""
     seeds, objectives, grid = plan["seeds"], plan["objectives"], plan["sampler"]["kind"] == "grid"
-    whole = seeds and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
-    once = len({str(seed) for seed in seeds}) == len(seeds)
+    is_one = (plan["seconds"] > 0) != (plan["steps"] > 0)
+    whole = seeds and all(is_number(seed) and isinstance(seed, int) for seed in seeds)
     needs_bytes = plan["measure"] == "weights" and "bytes" in objectives
     pruned, rungs = plan["prune"]["kind"] != "none", plan["prune"]["rungs"]
     at_end = "prune: expected one objective: a trade-off is not known before its end"
     by_clock = bool(plan["seconds"]) and plan["prune"]["on"] == "val_loss"
     rules = [
         (NAME.fullmatch(plan["name"]), f"name: expected {NAME_ADVICE}, found {plan['name']!r:.60}"),
-        ((plan["seconds"] > 0) != (plan["steps"] > 0), "expected either seconds or steps, above 0"),
-        (grid or plan["trials"] > 0, "trials: expected a number from 1 on"),
+        (is_one, "expected either seconds or steps, above 0"),
+        (0 <= plan["seconds"] < MOST_SECONDS, f"seconds: expected a number below {MOST_SECONDS:,}"),
+        (0 <= plan["steps"] < MOST_SECONDS, f"steps: expected a number below {MOST_SECONDS:,}"),
+        (grid or 0 < plan["trials"] <= MOST_TRIALS, f"trials: expected a number from 1 to {MOST_TRIALS:,}"),
         (not grid or not plan["trials"], "trials: a grid has as many as combinations: leave it out"),
-        (whole and once, "seeds: expected whole numbers, each once"),
+        (whole and not has_twins(seeds), "seeds: expected whole numbers, each once"),
         (objectives, "objectives: expected one at least"),
+        (not has_twins(objectives), "objectives: expected each once"),
+        (not has_twins(plan["constraints"]), "constraints: expected each once"),
         (not needs_bytes, "objectives: bytes need measure = \"artifact\""),
         (not pruned or len(objectives) < 2, at_end),
         (isinstance(rungs, int) and 1 < rungs <= 1000, "prune.rungs: expected a whole number from 2 to 1000"),
@@ -304,9 +348,58 @@ def check_plan(plan: dict, problems: list[str]) -> None:
             f"{key}: {item!r:.60}: {near(str(item), known)}" for item in found if item not in list(known)
         ]
     if str(plan["sampler"]["kind"]) in SAMPLERS and str(plan["prune"]["kind"]) in PRUNERS:
-        problems += [
-            problem for make in (make_sampler, make_pruner) for problem in refusals(partial(make, plan))
-        ]
+        problems += check_options(plan)
+
+
+def has_twins(values: list) -> bool:
+    """Whether a value is twice in a list of anything."""
+    return len({str(value) for value in values}) < len(values)
+
+
+def check_options(plan: dict) -> list[str]:
+    """Say what is wrong with the options of Optuna's sampler and pruner: by their types, then by use."""
+    faults = []
+    for table, own, known, module in (
+        ("sampler", {"kind"}, SAMPLERS, "samplers"),
+        ("prune", set(PRUNE_KEYS), PRUNERS, "pruners"),
+    ):
+        taken = inspect.signature(
+            getattr(getattr(load_optuna(), module), known[plan[table]["kind"]])
+        ).parameters
+        for key in set(plan[table]) - own:
+            words = option_types(taken[key]) if key in taken else []
+            if key not in taken:
+                faults.append(
+                    f"[{table}] {key}: no option of {known[plan[table]['kind']]}: {near(key, taken)}"
+                )
+            elif not any(TYPES[word](plan[table][key]) for word in words):
+                expected = " or ".join(words) or "nothing: a file cannot say it"
+                faults.append(f"[{table}] {key}: expected {expected}, found {plan[table][key]!r:.60}")
+    return faults or refusals(partial(use_once, plan))
+
+
+def option_types(parameter: inspect.Parameter) -> list[str]:
+    """List which of TYPES a parameter takes, by its annotation."""
+    note = parameter.annotation if isinstance(parameter.annotation, str) else parameter.annotation.__name__
+    return [word for word in TYPES if word in map(str.strip, note.split("|"))]
+
+
+def use_once(plan: dict) -> None:
+    """Let a sampler and a pruner choose and judge a few trials: Optuna checks some options only then."""
+    optuna = load_optuna()
+    aims = ["minimize"] * max(1, len(plan["objectives"]))
+    for shift in (0, MOST_TRIALS):  # a seed that is shifted must stay one
+        study = optuna.create_study(
+            directions=aims, sampler=make_sampler(plan, shift), pruner=make_pruner(plan)
+        )
+        for _ in range(2):
+            trial = study.ask()
+            trial.suggest_float("x", 0, 1)
+            trial.suggest_int("n", 1, 3)
+            for rung in range(1, 4) if len(aims) == 1 else ():
+                trial.report(1.0, rung)
+                trial.should_prune()
+            study.tell(trial, [1.0] * len(aims))
 
 
 def load_optuna():
@@ -337,8 +430,8 @@ def refusals(make) -> list[str]:
         warnings.simplefilter("always")
         try:
             make()
-        except (TypeError, ValueError, ImportError) as error:
-            return [f"Optuna: {error}"]
+        except Exception as error:  # of any kind, by where in Optuna an option is used first
+            return [f"Optuna: {error or type(error).__name__}"]
     return [f"Optuna: {item.message}" for item in caught if item.category is UserWarning]
 
 
@@ -359,6 +452,11 @@ def flatten(table: dict) -> dict:
 def check_fields(values: dict, place: str, problems: list[str]) -> None:
     """Collect fields that no recipe has, values that they cannot have, and fields that are not the spec's."""
     for field, value in values.items():
+        if not is_plain(value):
+            problems.append(
+                f"{place} {field}: expected text, a number, a truth value or a list, found {value!r:.60}"
+            )
+            continue
         try:
             with_values(Config(), {field: as_choice(value)}, place)
         except UserError as error:
@@ -375,36 +473,78 @@ def read_space(space: dict, fixed: dict, problems: list[str]) -> Iterator[Dimens
         problems.append(
             "[space]: expected a field to vary at least, as optim.matrix_lr = {low = 0.01, high = 0.05}"
         )
-    known, before = config_fields(Config), set()
-    for field, stated in space.items():
+    known, above = config_fields(Config), {}
+    taken = dict.fromkeys(space, "[space]") | dict.fromkeys(fixed, "[set]")
+    for field, stated in sorted(space.items(), key=depends):  # TOML keeps no order between sections
         place = f"[space] {field}"
         if field not in known:
             check_fields({field: 0}, "[space]", problems)
             continue
-        if not isinstance(stated, dict) or set(stated) - set(DIMENSION_KEYS):
-            problems.append(
-                f"{place}: expected a table of some of {', '.join(DIMENSION_KEYS)}, found {stated!r:.80}"
-            )
+        faults = find_wrong_keys(field, stated)
+        if faults:
+            problems += faults
+            above[field] = None
             continue
         kind = {int: "int", float: "float"}.get(known[field].type, "categorical")
         kind = "categorical" if "choices" in stated else kind
         keys = ("choices",) if kind == "categorical" else ("low", "high", "step", "log")
         options = {key: stated[key] for key in keys if key in stated}
         also, when = tuple(stated.get("also", ())), flatten(stated.get("when", {}))
-        for name in (field, *also):
-            if name in fixed:
-                problems.append(f"{place}: {name} is in [set], too")
-        problems += [f"{place}: when names {parent}, which must be above it" for parent in set(when) - before]
-        before.add(field)
+        if field in fixed:
+            problems.append(f"{place}: {field} is in [set], too")
+        problems += [f"{place}: {twin} is in {taken[twin]}, too" for twin in also if twin in taken]
+        taken |= dict.fromkeys(also, f"also of {field}")
         stray = set(stated) - {*keys, "also", "when"}
         faults = [f"{place}: {', '.join(sorted(stray))} do not go with choices"] if stray else []
-        faults += find_faults(field, kind, options)
+        faults += find_faults(field, kind, options) + find_wrong_parents(place, when, above)
         problems += faults
+        above[field] = None
         if not faults:
-            dimension = make_dimension(field, kind, options, also, when)
+            above[field] = dimension = make_dimension(field, kind, options, also, when)
             for value in dimension.corners():
                 check_fields(dict.fromkeys((field, *also), value), "[space]", problems)
             yield dimension
+
+
+def depends(item: tuple) -> bool:
+    """Whether a dimension is varied only beside some values of others."""
+    return isinstance(item[1], dict) and "when" in item[1]
+
+
+def find_wrong_keys(field: str, stated) -> list[str]:
+    """Say which keys of a dimension are unknown or of a wrong type."""
+    place = f"[space] {field}"
+    if not isinstance(stated, dict) or set(stated) - set(DIMENSION_KEYS):
+        return [f"{place}: expected a table of some of {', '.join(DIMENSION_KEYS)}, found {stated!r:.80}"]
+    is_right = {
+        "low": is_number,
+        "high": is_number,
+        "step": is_number,
+        "log": TYPES["bool"],
+        "choices": lambda value: is_list(value, is_plain),
+        "also": lambda value: is_list(value, TYPES["str"]) and not has_twins([*value, field]),
+        "when": lambda value: (
+            isinstance(value, dict)
+            and all(is_list(allowed, is_plain) and allowed for allowed in flatten(value).values())
+        ),
+    }
+    return [
+        f"{place}: {key}: expected {DIMENSION_KEYS[key]}, found {value!r:.60}"
+        for key, value in stated.items()
+        if not is_right[key](value)
+    ]
+
+
+def find_wrong_parents(place: str, when: dict, above: dict) -> list[str]:
+    """Say which fields that a dimension depends on are not above it, or cannot have the values."""
+    faults = [
+        f"{place}: when names {parent}, which must be above it" for parent in when if parent not in above
+    ]
+    for parent, allowed in when.items():
+        if (dimension := above.get(parent)) is not None:  # else it is wrong itself
+            never = [value for value in allowed if not dimension.contains(as_choice(value))]
+            faults += [f"{place}: when: {parent} is never {value!r:.60}" for value in never]
+    return faults
 
 
 def find_faults(field: str, kind: str, options: dict) -> list[str]:
@@ -417,8 +557,7 @@ def find_faults(field: str, kind: str, options: dict) -> list[str]:
         texts = [json.dumps(choice) for choice in choices]
         return [f"{place}: a choice twice in {choices}"] if len(set(texts)) < len(texts) else []
     numbers = [options.get(key) for key in ("low", "high")] + ([options["step"]] if "step" in options else [])
-    right = (int,) if kind == "int" else (int, float)
-    if not all(isinstance(number, right) and not isinstance(number, bool) for number in numbers):
+    if not all(map(TYPES[kind], numbers)):
         what = "whole numbers" if kind == "int" else "numbers"
         return [f"{place}: expected {what} low and high, and step if any, found {options}"]
     make = {"int": "IntDistribution", "float": "FloatDistribution"}[kind]

@@ -16,6 +16,7 @@ from dev.desk.training import (
     await_folder,
     find_finished,
     start_training,
+    tell_progress,
 )
 from dev.sweep.board import Board
 from dev.sweep.spec import CONSTRAINTS, Spec, spell
@@ -23,6 +24,7 @@ from formats.checkpoints import read_result
 from train_gpt import Config, draw_ledgers
 
 LOOK_EVERY_S = 0.5  # at a training's events
+TELL_EVERY_S = 30.0  # of its progress
 WAIT_S = 5.0  # between looks for a trial whose worker was killed
 MOST_FAILURES = 5  # in a row: then it is not the settings
 RUNS_NAME = "runs"
@@ -33,7 +35,11 @@ Train = Callable[[Job, Watch, Tell], Outcome]
 
 
 class Pruned(Exception):
-    """A trial is worse than others were at the same progress."""
+    """A trial is worse than others were at the same progress; last: the step and the loss that it came to."""
+
+    def __init__(self, last: dict):
+        super().__init__()
+        self.last = last
 
 
 class Crew(NamedTuple):
@@ -46,15 +52,29 @@ class Crew(NamedTuple):
     tell: Tell
 
 
+def now_and_then(tell: Tell, pause_s: float = TELL_EVERY_S) -> Tell:
+    """Return a function that tells a line unless it told one a moment ago."""
+    told_at = -math.inf
+
+    def tell_some(text: str) -> None:
+        nonlocal told_at
+        if time.monotonic() - told_at >= pause_s:
+            told_at = time.monotonic()
+            tell(text)
+
+    return tell_some
+
+
 def train_watched(job: Job, watch: Watch, tell: Tell) -> Outcome:
     """Train a job, or find it finished; `watch` sees new events now and then, and may end it by raising."""
     await_folder(job, tell)
     if found := find_finished(job):
         return found
-    running = start_training(job)
+    running, tell = start_training(job), now_and_then(tell)
     try:
         while running.is_alive():
             watch(running.events())
+            tell_progress(running, tell)
             time.sleep(LOOK_EVERY_S)
         return running.outcome()
     finally:
@@ -68,6 +88,7 @@ class Rungs:
         self.spec = spec
         self.losses: dict[int, list[float]] = {}  # rung -> losses on the way to it
         self.told = 0  # the last rung that is over
+        self.last: dict = {}  # step and loss
 
     def add(self, events: list[dict]) -> list[tuple[int, float]]:
         """Return (rung, mean loss) of the rungs that have ended since the last call."""
@@ -75,6 +96,7 @@ class Rungs:
         for event in events:
             if f"{event.get('kind')}_loss" != on or not math.isfinite(event.get(on, math.nan)):
                 continue
+            self.last = {"step": event["step"], "loss": event[on]}
             rung = self.rung_of(event)
             for over in range(self.told + 1, rung):
                 losses = self.losses.pop(over, None)
@@ -95,7 +117,7 @@ def watch_trial(crew: Crew, trial, rungs: Rungs | None, events: list[dict]) -> N
     crew.board.beat(trial)
     for rung, loss in rungs.add(events) if rungs else ():
         if crew.board.report(trial, rung, loss):
-            raise Pruned
+            raise Pruned(rungs.last)
 
 
 def excess_of(outcome: Outcome, cfg: Config, spec: Spec) -> dict[str, float]:
@@ -123,7 +145,8 @@ def train_trial(crew: Crew, trial) -> str:
     excess: dict[str, float] = {}
     for seed in spec.seeds:
         cfg = spec.config(trial.params, seed)
-        job = Job(cfg, spec.measure, board.folder / RUNS_NAME, crew.root, crew.share)
+        label = f"trial {trial.number}" + (f" seed {seed}" if len(spec.seeds) > 1 else "")
+        job = Job(cfg, spec.measure, board.folder / RUNS_NAME, crew.root, crew.share, label=label)
         rungs = Rungs(spec) if spec.prune["kind"] != "none" and not runs else None
         outcome = crew.train(job, partial(watch_trial, crew, trial, rungs), crew.tell)
         runs.append(describe_run(outcome, seed))
@@ -147,9 +170,9 @@ def end_trial(crew: Crew, trial) -> bool:
     board, tell = crew.board, crew.tell
     try:
         tell(f"trial {trial.number}: {train_trial(crew, trial)}")
-    except Pruned:
-        board.write(trial, partial(board.prune, trial), tell)
-        tell(f"trial {trial.number}: pruned")
+    except Pruned as pruned:
+        board.write(trial, partial(board.prune, trial, pruned.last), tell)
+        tell(f"trial {trial.number}: pruned at step {pruned.last['step']}, loss {pruned.last['loss']:.4f}")
     except TrainingFailed as error:
         board.write(trial, partial(board.fail, trial, str(error), error.has_diverged), tell)
         said = error.output[-1] if error.output else str(error)
