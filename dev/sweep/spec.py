@@ -297,7 +297,7 @@ def with_defaults(content: dict, problems: list[str]) -> dict:
     filled = {}
     for key, (kind, default) in KEYS.items():
         value = content.get(key, default)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and is_number(value):
             value = float(value)
         if value is None or not isinstance(value, kind) or isinstance(value, bool):
             words = {str: "text", float: "a number", int: "a whole number", list: "a list", dict: "a table"}
@@ -320,6 +320,7 @@ def check_plan(plan: dict, problems: list[str]) -> None:
     at_end = "prune: expected one objective: a trade-off is not known before its end"
     by_clock = bool(plan["seconds"]) and plan["prune"]["on"] == "val_loss"
     rules = [
+        (plan["recipe"], "recipe: expected the name of a file"),
         (NAME.fullmatch(plan["name"]), f"name: expected {NAME_ADVICE}, found {plan['name']!r:.60}"),
         (is_one, "expected either seconds or steps, above 0"),
         (0 <= plan["seconds"] < MOST_SECONDS, f"seconds: expected a number below {MOST_SECONDS:,}"),
@@ -366,15 +367,18 @@ def check_options(plan: dict) -> list[str]:
         taken = inspect.signature(
             getattr(getattr(load_optuna(), module), known[plan[table]["kind"]])
         ).parameters
-        for key in set(plan[table]) - own:
+        for key, value in plan[table].items():
+            if key in own:
+                continue
             words = option_types(taken[key]) if key in taken else []
             if key not in taken:
                 faults.append(
                     f"[{table}] {key}: no option of {known[plan[table]['kind']]}: {near(key, taken)}"
                 )
-            elif not any(TYPES[word](plan[table][key]) for word in words):
+            elif not any(TYPES[word](value) for word in words) or (is_number(value) and value < 0):
                 expected = " or ".join(words) or "nothing: a file cannot say it"
-                faults.append(f"[{table}] {key}: expected {expected}, found {plan[table][key]!r:.60}")
+                expected += " from 0 on" if is_number(value) and value < 0 else ""
+                faults.append(f"[{table}] {key}: expected {expected}, found {value!r:.60}")
     return faults or refusals(partial(use_once, plan))
 
 
