@@ -175,6 +175,18 @@ def test_sides_at_the_same_time_share_the_machine(trial):
     assert shares == split_machine(2) and not set(shares[0].cores) & set(shares[1].cores)
 
 
+def test_a_side_that_trains_alone_under_a_clock_is_said(trial):
+    """Of a pair at the same time one was found: the other has the machine's memory for itself."""
+
+    class Found(StandIn):
+        def outcome(self, job: Job) -> Outcome:
+            return super().outcome(job)._replace(was_found=job.cfg.optim.matrix_lr < 0.05)
+
+    said = " ".join(trial(Found(by_lr(-0.5)), "--parallel")["warnings"])
+    assert "trained alone" in said
+    assert "trained alone" not in " ".join(trial(Found(by_lr(-0.5)))["warnings"])
+
+
 def test_what_a_step_is_worth_is_measured_by_shorter_runs(trial):
     """A fifth fewer steps, 0.02 bits a byte more: 0.001 a step; the effect is 500 steps saved."""
 

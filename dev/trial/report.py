@@ -151,6 +151,14 @@ def warnings(plan: Plan, pairs: list[Pair]) -> list[str]:
             found.append(f"{label}: over its limit of {', '.join(over)}: no valid submission")
     if any(pair.new.origin.get("machine") != pair.old.origin.get("machine") for pair in pairs):
         found.append("pairs whose runs come from two machines")
+    if (
+        plan.shares[0]
+        and "steps" not in plan.budget
+        and any(p.new.was_found != p.old.was_found for p in pairs)
+    ):
+        found.append(
+            "one side of a pair trained alone, beside its partner's earlier run: its steps may be faster"
+        )
     if plan.measure == "weights":
         found.append("float weights were compared: quantization, bytes and the recipe's scorer were not")
     if len(plan.seeds) < KEEP_FROM:
