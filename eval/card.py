@@ -76,26 +76,33 @@ def write_front_matter(stats: dict, facts: dict) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
+def spell(facts: dict, name: str, unit: int = 1, form: str = ",") -> str:
+    """Spell a number of a result in units, or that it is unknown: older and other programs state less."""
+    value = facts.get(name)
+    return format(value / unit if unit != 1 else value, form) if isinstance(value, int | float) else UNKNOWN
+
+
 def result_lines(stats: dict, facts: dict) -> list[tuple[str, str]]:
     """Return the rows of the table of results."""
     seen = f"{stats['total_tokens']:,} tokens" if stats["total_tokens"] else UNKNOWN
     rows = [("weights", f"{stats['num_params']:,}"), ("trained on", seen)]
     if "score" not in facts:
         return [*rows, ("val_bpb", "unknown: these weights are no artifact that a finished run scored")]
-    score, sizes = facts["score"], dict(facts["ledger"])
+    score, sizes = facts["score"], dict(facts.get("ledger", []))
     code = sum(size for name, size in sizes.items() if name.startswith("code"))
     how = ", ".join(f"{name} {score[name]}" for name in ("context_len", "stride") if name in score)
     rows += [
         ("val_bpb", f"{score['val_bpb']:.8f} bits a byte"),
         (
             "scored",
-            f"{score['num_tokens']:,} tokens, {score['num_bytes']:,} bytes; {score['mode']}, {how}",
+            f"{spell(score, 'num_tokens')} tokens, {spell(score, 'num_bytes')} bytes; "
+            f"{score.get('mode', UNKNOWN)}{', ' * bool(how)}{how}",
         ),
         (
             "bytes",
             f"{sum(sizes.values()):,}: code {code:,}, weights and recipe {sum(sizes.values()) - code:,}",
         ),
-        ("training", f"{facts['steps']:,} steps in {facts['train_ms'] / 1000:.1f} s"),
+        ("training", f"{spell(facts, 'steps')} steps in {spell(facts, 'train_ms', 1000, ',.1f')} s"),
     ]
     over = facts.get("over_limits") or []
     return [*rows, ("over its limits", "; ".join(map(str, over)))] if over else rows
