@@ -26,6 +26,7 @@ from common import CommandParser, UserError, at_least_one, read_json, run_comman
 from dev.desk.extras import require
 from dev.desk.runs import LOG_NAME, METRICS_NAME, RunFacts, find_folders, is_record, read_run, with_names
 from durable.lock import HOLDER_NAME
+from eval.stats import null_for_nan
 from formats.checkpoints import RESULT_NAME
 
 RUNS = Path("runs")  # as in eval/runs.py, which would load torch
@@ -371,12 +372,8 @@ def wait_silently(watcher: Watcher, args: argparse.Namespace) -> list[Status]:
 
 def facts_of(statuses: list[Status]) -> dict:
     """Word the statuses for programs; all losses are in metrics.jsonl."""
-
-    def word(value):
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     rows = [status._asdict() for status in statuses]
-    return {"runs": [{name: word(row[name]) for name in row if name != "losses"} for row in rows]}
+    return null_for_nan({"runs": [{name: row[name] for name in row if name != "losses"} for row in rows]})
 
 
 def has_ended(statuses: list[Status]) -> bool:

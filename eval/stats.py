@@ -124,11 +124,15 @@ def welch(new: list[float], old: list[float], margin: float = 0.0) -> TestResult
         raise UserError(
             f"Welch's test: expected two scores on each side, found {a.n} and {b.n}. Run more seeds."
         )
+    return result(a.mean - b.mean + margin, *welch_error(a, b))
+
+
+def welch_error(a: Sample, b: Sample) -> tuple[float, float]:
+    """Return the standard error of a difference of means of two values each at least, and its df."""
     parts = a.std**2 / a.n, b.std**2 / b.n
     spread = parts[0] + parts[1]
     weights = parts[0] ** 2 / (a.n - 1) + parts[1] ** 2 / (b.n - 1)
-    df = spread**2 / weights if weights else float(a.n + b.n - 2)
-    return result(a.mean - b.mean + margin, math.sqrt(spread), df)
+    return math.sqrt(spread), spread**2 / weights if weights else float(a.n + b.n - 2)
 
 
 def one_sample(new: list[float], reference: float, margin: float = 0.0) -> TestResult:
@@ -511,15 +515,16 @@ def format_report(report: dict) -> str:
 
 def json_text(facts: object) -> str:
     """Spell facts as JSON, which has no word for what is no finite number: null."""
+    return json.dumps(null_for_nan(facts), allow_nan=False)
 
-    def word(value):
-        if isinstance(value, dict):
-            return {name: word(inner) for name, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [word(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(word(facts), allow_nan=False)
+def null_for_nan(value):
+    """Replace what is no finite number by None, also in objects and lists."""
+    if isinstance(value, dict):
+        return {name: null_for_nan(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [null_for_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_against(names: list[str]) -> list[SeedScore] | float:

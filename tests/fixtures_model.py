@@ -1,7 +1,10 @@
 """The tiny configuration and the recipes of the tests, small models, and how to run commands."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +80,26 @@ def as_overrides(cfg: Config) -> list[str]:
         for name, item in config_fields(Config).items()
         if config_value(cfg, name) != item.default
     ]
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def ends_soon(pid: int, seconds: float = 10.0) -> bool:
+    """Wait for the end of a process that has no reason to go on; one that does is killed."""
+    until = time.monotonic() + seconds
+    while is_alive(pid):
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def run_python(*args, cwd=ROOT, env=None, timeout=240) -> subprocess.CompletedProcess:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fixtures_model import ROOT
+from fixtures_model import ROOT, ends_soon
 
 import train_gpt
 from dev.desk import training
@@ -140,18 +140,7 @@ def test_a_child_ends_with_its_command(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     pid = int((tmp_path / "pid").read_text())
-    for _ in range(200):
-        if not is_running(pid):
-            return
-        time.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("the child outlived its command")
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    assert ends_soon(pid), "the child outlived its command"
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from fixtures_battery import (
     works,
     writes_half_a_line,
 )
-from fixtures_model import ROOT
+from fixtures_model import ROOT, is_alive
 
 import dev.gpu_battery.__main__
 import dev.gpu_battery.timing
@@ -69,15 +69,6 @@ def run_parts(tmp_path, monkeypatch):
         return written["parts"]
 
     return run
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def wait_until(holds, seconds: float = 60) -> bool:

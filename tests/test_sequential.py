@@ -11,17 +11,26 @@ from dev.trial.sequential import (
     KEEP_FROM,
     SAME,
     UNDECIDED,
+    Decision,
     Design,
     chance_to_decide,
     critical_values,
     decide,
     pairs_needed,
-    run_to_verdict,
     smallest_effect,
 )
 
 TRIALS = 2000
 DESIGNS = [Design(3), Design(8), Design(3, sigma=1.0), Design(8, sigma=1.0), Design(5, alpha=0.2)]
+
+
+def run_to_verdict(differences: list[float], design: Design) -> Decision:
+    """Look after each pair and stop at the first verdict, as a trial does."""
+    for n in range(1, design.max_pairs + 1):
+        decision = decide(differences[:n], design)
+        if decision.word != UNDECIDED:
+            break
+    return decision
 
 
 def words(design: Design, effect: float, seed: int = 7) -> dict[str, float]:

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from fixtures_model import ROOT
+from fixtures_model import ROOT, ends_soon
 
 from durable import stops as stops_module
 from durable.stops import DAMAGED, SIGNALS, Stopped, Stops
@@ -128,19 +128,4 @@ def test_a_process_whose_launcher_was_killed_ends(code, tmp_path):
     worker = int((tmp_path / "pid").read_text())
     process.kill()
     process.wait()
-    for _ in range(200):
-        if not is_alive(worker):
-            return
-        time.sleep(0.05)
-    os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker lived on for ten seconds")
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether a process runs; one that nobody has waited for yet does not."""
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
+    assert ends_soon(worker), "the worker lived on for ten seconds"

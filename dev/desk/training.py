@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from filelock import FileLock
 from common import UserError, atomic_file, parse_json
 from data.shards import VAL_GLOB, digest_of_data
 from dev.desk import child
-from dev.desk.weights import WEIGHTS_NAME
+from dev.desk.runs import WEIGHTS_NAME
 from dev.record import child_environment, num_ranks
 from durable.lock import LOCK_NAME, acquire
 from durable.seals import digest_of, read_sealed
@@ -246,9 +246,10 @@ def read_outcome(folder: Path, measure: str, was_found: bool = False) -> Outcome
 
 def places_to_look(job: Job) -> Iterator[Path]:
     """Yield the folders in which the same run may lie: the job's own first."""
-    yield job.out / run_id(job)
-    for root in dict.fromkeys((job.out, Path(job.cfg.run.out_dir))):
-        yield from (path.parent for path in sorted(root.glob(f"**/{MEASURES[job.measure]}")))
+    found = [job.out / run_id(job)]
+    for root in (job.out, Path(job.cfg.run.out_dir)):
+        found += (path.parent for path in sorted(root.glob(f"**/{MEASURES[job.measure]}")))
+    yield from dict.fromkeys(found)
 
 
 def is_same(folder: Path, job: Job, origin: dict) -> bool:
@@ -418,18 +419,22 @@ def train_all(jobs: list[Job], tell: Callable[[str], None] = print) -> list[Outc
         await_folder(job, tell)
         found.append(find_finished(job))
         tell(f"  {job.label or run_id(job)}: {said_of_start(job, found[-1])}")
-    running = {at: start_training(job) for at, job in enumerate(jobs) if found[at] is None}
+    running = [start_training(job) for job, outcome in zip(jobs, found) if outcome is None]
+    trained = iter(see_through(running, partial(tell_progress, tell=tell), LOOK_EVERY_S))
+    return [outcome or next(trained) for outcome in found]
+
+
+def see_through(running: list[Running], look: Callable[[Running], None], every_s: float) -> list[Outcome]:
+    """Look at runs now and then until all have ended; stops them where that, or one of them, raises."""
     try:
-        while any(run.is_alive() for run in running.values()):
-            for run in running.values():
-                tell_progress(run, tell)
-            time.sleep(LOOK_EVERY_S)
-        for at, run in running.items():
-            found[at] = run.outcome()
+        while any(run.is_alive() for run in running):
+            for run in running:
+                look(run)
+            time.sleep(every_s)
+        return [run.outcome() for run in running]
     finally:
-        for run in running.values():
+        for run in running:
             run.stop()
-    return found
 
 
 def said_of_start(job: Job, found: Outcome | None) -> str:

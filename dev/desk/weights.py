@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common import CommandParser, UserError, run_command
 from data.intact import ShardVerifier
+from dev.desk.runs import WEIGHTS_NAME
 from durable.seals import write_sealed
 from durable.stops import Stops
 from formats.preflight import check_text
@@ -37,8 +38,6 @@ from train_gpt import (
     warm_up,
     write_recipe,
 )
-
-WEIGHTS_NAME = "weights.json"
 
 
 def train_weights(cfg: Config, environment: Environment, held: ExitStack) -> None:

@@ -1,13 +1,12 @@
 """Several runs beside each other: which belong together, what differs, who is better, how sure that is."""
 
-import math
 import re
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 from dev.desk.runs import RunFacts
-from eval.stats import SeedScore, compare, critical_t, summarize, unequal, uneven
+from eval.stats import SeedScore, compare, critical_t, summarize, unequal, uneven, welch_error
 from formats.recipe import config_fields, config_hash, config_value
 from train_gpt import Config
 
@@ -107,11 +106,8 @@ def interval(new: list[float], old: list[float]) -> tuple[float, float] | None:
     a, b = summarize(new), summarize(old)
     if a.std is None or b.std is None:
         return None
-    parts = a.std**2 / a.n, b.std**2 / b.n
-    spread = sum(parts)
-    weights = parts[0] ** 2 / (a.n - 1) + parts[1] ** 2 / (b.n - 1)
-    df = spread**2 / weights if weights else float(a.n + b.n - 2)
-    half = critical_t((1 - LEVEL) / 2, df) * math.sqrt(spread)
+    error, df = welch_error(a, b)
+    half = critical_t((1 - LEVEL) / 2, df) * error
     return a.mean - b.mean - half, a.mean - b.mean + half
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from formats.artifact import Stream, decompress, read_artifact
 from formats.codes import (
@@ -21,6 +22,7 @@ from formats.codes import (
 )
 from formats.recipe import flatten_recipe
 from quantizers.config import QuantConfig
+from quantizers.rate import entropy_bits
 from quantizers.storage import STORAGE_PARTS, STREAM_DTYPES, frame_codec
 
 
@@ -69,17 +71,9 @@ def shares(name: str, stream: Stream, shapes: list, codec: str) -> np.ndarray:
         counts = count_words(decompress(stream, frame_codec(codec)), shapes)
     elif name == "codes":
         codes = np.frombuffer(decompress(stream, frame_codec(codec)), STREAM_DTYPES[name])
-        counts = np.array(
-            [entropy_bits(piece) for piece in np.split(codes, np.cumsum(counts)[:-1].astype(int))]
-        )
+        pieces = np.split(codes, np.cumsum(counts)[:-1].astype(int))
+        counts = np.array([entropy_bits(torch.tensor(piece)) for piece in pieces])
     return counts / max(counts.sum(), 1e-9)
-
-
-def entropy_bits(codes: np.ndarray) -> float:
-    """Return the bits of codes, (N,) int8, at their own frequencies."""
-    counts = np.bincount(codes.astype(np.int16) + 128, minlength=256)
-    counts = counts[counts > 0]
-    return float(counts @ -np.log2(counts / max(counts.sum(), 1)))
 
 
 def count_words(blob: bytes, shapes: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -11,10 +11,12 @@ from common import UserError
 from dev.desk.training import (
     Job,
     Outcome,
+    Running,
     Share,
     TrainingFailed,
     await_folder,
     find_finished,
+    see_through,
     start_training,
     tell_progress,
 )
@@ -70,15 +72,13 @@ def train_watched(job: Job, watch: Watch, tell: Tell) -> Outcome:
     await_folder(job, tell)
     if found := find_finished(job):
         return found
-    running, tell = start_training(job), now_and_then(tell)
-    try:
-        while running.is_alive():
-            watch(running.events())
-            tell_progress(running, tell)
-            time.sleep(LOOK_EVERY_S)
-        return running.outcome()
-    finally:
-        running.stop()
+    tell_some = now_and_then(tell)
+
+    def look(running: Running) -> None:
+        watch(running.events())
+        tell_progress(running, tell_some)
+
+    return see_through([start_training(job)], look, LOOK_EVERY_S)[0]
 
 
 class Rungs:

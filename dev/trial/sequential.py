@@ -62,9 +62,14 @@ class Decision(NamedTuple):
     std: float | None  # of the differences
 
 
-def draw_statistics(max_pairs: int, is_known: bool, paths: int, seed: int = 0) -> np.ndarray:
-    """Simulate trials without an effect; returns (paths, max_pairs) t or z by pair, NaN before a look."""
-    draws = np.random.default_rng(seed).standard_normal((paths, max_pairs))
+def draw_statistics(
+    max_pairs: int, is_known: bool, paths: int, seed: int = 0, effect: float = 0.0
+) -> np.ndarray:
+    """Simulate trials with an effect of so many deviations, 0 for none.
+
+    Returns (paths, max_pairs) t or z after each pair, NaN before the first look.
+    """
+    draws = np.random.default_rng(seed).standard_normal((paths, max_pairs)) + effect
     n = np.arange(1, max_pairs + 1)
     means = draws.cumsum(axis=1) / n
     if is_known:
@@ -112,29 +117,12 @@ def decide(differences: Sequence[float], design: Design) -> Decision:
     return Decision(word, n, mean, low, high, std)
 
 
-def run_to_verdict(differences: Sequence[float], design: Design) -> Decision:
-    """Look after each pair and stop at the first verdict, as a trial does."""
-    for n in range(1, design.max_pairs + 1):
-        decision = decide(differences[:n], design)
-        if decision.word != UNDECIDED:
-            break
-    return decision
-
-
 def chance_to_decide(design: Design, effect: float) -> float:
     """Return the chance of a keep of an effect of so many deviations; of a drop below KEEP_FROM pairs."""
     start = max(design.first_look, KEEP_FROM if design.max_pairs >= KEEP_FROM else 1)
-    statistics = np.random.default_rng(1).standard_normal((FEW_PATHS, design.max_pairs)) + abs(effect)
-    n = np.arange(1, design.max_pairs + 1)
-    means = statistics.cumsum(axis=1) / n
-    critical = np.array(critical_values(design.max_pairs, design.sigma is not None, design.alpha))
-    spread = 1.0
-    if design.sigma is None:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            squares = (statistics**2).cumsum(axis=1) - n * means**2
-            spread = np.sqrt(np.maximum(squares, 0.0) / (n - 1))
-    with np.errstate(invalid="ignore"):
-        crossed = means * np.sqrt(n) > critical * spread
+    is_known = design.sigma is not None
+    statistics = draw_statistics(design.max_pairs, is_known, FEW_PATHS, seed=1, effect=abs(effect))
+    crossed = statistics > critical_values(design.max_pairs, is_known, design.alpha)
     return float(crossed[:, start - 1 :].any(axis=1).mean())
 
 
