@@ -169,13 +169,28 @@ def test_fewer_tokens_are_counted_in_less_time(tiny_config, alone, machine, monk
     training = Training(with_values(tiny_config, changes, "test"), alone, bos_id=1)
     slow = machine.slow(lambda settings, shards, count: count / 100, train_gpt.build_ngram_table)
     monkeypatch.setattr(train_gpt, "build_ngram_table", slow)
-    for seconds, expected in ((0.0, 100), (1.5, 100), (7.01, 400), (25.1, 1600), (math.inf, 1600)):
+    for seconds, expected in ((0.0, 100), (1.5, 100), (9.81, 400), (36.3, 1600), (math.inf, 1600)):
         started = machine.now
         table, done, whole = count_ngrams(training, seconds)
         assert (done, whole) == (expected, 1600)
         assert len(table.keys) > 0
         if 0 < seconds < math.inf:
             assert machine.now - started <= seconds
+
+
+@pytest.mark.parametrize("seconds", [3.0, 9.81, 20.0])
+def test_counting_ends_in_time_where_many_tokens_take_twice_as_long(
+    seconds, tiny_config, alone, machine, monkeypatch
+):
+    """As on a processor with small caches: the pace of a sixteenth is not that of the whole."""
+    changes = {"eval.tilt_static_entries": 16, "eval.tilt_static_tokens": 1600}
+    training = Training(with_values(tiny_config, changes, "test"), alone, bos_id=1)
+    slow = machine.slow(
+        lambda settings, shards, count: count / 100 * (1 + (count > 100)), train_gpt.build_ngram_table
+    )
+    monkeypatch.setattr(train_gpt, "build_ngram_table", slow)
+    started = machine.now
+    assert count_ngrams(training, seconds)[1] >= 100 and machine.now - started <= seconds
 
 
 def test_scales_are_fitted_to_as_many_batches_as_there_is_time_for(training, machine, monkeypatch):
