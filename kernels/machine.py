@@ -131,7 +131,7 @@ def machine_facts(device: torch.device) -> dict[str, str | int]:
     cpu = found[1] if found else platform.processor() or platform.machine()
     on_gpu = device.type in ACCELERATORS and device.type != "mps"
     return {
-        "device": torch.get_device_module(device).get_device_name(device) if on_gpu else device.type,
+        "device": torch.get_device_module(device).get_device_properties(device).name if on_gpu else device.type,
         "cpu": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
