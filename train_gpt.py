@@ -193,7 +193,7 @@ from scoring.modes import (
     SCORERS,
     ScorerState,
     Scoring,
-    build_ngram_table,
+    build_scorer_state,
     deadline_note,
     read_scorer_state,
     score_session,
@@ -207,7 +207,6 @@ from scoring.modes import (
     warm_up_scorer,
     write_scorer_state,
 )
-from scoring.ngram import NgramTable
 from scoring.sliding import (
     CompiledWindows,
     ProgressLines,
@@ -2248,7 +2247,12 @@ def quantize_model(
 
 def has_scorer_state(cfg: EvalConfig) -> bool:
     """Whether the scorer takes anything but weights from the artifact."""
-    return cfg.tilt_static_entries > 0 or cfg.fit_scales
+    return counts_ngrams(cfg) or cfg.fit_scales
+
+
+def counts_ngrams(cfg: EvalConfig) -> bool:
+    """Whether the artifact holds n-grams of training text."""
+    return cfg.tilt_static_entries > 0 or cfg.counted_entries > 0
 
 
 def uses_training_text(cfg: Config) -> bool:
@@ -2299,7 +2303,9 @@ def merge_recipe(header: dict, live: Config, path: Path) -> Config:
 def load_scorer_state(streams: dict[str, Stream], cfg: Config) -> ScorerState:
     """Take what the scorer needs out of the streams."""
     return read_scorer_state(
-        take_streams(streams, scorer_state_limits(cfg.eval), cfg.quant.codec), cfg.eval, cfg.data.vocab_size
+        take_streams(streams, scorer_state_limits(cfg.eval, cfg.data.vocab_size), cfg.quant.codec),
+        cfg.eval,
+        cfg.data.vocab_size,
     )
 
 
@@ -2644,23 +2650,23 @@ def collect_statistics(
     return stats, taken, calibration_rounds(training)
 
 
-def count_ngrams(training: Training, seconds: float = math.inf) -> tuple[NgramTable | None, int, int]:
+def count_ngrams(training: Training, seconds: float = math.inf) -> tuple[ScorerState | None, int, int]:
     """Count the n-grams of the first training tokens, on rank 0, which writes the artifact.
 
     The pace of a sixteenth of them says how many can be counted in the seconds.
     """
-    settings, shards = training.cfg.eval, training.loader.shards
-    whole = min(settings.tilt_static_tokens, sum(training.loader.sizes))
+    cfg, shards = training.cfg, training.loader.shards
+    whole = min(cfg.eval.tilt_static_tokens, sum(training.loader.sizes))
     if not training.ranks.is_main:
         return None, whole, whole
     count, started = whole if math.isinf(seconds) else max(whole // 16, 2), time.perf_counter()
-    table = build_ngram_table(settings, shards, count)
+    state = build_scorer_state(cfg.eval, cfg.data.vocab_size, shards, count)
     spent = time.perf_counter() - started
     # A token of the whole took 1.5 to 2.0 times as long as one of a sixteenth: sorting, and caches.
     fits = int(min(count * (seconds - spent) / spent / 2.2, whole))
     if count < fits:
-        count, table = fits, build_ngram_table(settings, shards, fits)
-    return table, count, whole
+        count, state = fits, build_scorer_state(cfg.eval, cfg.data.vocab_size, shards, fits)
+    return state, count, whole
 
 
 def fit_scales(training: Training, seconds: float = math.inf) -> tuple[tuple[float, ...], int, int]:
@@ -2685,7 +2691,7 @@ def jobs_in_the_clock(cfg: Config) -> dict[str, Callable]:
     jobs = {}
     if QUANTIZERS[cfg.quant.method].needs_calibration:
         jobs["batches"] = collect_statistics
-    if cfg.eval.tilt_static_entries:
+    if counts_ngrams(cfg.eval):
         jobs["ngram_tokens"] = count_ngrams
     if cfg.eval.fit_scales:
         jobs["scale_batches"] = fit_scales
@@ -3357,7 +3363,8 @@ def store_model(training: Training, log: Log, sha256: str, code_bytes: int) -> l
     found = do_jobs(training, log) if uses_training_text(cfg) else {}
     stats = found.get("batches", {})
     if has_scorer_state(cfg.eval):
-        model.scorer_state = ScorerState(found.get("ngram_tokens"), found.get("scale_batches", ()))
+        counted = found.get("ngram_tokens") or ScorerState()
+        model.scorer_state = counted._replace(scales=found.get("scale_batches", ()))
     ledger = [("code (packed train_gpt.py)", code_bytes)]
     log.line(f"quantizing: {cfg.quant.method}")
     if training.ranks.is_main:

@@ -39,6 +39,17 @@ class EvalConfig:
     tilt_static_strength: float = option(1.0, "", "strength of n-gram hints", low=0)
     tilt_static_tokens: int = option(10_000_000, "", "training tokens that n-grams are counted on", low=2)
     tilt_legacy: bool = option(False, "", "system B: n-gram hints guess the token just seen; invalid")
+    counted_entries: int = option(
+        0, "", "most n-grams of training text in the artifact that the score is mixed with; 0: none", low=0
+    )
+    counted_prefix: int = option(3, "", "tokens of their longest prefix", low=1, high=4)
+    counted_share: float = option(0.5, "", "share of the counted n-grams in the mixture", low=0, high=0.99)
+    running_lengths: tuple = option(
+        (), "", "contexts of so many tokens are counted in the text scored so far"
+    )
+    running_escape: float = option(
+        10.0, "", "weight of the mixture against a running count, for each kind of continuation", low=0.01
+    )
     fit_scales: bool = option(False, "", "scale logits by sign, fitted to training text after training")
     sgd_lr: float = option(0.005, "TTT_LR", "learning rate of sgd-ttt and of phases", low=0)
     sgd_momentum: float = option(0.9, "TTT_MOMENTUM", "momentum of sgd-ttt and of phases", low=0, high=1)

@@ -26,6 +26,16 @@ from scoring.adaptive import (
     weights_digest,
 )
 from scoring.config import EvalConfig
+from scoring.counted import (
+    CountedModel,
+    MixedCost,
+    build_counted,
+    count_running,
+    counted_chances,
+    counted_limits,
+    read_counted,
+    write_counted,
+)
 from scoring.ngram import (
     KEY_DTYPE,
     LEGACY_ALIGNMENT,
@@ -45,6 +55,8 @@ NOT_STORED = ": expected what it needs in the artifact, found nothing. Train wit
 LEGACY_TAIL = "the text's last targets count more than once, as in systems B and C (contest rule C4)"
 
 LONGEST_PREFIX = 1000  # tokens: far beyond what repeats
+NARROW_RULE = "needs data.vocab_size of at most 65,536"
+LENGTHS_RULE = f"must be whole numbers from 1 to {LONGEST_PREFIX}"
 
 # Adaptation ends in time for so much of the limit: what is left pays for a last unit slower than expected.
 DEADLINE_FRAC = 0.95
@@ -63,43 +75,59 @@ class ScorerState(NamedTuple):
 
     table: NgramTable | None = None  # where cfg.tilt_static_entries asks for one
     scales: tuple[float, ...] = ()  # factors of positive and of negative logits, where fit_scales does
+    counted: CountedModel | None = None  # where cfg.counted_entries asks for one
 
 
-def build_ngram_table(cfg: EvalConfig, shards: list[np.ndarray], num_tokens: int) -> NgramTable:
-    """Build the table that a recipe asks for from the first num_tokens training tokens."""
+def build_scorer_state(
+    cfg: EvalConfig, vocab_size: int, shards: list[np.ndarray], num_tokens: int
+) -> ScorerState:
+    """Count what a recipe asks for in the first num_tokens training tokens."""
     parts, left = [], num_tokens
     for shard in shards:
         parts.append(np.asarray(shard[:left]))
         left -= len(parts[-1])
-    return build_table(np.concatenate(parts), cfg.tilt_static_lengths, cfg.tilt_static_entries)
+    tokens, table, counted = np.concatenate(parts), None, None
+    if cfg.tilt_static_entries:
+        table = build_table(tokens, cfg.tilt_static_lengths, cfg.tilt_static_entries)
+    if cfg.counted_entries:
+        counted = build_counted(tokens, vocab_size, cfg.counted_prefix, cfg.counted_entries)
+    return ScorerState(table, (), counted)
 
 
 def write_scorer_state(state: ScorerState) -> dict[str, bytes]:
     """Lay out what there is as named byte strings for the artifact."""
     streams = {} if state.table is None else write_table(state.table)
+    streams |= {} if state.counted is None else write_counted(state.counted)
     return streams | ({"logit scales": np.array(state.scales, SCALE_DTYPE).tobytes()} if state.scales else {})
 
 
-def scorer_state_limits(cfg: EvalConfig) -> dict[str, int]:
+def scorer_state_limits(cfg: EvalConfig, vocab_size: int) -> dict[str, int]:
     """Return the most bytes of each of the streams that write_scorer_state makes under these cfg."""
-    entries = cfg.tilt_static_entries
-    table = {"ngram keys": KEY_DTYPE.itemsize * entries, "ngram tokens": NEXT_DTYPE.itemsize * entries}
-    return (table if entries else {}) | ({"logit scales": 2 * SCALE_DTYPE.itemsize} if cfg.fit_scales else {})
+    limits, entries = {}, cfg.tilt_static_entries
+    if entries:
+        limits |= {"ngram keys": KEY_DTYPE.itemsize * entries, "ngram tokens": NEXT_DTYPE.itemsize * entries}
+    if cfg.counted_entries:
+        limits |= counted_limits(vocab_size, cfg.counted_prefix, cfg.counted_entries)
+    return limits | ({"logit scales": 2 * SCALE_DTYPE.itemsize} if cfg.fit_scales else {})
 
 
 def read_scorer_state(streams: dict[str, bytes], cfg: EvalConfig, vocab_size: int) -> ScorerState:
     """Restore what write_scorer_state laid out, as the recipe says that it is."""
-    table = None
+    table, counted = None, None
     if cfg.tilt_static_entries:
         table = read_table(streams, cfg.tilt_static_lengths, cfg.tilt_static_entries, vocab_size)
+    if cfg.counted_entries:
+        counted = read_counted(streams, vocab_size, cfg.counted_prefix, cfg.counted_entries)
     scales = np.frombuffer(streams.get("logit scales", b""), SCALE_DTYPE)
-    return ScorerState(table, tuple(scales.tolist()))
+    return ScorerState(table, tuple(scales.tolist()), counted)
 
 
 def scoring_cost(cfg: EvalConfig, tokens: np.ndarray, state: ScorerState) -> Cost:
     """Build what charges the targets: the negative log softmax, scaled and tilted as the recipe says."""
     if cfg.tilt_static_entries and state.table is None:
         raise UserError("eval.tilt_static_entries" + NOT_STORED)
+    if cfg.counted_entries and state.counted is None:
+        raise UserError("eval.counted_entries" + NOT_STORED)
     if cfg.fit_scales and not state.scales:
         raise UserError("eval.fit_scales" + NOT_STORED)
     tilts = []
@@ -109,6 +137,11 @@ def scoring_cost(cfg: EvalConfig, tokens: np.ndarray, state: ScorerState) -> Cos
         tilts.append(online_tilt(tokens, cfg.tilt_online))
     is_tilted = cfg.tilt_static_entries or cfg.tilt_online > 0
     cost = join_tilts(*tilts) if is_tilted else plain_cost
+    if cfg.counted_entries or cfg.running_lengths:
+        has_counted = state.counted is not None
+        chances = counted_chances(state.counted, tokens) if has_counted else np.zeros(0)
+        running = count_running(tokens, cfg.running_lengths)
+        cost = MixedCost(cost, cfg.counted_share * has_counted, chances, cfg.running_escape, running)
     return ScaledCost(*state.scales, cost) if cfg.fit_scales else cost
 
 
@@ -151,15 +184,19 @@ def scored_stride(cfg: EvalConfig) -> int:
     return cfg.stride if SCORERS[cfg.mode].overlaps else 0
 
 
+def are_lengths(values: tuple) -> bool:
+    """Whether all are numbers of tokens that a context may have."""
+    return all(isinstance(value, int) and 1 <= value <= LONGEST_PREFIX for value in values)
+
+
 def scoring_rules(cfg: EvalConfig, context_len: int, vocab_size: int) -> list[tuple]:
     """Return rows (field, whether the rule holds, what must hold) of what cannot be scored together."""
     whole_strides = context_len % cfg.stride == 0 and context_len > cfg.stride
     repeats = cfg.mode == "sliding" and not cfg.keep_tail and whole_strides
-    lengths = cfg.tilt_static_lengths
-    hints_fit = bool(lengths) and all(isinstance(n, int) and 1 <= n <= LONGEST_PREFIX for n in lengths)
+    hints_fit = bool(cfg.tilt_static_lengths) and are_lengths(cfg.tilt_static_lengths)
     carries = cfg.mode == "phased" or (cfg.mode == "lora-ttt" and cfg.lora_warm_lanes)
     known_sites = set(cfg.lora_sites.split(",")) <= set(ADAPTER_SITES)
-    narrow = not cfg.tilt_static_entries or vocab_size <= 1 << 16
+    narrow = vocab_size <= 1 << 16
     no_later = cfg.deadline_s <= cfg.limit_seconds or not cfg.limit_seconds
     return [
         ("eval.deadline_s", cfg.deadline_s == -1 or cfg.deadline_s >= 0, "must be -1, 0 or seconds"),
@@ -175,9 +212,16 @@ def scoring_rules(cfg: EvalConfig, context_len: int, vocab_size: int) -> list[tu
             not (cfg.tilt_online and carries),
             "must be 0 with phases or warm lanes: hints would read text that is scored by what they helped",
         ),
-        ("eval.tilt_static_lengths", hints_fit, f"must be whole numbers from 1 to {LONGEST_PREFIX}"),
+        (
+            "eval.running_lengths",
+            not (cfg.running_lengths and carries),
+            "must be empty with phases or warm lanes: counts would read text that they help to score",
+        ),
+        ("eval.running_lengths", are_lengths(cfg.running_lengths), LENGTHS_RULE),
+        ("eval.tilt_static_lengths", hints_fit, LENGTHS_RULE),
         ("eval.lora_sites", known_sites, f"must be some of {', '.join(ADAPTER_SITES)}"),
-        ("eval.tilt_static_entries", narrow, "needs data.vocab_size of at most 65,536"),
+        ("eval.tilt_static_entries", not cfg.tilt_static_entries or narrow, NARROW_RULE),
+        ("eval.counted_entries", not cfg.counted_entries or narrow, NARROW_RULE),
     ]
 
 

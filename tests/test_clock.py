@@ -167,13 +167,13 @@ def test_fewer_tokens_are_counted_in_less_time(tiny_config, alone, machine, monk
     """A sixteenth tells the pace; the whole is counted where there is time for it."""
     changes = {"eval.tilt_static_entries": 16, "eval.tilt_static_tokens": 1600}
     training = Training(with_values(tiny_config, changes, "test"), alone, bos_id=1)
-    slow = machine.slow(lambda settings, shards, count: count / 100, train_gpt.build_ngram_table)
-    monkeypatch.setattr(train_gpt, "build_ngram_table", slow)
+    slow = machine.slow(lambda settings, vocab_size, shards, count: count / 100, train_gpt.build_scorer_state)
+    monkeypatch.setattr(train_gpt, "build_scorer_state", slow)
     for seconds, expected in ((0.0, 100), (1.5, 100), (9.81, 400), (36.3, 1600), (math.inf, 1600)):
         started = machine.now
-        table, done, whole = count_ngrams(training, seconds)
+        state, done, whole = count_ngrams(training, seconds)
         assert (done, whole) == (expected, 1600)
-        assert len(table.keys) > 0
+        assert len(state.table.keys) > 0
         if 0 < seconds < math.inf:
             assert machine.now - started <= seconds
 
@@ -186,9 +186,10 @@ def test_counting_ends_in_time_where_many_tokens_take_twice_as_long(
     changes = {"eval.tilt_static_entries": 16, "eval.tilt_static_tokens": 1600}
     training = Training(with_values(tiny_config, changes, "test"), alone, bos_id=1)
     slow = machine.slow(
-        lambda settings, shards, count: count / 100 * (1 + (count > 100)), train_gpt.build_ngram_table
+        lambda settings, vocab_size, shards, count: count / 100 * (1 + (count > 100)),
+        train_gpt.build_scorer_state,
     )
-    monkeypatch.setattr(train_gpt, "build_ngram_table", slow)
+    monkeypatch.setattr(train_gpt, "build_scorer_state", slow)
     started = machine.now
     assert count_ngrams(training, seconds)[1] >= 100 and machine.now - started <= seconds
 

@@ -348,7 +348,7 @@ def test_the_artifacts_table_and_scales_are_what_scores(aided, alone, tiny_data)
     cfg, _, path, _ = aided
     model, cfg, _ = load_artifact(path, cfg, alone.device)
     text = load_validation(with_values(cfg, {"data.data_path": str(tiny_data)}, "test").data)
-    table, scales = model.scorer_state
+    table, scales, _ = model.scorer_state
     cost = ScaledCost(*scales, static_tilt(table, text.tokens, cfg.eval.tilt_static_strength))
     windows = plan_windows(len(text.tokens) - 1, 16)
 
@@ -375,7 +375,7 @@ def test_aids_that_are_too_long_or_missing_are_refused(aided):
     """A stream's stated length is bounded by the recipe before anything is decompressed."""
     cfg, model, _, _ = aided
     good = {name: Stream(b"", len(raw)) for name, raw in write_scorer_state(model.scorer_state).items()}
-    assert set(good) == set(scorer_state_limits(cfg.eval))
+    assert set(good) == set(scorer_state_limits(cfg.eval, cfg.data.vocab_size))
     for bad in (good | {"ngram keys": Stream(b"", 1 << 30)}, {"ngram keys": good["ngram keys"]}):
         with pytest.raises(ArtifactError, match="at most"):
             load_scorer_state(dict(bad), cfg)
