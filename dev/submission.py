@@ -186,7 +186,7 @@ def compliance(record: Record, checks: list[dict]) -> dict:
         sources[name] = list(ids)
     if len(record.runs) < 3:
         rows["three_seeds"] = False
-    if record.cfg.eval.tilt_online > 0:
+    if record.cfg.eval.tilt_online > 0 or record.cfg.eval.running_lengths:
         rows["no_ngram_cache"] = False
     return rows | {"checks": sources}
 

@@ -5,6 +5,8 @@ The tests of single scorers are in test_adaptive.py, test_sliding.py and test_ng
 
 import copy
 import math
+from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from formats.recipe import with_values
 from scoring import ngram
 from scoring.adaptive import Callbacks, LoraScorer, ScoringRun, WindowSettings, plan_documents
 from scoring.config import EVAL_MODES
+from scoring.counted import MixedCost, build_counted
 from scoring.modes import SCORERS, ScorerState, Scoring, scoring_cost
 from scoring.ngram import NO_HINT
 from scoring.sliding import ScoreOptions
@@ -39,6 +42,7 @@ SGD = {"sgd_lr": 0.2, "sgd_chunk_tokens": 24, "sgd_batch_seqs": 2, "sgd_epochs":
 LORA = {"lora_rank": 2, "lora_alpha": 4.0, "lora_sites": "q,mlp", "lora_lr": 0.02, "lora_chunk_tokens": 6,
         "lora_batch_docs": 2, "lora_seed": 3}  # fmt: skip
 TILT = {"tilt_online": 1.5}
+COUNTED = {"counted_entries": 40, "counted_prefix": 2, "running_lengths": (1, 2), "running_escape": 2.0}
 MODES = {
     "chunked": {},
     "sliding": {},
@@ -49,12 +53,14 @@ MODES = {
 }
 assert {*MODES, "legacy_pre_eval"} == set(EVAL_MODES), "a new mode must meet the tests of legality: add it"
 CASES = {mode: {"mode": mode} | values for mode, values in MODES.items()}
-# Not phased and not warm, where check_config refuses hints.
+# Not phased and not warm, where check_config refuses hints and counts.
 TILTED = {f"{mode} tilt": CASES[mode] | TILT for mode in MODES if mode != "phased"}
-AIDS = TILT | {"tilt_static_entries": 16, "tilt_static_lengths": (2,), "fit_scales": True}
-CASES |= TILTED | {f"{mode} aids": CASES[mode] | AIDS for mode in ("sliding", "lora-ttt")}
+MIXED = {f"{mode} counted": CASES[mode] | COUNTED for mode in MODES if mode != "phased"}
+AIDS = TILT | COUNTED | {"tilt_static_entries": 16, "tilt_static_lengths": (2,), "fit_scales": True}
+CASES |= TILTED | MIXED | {f"{mode} aids": CASES[mode] | AIDS for mode in ("sliding", "lora-ttt")}
 BY_LENGTH = {"lora-ttt warm": CASES["lora-ttt"] | {"lora_warm_lanes": 2}, "phased": CASES["phased"]}
 CASES |= BY_LENGTH
+NOT_COUNTED = {"counted_entries": 0, "running_lengths": ()}
 IN_TEXT_ORDER = [name for name in CASES if name not in BY_LENGTH]
 LENGTHS = (20, 5, 1, 25, 1, 10, 2, 18)
 ACTS = ("score", "update")  # events that the order concerns
@@ -114,9 +120,9 @@ def attack(tiny_config, monkeypatch):
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape) * 0.3)
-    model.scorer_state = ScorerState(
-        ngram.build_table(TEXT, (2,), 16), (0.9, 1.2)
-    )  # for cases that ask for them
+    model.scorer_state = ScorerState(  # for cases that ask for it
+        ngram.build_table(TEXT, (2,), 16), (0.9, 1.2), build_counted(make_text(seed=5), VOCAB, 2, 40)
+    )
     return Attack(base, model)
 
 
@@ -153,10 +159,28 @@ class Bigrams(torch.nn.Module):
         return self.head(self.embed(tokens[:, first:]))
 
 
+def mix_slowly(nats: np.ndarray, cost: MixedCost, tokens: np.ndarray) -> np.ndarray:
+    """Mix counts in, a target after another, with one table of what followed which tokens before."""
+    followed, found = defaultdict(Counter), []
+    for at, (loss, token) in enumerate(zip(nats, tokens[1:].tolist()), 1):
+        chance = (1 - cost.share) * math.exp(-loss) + cost.share * cost.chances[at - 1]
+        contexts = [tuple(tokens[at - n : at].tolist()) for n in COUNTED["running_lengths"] if n <= at]
+        for after in (followed[context] for context in contexts):
+            if after:
+                prior = cost.escape * len(after)
+                chance = (after[token] + prior * chance) / (after.total() + prior)
+        found.append(-math.log(chance))
+        for context in contexts:
+            followed[context][token] += 1
+    return np.array(found)
+
+
 def slow_nats(model, settings, tokens: np.ndarray) -> np.ndarray:
     """Score as settings say with fixtures_reference.py, on a copy of the model in float64."""
     tilt = scoring_cost(settings, tokens, model.scorer_state)
     tilt = tilt.cost if settings.fit_scales else tilt
+    if isinstance(tilt, MixedCost):
+        return mix_slowly(slow_nats(model, replace(settings, **NOT_COUNTED), tokens), tilt, tokens)
     hints = [[] for _ in tokens[1:]]
     if settings.tilt_online:
         hints = [[(h, s) for h, s in zip(*row) if h != NO_HINT] for row in zip(tilt.hints, tilt.strengths)]
@@ -297,7 +321,9 @@ def test_every_target_is_scored_once_and_before_an_update_reads_it(attack, case)
     assert ("update" in {event.kind for event in events}) == (
         case.split()[0] in ("sgd-ttt", "lora-ttt", "phased")
     )
-    assert [row["kind"] for row in rows].count("precompute") == ("tilt" in case or "aids" in case)
+    assert [row["kind"] for row in rows].count("precompute") == (
+        case.split()[-1] in ("tilt", "aids", "counted")
+    )
     assert (nats > 0).all()
 
 
@@ -313,10 +339,10 @@ def test_documents_in_another_order_score_the_same(attack, case):
         assert_close_at_scale(after[low:high], before[lo:hi], units=64)
 
 
-@pytest.mark.parametrize("case", TILTED)
-def test_hints_speak_in_these_tests(attack, case):
-    """A tilt that is silent would pass them all."""
-    assert not np.allclose(attack(case, TEXT)[0], attack(case.removesuffix(" tilt"), TEXT)[0])
+@pytest.mark.parametrize("case", TILTED | MIXED)
+def test_hints_and_counts_speak_in_these_tests(attack, case):
+    """What is silent would pass them all."""
+    assert not np.allclose(attack(case, TEXT)[0], attack(case.rsplit(" ", 1)[0], TEXT)[0])
 
 
 @pytest.mark.parametrize("values", [MODES["phased"] | {"mode": "phased"}, BY_LENGTH["lora-ttt warm"]])
@@ -324,8 +350,9 @@ def test_hints_are_refused_where_they_go_in_circles(attack, values):
     """A long document's hints read text that is scored later, by weights that learned from the document."""
     cfg = attack.configure("chunked", **values)
     check_config(cfg)
-    with pytest.raises(UserError, match=r"eval\.tilt_online"):
-        check_config(attack.configure("chunked", **values, **TILT))
+    for name, aid in (("tilt_online", TILT), ("running_lengths", COUNTED)):
+        with pytest.raises(UserError, match=rf"eval\.{name}"):
+            check_config(attack.configure("chunked", **values, **aid))
 
 
 # ---- Hostile texts -----------------------------------------------------------------------------------
