@@ -506,6 +506,11 @@ def learns_in_graphs(cfg: EvalConfig, options: ScoreOptions) -> bool:
     return cfg.lora_graphs and options.compiles
 
 
+def adapter_rate(cfg: EvalConfig, update: int) -> float:
+    """Return the learning rate of a document's update, counted from 0."""
+    return cfg.lora_lr / math.sqrt(1 + update * cfg.lora_lr_fall)
+
+
 class LoraScorer:
     """Score batches of documents, each document with adapters of its own that learn as it goes by."""
 
@@ -555,7 +560,7 @@ class LoraScorer:
         shares, num_read, retired = self.share_out(lengths, starts, chunk), 0, [0.0] * len(self.sites)
         for i, (start, share) in enumerate(zip(starts.tolist(), shares)):
             if learns_in_graphs(self.cfg, self.session.options) and params:
-                sums = self.drop_rows(optimizer, int((lengths > start).sum()), len(starts) - 1 - i)
+                sums = self.drop_rows(optimizer, int((lengths > start).sum()), range(i, len(starts) - 1))
                 retired = [before + more for before, more in zip(retired, sums)] if sums else retired
             num_read += self.score_chunk(staged, start, chunk, optimizer)
             self.session.advance(share)
@@ -629,13 +634,14 @@ class LoraScorer:
             for doc, low in zip(batch.docs[hi - lo > start + chunk], lo + start):
                 self.session.checker.update(low, low + chunk, doc)
             optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = adapter_rate(self.cfg, start // chunk)
             # Documents share no weight: adding their losses up keeps them independent.
             losses.backward(((batch.ends[:rows] > start + chunk) / chunk).expand_as(losses).contiguous())
             optimizer.step()
         return inputs.numel() * (3 if learns else 1)
 
     @torch.no_grad()
-    def drop_rows(self, optimizer, alive: int, updates_left: int) -> list[torch.Tensor]:
+    def drop_rows(self, optimizer, alive: int, updates_left: range) -> list[torch.Tensor]:
         """Take documents that have ended out of the adapters once they are a quarter of the rows.
 
         A graph computes all rows, and the longest document of a text is many times its neighbours. Returns
@@ -644,7 +650,8 @@ class LoraScorer:
         params, rows = optimizer.param_groups[0]["params"], max(alive, 2)
         if 4 * rows > 3 * params[0].size(1):
             return []
-        decay = (1 - self.cfg.lora_lr * self.cfg.lora_weight_decay) ** updates_left
+        rates = [adapter_rate(self.cfg, update) for update in updates_left]
+        decay = math.prod(1 - rate * self.cfg.lora_weight_decay for rate in rates)
         sums = [decay * down[:, rows:].sum(1) for down in params[::2]]  # A and B of a site take turns
         for param in params:  # strides of a slice would need a graph of their own
             param.grad, state = None, optimizer.state[param]

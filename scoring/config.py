@@ -62,6 +62,9 @@ class EvalConfig:
     lora_alpha: float = option(144.0, "TTT_LORA_ALPHA", "adapters are scaled by alpha / rank", low=0)
     lora_sites: str = option("q,k,v,o,mlp,head", "", "where adapters go: of q, k, v, o, mlp, head")
     lora_lr: float = option(1e-4, "TTT_LORA_LR", "AdamW learning rate of adapters", low=0)
+    lora_lr_fall: float = option(
+        0.0, "", "a document's update k, from 0, has the learning rate lora_lr / sqrt(1 + k * this)", low=0
+    )
     lora_beta2: float = option(
         0.99, "TTT_BETA2", "AdamW beta2 of adapters (beta1 is 0)", low=0, high=1 - 1e-9
     )

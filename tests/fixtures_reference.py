@@ -157,14 +157,13 @@ class SlowAdapter:
 
     def step(self, grads: list[torch.Tensor]) -> None:
         """Take one step of AdamW without momentum."""
+        rate = self.cfg.lora_lr / (1 + self.steps * self.cfg.lora_lr_fall) ** 0.5
         self.steps += 1
         with torch.no_grad():
             for factor, square, grad in zip(self.factors, self.squares, grads):
                 square.mul_(self.cfg.lora_beta2).add_((1 - self.cfg.lora_beta2) * grad**2)
                 root = (square / (1 - self.cfg.lora_beta2**self.steps)).sqrt() + 1e-10
-                factor.mul_(1 - self.cfg.lora_lr * self.cfg.lora_weight_decay).sub_(
-                    self.cfg.lora_lr * grad / root
-                )
+                factor.mul_(1 - rate * self.cfg.lora_weight_decay).sub_(rate * grad / root)
 
 
 def score_slow_document(slow: Slow, span: tuple[int, int], cfg: EvalConfig, adapters: list) -> np.ndarray:

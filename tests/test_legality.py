@@ -60,6 +60,7 @@ AIDS = TILT | COUNTED | {"tilt_static_entries": 16, "tilt_static_lengths": (2,),
 CASES |= TILTED | MIXED | {f"{mode} aids": CASES[mode] | AIDS for mode in ("sliding", "lora-ttt")}
 BY_LENGTH = {"lora-ttt warm": CASES["lora-ttt"] | {"lora_warm_lanes": 2}, "phased": CASES["phased"]}
 CASES |= BY_LENGTH
+CASES["lora-ttt fall"] = CASES["lora-ttt"] | {"lora_lr_fall": 0.5}
 NOT_COUNTED = {"counted_entries": 0, "running_lengths": ()}
 IN_TEXT_ORDER = [name for name in CASES if name not in BY_LENGTH]
 LENGTHS = (20, 5, 1, 25, 1, 10, 2, 18)

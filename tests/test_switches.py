@@ -51,6 +51,8 @@ PREDICTED = [("model.context_ratio_min", (2, 3), COMPRESSED)]
 ADAPTED = [
     ("eval.sgd_momentum", (0.0, 0.9)),
     ("eval.lora_beta2", (0.5, 0.99)),
+    ("eval.lora_lr_fall", (0.0, 0.5)),
+    ("eval.lora_lr_fall", (0.0, 0.5)),
     ("eval.lora_weight_decay", (0.0, 0.5)),
     ("eval.lora_seed", (0, 1)),
 ]
@@ -135,10 +137,11 @@ def test_static_hints_are_counted_on_so_many_tokens():
     text = np.array([5, 6, 7] * 20 + [8, 9, 3] * 20, dtype=np.uint16)
     tables = []
     for count in (60, 120):
-        asked = SimpleNamespace(eval=replace(cfg, tilt_static_tokens=count))
+        data = SimpleNamespace(vocab_size=10)
+        asked = SimpleNamespace(eval=replace(cfg, tilt_static_tokens=count), data=data)
         loader = SimpleNamespace(shards=[text], sizes=[len(text)])
         training = SimpleNamespace(cfg=asked, loader=loader, ranks=SimpleNamespace(is_main=True))
-        tables.append(count_ngrams(training)[0])
+        tables.append(count_ngrams(training)[0].table)
     assert len(tables[0].keys) < len(tables[1].keys)
 
 
