@@ -129,9 +129,11 @@ def machine_facts(device: torch.device) -> dict[str, str | int]:
     cpu_info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", cpu_info.read_text() if cpu_info.is_file() else "")
     cpu = found[1] if found else platform.processor() or platform.machine()
-    on_gpu = device.type in ACCELERATORS and device.type != "mps"
+    name = device.type
+    if name in ACCELERATORS and name != "mps":
+        name = torch.get_device_module(device).get_device_properties(device).name
     return {
-        "device": torch.get_device_module(device).get_device_properties(device).name if on_gpu else device.type,
+        "device": name,
         "cpu": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
