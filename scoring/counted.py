@@ -18,7 +18,7 @@ import torch
 
 from common import UserError
 from kernels.machine import copy_to_device
-from scoring.ngram import group_starts, hash_contexts
+from scoring.ngram import hash_contexts, sort_runs
 from scoring.sliding import Cost
 
 # Of an n-gram's count, by tokens of its context: what a few counts overstate (absolute discounting).
@@ -286,16 +286,10 @@ class RunningCounts(NamedTuple):
 
 def count_before(contexts: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
     """Count what came before each of (M,) contexts: seen, hits and kinds of RunningCounts, (3, M)."""
-    index = np.arange(len(contexts))
-    order = np.argsort(contexts, kind="stable")  # runs of one context, each in the order of the text
-    starts, outcomes = group_starts(contexts[order]), outcomes[order].astype(np.int64)
-    pairs = starts * (outcomes.max(initial=0) + 1) + outcomes
-    by_pair = np.argsort(pairs, kind="stable")
-    hits = np.empty_like(index)
-    hits[by_pair] = index - group_starts(pairs[by_pair])
+    order, starts, _, hits = sort_runs(contexts, outcomes)
     new = np.append(0, (hits == 0).cumsum())  # outcomes that their context had not had, up to here
-    found = np.empty((3, len(index)), np.int64)
-    found[:, order] = index - starts, hits, new[:-1] - new[starts]
+    found = np.empty((3, len(order)), np.int64)
+    found[:, order] = np.arange(len(order)) - starts, hits, new[:-1] - new[starts]
     return found
 
 

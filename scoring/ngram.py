@@ -204,19 +204,35 @@ def group_starts(values: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(is_new, np.arange(len(values)), 0))
 
 
+class ContextRuns(NamedTuple):
+    """Contexts and what followed them, sorted: runs of one context, each in the order of the text."""
+
+    order: np.ndarray  # (M,) int64: the place of each in the text
+    starts: np.ndarray  # (M,) int64: where its run starts
+    outcomes: np.ndarray  # (M,) int64
+    before: np.ndarray  # (M,) int64: how often its run has had this outcome before
+
+
+def sort_runs(contexts: np.ndarray, outcomes: np.ndarray) -> ContextRuns:
+    """Sort (M,) contexts and outcomes."""
+    index = np.arange(len(contexts))
+    order = np.argsort(contexts, kind="stable")
+    starts, outcomes = group_starts(contexts[order]), outcomes[order].astype(np.int64)
+    pairs = starts * (outcomes.max(initial=0) + 1) + outcomes
+    by_pair = np.argsort(pairs, kind="stable")
+    before = np.empty_like(index)
+    before[by_pair] = index - group_starts(pairs[by_pair])
+    return ContextRuns(order, starts, outcomes, before)
+
+
 def running_best(contexts: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the likeliest earlier outcome of each (M,) context, how often it came, and out of how many.
 
     Position m sees occurrences before m only, as a table that is updated after each look-up; an outcome
     takes the lead when its count exceeds the leader's. All (M,) int64; the counts are 0 at first sight.
     """
-    index = np.arange(len(contexts))
-    order = np.argsort(contexts, kind="stable")  # runs of one context, each in the order of the text
-    starts, outcomes = group_starts(contexts[order]), outcomes[order].astype(np.int64)
-    pairs = starts * (outcomes.max(initial=0) + 1) + outcomes
-    by_pair = np.argsort(pairs, kind="stable")
-    counts = np.empty_like(index)
-    counts[by_pair] = index - group_starts(pairs[by_pair]) + 1  # occurrences of the pair up to here
+    order, starts, outcomes, before = sort_runs(contexts, outcomes)
+    index, counts = np.arange(len(contexts)), before + 1  # occurrences of the pair up to here
     leads = np.maximum.accumulate(starts * (len(index) + 1) + counts) - starts * (len(index) + 1)
     took_lead = np.ones(len(index), dtype=bool)
     took_lead[1:] = (index == starts)[1:] | (leads[1:] > leads[:-1])
