@@ -2247,10 +2247,10 @@ def quantize_model(
 
 def has_scorer_state(cfg: EvalConfig) -> bool:
     """Whether the scorer takes anything but weights from the artifact."""
-    return counts_ngrams(cfg) or cfg.fit_scales
+    return has_ngrams(cfg) or cfg.fit_scales
 
 
-def counts_ngrams(cfg: EvalConfig) -> bool:
+def has_ngrams(cfg: EvalConfig) -> bool:
     """Whether the artifact holds n-grams of training text."""
     return cfg.tilt_static_entries > 0 or cfg.counted_entries > 0
 
@@ -2691,7 +2691,7 @@ def jobs_in_the_clock(cfg: Config) -> dict[str, Callable]:
     jobs = {}
     if QUANTIZERS[cfg.quant.method].needs_calibration:
         jobs["batches"] = collect_statistics
-    if counts_ngrams(cfg.eval):
+    if has_ngrams(cfg.eval):
         jobs["ngram_tokens"] = count_ngrams
     if cfg.eval.fit_scales:
         jobs["scale_batches"] = fit_scales

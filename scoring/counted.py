@@ -37,6 +37,11 @@ class Level(NamedTuple):
     halvings: np.ndarray  # (M,) int64: its share of the context is 2^-halvings
 
 
+def single_tokens(halvings: np.ndarray) -> Level:
+    """Return the level above all others, which has one context and every (V,) token."""
+    return Level(np.zeros_like(halvings), np.arange(len(halvings)), halvings)
+
+
 class CountedModel(NamedTuple):
     """levels[k] has contexts of k tokens: levels[0] is every token of the vocabulary, levels[1] has pairs."""
 
@@ -74,8 +79,6 @@ def count_grams(tokens: np.ndarray, vocab_size: int, longest: int) -> list[Grams
         )
         seen, often = np.bincount(contexts), counts > 1
         shorter = numbers[at[first[often]] + 1]  # the n-gram without its first token came twice too
-        if not len(found):
-            shorter = tokens[at[first[often]] + 1]
         contexts, counts = keys[often] // vocab_size, counts[often] - discount
         share = counts / seen[contexts]
         left = 1 - np.bincount(contexts, share, len(seen))[contexts]
@@ -112,9 +115,8 @@ def build_counted(tokens: np.ndarray, vocab_size: int, longest: int, max_entries
         fits = sum(map(np.count_nonzero, choose_grams(found, worths[middle - 1]))) <= max_entries
         low, high = (middle, high) if fits else (low, middle - 1)
     kept = choose_grams(found, worths[low - 1] if low else np.inf)
-    every = np.arange(vocab_size)
-    levels = [Level(np.zeros_like(every), every, halve(unigram_chances(tokens, vocab_size)))]
-    renumber = every
+    levels = [single_tokens(halve(unigram_chances(tokens, vocab_size)))]
+    renumber = levels[0].tokens
     for grams, keep in zip(found, kept):
         contexts = renumber[grams.contexts[keep]]
         levels.append(Level(contexts, grams.tokens[keep], halve(grams.share[keep])))
@@ -249,8 +251,7 @@ def read_counted(streams: dict[str, bytes], vocab_size: int, longest: int, max_e
         )
     pieces = np.split(unpack_numbers(lengths, packed), np.cumsum([*above, *sizes])[:-1])
     shares = np.split(halvings.astype(np.int64), np.cumsum([vocab_size, *sizes])[:-1])
-    every = np.arange(vocab_size)
-    levels = [Level(np.zeros_like(every), every, shares[0])]
+    levels = [single_tokens(shares[0])]
     for counts, steps, halved in zip(pieces[:longest], pieces[longest:], shares[1:]):
         if counts.sum() != len(steps):
             raise UserError(
