@@ -138,10 +138,10 @@ def scoring_cost(cfg: EvalConfig, tokens: np.ndarray, state: ScorerState) -> Cos
     is_tilted = cfg.tilt_static_entries or cfg.tilt_online > 0
     cost = join_tilts(*tilts) if is_tilted else plain_cost
     if cfg.counted_entries or cfg.running_lengths:
-        has_counted = state.counted is not None
-        chances = counted_chances(state.counted, tokens) if has_counted else np.zeros(0)
-        running = count_running(tokens, cfg.running_lengths)
-        cost = MixedCost(cost, cfg.counted_share * has_counted, chances, cfg.running_escape, running)
+        share, chances = 0.0, np.zeros(0)
+        if cfg.counted_entries:
+            share, chances = cfg.counted_share, counted_chances(state.counted, tokens)
+        cost = MixedCost(cost, share, chances, cfg.running_escape, count_running(tokens, cfg.running_lengths))
     return ScaledCost(*state.scales, cost) if cfg.fit_scales else cost
 
 

@@ -333,7 +333,9 @@ def test_each_part_is_charged_alone_too(stored, alone):
     cfg, model, _, _ = stored
     tokens = random_text(60)
     only_running = with_values(cfg, {"eval.counted_entries": 0}, "test").eval
-    cost = scoring_cost(only_running, tokens, ScorerState())
+    for state in (ScorerState(), model.scorer_state):  # what the artifact holds is not mixed in unasked
+        cost = scoring_cost(only_running, tokens, state)
+        assert cost.share == 0 and len(cost.chances) == 0
     assert isinstance(cost, MixedCost) and cost.share == 0 and cost.running.seen.shape == (59, 2)
     only_counted = with_values(cfg, {"eval.running_lengths": ()}, "test").eval
     cost = scoring_cost(only_counted, tokens, model.scorer_state)
